@@ -1,0 +1,31 @@
+# Two commands do all the set-up: `make demo` and `make test`, each alone, on a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/python fineweb.py --dataset stdlib --out_dir data/stdlib --val_tokens 20000
+	$(BIN)/python train_gpt2.py --config configs/demo.yaml
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv
+
+# The stamps: an interrupted installation leaves none, so the next call starts it again.
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit( \
+	    "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.11 ..." % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	@touch $@

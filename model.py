@@ -1,0 +1,339 @@
+"""GPT-2, exactly: OpenAI's architecture under the names that Hugging Face's checkpoints use."""
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pretrained
+
+IGNORE_INDEX = -100  # a target that is not predicted; the default of F.cross_entropy
+VOCAB_MULTIPLE = 128  # tensor cores want the head's columns in whole tiles: 50257 becomes 50304
+INIT_STD = 0.02  # GPT-2 paper, section 2.3, and OpenAI's code
+FEW_ROWS = 8  # up to here `Linear` is bound by reading its weight, see there
+# Tokens whose logits are alive at once in `loss`: 100 MB in fp32 on a CPU, and on an accelerator
+# enough rows to keep it busy.
+LOSS_CHUNK_ROWS = {"cpu": 512}
+LOSS_CHUNK_ROWS_ELSEWHERE = 4096
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2; the defaults are the 124M model."""
+
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    layer_norm_epsilon: float = 1e-5
+    tie_weights: bool = True
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd {self.n_embd} does not divide into n_head {self.n_head} equal heads; "
+                f"choose n_embd as a multiple of n_head"
+            )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, faster where a decoding step on a CPU brings a handful of rows.
+
+    There the work is reading the weight once. MKL reads it on one thread for one row, and badly
+    for two to eight; a batch of row blocks, weight first, is read on all threads at full speed.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.numel() // x.size(-1)
+        blocks = torch.get_num_threads()
+        if (
+            rows > FEW_ROWS
+            or x.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or self.out_features % blocks
+        ):
+            return super().forward(x)
+        weight = self.weight.view(blocks, -1, self.in_features)
+        x_t = x.reshape(rows, -1).t().expand(blocks, -1, -1)  # (blocks, in, rows)
+        y = torch.bmm(weight, x_t).view(self.out_features, rows).t()
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+class KVCache:
+    """One layer's keys and values of the tokens seen so far, up to `block_size` of them."""
+
+    def __init__(self, block_size: int):
+        self.block_size = block_size
+        self.length = 0
+        self.k = self.v = torch.empty(0)
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add (B, nh, T, hs) new ones and return all, (B, nh, length, hs)."""
+        B, nh, T, hs = k.size()
+        if self.length == 0:
+            self.k, self.v = (t.new_empty(B, nh, self.block_size, hs) for t in (k, v))
+        end = self.length + T
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        B, T, C = x.size()
+        q, k, v = (
+            t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+            for t in self.c_attn(x).split(C, dim=2)
+        )
+        if cache is not None:
+            k, v = cache.append(k, v)
+        # A single new token may look at everything cached; several start from an empty cache.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2. `wte` and `lm_head` have `padded_vocab_size` rows; those past `vocab_size` are zero,
+    get no gradient, and are neither returned nor sampled nor saved.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon),
+            }
+        )
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self._tie_weights()
+        self._init_weights()
+
+    def _tie_weights(self) -> None:
+        if self.config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        residual_std = INIT_STD / (2 * self.config.n_layer) ** 0.5  # two additions a block
+        for name, param in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                param.normal_(std=residual_std)
+            elif param.dim() == 2:
+                param.normal_(std=INIT_STD)
+            elif name.endswith(".bias"):
+                param.zero_()
+            else:  # the weight of a LayerNorm
+                param.fill_(1.0)
+        self._zero_vocab_padding()
+
+    def _zero_vocab_padding(self) -> None:
+        for table in (self.transformer.wte, self.lm_head):
+            table.weight.data[self.config.vocab_size :] = 0.0
+
+    def hidden(self, idx: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
+        """Token ids (B, T) to the head's input (B, T, C). With `caches` (one a layer) the tokens
+        are those after the cached ones: any number into empty caches, then one at a time.
+        """
+        T = idx.size(1)
+        start = caches[0].length if caches else 0
+        if start + T > self.config.block_size:
+            raise ValueError(
+                f"{start + T} tokens do not fit the model's block_size {self.config.block_size}"
+            )
+        positions = torch.arange(start, start + T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, caches[i] if caches else None)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, T) to logits (B, T, V)."""
+        return self._logits(self.hidden(idx))
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(x)[..., : self.config.vocab_size]
+
+    def loss(
+        self, idx: torch.Tensor, targets: torch.Tensor, reduction: str = "mean"
+    ) -> torch.Tensor:
+        """Cross-entropy in nats of `targets` (B, T) after `idx` (B, T), as "mean" or "sum" over the
+        targets that are not -100.
+        """
+        return self.loss_from_hidden(self.hidden(idx), targets, reduction)
+
+    def loss_from_hidden(
+        self, x: torch.Tensor, targets: torch.Tensor, reduction: str = "mean"
+    ) -> torch.Tensor:
+        """`loss` from the head's input (B, T, C); the (B·T, V) logits never exist at once."""
+        device_type = x.device.type
+        x, targets, weight = x.flatten(0, 1), targets.flatten(), self.lm_head.weight
+        chunk_rows = LOSS_CHUNK_ROWS.get(device_type, LOSS_CHUNK_ROWS_ELSEWHERE)
+        chunked = len(x) > chunk_rows  # a single chunk has nothing to gain over plain logits
+        # The chunked operator knows nothing of autocast, and rounds a sum to the type of its input
+        # (8 bits in bf16): it gets its inputs cast, and the tokens' losses are added here in fp32.
+        half = chunked and torch.is_autocast_enabled(device_type)
+        if half:
+            dtype = torch.get_autocast_dtype(device_type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        # A bias of -inf takes the padding rows out of the softmax and out of the gradient.
+        bias = x.new_zeros(self.config.padded_vocab_size)
+        bias[self.config.vocab_size :] = -torch.inf
+        with torch.autocast(device_type, enabled=False) if half else nullcontext():
+            losses = F.linear_cross_entropy(
+                x,
+                weight,
+                targets,
+                linear_bias=bias,
+                reduction="none" if half else "sum",
+                ignore_index=IGNORE_INDEX,
+                options=nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows)
+                if chunked
+                else None,
+            )
+        total = losses.float().sum()
+        return total if reduction == "sum" else total / (targets != IGNORE_INDEX).sum()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Continue the prompts (B, T) to (B, T + n), n ≤ max_new_tokens. Temperature 0 is greedy.
+        A row that has produced `eos` is filled up with it; all rows there end the generation.
+        """
+        finished = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
+        caches: list[KVCache] = []
+        for _ in range(max_new_tokens):
+            logits = self._logits(self._extend(idx, caches))
+            next_id = sample_next(logits, temperature, top_k, top_p, generator)
+            if eos is not None:
+                next_id = next_id.masked_fill(finished, eos)
+                finished |= next_id == eos
+            idx = torch.cat([idx, next_id], dim=1)
+            if finished.all():
+                break
+        return idx
+
+    def _extend(self, idx: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
+        """The head's input (B, C) after the last token of `idx`, through `caches` where they reach.
+
+        GPT-2 has learnt positions, so a full window cannot slide by one: it restarts from the last
+        half window, which costs one long pass every block_size / 2 tokens. The prompt itself may
+        use the window whole.
+        """
+        block_size = self.config.block_size
+        if caches and caches[0].length < block_size:
+            return self.hidden(idx[:, -1:], caches)[:, -1]
+        window = max(1, block_size // 2) if caches else block_size
+        caches[:] = [KVCache(block_size) for _ in self.transformer.h]
+        return self.hidden(idx[:, -window:], caches)[:, -1]
+
+    def _hf_views(self) -> dict[str, torch.Tensor]:
+        """The parameters as Hugging Face stores them: the linears of the blocks transposed (its
+        Conv1D), the vocabulary without padding. Views, so they serve to read and to write.
+        """
+        views = {}
+        for name, param in self.named_parameters():
+            if name in ("transformer.wte.weight", "lm_head.weight"):
+                views[name] = param.data[: self.config.vocab_size]
+            elif name.startswith("transformer.h.") and param.dim() == 2:
+                views[name] = param.data.t()
+            else:
+                views[name] = param.data
+        return views
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write config.json and model.safetensors, which transformers opens as GPT2LMHeadModel."""
+        pretrained.write_folder(Path(folder), asdict(self.config), self._hf_views())
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path) -> "GPT":
+        """The fp32 model of a Hugging Face folder or hub name (`gpt2`, `gpt2-xl`, ...). ValueError
+        names the tensor that is missing, unexpected or misshapen, or the option not supported.
+        """
+        folder = pretrained.find_folder(name_or_path)
+        with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
+            model = cls(GPTConfig(**pretrained.read_config(folder)))
+        model.to_empty(device="cpu")
+        model._tie_weights()
+        model._zero_vocab_padding()
+        pretrained.read_weights_into(model._hf_views(), folder)
+        return model
+
+
+def sample_next(
+    logits: torch.Tensor,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Draw token ids (B, 1) from logits (B, V): the `top_k` likeliest, and of these the smallest
+    set that holds probability `top_p`.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(dim=-1)
+        beyond = probs.cumsum(dim=-1) - probs >= top_p  # what stands before it is enough
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
