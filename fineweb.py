@@ -60,7 +60,7 @@ class PrepareConfig:
 def main(config: PrepareConfig) -> None:
     out_dir = Path(config.out_dir or f"data/{default_name(config.dataset[0])}")
     if config.dataset[0] in HUB_SHARDS:
-        download_shards(*HUB_SHARDS[config.dataset[0]], out_dir, config.max_tokens)
+        download_shards(config.dataset[0], out_dir, config.max_tokens)
     else:
         prepare(open_source(config.dataset, config.text_field), out_dir, config)
 
@@ -305,11 +305,16 @@ def describe(manifest: dict) -> str:
     return ", ".join([*counts, f"{len(manifest['shards'])} shards"])
 
 
-def download_shards(
-    repo: str, prefix: str, n_train: int, out_dir: Path, max_tokens: int | None
-) -> None:
+def download_shards(dataset: str, out_dir: Path, max_tokens: int | None) -> None:
     """Fetch ready-made shards, validation first, until `max_tokens` for training are there."""
-    manifest = {"name": out_dir.name, "tokenizer": "gpt2", "complete": False, "shards": []}
+    repo, prefix, n_train = HUB_SHARDS[dataset]
+    manifest = {
+        "name": out_dir.name,
+        "tokenizer": "gpt2",
+        "complete": True,
+        "options": {"source": [dataset]},
+        "shards": [],
+    }
     names = [("val", f"{prefix}_val_000000.bin")]
     names += [("train", f"{prefix}_train_{i:06d}.bin") for i in range(1, n_train + 1)]
     trained = 0

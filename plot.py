@@ -1,0 +1,71 @@
+"""A file of its own because it is also a command, `python plot.py RUN ...`: the curves of runs."""
+
+import sys
+from pathlib import Path
+
+import yaml
+from matplotlib.figure import Figure
+
+from checkpoint import read_metrics
+from data import read_manifest
+
+# Validation loss of OpenAI's GPT-2 124M: on FineWeb as llm.c gives it, on FineWeb-Edu as
+# build-nanogpt does. Two different sets, so a run is only compared on its own.
+GPT2_FINEWEB, GPT2_FINEWEB_EDU = 3.4250, 3.2924
+GPT2_VAL_LOSS = {
+    "fineweb": GPT2_FINEWEB,
+    "fineweb10B-gpt2": GPT2_FINEWEB,
+    "fineweb100B-gpt2": GPT2_FINEWEB,
+    "fineweb-edu": GPT2_FINEWEB_EDU,
+    "finewebedu10B-gpt2": GPT2_FINEWEB_EDU,
+}
+
+
+def gpt2_val_loss(run: Path | str) -> float | None:
+    """GPT-2 124M's loss on the validation set of a run, where it is known."""
+    config = yaml.safe_load((Path(run) / "config.yaml").read_text())
+    options = read_manifest(Path(config.get("data_dir", ""))).get("options", {})
+    return GPT2_VAL_LOSS.get(options.get("source", [None])[0])
+
+
+def plot_runs(runs: list[Path], file: Path) -> None:
+    """Draw training and validation loss of one or several runs over steps and tokens."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    tokens_per_step = set()
+    for i, run in enumerate(runs):
+        records = read_metrics(run)
+        for key, style in (
+            ("train_loss", {"alpha": 0.4, "linewidth": 0.8}),
+            ("val_loss", {"marker": "o", "markersize": 3}),
+        ):
+            points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+            if points:
+                label = f"{Path(run).name} {key.removesuffix('_loss')} {points[-1][1]:.3f}"
+                axes.plot(*zip(*points, strict=True), color=f"C{i}", label=label, **style)
+        tokens_per_step |= {r["tokens"] // r["step"] for r in records if r["step"]}
+    for loss in {gpt2_val_loss(run) for run in runs} - {None}:
+        axes.axhline(
+            loss, color="gray", linestyle="--", label=f"GPT-2 124M val {loss:.3f} (quoted)"
+        )
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    if len(tokens_per_step) == 1:  # runs with steps of different size have no common second axis
+        factor = tokens_per_step.pop() / 1e6
+        top = axes.secondary_xaxis(
+            "top", functions=(lambda step: step * factor, lambda tokens: tokens / factor)
+        )
+        top.set_xlabel("million tokens")
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or any(arg.startswith("-") for arg in sys.argv[1:]):
+        sys.exit("usage: python plot.py RUN [RUN ...]   draws the runs' losses into loss.png")
+    plot_runs([Path(run) for run in sys.argv[1:]], Path("loss.png"))
+    print("drawn into loss.png")
+
+
+if __name__ == "__main__":
+    main()
