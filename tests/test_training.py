@@ -1,0 +1,226 @@
+import math
+import shutil
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from data import PretrainingData, TokenShards, evaluation_batches
+from model import GPT, GPTConfig
+from runtime import Distributed
+from training import (
+    StepLoss,
+    TrainConfig,
+    TrainingStep,
+    describe,
+    evaluate,
+    flops_per_token,
+    learning_rate,
+    parameter_groups,
+)
+
+CPU = Distributed(rank=0, world_size=1, device=torch.device("cpu"))
+CONFIG = GPTConfig(block_size=16, vocab_size=1000, n_layer=2, n_head=2, n_embd=32)
+
+
+def new_model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(CONFIG)
+
+
+@pytest.fixture
+def shards(make_shards):
+    return TokenShards(make_shards(300, 390), "train")
+
+
+def make_step(model: GPT, shards: TokenShards, batch_size: int = 4, **options) -> TrainingStep:
+    options = {"batch_size": batch_size, "total_batch_size": 192, "max_steps": 20, **options}
+    config = TrainConfig(**{"warmup_steps": 3, "max_lr": 1e-2, "min_lr": 1e-3, **options})
+    data = PretrainingData(shards, 16, batch_size, config.total_batch_size, config.seed)
+    return TrainingStep(model, data, config, CPU)
+
+
+def test_schedule_is_build_nanogpts():
+    """The rate of step s is what build-nanogpt computes for its step s - 1."""
+
+    def get_lr(it, max_lr=6e-4, min_lr=6e-5, warmup_steps=715, max_steps=19073):
+        if it < warmup_steps:
+            return max_lr * (it + 1) / warmup_steps
+        ratio = (it - warmup_steps) / (max_steps - warmup_steps)
+        return min_lr + (1.0 + math.cos(math.pi * ratio)) / 2 * (max_lr - min_lr)
+
+    config = TrainConfig()
+    for step in (1, 2, 714, 715, 716, 717, 5000, 10_000, 19_072, 19_073):
+        assert learning_rate(step, config) == pytest.approx(get_lr(step - 1), rel=1e-12)
+    assert learning_rate(1, TrainConfig(warmup_steps=0)) == 6e-4
+
+
+def test_parameter_groups_at_124m():
+    """At 124M, 50 tensors with 124,354,560 parameters decay and 98 with 121,344 do not."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    groups = parameter_groups(model, 0.1)
+    sizes = [(len(g["params"]), sum(p.numel() for p in g["params"])) for g in groups]
+    assert sizes == [(50, 124_354_560), (98, 121_344)]
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+
+
+def test_flops_at_124m():
+    """6 FLOPs a parameter of a matrix product and token, and attention: worked out by hand."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert flops_per_token(model, 1024) == 6 * (124_475_904 - 786_432) + 12 * 12 * 768 * 1024
+
+
+def test_steps_equal_a_plain_loop_in_transformers(shards, tmp_path):
+    """Five steps of 12 micro-batches are five steps of a plain loop that trains transformers' model
+    with the whole batch at once, unfused AdamW and hand-written clipping.
+    """
+    model = new_model()
+    model.save_pretrained(tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path)
+    decayed = [p for p in theirs.parameters() if p.dim() >= 2]
+    others = [p for p in theirs.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        foreach=False,
+    )
+    step = make_step(model, shards, batch_size=1, grad_clip=0.5)
+    whole = PretrainingData(shards, 16, 12, 192, seed=1337)
+    for s in range(1, 6):
+        idx, targets = (torch.from_numpy(a) for a in whole.micro_batch(s, 1))
+        logits = theirs(idx).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        norm = sum(p.grad.square().sum() for p in theirs.parameters()).sqrt().item()
+        for p in theirs.parameters():
+            p.grad *= min(1.0, 0.5 / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(s, step.config)
+        optimizer.step()
+        optimizer.zero_grad()
+        my_loss, my_norm = step(s)
+        assert my_loss == pytest.approx(loss.item(), rel=1e-5)
+        assert my_norm == pytest.approx(norm, rel=1e-4)
+    model.save_pretrained(tmp_path)
+    mine = GPT2LMHeadModel.from_pretrained(tmp_path)
+    for (name, a), b in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4, msg=lambda m, name=name: name + m)
+
+
+def test_micro_batch_size_does_not_change_the_curve(shards):
+    """1, 2, 4 and 12 sequences a micro-step give the same losses up to summation order, with
+    the short window of an epoch's end among them.
+    """
+    curves = []
+    for batch_size in (1, 2, 4, 12):
+        step = make_step(new_model(), shards, batch_size)
+        curves.append([step(s)[0] for s in range(1, 9)])
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_state_continues_to_the_bit(shards):
+    """Weights and state after 3 steps, put into a new model, give the same steps 4 to 6 exactly."""
+    model = new_model()
+    step = make_step(model, shards)
+    for s in (1, 2, 3):
+        step(s)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    state = step.state()
+    state = {**state, "optimizer": torch.utils._pytree.tree_map(_clone, state["optimizer"])}
+    expected = [step(s) for s in (4, 5, 6)]
+    model = new_model()
+    model.load_state_dict(weights)
+    step = make_step(model, shards)
+    step.load_state(state)
+    assert [step(s) for s in (4, 5, 6)] == expected
+
+
+def _clone(x):
+    return x.clone() if isinstance(x, torch.Tensor) else x
+
+
+def test_evaluation_is_the_mean_over_tokens(shards):
+    """Evaluation is the mean over all predicted tokens, whatever the batch size, the last windows
+    shorter than the others included.
+    """
+    model = new_model()
+    tokens = torch.from_numpy(shards.read(0, 501))
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, 500, 16):
+            window = tokens[start : min(start + 17, 501)][None]
+            total += model.loss(window[:, :-1], window[:, 1:], "sum").item()
+    for batch_size in (1, 3, 8):
+        batches = evaluation_batches(shards, 16, batch_size, 500)
+        assert evaluate(model, batches, CPU) == pytest.approx(total / 500, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bit_training_follows_fp32(shards, precision):
+    """Under autocast, fp16 with its scaler included, the curve stays near the one of fp32, and
+    the weights stay fp32.
+    """
+    exact = make_step(new_model(), shards)
+    model = new_model()
+    rounded = make_step(model, shards, precision=precision)
+    for s in range(1, 9):
+        assert rounded(s)[0] == pytest.approx(exact(s)[0], rel=5e-3)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert rounded.scaler.is_enabled() == (precision == "fp16")
+
+
+def test_a_step_that_is_not_finite_is_skipped(shards):
+    """NaN in a gradient leaves weights and optimizer as they were and is counted."""
+    model = new_model()
+    step = make_step(model, shards)
+    step(1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    handle = model.transformer.ln_f.bias.register_hook(lambda grad: grad * math.nan)
+    step(2)
+    step(3)
+    assert step.skipped_in_a_row == 2
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    handle.remove()
+    assert math.isfinite(step(4)[1])
+    assert step.skipped_in_a_row == 0
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile on a CPU needs gcc")
+def test_compiled_step_equals_the_raw_one(shards):
+    """The compiled training step has the raw one's loss and gradients, and the model keeps the
+    names of its parameters.
+    """
+    raw, compiled = new_model(), new_model()
+    idx, targets = (
+        torch.from_numpy(a) for a in PretrainingData(shards, 16, 12, 192, 0).micro_batch(1, 1)
+    )
+    losses = []
+    for model, flag in ((raw, False), (compiled, True)):
+        loss = StepLoss(model, flag)(idx, targets)
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for (name, a), b in zip(compiled.named_parameters(), raw.parameters(), strict=True):
+        assert "_orig_mod" not in name
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_derived_numbers_are_told(shards):
+    """The sizes printed at the start: parameters by group, tokens per step, grad_accum_steps."""
+    text = describe(new_model(), PretrainingData(shards, 16, 4, 192, 0))
+    assert "grad_accum_steps 3" in text
+    assert "decayed 10 tensors" in text
+
+
+def test_config_errors_name_the_value():
+    """A number that cannot be is refused with its value."""
+    with pytest.raises(ValueError, match="max_steps is 0, expected at least 1"):
+        TrainConfig(max_steps=0)
+    with pytest.raises(ValueError, match=r"min_lr 0.1 and max_lr 0.01"):
+        TrainConfig(min_lr=0.1, max_lr=0.01)
+    with pytest.raises(ValueError, match="device nonsense is not to be had here"):
+        Distributed.start("nonsense")
