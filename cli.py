@@ -33,10 +33,16 @@ def run(main: Callable[[Config], None], config_class: type[Config], description:
             f"--{name}", nargs="+", default=field.default_factory(), help=field.metadata["help"]
         )
     values = vars(parser.parse_args())
+    config = {field.name: values[field.name] for field in fields(config_class)}
+    tell_errors(lambda: main(config_class(**config)), debug=values["debug"])
+
+
+def tell_errors(call: Callable[[], None], debug: bool = False) -> None:
+    """Call; a ValueError or OSError ends in its message and exit code 2, Ctrl-C in a word."""
     try:
-        main(config_class(**{field.name: values[field.name] for field in fields(config_class)}))
+        call()
     except (ValueError, OSError) as error:
-        if values["debug"]:
+        if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)

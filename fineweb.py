@@ -253,11 +253,11 @@ def start_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict
         )
     earlier = read_manifest(out_dir)
     if any(shard["split"] == "train" for shard in earlier["shards"]):
-        changed = [key for key in options if earlier["options"].get(key) != options[key]]
+        changed = [key for key in options if earlier.get("options", {}).get(key) != options[key]]
         if changed:
             raise ValueError(
                 f"{out_dir} holds shards made with another {' and '.join(changed)}: "
-                f"{ {key: earlier['options'].get(key) for key in changed} } then, "
+                f"{ {key: earlier.get('options', {}).get(key) for key in changed} } then, "
                 f"{ {key: options[key] for key in changed} } now. Take another --out_dir, or "
                 "delete the folder"
             )
@@ -275,6 +275,7 @@ def start_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict
         print(f"{out_dir}: going on after {shards[-1]['name']}")
     return {
         "name": out_dir.name,
+        "dataset": source.name,
         "tokenizer": "gpt2",
         "complete": False,
         "options": options,
@@ -315,9 +316,9 @@ def download_shards(dataset: str, out_dir: Path, max_tokens: int | None) -> None
     repo, prefix, n_train = HUB_SHARDS[dataset]
     manifest = {
         "name": out_dir.name,
+        "dataset": dataset,
         "tokenizer": "gpt2",
         "complete": True,
-        "options": {"source": [dataset]},
         "shards": [],
     }
     names = [("val", f"{prefix}_val_000000.bin")]

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
+import cli
 from checkpoint import read_metrics
 from data import read_manifest
 
@@ -24,8 +25,7 @@ GPT2_VAL_LOSS = {
 def gpt2_val_loss(run: Path | str) -> float | None:
     """GPT-2 124M's loss on the validation set of a run, where it is known."""
     config = yaml.safe_load((Path(run) / "config.yaml").read_text())
-    options = read_manifest(Path(config.get("data_dir", ""))).get("options", {})
-    return GPT2_VAL_LOSS.get(options.get("source", [None])[0])
+    return GPT2_VAL_LOSS.get(read_manifest(Path(config.get("data_dir", ""))).get("dataset"))
 
 
 def plot_runs(runs: list[Path], file: Path) -> None:
@@ -68,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.tell_errors(main)

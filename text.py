@@ -41,7 +41,8 @@ Piece = tuple[str, bool]  # a text of at most PIECE_CHARS or so, and whether a d
 class Source:
     """Where documents come from."""
 
-    identity: list  # changes when the documents do
+    name: str
+    identity: str  # changes when the documents do
     pieces: Callable[[int, Counter], Iterator[Piece]]  # from piece n on, counting what is wrong
     n_bytes: int | None  # of text, about
 
@@ -49,24 +50,28 @@ class Source:
 def open_source(dataset: list[str], text_field: str) -> Source:
     if dataset == ["stdlib"]:
         documents = stdlib_documents()
-        digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
         return Source(
-            ["stdlib", digest],
+            "stdlib",
+            sha256("\0".join(documents)),
             lambda skip, _: islice(((text, True) for text in documents), skip, None),
             sum(map(len, documents)),
         )
     if dataset[0] in HUB_TEXT:
-        return Source([dataset[0]], partial(hub_pieces, *HUB_TEXT[dataset[0]]), None)
+        repo, name = HUB_TEXT[dataset[0]]
+        return Source(dataset[0], f"{repo} {name}", partial(hub_pieces, repo, name), None)
     files = find_files(dataset)
+    sizes = [(f.name, f.stat().st_size) for f in files]
 
     def pieces(skip: int, problems: Counter) -> Iterator[Piece]:
         return islice((p for f in files for p in read_file(f, text_field, problems)), skip, None)
 
-    return Source(
-        [[f.name, f.stat().st_size] for f in files],
-        pieces,
-        sum(f.stat().st_size for f in files),
-    )
+    n_bytes = sum(size for _, size in sizes)
+    identity = f"{len(files)} files, {n_bytes} bytes, {sha256(repr(sizes))}"
+    return Source("files", identity, pieces, n_bytes)
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def find_files(paths: list[str]) -> list[Path]:
@@ -207,4 +212,4 @@ def stdlib_documents() -> list[str]:
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 documents.add((ast.get_docstring(node) or "").strip())
     documents.discard("")
-    return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
+    return sorted(documents, key=sha256)
