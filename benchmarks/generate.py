@@ -53,7 +53,12 @@ def main(config: BenchmarkConfig) -> None:
     contenders = {
         "this project": lambda idx: ours.generate(idx, n, temperature=0),
         "transformers, cached": lambda idx: theirs.generate(
-            idx, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=50256
+            idx,
+            attention_mask=torch.ones_like(idx),
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=False,
+            pad_token_id=50256,
         ),
         "prefix recomputed": lambda idx: recompute(ours, idx, n),
     }
