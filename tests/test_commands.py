@@ -1,6 +1,5 @@
 """The commands as a user runs them: processes, files, exit codes, signals."""
 
-import json
 import os
 import shutil
 import signal
@@ -10,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from test_model import hugging_face
 from transformers import AutoModelForCausalLM
 
@@ -296,5 +294,3 @@ def test_presets_are_complete_and_right():
         assert result.returncode == 0, f"{preset}: {result.stderr}"
         if preset.stem == "gpt2_124m":
             assert result.stdout == defaults
-    assert json is not None
-    assert torch is not None

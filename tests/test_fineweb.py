@@ -315,3 +315,12 @@ def test_stdlib_is_a_deterministic_corpus(tmp_path):
     sentence = "statement is used to iterate over the elements of a sequence"
     assert any(sentence in " ".join(document.split()) for document in documents)
     assert not any("transformers" in d and "tokenizer" in d for d in documents)
+
+
+def test_real_text_has_the_tokens_of_tiktoken(shared_data, tmp_path):
+    """Real web text and a play of a million characters become exactly tiktoken's tokens."""
+    web, play = shared_data / "fineweb_edu_sample_docs.jsonl", shared_data / "tinyshakespeare.txt"
+    prepare(tmp_path / "out", web, play, shard_size=100_000, val_tokens=20_000)
+    documents = [json.loads(line)["text"] for line in web.read_text().splitlines()]
+    documents.append(play.read_bytes().decode())
+    assert all_tokens(tmp_path / "out") == expected_tokens(documents)

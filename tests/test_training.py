@@ -1,12 +1,16 @@
+import json
 import math
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+from checkpoint import checkpoints, claim_run
 from data import PretrainingData, TokenShards, evaluation_batches
 from model import GPT, GPTConfig
+from plot import gpt2_val_loss
 from runtime import Distributed
 from training import (
     StepLoss,
@@ -17,6 +21,7 @@ from training import (
     flops_per_token,
     learning_rate,
     parameter_groups,
+    train,
 )
 
 CPU = Distributed(rank=0, world_size=1, device=torch.device("cpu"))
@@ -187,6 +192,43 @@ def test_a_step_that_is_not_finite_is_skipped(shards):
     handle.remove()
     assert math.isfinite(step(4)[1])
     assert step.skipped_in_a_row == 0
+
+
+def test_training_stops_when_nothing_is_finite_any_more(shards, tmp_path, capsys):
+    """Five steps in a row that are not finite end the run with a line, the log stays valid JSON and
+    the last good checkpoint stays as it is.
+    """
+    model = new_model()
+    sizes = {"batch_size": 4, "total_batch_size": 192, "max_steps": 20, "warmup_steps": 3}
+    often = {"eval_tokens": 100, "eval_every": 5, "sample_every": 0, "save_every": 2}
+    config = TrainConfig(out_dir=str(tmp_path), **sizes, **often)
+    claim_run(tmp_path, asdict(config), "auto")
+    data = PretrainingData(shards, 16, 4, 192, config.seed)
+    calls = []
+
+    def poison(grad):
+        calls.append(1)
+        return grad * math.nan if len(calls) > 3 * data.grad_accum_steps else grad
+
+    model.transformer.ln_f.bias.register_hook(poison)
+    with pytest.raises(ValueError, match="5 steps in a row"):
+        train(model, data, shards, config, CPU, None)
+    assert capsys.readouterr().out.count("skipped: its gradient is not finite") == 5
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [r["step"] for r in records if r.get("grad_norm", 0) is None] == [4, 5, 6, 7, 8]
+    weights = GPT.from_pretrained(checkpoints(tmp_path)[-1]).state_dict()
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_plot_has_gpt2s_line_where_it_applies(tmp_path):
+    """GPT-2's own loss is drawn for a run on FineWeb or FineWeb-Edu, each with its own, and for no
+    other data.
+    """
+    for dataset, loss in (("fineweb", 3.4250), ("fineweb-edu", 3.2924), ("stdlib", None)):
+        (tmp_path / "manifest.json").write_text(json.dumps({"dataset": dataset, "shards": []}))
+        (tmp_path / "config.yaml").write_text(f"data_dir: {tmp_path}\n")
+        assert gpt2_val_loss(tmp_path) == loss
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile on a CPU needs gcc")
