@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(BIN)/python fineweb.py --dataset stdlib --out_dir data/stdlib --val_tokens 20000
+	$(BIN)/python fineweb.py --dataset stdlib
 	$(BIN)/python train_gpt2.py --config configs/demo.yaml
 
 test: .venv/installed-dev

@@ -8,23 +8,35 @@ RUN/checkpoints/step_000500/       a Hugging Face model and tokenizer, and besid
 
 import json
 import os
+import pickle
+import re
 import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from model import GPT
+from pretrained import write_folder
 from tokenizer import save_tokenizer
 
-# What may change when a run goes on, because its curve does not depend on it (batch_size only
-# moves the order of floating-point sums).
+# What may change when a run goes on, because its curve does not depend on it but for the order of
+# floating-point sums.
 FREE_TO_CHANGE = {
     "out_dir",
+    "data_dir",  # the data themselves are compared
     "resume",
     "device",
     "compile",
     "batch_size",
+    "parallel",
+    "recompute",
     "keep",
     "eval_every",
     "sample_every",
@@ -34,7 +46,8 @@ FREE_TO_CHANGE = {
 
 def checkpoints(run: Path | str) -> list[Path]:
     """The run's complete checkpoints, oldest first."""
-    return sorted(p for p in Path(run).glob("checkpoints/step_*") if p.suffix != ".tmp")
+    named = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in Path(run).glob("checkpoints/*")]
+    return [p for _, p in sorted((int(m[1]), p) for m, p in named if m)]
 
 
 def load_model(name_or_path: str | Path) -> GPT:
@@ -42,31 +55,82 @@ def load_model(name_or_path: str | Path) -> GPT:
     return GPT.from_pretrained((checkpoints(name_or_path) or [name_or_path])[-1])
 
 
-def save_checkpoint(run: Path, model: GPT, progress: dict, state: dict, keep: int) -> Path:
+def load_newest(run: Path | str) -> tuple[GPT, dict, dict] | None:
+    """Model, progress and state of the run's newest checkpoint, or of the newest intact one. None
+    where the run has no checkpoint.
+    """
+    folders = checkpoints(run)
+    for folder in reversed(folders):
+        try:
+            loaded = GPT.from_pretrained(folder), load_progress(folder), load_state(folder)
+        except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            print(f"{folder} is damaged ({error}); going back to the one before")
+        else:
+            return loaded
+    if folders:
+        raise ValueError(f"none of the {len(folders)} checkpoints in {run} can be read")
+    return None
+
+
+def save_checkpoint(run: Path, model: GPT, params: dict, progress: dict, state: dict, keep: int):
     """Write the checkpoint of progress["step"], then delete all but the newest `keep` and the best.
+    `params` are the parameters of `model`, or copies of them.
 
     The folder takes its name only when all of it is on the disk, so any crash leaves the earlier
     checkpoints and never half a one.
     """
     folder = run / "checkpoints" / f"step_{progress['step']:06d}"
     temporary = folder.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted save has left
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
-    save_tokenizer(temporary)
-    torch.save(state, temporary / "state.pt")
-    (temporary / "progress.json").write_text(json.dumps(progress) + "\n")
-    for file in temporary.iterdir():
-        with file.open("r+b") as stream:
-            os.fsync(stream.fileno())
-    _fsync_folder(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    _fsync_folder(folder.parent)
+    try:
+        for leftover in folder.parent.glob("*.tmp"):  # of interrupted saves
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+        write_folder(temporary, asdict(model.config), model.hf_tensors(params))
+        save_tokenizer(temporary, model.config.block_size)
+        torch.save(state, temporary / "state.pt")
+        (temporary / "progress.json").write_text(json.dumps(progress) + "\n")
+        for file in [*temporary.iterdir(), *run.glob("metrics.jsonl")]:
+            with file.open("r+b") as stream:
+                os.fsync(stream.fileno())
+        _fsync_folder(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        _fsync_folder(folder.parent)
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch.save has its own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"step {progress['step']} could not be saved: {error}. Make room and run the same "
+            f"command again; it goes on from {(checkpoints(run) or ['the start'])[-1]}"
+        ) from error
     kept = {best_checkpoint(run), *checkpoints(run)[-keep:]}
     for old in set(checkpoints(run)) - kept:
         shutil.rmtree(old)
-    return folder
+
+
+class BackgroundSave:
+    """Saves while training goes on: one at a time, and an error is raised by the next call."""
+
+    def __init__(self):
+        self.executor = ThreadPoolExecutor(max_workers=1)
+        self.pending: Future | None = None
+
+    def start(self, save: Callable[[], object]) -> None:
+        self.wait()
+        self.pending = self.executor.submit(save)
+
+    def check(self) -> None:
+        """Raise what a save that has ended has raised."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -93,34 +157,55 @@ def best_checkpoint(run: Path | str) -> Path | None:
     return min(measured, key=measured.get) if measured else None
 
 
-def claim_run(run: Path, config: dict, resume: str) -> Path | None:
-    """Make `run` the folder of a run with this config, and return the checkpoint to go on from.
-
-    ValueError when the folder holds a run that this one would not continue exactly.
+@contextmanager
+def lock_run(run: Path) -> Iterator[None]:
+    """Hold the run folder, so that no second process writes into it; the system lets go of it when
+    the process ends, however it ends.
     """
-    file = run / "config.yaml"
-    if file.exists() and (run / "metrics.jsonl").exists():
-        if resume == "never":
-            raise ValueError(
-                f"{run} holds a run already and --resume is never; choose another --out_dir, or "
-                "--resume auto to go on with it"
-            )
-        earlier = yaml.safe_load(file.read_text())
-        changed = [
-            f"{key} {earlier.get(key)} then, {config.get(key)} now"
-            for key in sorted({*earlier, *config} - FREE_TO_CHANGE)
-            if earlier.get(key) != config.get(key)
-        ]
-        if changed:
-            raise ValueError(
-                f"{run} holds a run with other settings, which cannot go on exactly: "
-                f"{'; '.join(changed)}. Choose another --out_dir (--init_from {run} there starts "
-                "from its weights), or the settings of then"
-            )
-    else:
-        run.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(config, sort_keys=False))
-    return (checkpoints(run) or [None])[-1]
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run / "lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"{run} is in use by another process; wait for its end, or choose another --out_dir"
+        ) from error
+
+
+def read_run_config(run: Path | str) -> dict:
+    """The settings of a run, from its config.yaml."""
+    file = Path(run) / "config.yaml"
+    try:
+        return dict(yaml.safe_load(file.read_text()))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def check_same_run(run: Path, config: dict, resume: str) -> dict:
+    """The settings that a run with this config takes over from the one that `run` holds, if any:
+    those it leaves open (None). ValueError when it would not continue that run exactly.
+    """
+    if not (run / "metrics.jsonl").exists() and not checkpoints(run):
+        return {}
+    if resume == "never":
+        raise ValueError(
+            f"{run} holds a run already and --resume is never; choose another --out_dir, or "
+            "--resume auto to go on with it"
+        )
+    earlier = read_run_config(run)
+    fixed = sorted({*earlier, *config} - FREE_TO_CHANGE)
+    changed = [
+        f"{key} {earlier.get(key)} then, {config.get(key)} now"
+        for key in fixed
+        if config.get(key) not in (None, earlier.get(key))
+    ]
+    if changed:
+        raise ValueError(
+            f"{run} holds a run with other settings, which cannot go on exactly: "
+            f"{'; '.join(changed)}. Choose another --out_dir (--init_from {run} there starts from "
+            "its weights), or the earlier settings"
+        )
+    return {key: earlier.get(key) for key in fixed if config.get(key) is None}
 
 
 class MetricsLog:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import BinaryIO
 
 import numpy as np
 
+from tokenizer import END_OF_TEXT_ID
+
 # The header of llm.c's and modded-nanogpt's .bin shards (llm.c, dev/data/data_common.py).
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_INTS = 20240520, 1, 256
-IGNORE_INDEX = -100  # a target that is not predicted
+IGNORE_INDEX = -100  # a target that is not predicted; the default of F.cross_entropy
 
 Batch = tuple[np.ndarray, np.ndarray]  # idx and targets, both (B, T) int64
 
@@ -52,14 +55,16 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 def read_manifest(folder: Path) -> dict:
     """The folder's manifest.json; {"shards": []} where there is none."""
     file = folder / "manifest.json"
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
+    if not file.exists():
         return {"shards": []}
-    except json.JSONDecodeError as error:
+    try:
+        manifest = json.loads(file.read_text())
+        manifest["shards"][:]  # what everything else is about
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{file} is damaged ({error}); delete it and prepare the data again"
+            f"{file} is damaged ({error!r}); delete the folder and prepare the data again"
         ) from error
+    return manifest
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -88,13 +93,25 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 class TokenShards:
-    """All tokens of one split ("train" or "val") of a data folder, as one memory-mapped stream."""
+    """All tokens of one split ("train" or "val") of a data folder, as one memory-mapped stream.
 
-    def __init__(self, folder: Path | str, split: str):
+    With `verify` every byte is checked, about 1 GB a second. `fingerprint` tells data sets apart.
+    """
+
+    def __init__(self, folder: Path | str, split: str, verify: bool = False):
         folder = Path(folder)
-        listed = {s["name"]: s["tokens"] for s in read_manifest(folder)["shards"]}
-        files = [folder / name for name in listed] or sorted(folder.glob("*.*"))
-        files = [f for f in files if f.suffix in (".npy", ".bin") and f"_{split}_" in f.name]
+        manifest = read_manifest(folder)
+        listed = {s["name"]: s for s in manifest["shards"]}
+        if not manifest.get("complete", True):
+            raise ValueError(
+                f"the preparation of {folder} has not come to its end; run its fineweb.py command "
+                "again, it goes on where it stopped"
+            )
+        if listed:
+            files = [folder / name for name, shard in listed.items() if shard["split"] == split]
+        else:  # made by others: edufineweb_train_000001.npy, tiny_shakespeare_val.bin
+            name = re.compile(rf".*_{split}(_\d+)?\.(npy|bin)")
+            files = sorted(f for f in folder.glob("*") if name.fullmatch(f.name))
         if not files:
             raise FileNotFoundError(
                 f"no {split} shards in {folder}. Get some with\n"
@@ -108,14 +125,29 @@ class TokenShards:
             if not file.exists():
                 raise FileNotFoundError(f"{file} is missing, manifest.json lists it")
             self.shards.append(open_shard(file))
-            if (expected := listed.get(file.name)) not in (None, len(self.shards[-1])):
+            entry = listed.get(file.name, {})
+            if entry.get("tokens", len(self.shards[-1])) != len(self.shards[-1]):
                 raise ValueError(
-                    f"{file} holds {len(self.shards[-1])} tokens, manifest.json says {expected}; "
-                    "delete it and prepare the data again"
+                    f"{file} holds {len(self.shards[-1])} tokens, manifest.json says "
+                    f"{entry['tokens']}; delete it and prepare the data again"
                 )
+            if verify and entry and sha256_of(file) != entry["sha256"]:
+                raise ValueError(
+                    f"{file} has changed since it was written: its sha256 is not that of "
+                    "manifest.json; delete it and prepare the data again"
+                )
+            if verify and (largest := int(self.shards[-1].max(initial=0))) > END_OF_TEXT_ID:
+                raise ValueError(f"{file} holds token {largest}, GPT-2's go up to {END_OF_TEXT_ID}")
         self.starts = np.cumsum([0, *map(len, self.shards)])
+        identity = [
+            (len(s), listed.get(f.name, {}).get("sha256"))
+            for f, s in zip(files, self.shards, strict=True)
+        ]
+        self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
         if len(self) < 2:
-            raise ValueError(f"the {split} split of {folder} has {len(self)} tokens, expected 2 up")
+            raise ValueError(
+                f"the {split} split of {folder} has {len(self)} tokens, expected at least 2"
+            )
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -4,9 +4,12 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import takewhile
@@ -28,6 +31,7 @@ HUB_SHARDS = {
     "fineweb100B-gpt2": ("kjj0/fineweb100B-gpt2", "fineweb", 1030),
     "finewebedu10B-gpt2": ("kjj0/finewebedu10B-gpt2", "finewebedu", 99),
 }
+MAX_TOKENS, MAX_SHARD_SIZE = 10**15, 10**9  # a shard is held in memory, two bytes a token
 BATCH_CHARS = 1 << 20  # handed to a worker at once
 # The first tokens of FineWeb's validation shard on which the 124M speedruns compare their loss.
 HUB_VAL_TOKENS = 10_485_760
@@ -46,15 +50,27 @@ class PrepareConfig:
     out_dir: str = ""
     """folder of the shards (default: data/ and the name of the dataset)"""
     max_tokens: int | None = None
-    """stop after so many tokens, those for validation included (default: all)"""
+    """stop after so many tokens, those for validation included (default: all); of ready-made
+    shards, as many as it takes for training"""
     shard_size: int = 100_000_000
     """tokens in a shard"""
     val_tokens: int | None = None
     """the first tokens, kept for validation (default: 10,485,760 of a hub set, else about 5 %)"""
     text_field: str = "text"
-    """the column or key of the text in .parquet and .jsonl"""
-    num_proc: int = os.cpu_count() or 1
-    """worker processes"""
+    """the column or key of the text in .parquet and .jsonl (this and the sizes above: not for
+    ready-made shards)"""
+    num_proc: int = min(os.cpu_count() or 1, 61)
+    """worker processes (Windows bears 61)"""
+
+    def __post_init__(self):
+        if not isinstance(self.dataset, list) or not all(isinstance(d, str) for d in self.dataset):
+            raise ValueError(f"dataset is {self.dataset!r}, expected a list of names or paths")
+        for name in ("shard_size", "num_proc", "val_tokens", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= MAX_TOKENS:
+                raise ValueError(f"{name} is {value}, expected 1 up to {MAX_TOKENS:,}")
+        if self.shard_size > MAX_SHARD_SIZE:
+            raise ValueError(f"shard_size is {self.shard_size}, expected up to {MAX_SHARD_SIZE:,}")
 
 
 def main(config: PrepareConfig) -> None:
@@ -108,20 +124,37 @@ def tokenize(
     than a few batches ahead.
     """
     # The workers start before the source opens: a fork after its network threads could hang.
-    with multiprocessing.Pool(num_proc, initializer=ignore_interrupts) as pool:
+    pool = ProcessPoolExecutor(num_proc, initializer=follow_parent)
+    try:
+        pool.submit(encode, []).result()
         pending = deque()
         for batch in in_batches(open_pieces()):
-            pending.append((batch, pool.apply_async(encode, (batch,))))
+            pending.append((batch, pool.submit(encode, batch)))
             if len(pending) > 2 * num_proc:
                 done, result = pending.popleft()
-                yield from zip(done, result.get(), strict=True)
+                yield from zip(done, result.result(), strict=True)
         for done, result in pending:
-            yield from zip(done, result.get(), strict=True)
+            yield from zip(done, result.result(), strict=True)
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a worker process was killed, maybe for want of memory; the same command goes on after "
+            "the last complete shard, with a smaller --num_proc in less memory"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def ignore_interrupts() -> None:
-    """Ctrl-C reaches the whole process group; the parent alone decides what it means."""
+def follow_parent() -> None:
+    """A worker leaves it to its parent what Ctrl-C means, and ends when the parent does, even by
+    kill -9.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def exit_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 @dataclass(frozen=True)
@@ -165,7 +198,7 @@ class ShardWriter:
         self.filled = 0
 
     def add(self, tokens: np.ndarray, cursor: Cursor) -> None:
-        """Add the tokens of a piece; `cursor` stands before it and has its document counted."""
+        """Add the tokens of a piece; `cursor` is where the piece begins."""
         used = cursor.tokens
         while used < len(tokens) and not self.done:
             n = min(len(self.buffer) - self.filled, len(tokens) - used)
@@ -219,7 +252,7 @@ def prepare(source: Source, out_dir: Path, config: PrepareConfig) -> None:
             if len(manifest["shards"]) > n_shards:
                 speed = (writer.total - first) / (time.perf_counter() - start)
                 left = (
-                    f", about {(expected - writer.total) / speed / 60:.0f} min left"
+                    f", about {max(0, expected - writer.total) / speed / 60:.0f} min left"
                     if expected
                     else ""
                 )
@@ -237,7 +270,7 @@ def start_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict
     if val_tokens is None and source.n_bytes is None:
         val_tokens = HUB_VAL_TOKENS
     elif val_tokens is None:
-        val_tokens = min(HUB_VAL_TOKENS, int(source.n_bytes / BYTES_PER_TOKEN / 20))
+        val_tokens = max(1, min(HUB_VAL_TOKENS, int(source.n_bytes / BYTES_PER_TOKEN / 20)))
     options = {
         "source": source.identity,
         "text_field": config.text_field,
@@ -245,8 +278,6 @@ def start_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict
         "shard_size": config.shard_size,
         "val_tokens": val_tokens,
     }
-    if config.shard_size < 1 or val_tokens < 1:
-        raise ValueError(f"shard_size {config.shard_size}, val_tokens {val_tokens}: expected 1 up")
     if config.max_tokens is not None and config.max_tokens < val_tokens + 2:
         raise ValueError(
             f"max_tokens {config.max_tokens} leaves none beside val_tokens {val_tokens}"
@@ -261,8 +292,6 @@ def start_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict
                 f"{ {key: options[key] for key in changed} } now. Take another --out_dir, or "
                 "delete the folder"
             )
-        if earlier["complete"]:
-            return earlier
     out_dir.mkdir(parents=True, exist_ok=True)
 
     def intact(shard: dict) -> bool:
@@ -271,6 +300,8 @@ def start_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict
 
     resumable = earlier["shards"] if earlier.get("options") == options else []
     shards = list(takewhile(intact, resumable))
+    if shards and len(shards) == len(earlier["shards"]) and earlier["complete"]:
+        return earlier
     if shards:
         print(f"{out_dir}: going on after {shards[-1]['name']}")
     return {
@@ -289,9 +320,10 @@ def finish_manifest(manifest: dict, out_dir: Path, cursor: Cursor, problems: Cou
         tokens[shard["split"]] += shard["tokens"]
     if tokens["train"] < 2:
         raise ValueError(
-            f"the text has {sum(tokens.values())} tokens and val_tokens is "
-            f"{manifest['options']['val_tokens']}, which leaves none for training; "
-            "lower --val_tokens or add text"
+            f"the text has {sum(tokens.values())} tokens in {cursor.documents} documents and "
+            f"val_tokens is {manifest['options']['val_tokens']}, which leaves none for training; "
+            f"lower --val_tokens or add text ({problems['bad rows']} rows had none under "
+            f"--text_field {manifest['options']['text_field']})"
         )
     manifest["complete"] = True
     manifest["summary"] = {
@@ -314,13 +346,12 @@ def describe(manifest: dict) -> str:
 def download_shards(dataset: str, out_dir: Path, max_tokens: int | None) -> None:
     """Fetch ready-made shards, validation first, until `max_tokens` for training are there."""
     repo, prefix, n_train = HUB_SHARDS[dataset]
-    manifest = {
-        "name": out_dir.name,
-        "dataset": dataset,
-        "tokenizer": "gpt2",
-        "complete": True,
-        "shards": [],
-    }
+    earlier = read_manifest(out_dir)
+    if earlier["shards"] and earlier.get("dataset") != dataset:
+        raise ValueError(f"{out_dir} holds shards of other text; take another --out_dir")
+    # Shards that are here stay listed until their turn comes again, which takes no download.
+    manifest = {"name": out_dir.name, "dataset": dataset, "tokenizer": "gpt2", "complete": False}
+    shards: dict[str, dict] = {shard["name"]: shard for shard in earlier["shards"]}
     names = [("val", f"{prefix}_val_000000.bin")]
     names += [("train", f"{prefix}_train_{i:06d}.bin") for i in range(1, n_train + 1)]
     trained = 0
@@ -330,17 +361,17 @@ def download_shards(dataset: str, out_dir: Path, max_tokens: int | None) -> None
         except OSError as error:
             raise ConnectionError(
                 f"the Hugging Face hub does not give {name} of {repo}: {error}. The same command "
-                "goes on where it stopped; without a network, take --dataset stdlib or own files"
+                "goes on where it stopped; without a network, use --dataset stdlib or own files"
             ) from error
         tokens = len(open_shard(Path(file)))
-        manifest["shards"].append(
-            {"name": name, "tokens": tokens, "sha256": sha256_of(Path(file)), "split": split}
-        )
-        write_manifest(out_dir, manifest)
+        entry = {"name": name, "tokens": tokens, "sha256": sha256_of(Path(file)), "split": split}
+        shards[name] = entry
+        write_manifest(out_dir, {**manifest, "shards": list(shards.values())})
         trained += tokens if split == "train" else 0
         if max_tokens is not None and trained >= max_tokens:
             break
-    print(f"{out_dir}: {trained:,} tokens for training in {len(manifest['shards']) - 1} shards")
+    write_manifest(out_dir, {**manifest, "complete": True, "shards": list(shards.values())})
+    print(f"{out_dir}: {trained:,} tokens for training, and a shard for validation")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import pretrained
 
@@ -56,13 +57,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // x.size(-1)
+        if torch.is_grad_enabled() or x.device.type != "cpu" or rows > FEW_ROWS:
+            return super().forward(x)
         blocks = torch.get_num_threads()
-        if (
-            rows > FEW_ROWS
-            or x.device.type != "cpu"
-            or torch.is_grad_enabled()
-            or self.out_features % blocks
-        ):
+        if self.out_features % blocks:
             return super().forward(x)
         weight = self.weight.view(blocks, -1, self.in_features)
         x_t = x.reshape(rows, -1).t().expand(blocks, -1, -1)  # (blocks, in, rows)
@@ -123,14 +121,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A transformer block. With `recompute` it keeps nothing but its input for the backward pass,
+    which runs it once more.
+    """
+
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.recompute = False
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._residual, x, use_reentrant=False)
+        return self._residual(x, cache)
+
+    def _residual(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -183,6 +191,8 @@ class GPT(nn.Module):
         """
         T = idx.size(1)
         start = caches[0].length if caches else 0
+        if start and T > 1:
+            raise ValueError(f"{T} tokens at once after {start} cached ones, expected 1")
         if start + T > self.config.block_size:
             raise ValueError(
                 f"{start + T} tokens do not fit the model's block_size {self.config.block_size}"
@@ -218,20 +228,20 @@ class GPT(nn.Module):
         chunked = len(x) > chunk_rows  # a single chunk has nothing to gain over plain logits
         # The chunked operator knows nothing of autocast, and rounds a sum to the type of its input
         # (8 bits in bf16): it gets its inputs cast, and the tokens' losses are added here in fp32.
-        half = chunked and torch.is_autocast_enabled(device_type)
-        if half:
+        cast = chunked and torch.is_autocast_enabled(device_type)
+        if cast:
             dtype = torch.get_autocast_dtype(device_type)
             x, weight = x.to(dtype), weight.to(dtype)
         # A bias of -inf takes the padding rows out of the softmax and out of the gradient.
         bias = x.new_zeros(self.config.padded_vocab_size)
         bias[self.config.vocab_size :] = -torch.inf
-        with torch.autocast(device_type, enabled=False) if half else nullcontext():
+        with torch.autocast(device_type, enabled=False) if cast else nullcontext():
             losses = F.linear_cross_entropy(
                 x,
                 weight,
                 targets,
                 linear_bias=bias,
-                reduction="none" if half else "sum",
+                reduction="none" if cast else "sum",
                 ignore_index=IGNORE_INDEX,
                 options=nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows)
                 if chunked
@@ -264,7 +274,7 @@ class GPT(nn.Module):
                 next_id = next_id.masked_fill(finished, eos)
                 finished |= next_id == eos
             idx = torch.cat([idx, next_id], dim=1)
-            if finished.all():
+            if eos is not None and finished.all():
                 break
         return idx
 
@@ -282,23 +292,24 @@ class GPT(nn.Module):
         caches[:] = [KVCache(block_size) for _ in self.transformer.h]
         return self.hidden(idx[:, -window:], caches)[:, -1]
 
-    def _hf_views(self) -> dict[str, torch.Tensor]:
-        """The parameters as Hugging Face stores them: the linears of the blocks transposed (its
-        Conv1D), the vocabulary without padding. Views, so they serve to read and to write.
+    def hf_tensors(self, params: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """The parameters (this model's, or copies of them) as Hugging Face stores them: the linears
+        of the blocks transposed (its Conv1D), the vocabulary without padding. Views, so they serve
+        to read and to write.
         """
-        views = {}
-        for name, param in self.named_parameters():
+        tensors = {}
+        for name in dict(self.named_parameters()):
+            tensor = params[name] if params else self.get_parameter(name).data
             if name in ("transformer.wte.weight", "lm_head.weight"):
-                views[name] = param.data[: self.config.vocab_size]
-            elif name.startswith("transformer.h.") and param.dim() == 2:
-                views[name] = param.data.t()
-            else:
-                views[name] = param.data
-        return views
+                tensor = tensor[: self.config.vocab_size]
+            elif name.startswith("transformer.h.") and tensor.dim() == 2:
+                tensor = tensor.t()
+            tensors[name] = tensor
+        return tensors
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write config.json and model.safetensors, which transformers opens as GPT2LMHeadModel."""
-        pretrained.write_folder(Path(folder), asdict(self.config), self._hf_views())
+        pretrained.write_folder(Path(folder), asdict(self.config), self.hf_tensors())
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> "GPT":
@@ -311,7 +322,7 @@ class GPT(nn.Module):
         model.to_empty(device="cpu")
         model._tie_weights()
         model._zero_vocab_padding()
-        pretrained.read_weights_into(model._hf_views(), folder)
+        pretrained.read_weights_into(model.hf_tensors(), folder)
         return model
 
 
@@ -327,7 +338,10 @@ def sample_next(
     """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (
+        logits - logits.amax(dim=-1, keepdim=True)
+    ) / temperature  # the largest is 0: no overflow
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)

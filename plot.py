@@ -3,11 +3,10 @@
 import sys
 from pathlib import Path
 
-import yaml
 from matplotlib.figure import Figure
 
 import cli
-from checkpoint import read_metrics
+from checkpoint import read_metrics, read_run_config
 from data import read_manifest
 
 # Validation loss of OpenAI's GPT-2 124M: on FineWeb as llm.c gives it, on FineWeb-Edu as
@@ -24,8 +23,8 @@ GPT2_VAL_LOSS = {
 
 def gpt2_val_loss(run: Path | str) -> float | None:
     """GPT-2 124M's loss on the validation set of a run, where it is known."""
-    config = yaml.safe_load((Path(run) / "config.yaml").read_text())
-    return GPT2_VAL_LOSS.get(read_manifest(Path(config.get("data_dir", ""))).get("dataset"))
+    data_dir = read_run_config(run).get("data_dir", "")
+    return GPT2_VAL_LOSS.get(read_manifest(Path(data_dir)).get("dataset"))
 
 
 def plot_runs(runs: list[Path], file: Path) -> None:
@@ -61,9 +60,11 @@ def plot_runs(runs: list[Path], file: Path) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or any(arg.startswith("-") for arg in sys.argv[1:]):
-        sys.exit("usage: python plot.py RUN [RUN ...]   draws the runs' losses into loss.png")
-    plot_runs([Path(run) for run in sys.argv[1:]], Path("loss.png"))
+    runs = sys.argv[1:]
+    if not runs or any(run.startswith("-") for run in runs):
+        print("usage: python plot.py RUN [RUN ...]   draws the runs' losses into loss.png")
+        sys.exit(0 if {"-h", "--help"} & set(runs) else cli.BAD_INPUT)
+    plot_runs([Path(run) for run in runs], Path("loss.png"))
     print("drawn into loss.png")
 
 

@@ -13,6 +13,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tokenizer import END_OF_TEXT_ID
+
 # Options of config.json that change what a GPT-2 computes, each with its default in transformers
 # and the values that this project's model stands for (gelu_pytorch_tanh is gelu_new renamed).
 OPTIONS = {
@@ -34,7 +36,6 @@ FIELDS = {
     "layer_norm_epsilon": "layer_norm_epsilon",
     "tie_weights": "tie_word_embeddings",
 }
-END_OF_TEXT_ID = 50256
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference
 
 
@@ -66,13 +67,15 @@ def read_config(folder: Path) -> dict:
     """
     file = folder / "config.json"
     try:
-        hf = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        hf = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is no config.json: {error}") from error
     for option, (default, accepted) in OPTIONS.items():
         if (value := hf.get(option, default)) not in accepted:
             raise ValueError(f"{file}: {option} is {value!r}, this model has only {accepted}")
     fields = {field: hf[key] for field, key in FIELDS.items() if key in hf}
+    if missing := [key for key in FIELDS.values() if key.startswith("n_") and key not in hf]:
+        raise ValueError(f"{file} lacks {', '.join(missing)}")
     if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
         raise ValueError(f"{file}: n_inner is {hf['n_inner']}, this model has 4 * n_embd")
     return fields
@@ -105,7 +108,8 @@ def read_weights_into(views: dict[str, torch.Tensor], folder: Path) -> None:
     tensors = _read_weights(folder)
     if "lm_head.weight" not in views:  # tied; old files repeat it, and another one is an error
         head = tensors.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(head, tensors["transformer.wte.weight"]):
+        wte = tensors.get("transformer.wte.weight")
+        if head is not None and wte is not None and not torch.equal(head, wte):
             raise ValueError(f"{folder}: lm_head.weight differs from wte, config.json ties them")
     for problem, names in (
         ("missing", views.keys() - tensors.keys()),

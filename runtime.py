@@ -1,14 +1,24 @@
 """A file of its own for what differs between machines: ranks, devices, precision, signals."""
 
 import os
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from data import Batch
+from model import GPT
 
 # Dense peak of the matrix units in 16-bit floating point with fp32 accumulation, FLOP/s, from the
 # makers' data sheets; the first name found in the device's name counts.
@@ -28,6 +38,7 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
+BARRIER_TIMEOUT = timedelta(minutes=30)  # time enough to download 6 GB of GPT-2 1.5B
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,8 @@ class Distributed:
     rank: int
     world_size: int
     device: torch.device
+    control: torch.distributed.ProcessGroup | None = None
+    """a group on the CPUs, for what is no tensor and for waiting"""
 
     @classmethod
     def start(cls, device: str) -> "Distributed":
@@ -47,17 +60,26 @@ class Distributed:
         if device == "auto":
             accelerator = torch.accelerator.current_accelerator(check_available=True)
             device = accelerator.type if accelerator else "cpu"
+        if device.partition(":")[0] not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"device is {device}, expected auto, cpu, cuda or mps")
+        if world_size > 1 and ":" in device:
+            raise ValueError(f"device is {device}, but each of {world_size} ranks needs its own")
         try:
             device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {device} is not to be had here: {error}") from error
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {device} is not available: {reason}") from error
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         if world_size > 1:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(rank, world_size, device)
+        return cls(
+            rank,
+            world_size,
+            device,
+            torch.distributed.new_group(backend="gloo") if world_size > 1 else None,
+        )
 
     @property
     def is_main(self) -> bool:
@@ -71,25 +93,47 @@ class Distributed:
         torch.distributed.all_reduce(tensor)
         return tensor.tolist()
 
-    def from_main(self, make: Callable[[], object]) -> object:
-        """What `make` returns on the main rank, which alone calls it."""
-        value = [make() if self.is_main else None]
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main rank goes through alone, the others after it and from what it has cached."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    def barrier(self, timeout: timedelta = BARRIER_TIMEOUT) -> None:
+        """Wait for all ranks; after `timeout` an error says which have not come."""
         if self.world_size > 1:
-            torch.distributed.broadcast_object_list(value, src=0, device=self.device)
-        return value[0]
+            torch.distributed.monitored_barrier(self.control, timeout, wait_all_ranks=True)
 
     def stop(self) -> None:
         if self.world_size > 1:
             torch.distributed.destroy_process_group()
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The type of autocast's matrix products, None for fp32 throughout."""
-    if precision == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+def shard(model: GPT, dist: Distributed, dtype: torch.dtype | None, compile_blocks: bool) -> None:
+    """Spread the parameters of `model` over the ranks: a group a block, one for the rest (FSDP2).
+
+    The order is PyTorch's: recomputation is inside the block, around it comes compilation, around
+    that sharding, which gathers a block before it runs and frees it afterwards.
+    """
+    mesh = init_device_mesh(dist.device.type, (dist.world_size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in model.transformer.h:
+        if compile_blocks:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for entry in ("loss", "generate"):  # what the loop calls; both gather like forward
+        register_fsdp_forward_method(model, entry)
+
+
+def default_precision(device: torch.device) -> str:
+    """bf16 on CUDA, fp16 on cards that only emulate it, fp32 elsewhere."""
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -97,7 +141,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+    return next((f for card, f in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,4 +169,5 @@ class Interrupt:
         if self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
-        print(f"\n{signal.Signals(signum).name}: saving after this step (again: stop at once)")
+        text = f"\n{signal.Signals(signum).name}: saving after this step (again: stop at once)\n"
+        os.write(2, text.encode())  # print may not interrupt another print

@@ -35,6 +35,7 @@ class SampleConfig:
     def __post_init__(self):
         for name, fits, expected in (
             ("num_return_sequences", self.num_return_sequences >= 1, "at least 1"),
+            ("seed", 0 <= self.seed < 2**63, "0 up to 2^63 - 1"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "0 or more"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null"),
@@ -48,6 +49,11 @@ def main(config: SampleConfig) -> None:
     device = Distributed.start(config.device).device
     model = load_model(config.model).to(device)
     tokenizer = get_tokenizer()
+    if model.config.vocab_size < tokenizer.n_vocab:
+        raise ValueError(
+            f"{config.model} has {model.config.vocab_size} tokens, GPT-2's tokenizer "
+            f"{tokenizer.n_vocab}"
+        )
     prompt = tokenizer.encode(config.prompt, disallowed_special=()) or [END_OF_TEXT_ID]
     started = time.perf_counter()
     out = model.generate(

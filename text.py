@@ -23,6 +23,8 @@ from typing import BinaryIO
 
 import pyarrow.parquet
 
+from data import sha256_of
+
 # Text on the hub: repository and configuration.
 HUB_TEXT = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
@@ -48,6 +50,8 @@ class Source:
 
 
 def open_source(dataset: list[str], text_field: str) -> Source:
+    if len(dataset) > 1 and (known := {"stdlib", *HUB_TEXT} & set(dataset)):
+        raise ValueError(f"{' and '.join(known)} cannot go together with other text; prepare each")
     if dataset == ["stdlib"]:
         documents = stdlib_documents()
         return Source(
@@ -60,13 +64,12 @@ def open_source(dataset: list[str], text_field: str) -> Source:
         repo, name = HUB_TEXT[dataset[0]]
         return Source(dataset[0], f"{repo} {name}", partial(hub_pieces, repo, name), None)
     files = find_files(dataset)
-    sizes = [(f.name, f.stat().st_size) for f in files]
 
     def pieces(skip: int, problems: Counter) -> Iterator[Piece]:
         return islice((p for f in files for p in read_file(f, text_field, problems)), skip, None)
 
-    n_bytes = sum(size for _, size in sizes)
-    identity = f"{len(files)} files, {n_bytes} bytes, {sha256(repr(sizes))}"
+    n_bytes = sum(f.stat().st_size for f in files)
+    identity = f"{len(files)} files, {n_bytes} bytes, {sha256(' '.join(map(sha256_of, files)))}"
     return Source("files", identity, pieces, n_bytes)
 
 
@@ -78,19 +81,22 @@ def find_files(paths: list[str]) -> list[Path]:
     """The text files among paths, folders (searched to the bottom) and globs, in sorted order."""
     files = []
     for path in paths:
-        if Path(path).is_dir():
-            found = [f for f in Path(path).rglob("*") if f.name.endswith(SUFFIXES)]
+        if Path(path).is_file():
+            if not path.endswith(SUFFIXES):
+                raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
+            files.append(Path(path))
+            continue
+        if path and Path(path).is_dir():
+            found = Path(path).rglob("*")
         else:
-            found = [Path(f) for f in glob.glob(path, recursive=True)]  # noqa: PTH207 (any root)
+            found = map(Path, glob.glob(path, recursive=True))  # noqa: PTH207 (from any root)
+        found = sorted(f for f in found if f.is_file() and f.name.endswith(SUFFIXES))
         if not found:
             raise FileNotFoundError(
                 f"{path} is neither a data set (-h lists them) nor a file, a folder or a glob "
                 f"that holds any of {', '.join(SUFFIXES)}"
             )
-        for file in found:
-            if not file.name.endswith(SUFFIXES):
-                raise ValueError(f"{file} is none of {', '.join(SUFFIXES)}")
-        files += sorted(found)
+        files += found
     return files
 
 
@@ -102,7 +108,8 @@ def read_file(file: Path, text_field: str, problems: Counter) -> Iterator[Piece]
     else:  # one document, or several with <|endoftext|> between them
         with open_binary(file) as stream:
             blocks = until_truncation(iter(partial(stream.read1, PIECE_CHARS), b""), file, problems)
-            yield from in_pieces(codecs.iterdecode(blocks, "utf-8", errors="replace"), SEPARATOR)
+            decoded = codecs.iterdecode(blocks, "utf-8-sig", errors="replace")
+            yield from in_pieces(decoded, SEPARATOR)
         return
     for text in documents:
         yield from in_pieces(text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
@@ -124,14 +131,19 @@ def read_parquet(file: Path, text_field: str) -> Iterator[str]:
         )
     for batch in parquet.iter_batches(batch_size=1000, columns=[text_field]):
         for text in batch.column(0):
-            yield text.as_py() or ""
+            text = text.as_py() or ""
+            if not isinstance(text, str):
+                raise ValueError(f"{file}: {text_field!r} holds {type(text).__name__}, no text")
+            yield text
 
 
 def read_jsonl(file: Path, text_field: str, problems: Counter) -> Iterator[str]:
     with open_binary(file) as stream:
         for number, line in enumerate(until_truncation(stream, file, problems), start=1):
+            if not line.strip():
+                continue
             try:
-                text = json.loads(line.decode(errors="replace"))[text_field]
+                text = json.loads(line.decode(errors="replace").lstrip("\ufeff"))[text_field]
                 if not isinstance(text, str):
                     raise TypeError(f"{type(text).__name__} instead of a string")
             except (ValueError, KeyError, TypeError) as error:
@@ -194,7 +206,7 @@ def hub_pieces(repo: str, name: str, skip: int, _: Counter) -> Iterator[Piece]:
     except OSError as error:
         raise ConnectionError(
             f"the Hugging Face hub does not give {repo}: {error}. The same command goes on after "
-            "the last complete shard; without a network, take --dataset stdlib or your own files"
+            "the last complete shard; without a network, use --dataset stdlib or your own files"
         ) from error
 
 

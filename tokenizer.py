@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 # The sha256 of OpenAI's encoder.json, as tiktoken_ext.openai_public.gpt2 expects it.
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 END_OF_TEXT_ID = 50256
-MODEL_MAX_LENGTH = 1024  # as in the hub's tokenizer_config.json of gpt2
 
 
 @functools.cache  # a fifth of a second of work
@@ -70,9 +69,10 @@ def _bytes_to_unicode() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
-def save_tokenizer(folder: Path | str) -> None:
+def save_tokenizer(folder: Path | str, block_size: int = 1024) -> None:
     """Write the files from which transformers' `AutoTokenizer` rebuilds this encoding:
-    tokenizer.json, vocab.json, merges.txt, tokenizer_config.json.
+    tokenizer.json, vocab.json, merges.txt, tokenizer_config.json. `block_size` is the number of
+    tokens to which it truncates where asked to.
     """
     folder = Path(folder)
     tokenizer = _hugging_face_tokenizer()
@@ -80,7 +80,7 @@ def save_tokenizer(folder: Path | str) -> None:
     tokenizer.model.save(str(folder))
     config = {
         "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": MODEL_MAX_LENGTH,
+        "model_max_length": block_size,
         "add_prefix_space": False,
         "bos_token": ENDOFTEXT,
         "eos_token": ENDOFTEXT,

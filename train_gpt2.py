@@ -1,16 +1,20 @@
 """Pretrain a GPT-2. On N devices: torchrun --standalone --nproc_per_node=N train_gpt2.py"""
 
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 import cli
-from checkpoint import claim_run, load_model
+from checkpoint import check_same_run, load_model, load_newest, lock_run
 from data import PretrainingData, TokenShards
 from model import GPT, GPTConfig
-from runtime import Distributed
-from training import TrainConfig, describe, train
+from report import describe
+from runtime import Distributed, default_precision
+from training import TrainConfig, parameter_groups, train
+
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
 
 @dataclass(frozen=True)
@@ -19,60 +23,72 @@ class PretrainConfig(TrainConfig):
     """folder of token shards, made by fineweb.py"""
     init_from: str = "scratch"
     """scratch, or the model to start from: a hub name, a folder, a checkpoint or a run"""
-    n_layer: int = GPTConfig.n_layer
-    """blocks (this and the next two for --init_from scratch)"""
-    n_head: int = GPTConfig.n_head
-    """attention heads"""
-    n_embd: int = GPTConfig.n_embd
-    """width"""
-    block_size: int = GPTConfig.block_size
-    """tokens in a sequence"""
+    n_layer: int | None = None
+    """blocks (default: 12, or what init_from has)"""
+    n_head: int | None = None
+    """attention heads (default: 12, or what init_from has)"""
+    n_embd: int | None = None
+    """width (default: 768, or what init_from has)"""
+    block_size: int | None = None
+    """tokens in a sequence (default: 1024, or what init_from has)"""
 
 
 def main(config: PretrainConfig) -> None:
-    shards = {split: TokenShards(config.data_dir, split) for split in ("train", "val")}
     dist = Distributed.start(config.device)
-    data = PretrainingData(
-        shards["train"],
-        config.block_size,
-        config.batch_size,
-        config.total_batch_size,
-        config.seed,
-        dist.rank,
-        dist.world_size,
+    train_shards, val_shards = (
+        TokenShards(config.data_dir, split, verify=dist.is_main) for split in ("train", "val")
     )
-    checkpoint = dist.from_main(
-        lambda: claim_run(Path(config.out_dir), asdict(config), config.resume)
-    )
-    model = make_model(config, checkpoint).to(dist.device)
-    if dist.is_main:
-        print(cli.as_yaml(config), describe(model, data), sep="\n", flush=True)
-    train(model, data, shards["val"], config, dist, checkpoint)
+    run = Path(config.out_dir)
+    with lock_run(run) if dist.is_main else nullcontext():
+        with dist.main_first():
+            config = replace(config, **check_same_run(run, asdict(config), config.resume))
+            model, *resumed = load_newest(run) or [new_model(config)]
+        config = resolve(config, model.config, dist.device)
+        data = PretrainingData(
+            train_shards,
+            config.block_size,
+            config.batch_size,
+            config.total_batch_size,
+            config.seed,
+            dist.rank,
+            dist.world_size,
+        )
+        if dist.is_main:
+            print(cli.as_yaml(config))
+            print(describe(parameter_groups(model), data), flush=True)
+            (run / "config.yaml").write_text(cli.as_yaml(config))
+        try:
+            train(model.to(dist.device), data, val_shards, config, dist, resumed or None)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{dist.device} has too little memory for batch_size {config.batch_size}; halve it "
+                "(the curve stays the same), or add --recompute block"
+            ) from error
     dist.stop()
 
 
-def make_model(config: PretrainConfig, checkpoint: Path | None) -> GPT:
-    """The model to train, on the CPU: of the checkpoint, of init_from, or new."""
-    torch.manual_seed(config.seed)
-    if checkpoint is not None:
-        print(f"going on from {checkpoint}")
-        return GPT.from_pretrained(checkpoint)
+def new_model(config: PretrainConfig) -> GPT:
+    """The model to start with: new, or that of init_from."""
+    asked = {name: getattr(config, name) for name in SHAPE if getattr(config, name) is not None}
     if config.init_from == "scratch":
-        shape = ("block_size", "n_layer", "n_head", "n_embd")
-        return GPT(GPTConfig(**{name: getattr(config, name) for name in shape}))
+        torch.manual_seed(config.seed)
+        return GPT(GPTConfig(**asked))
     model = load_model(config.init_from)
-    for name in ("n_layer", "n_head", "n_embd"):
-        wanted, found = getattr(config, name), getattr(model.config, name)
-        if wanted not in (found, getattr(GPTConfig, name)):
-            raise ValueError(
-                f"{name} is {wanted}, but {config.init_from} has {found}; leave it out"
-            )
-    if config.block_size > model.config.block_size:
-        raise ValueError(
-            f"block_size is {config.block_size}, but {config.init_from} has positions for "
-            f"{model.config.block_size}"
-        )
+    for name, value in asked.items():
+        found = getattr(model.config, name)
+        if value > found or (value != found and name != "block_size"):  # a shorter window is fine
+            raise ValueError(f"{name} is {value}, but {config.init_from} has {found}")
     return model
+
+
+def resolve(config: PretrainConfig, shape: GPTConfig, device: torch.device) -> PretrainConfig:
+    """`config` with a value for everything that was left to the model or the machine."""
+    chosen = {name: getattr(shape, name) for name in SHAPE if getattr(config, name) is None}
+    if config.precision is None:
+        chosen["precision"] = default_precision(device)
+    if config.compile is None:
+        chosen["compile"] = device.type == "cuda"
+    return replace(config, **chosen)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,43 @@
 """The only training loop, and what it is made of: schedule, optimizer, the step, evaluation."""
 
+import copy
 import math
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from checkpoint import (
-    MetricsLog,
-    checkpoints,
-    load_progress,
-    load_state,
-    read_metrics,
+    BackgroundSave,
     save_checkpoint,
 )
 from data import IGNORE_INDEX, Batch, PretrainingData, TokenShards, evaluation_batches
 from model import GPT
 from plot import plot_runs
-from runtime import Distributed, Interrupt, autocast_dtype, peak_flops, to_device
+from report import Report, finite_or_none, flops_per_token
+from runtime import Distributed, Interrupt, peak_flops, shard, to_device
 from tokenizer import get_tokenizer
 
+WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
+AUTOCAST_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 BETAS, EPS = (0.9, 0.95), 1e-8  # GPT-3 paper, appendix B
 MAX_SKIPPED_IN_A_ROW = 5  # steps with a gradient that is not finite
 SAMPLE_PROMPT, SAMPLE_TOKENS, SAMPLE_TOP_K = "Hello, I'm a language model,", 32, 50  # build-nanogpt
-PROGRESS_SECONDS = 10.0  # between two lines where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -77,20 +80,22 @@ class TrainConfig:
     """of the initialisation, the order of the data and the samples"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on CUDA (fp16 on cards without), fp32 elsewhere"""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """of matrix products (default: bf16 on CUDA, fp16 on cards without it, fp32 elsewhere)"""
     compile: bool | None = None
     """torch.compile the training step (default: on CUDA)"""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """over several devices: a whole model on each (ddp), or a part (fsdp, for the large sizes)"""
+    recompute: Literal["none", "block"] = "none"
+    """block: keep only the inputs of blocks for the backward pass, and compute the rest again"""
 
     def __post_init__(self):
-        at_least = dict.fromkeys(
-            ("batch_size", "total_batch_size", "max_steps", "eval_every", "eval_tokens"), 1
-        )
-        at_least |= dict.fromkeys(("save_every", "keep"), 1)
-        at_least |= dict.fromkeys(("warmup_steps", "grad_clip", "sample_every", "weight_decay"), 0)
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        positive = "batch_size total_batch_size max_steps eval_every eval_tokens save_every keep"
+        not_negative = "warmup_steps grad_clip sample_every weight_decay seed"
+        for names, least in ((positive, 1), (not_negative, 0)):
+            for name in names.split():
+                if getattr(self, name) < least:
+                    raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
         if not 0 <= self.min_lr <= self.max_lr:
             raise ValueError(
                 f"min_lr {self.min_lr} and max_lr {self.max_lr}: expected 0 <= min <= max"
@@ -110,7 +115,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
     """What is trainable in two groups: tensors of two or more dimensions, which decay, and others,
     which do not.
     """
@@ -119,20 +124,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
-
-
-def describe(model: GPT, data: PretrainingData) -> str:
-    """The sizes that follow from the config."""
-    decayed, others = (group["params"] for group in parameter_groups(model, 1.0))
-    return (
-        f"parameters: decayed {len(decayed)} tensors with {sum(p.numel() for p in decayed):,}, "
-        f"not decayed {len(others)} with {sum(p.numel() for p in others):,}\n"
-        f"tokens per step: {data.total_batch_size:,} = {data.batch_size} sequences x "
-        f"{data.block_size} tokens x {data.world_size} ranks x grad_accum_steps "
-        f"{data.grad_accum_steps}\n"
-        f"data: {len(data.shards):,} tokens, an epoch is "
-        f"{len(data.shards) / data.total_batch_size:,.1f} steps"
-    )
 
 
 class StepLoss(nn.Module):
@@ -153,8 +144,26 @@ class TrainingStep:
     """One optimizer step: gradients of all micro-steps, averaged over ranks, clipped, applied."""
 
     def __init__(self, model: GPT, data: PretrainingData, config: TrainConfig, dist: Distributed):
-        self.data, self.config, self.dist = data, config, dist
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.model, self.data, self.config, self.dist = model, data, config, dist
+        self.dtype = AUTOCAST_DTYPE[config.precision]
+        if self.dtype is not None and dist.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == torch.float16)
+        self.skipped_in_a_row = 0
+        for block in model.transformer.h:
+            block.recompute = config.recompute == "block"
+        self.sharded = config.parallel == "fsdp" and dist.world_size > 1
+        if self.sharded:
+            if self.scaler.is_enabled():
+                raise ValueError(
+                    "precision fp16 does not go with --parallel fsdp; use bf16 or fp32"
+                )
+            shard(model, dist, self.dtype, config.compile)
+            self.loss = partial(model.loss, reduction="sum")
+        else:
+            self.loss = StepLoss(model, config.compile)
+            if dist.world_size > 1:
+                self.loss = DistributedDataParallel(self.loss)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay),
             lr=config.max_lr,
@@ -162,22 +171,25 @@ class TrainingStep:
             eps=EPS,
             fused=True,
         )
-        self.dtype = autocast_dtype(config.precision, dist.device)
-        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == torch.float16)
-        compile_trunk = config.compile if config.compile is not None else dist.device.type == "cuda"
-        self.loss: nn.Module = StepLoss(model, compile_trunk)
-        if dist.world_size > 1:
-            self.loss = DistributedDataParallel(self.loss)
-        self.skipped_in_a_row = 0
 
     def autocast(self) -> AbstractContextManager:
         if self.dtype is None:
             return nullcontext()
         return torch.autocast(self.dist.device.type, dtype=self.dtype)
 
+    @contextmanager
+    def raw(self) -> Iterator[None]:
+        """Evaluation and samples: in the training's precision, with nothing compiled."""
+        with torch.compiler.set_stance("force_eager"), self.autocast():
+            yield
+
     def _sync(self, last: bool) -> AbstractContextManager:
         """Ranks average gradients once a step, in the backward pass of the last micro-step."""
-        return nullcontext() if last or self.dist.world_size == 1 else self.loss.no_sync()
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+        elif self.dist.world_size > 1 and not last:
+            return self.loss.no_sync()
+        return nullcontext()
 
     def __call__(self, step: int) -> tuple[float, float]:
         """Do step `step`; return this rank's share of the mean loss, and the gradient's norm."""
@@ -190,11 +202,11 @@ class TrainingStep:
             with self._sync(last=micro_step == self.data.grad_accum_steps):
                 with self.autocast():
                     loss = self.loss(idx, targets) / n_targets
-                # DDP takes the mean over ranks where the sum is wanted.
+                # The mean over ranks is taken where the sum is wanted.
                 self.scaler.scale(loss * self.dist.world_size).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.params, self.config.grad_clip or math.inf).item()
+        norm = self._clip()
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             self.scaler.step(self.optimizer)
@@ -204,16 +216,39 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         return total.item(), norm
 
-    def state(self) -> dict:
+    def _clip(self) -> float:
+        """Scale the gradient down to grad_clip, and return the norm that it had."""
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        # Rows first: over a whole table at once fp32 loses four digits on a CPU, and other ones for
+        # each number of ranks.
+        norms = [
+            torch.linalg.vector_norm(p.grad, dim=-1) if p.grad.dim() > 1 else p.grad for p in params
+        ]
+        norm = nn.utils.get_total_norm(norms)
+        nn.utils.clip_grads_with_norm_(params, self.config.grad_clip or math.inf, norm)
+        return (norm.full_tensor() if self.sharded else norm).item()
+
+    def snapshot(self) -> tuple[dict, dict]:
+        """Copies in host memory of all parameters and of what else it takes to go on, both by the
+        names of the parameters and whole, so that any number of ranks can read them. All ranks
+        call it; on the main one the copies are complete.
+        """
+        params = get_model_state_dict(self.model, options=WHOLE_ON_CPU)
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE_ON_CPU)
+        if self.dist.device.type == "cpu" and not self.sharded:  # not copies yet
+            params, optimizer = copy.deepcopy((params, optimizer))
         cuda = torch.cuda.get_rng_state() if self.dist.device.type == "cuda" else None
-        return {
-            "optimizer": self.optimizer.state_dict(),
+        return params, {
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
         }
 
     def load_state(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Take over what `snapshot` gave second, on this or another number of ranks."""
+        set_optimizer_state_dict(
+            self.model, self.optimizer, state["optimizer"], options=WHOLE_ON_CPU
+        )
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.dist.device.type == "cuda" and state["rng"]["cuda"] is not None:
@@ -240,32 +275,34 @@ def sample_text(model: GPT, config: TrainConfig, step: int, device: torch.device
     return tokenizer.decode(out[0].tolist())
 
 
-def flops_per_token(model: GPT, block_size: int) -> int:
-    """Of forward and backward, as in PaLM's appendix B: 6 for each parameter in a matrix product,
-    and 12 · n_layer · n_embd · T for attention.
-    """
-    n_params = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
-    return 6 * n_params + 12 * model.config.n_layer * model.config.n_embd * block_size
-
-
 def train(
     model: GPT,
     data: PretrainingData,
     val_shards: TokenShards,
     config: TrainConfig,
     dist: Distributed,
-    checkpoint: Path | None,
+    resumed: tuple[dict, dict] | None = None,
 ) -> None:
-    """Train `model` to max_steps, from the start or from `checkpoint`, whose weights it has."""
+    """Train `model` to max_steps, from the start, or from the progress and state of a checkpoint
+    whose weights it has.
+    """
     run = Path(config.out_dir)
-    training_step = TrainingStep(model, data, config, dist)
-    start = 0
-    if checkpoint is not None:
-        start = load_progress(checkpoint)["step"]
-        training_step.load_state(load_state(checkpoint))
-    report = Report(run, config, dist, start)
     step_flops = flops_per_token(model, data.block_size) * data.total_batch_size
     peak = peak_flops(dist.device)
+    training_step = TrainingStep(model, data, config, dist)
+    start = 0
+    if resumed is not None:
+        start = resumed[0]["step"]
+        if resumed[0]["data"] != data.shards.fingerprint:
+            raise ValueError(
+                f"{run} was trained on other shards than those in data_dir now; it goes on exactly "
+                "only with the same ones"
+            )
+        training_step.load_state(resumed[1])
+    report = Report(run, config.max_steps, dist, start)
+    if start:
+        report.line(f"going on from step {start}")
+    background = BackgroundSave()
 
     def validation_loss() -> float:
         batches = evaluation_batches(
@@ -276,11 +313,27 @@ def train(
             dist.rank,
             dist.world_size,
         )
-        with training_step.autocast():
+        with training_step.raw():
             return evaluate(model, batches, dist)
 
+    def save(record: dict) -> None:
+        params, state = training_step.snapshot()
+        if dist.is_main:
+            progress = {
+                "step": record["step"],
+                "val_loss": record.get("val_loss"),
+                "data": data.shards.fingerprint,
+            }
+
+            def write() -> None:
+                save_checkpoint(run, model, params, progress, state, config.keep)
+                plot_runs([run], run / "loss.png")
+
+            background.start(write)
+
     if start == 0:
-        report.step({"step": 0, "tokens": 0, "val_loss": validation_loss()})
+        val_loss = finite_or_none(validation_loss())
+        report.step({"step": 0, "tokens": 0, "val_loss": val_loss})
     with Interrupt() as interrupt:
         for step in range(start + 1, config.max_steps + 1):
             started = time.perf_counter()
@@ -300,100 +353,29 @@ def train(
             }
             last = step == config.max_steps
             if step % config.eval_every == 0 or last:
-                record["val_loss"] = validation_loss()
+                record["val_loss"] = finite_or_none(validation_loss())
             if config.sample_every and (step % config.sample_every == 0 or last):
-                record["sample"] = sample_text(model, config, step, dist.device)
+                with training_step.raw():
+                    record["sample"] = sample_text(model, config, step, dist.device)
             report.step(record)
-            if training_step.skipped_in_a_row:
-                report.skipped(step, training_step.skipped_in_a_row)
-            if (step % config.save_every == 0 or last or stop) and dist.is_main:
-                progress = {"step": step, "val_loss": record.get("val_loss")}
-                save_checkpoint(run, model, progress, training_step.state(), config.keep)
-                plot_runs([run], run / "loss.png")
+            if in_a_row := training_step.skipped_in_a_row:
+                report.line(
+                    f"step {step} skipped: its gradient is not finite ({in_a_row} in a row)"
+                )
+                if in_a_row == MAX_SKIPPED_IN_A_ROW:
+                    background.wait()
+                    raise ValueError(
+                        f"{in_a_row} steps in a row had a gradient that is not finite; the "
+                        f"checkpoints in {run} are good. Lower --max_lr, or use --precision fp32"
+                    )
+            background.check()
+            if step % config.save_every == 0 or last or stop:
+                save(record)
             if stop:
+                background.wait()
+                dist.barrier()  # a rank that leaves early has torchrun stop the one that saves
                 report.line(f"stopped after step {step}, saved; the same command goes on")
                 sys.exit(128 + (interrupt.signum or signal.SIGTERM))  # as a shell reports it
+        background.wait()
+        dist.barrier()
     report.finish()
-
-
-def finite_or_none(value: float) -> float | None:
-    """JSON has no word for infinity or not-a-number."""
-    return value if math.isfinite(value) else None
-
-
-class Report:
-    """What the main rank tells: metrics.jsonl, a progress bar on a terminal, lines elsewhere."""
-
-    def __init__(self, run: Path, config: TrainConfig, dist: Distributed, start: int):
-        self.run, self.max_steps, self.is_main = run, config.max_steps, dist.is_main
-        self.start, self.started, self.last_line = start, time.perf_counter(), -math.inf
-        self.log = MetricsLog(run) if dist.is_main else None
-        self.bar = tqdm(
-            desc=run.name,
-            initial=start,
-            total=config.max_steps,
-            unit=" steps",
-            disable=None if dist.is_main else True,
-        )
-
-    def line(self, text: str) -> None:
-        if self.is_main:
-            self.bar.write(text)
-
-    def step(self, record: dict) -> None:
-        """Log a step; tell of it when it was evaluated, or when nothing was told for a while."""
-        if not self.is_main:
-            return
-        self.log.write(record)
-        step, now = record["step"], time.perf_counter()
-        self.bar.update(step - self.bar.n if step else 0)
-        speed = f"{record.get('tokens_per_s', 0):,.0f} tokens/s"
-        if record.get("train_loss") is not None:
-            self.bar.set_postfix_str(f"loss {record['train_loss']:.4f}, {speed}")
-        silent = self.bar.disable and now - self.last_line > PROGRESS_SECONDS
-        if not ("val_loss" in record or "sample" in record or silent):
-            return
-        self.last_line = now
-        parts = [f"step {step}/{self.max_steps}"]
-        for key, label, form in (
-            ("train_loss", "loss", ".4f"),
-            ("val_loss", "val", ".4f"),
-            ("lr", "lr", ".2e"),
-            ("grad_norm", "norm", ".2f"),
-        ):
-            if record.get(key) is not None:
-                parts.append(f"{label} {record[key]:{form}}")
-        if step > self.start:
-            left = (now - self.started) / (step - self.start) * (self.max_steps - step)
-            parts += [speed, f"{timedelta(seconds=round(left))} left"]
-        self.line(" | ".join(parts))
-        if "sample" in record:
-            self.line(f"  sample: {record['sample']!r}")
-
-    def skipped(self, step: int, in_a_row: int) -> None:
-        self.line(f"step {step} skipped: its gradient is not finite ({in_a_row} in a row)")
-        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise ValueError(
-                f"{in_a_row} steps in a row had a gradient that is not finite; the checkpoints in "
-                f"{self.run} are from before. Lower --max_lr, or use --precision fp32"
-            )
-
-    def finish(self) -> None:
-        """Say what came of the run, from its log: so a finished run says the same again."""
-        self.bar.close()
-        if not self.is_main:
-            return
-        records = read_metrics(self.run)
-        losses = [r["val_loss"] for r in records if "val_loss" in r]
-        speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
-        samples = [r["sample"] for r in records if "sample" in r]
-        checkpoint = str(checkpoints(self.run)[-1])
-        rows = {
-            "validation loss": f"{losses[0]:.4f} at the start, {losses[-1]:.4f} at the end",
-            "speed": f"{statistics.median(speeds):,.0f} tokens/s",
-            "sample": repr(samples[-1]) if samples else "none, --sample_every is 0",
-            "loss plot": str(self.run / "loss.png"),
-            "checkpoint": checkpoint,
-            "in transformers": f"AutoModelForCausalLM.from_pretrained({checkpoint!r})",
-        }
-        print("", *(f"{name:<17}{value}" for name, value in rows.items()), sep="\n", flush=True)

@@ -2,14 +2,15 @@ import json
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 from checkpoint import (
     MetricsLog,
     best_checkpoint,
+    check_same_run,
     checkpoints,
-    claim_run,
     load_model,
     load_state,
     read_metrics,
@@ -20,7 +21,9 @@ from tokenizer import get_tokenizer
 
 
 def save(run, model, step: int, val_loss: float | None = None, keep: int = 2):
-    return save_checkpoint(run, model, {"step": step, "val_loss": val_loss}, {"x": 1}, keep)
+    params = dict(model.named_parameters())
+    save_checkpoint(run, model, params, {"step": step, "val_loss": val_loss}, {"x": 1}, keep)
+    return run / "checkpoints" / f"step_{step:06d}"
 
 
 def steps(run) -> list[int]:
@@ -68,7 +71,7 @@ def test_failing_save_loses_nothing(tmp_path, tiny_model, monkeypatch):
         raise OSError(28, "No space left on device")
 
     for target, name in (
-        (GPT, "save_pretrained"),
+        (checkpoint, "write_folder"),
         (checkpoint, "save_tokenizer"),
         (torch, "save"),
         (checkpoint.os, "fsync"),
@@ -77,7 +80,7 @@ def test_failing_save_loses_nothing(tmp_path, tiny_model, monkeypatch):
             patch.setattr(target, name, full)
             with pytest.raises(OSError, match="No space left"):
                 save(tmp_path, tiny_model, 2)
-        assert steps(tmp_path) == [1]
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
         assert load_state(checkpoints(tmp_path)[0]) == {"x": 1}
     save(tmp_path, tiny_model, 2)
     assert steps(tmp_path) == [1, 2]
@@ -92,21 +95,24 @@ def test_newest_and_best_are_kept(tmp_path, tiny_model):
     assert best_checkpoint(tmp_path).name == "step_000002"
 
 
-def test_a_run_goes_on_only_as_it_was(tmp_path, tiny_model):
+def test_a_run_goes_on_only_as_it_was(tmp_path):
     """Settings that the curve depends on may not change; the error lists them as then and now.
     Others may, and a folder in which no run has begun belongs to nobody.
     """
     config = {"max_lr": 1e-3, "seed": 1, "keep": 2, "batch_size": 4}
-    assert claim_run(tmp_path / "run", config, "auto") is None
-    assert claim_run(tmp_path / "run", config | {"seed": 2}, "auto") is None
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
-    folder = save(tmp_path / "run", tiny_model, 1)
-    free = config | {"seed": 2, "keep": 9, "batch_size": 2}
-    assert claim_run(tmp_path / "run", free, "auto") == folder
+    check_same_run(tmp_path, config, "never")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"seed": 2}))
+    check_same_run(tmp_path, config, "never")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    free = config | {"seed": None, "keep": 9, "batch_size": 2}
+    assert check_same_run(tmp_path, free, "auto") == {"seed": 2}
     with pytest.raises(ValueError, match=r"max_lr 0.001 then, 0.002 now; seed 2 then, 1 now"):
-        claim_run(tmp_path / "run", config | {"max_lr": 2e-3}, "auto")
+        check_same_run(tmp_path, config | {"max_lr": 2e-3}, "auto")
     with pytest.raises(ValueError, match="--resume is never"):
-        claim_run(tmp_path / "run", free, "never")
+        check_same_run(tmp_path, free, "never")
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"config.yaml is damaged"):
+        check_same_run(tmp_path, free, "auto")
 
 
 def test_the_log_is_appended_and_a_step_stands_once(tmp_path):

@@ -13,6 +13,7 @@ from test_model import hugging_face
 from transformers import AutoModelForCausalLM
 
 from checkpoint import checkpoints, read_metrics
+from model import GPTConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -31,13 +32,13 @@ device: cpu
 """
 
 
-def command(*args: object, cwd: Path) -> list[str]:
+def command(*args: object) -> list[str]:
     return [sys.executable, str(ROOT / str(args[0])), *map(str, args[1:])]
 
 
 def run(*args: object, cwd: Path, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(*args, cwd=cwd),
+        command(*args),
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -134,7 +135,7 @@ def wait_for_steps(process: subprocess.Popen, run_folder: Path, steps: int) -> N
 
 def start(workplace: Path, name: str) -> subprocess.Popen:
     return subprocess.Popen(
-        command(*tiny_run(workplace, name), cwd=workplace),
+        command(*tiny_run(workplace, name)),
         cwd=workplace,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -293,4 +294,7 @@ def test_presets_are_complete_and_right():
         result = run("train_gpt2.py", "--config", preset, "--print_config", cwd=ROOT)
         assert result.returncode == 0, f"{preset}: {result.stderr}"
         if preset.stem == "gpt2_124m":
+            shape = GPTConfig()
+            for name in ("n_layer", "n_head", "n_embd", "block_size"):
+                defaults = defaults.replace(f"{name}: null", f"{name}: {getattr(shape, name)}")
             assert result.stdout == defaults

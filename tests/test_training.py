@@ -1,24 +1,22 @@
 import json
 import math
 import shutil
-from dataclasses import asdict
 
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from checkpoint import checkpoints, claim_run
+from checkpoint import checkpoints
 from data import PretrainingData, TokenShards, evaluation_batches
 from model import GPT, GPTConfig
 from plot import gpt2_val_loss
+from report import describe, flops_per_token
 from runtime import Distributed
 from training import (
     StepLoss,
     TrainConfig,
     TrainingStep,
-    describe,
     evaluate,
-    flops_per_token,
     learning_rate,
     parameter_groups,
     train,
@@ -39,8 +37,9 @@ def shards(make_shards):
 
 
 def make_step(model: GPT, shards: TokenShards, batch_size: int = 4, **options) -> TrainingStep:
-    options = {"batch_size": batch_size, "total_batch_size": 192, "max_steps": 20, **options}
-    config = TrainConfig(**{"warmup_steps": 3, "max_lr": 1e-2, "min_lr": 1e-3, **options})
+    options = {"precision": "fp32", "total_batch_size": 192, "max_steps": 20, **options}
+    options = {"warmup_steps": 3, "max_lr": 1e-2, "min_lr": 1e-3, **options}
+    config = TrainConfig(batch_size=batch_size, compile=False, **options)
     data = PretrainingData(shards, 16, batch_size, config.total_batch_size, config.seed)
     return TrainingStep(model, data, config, CPU)
 
@@ -99,7 +98,7 @@ def test_steps_equal_a_plain_loop_in_transformers(shards, tmp_path):
         logits = theirs(idx).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
-        norm = sum(p.grad.square().sum() for p in theirs.parameters()).sqrt().item()
+        norm = sum(p.grad.double().square().sum() for p in theirs.parameters()).sqrt().item()
         for p in theirs.parameters():
             p.grad *= min(1.0, 0.5 / norm)
         for group in optimizer.param_groups:
@@ -108,7 +107,7 @@ def test_steps_equal_a_plain_loop_in_transformers(shards, tmp_path):
         optimizer.zero_grad()
         my_loss, my_norm = step(s)
         assert my_loss == pytest.approx(loss.item(), rel=1e-5)
-        assert my_norm == pytest.approx(norm, rel=1e-4)
+        assert my_norm == pytest.approx(norm, rel=1e-6)
     model.save_pretrained(tmp_path)
     mine = GPT2LMHeadModel.from_pretrained(tmp_path)
     for (name, a), b in zip(mine.named_parameters(), theirs.parameters(), strict=True):
@@ -133,19 +132,13 @@ def test_state_continues_to_the_bit(shards):
     step = make_step(model, shards)
     for s in (1, 2, 3):
         step(s)
-    weights = {k: v.clone() for k, v in model.state_dict().items()}
-    state = step.state()
-    state = {**state, "optimizer": torch.utils._pytree.tree_map(_clone, state["optimizer"])}
+    weights, state = step.snapshot()
     expected = [step(s) for s in (4, 5, 6)]
     model = new_model()
     model.load_state_dict(weights)
     step = make_step(model, shards)
     step.load_state(state)
     assert [step(s) for s in (4, 5, 6)] == expected
-
-
-def _clone(x):
-    return x.clone() if isinstance(x, torch.Tensor) else x
 
 
 def test_evaluation_is_the_mean_over_tokens(shards):
@@ -201,8 +194,9 @@ def test_training_stops_when_nothing_is_finite_any_more(shards, tmp_path, capsys
     model = new_model()
     sizes = {"batch_size": 4, "total_batch_size": 192, "max_steps": 20, "warmup_steps": 3}
     often = {"eval_tokens": 100, "eval_every": 5, "sample_every": 0, "save_every": 2}
-    config = TrainConfig(out_dir=str(tmp_path), **sizes, **often)
-    claim_run(tmp_path, asdict(config), "auto")
+    raw = {"precision": "fp32", "compile": False}
+    config = TrainConfig(out_dir=str(tmp_path), **sizes, **often, **raw)
+    (tmp_path / "config.yaml").write_text("{}")
     data = PretrainingData(shards, 16, 4, 192, config.seed)
     calls = []
 
@@ -212,8 +206,8 @@ def test_training_stops_when_nothing_is_finite_any_more(shards, tmp_path, capsys
 
     model.transformer.ln_f.bias.register_hook(poison)
     with pytest.raises(ValueError, match="5 steps in a row"):
-        train(model, data, shards, config, CPU, None)
-    assert capsys.readouterr().out.count("skipped: its gradient is not finite") == 5
+        train(model, data, shards, config, CPU)
+    assert capsys.readouterr().out.count("its gradient is not finite") == 5
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [r["step"] for r in records if r.get("grad_norm", 0) is None] == [4, 5, 6, 7, 8]
@@ -253,7 +247,7 @@ def test_compiled_step_equals_the_raw_one(shards):
 
 def test_derived_numbers_are_told(shards):
     """The sizes printed at the start: parameters by group, tokens per step, grad_accum_steps."""
-    text = describe(new_model(), PretrainingData(shards, 16, 4, 192, 0))
+    text = describe(parameter_groups(new_model()), PretrainingData(shards, 16, 4, 192, 0))
     assert "grad_accum_steps 3" in text
     assert "decayed 10 tensors" in text
 
@@ -264,5 +258,5 @@ def test_config_errors_name_the_value():
         TrainConfig(max_steps=0)
     with pytest.raises(ValueError, match=r"min_lr 0.1 and max_lr 0.01"):
         TrainConfig(min_lr=0.1, max_lr=0.01)
-    with pytest.raises(ValueError, match="device nonsense is not to be had here"):
+    with pytest.raises(ValueError, match="device is nonsense, expected auto, cpu, cuda or mps"):
         Distributed.start("nonsense")

@@ -1,0 +1,114 @@
+"""A file of its own so that `training.py` only trains: what a run tells, on screen and on disk."""
+
+import math
+import statistics
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from tqdm import tqdm
+
+from checkpoint import MetricsLog, checkpoints, read_metrics
+from data import PretrainingData
+from model import GPT
+from runtime import Distributed
+
+PROGRESS_SECONDS = 10.0  # between two lines where there is no terminal
+
+
+def describe(groups: list[dict], data: PretrainingData) -> str:
+    """The sizes that follow from the config, with the parameters as the optimizer groups them."""
+    decayed, others = (group["params"] for group in groups)
+    return (
+        f"parameters: decayed {len(decayed)} tensors with {sum(p.numel() for p in decayed):,}, "
+        f"not decayed {len(others)} with {sum(p.numel() for p in others):,}\n"
+        f"tokens per step: {data.total_batch_size:,} = {data.batch_size} sequences x "
+        f"{data.block_size} tokens x {data.world_size} ranks x grad_accum_steps "
+        f"{data.grad_accum_steps}\n"
+        f"data: {len(data.shards):,} tokens, an epoch is "
+        f"{len(data.shards) / data.total_batch_size:,.1f} steps"
+    )
+
+
+def flops_per_token(model: GPT, block_size: int) -> int:
+    """Of forward and backward, as in PaLM's appendix B: 6 for each parameter in a matrix product,
+    and 12 · n_layer · n_embd · T for attention.
+    """
+    n_params = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
+    return 6 * n_params + 12 * model.config.n_layer * model.config.n_embd * block_size
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no word for infinity or not-a-number."""
+    return value if math.isfinite(value) else None
+
+
+class Report:
+    """What the main rank tells: metrics.jsonl, a progress bar on a terminal, lines elsewhere."""
+
+    def __init__(self, run: Path, max_steps: int, dist: Distributed, start: int):
+        self.run, self.max_steps, self.is_main = run, max_steps, dist.is_main
+        self.start, self.started, self.last_line = start, time.perf_counter(), -math.inf
+        self.log = MetricsLog(run) if dist.is_main else None
+        self.bar = tqdm(
+            desc=run.name,
+            initial=start,
+            total=max_steps,
+            unit=" steps",
+            disable=None if dist.is_main else True,
+        )
+
+    def line(self, text: str) -> None:
+        if self.is_main:
+            self.bar.write(text)
+
+    def step(self, record: dict) -> None:
+        """Log a step; tell of it when it was evaluated, or when nothing was told for a while."""
+        if not self.is_main:
+            return
+        self.log.write(record)
+        step, now = record["step"], time.perf_counter()
+        self.bar.update(step - self.bar.n if step else 0)
+        speed = f"{record.get('tokens_per_s', 0):,.0f} tokens/s"
+        if record.get("train_loss") is not None:
+            self.bar.set_postfix_str(f"loss {record['train_loss']:.4f}, {speed}")
+        silent = self.bar.disable and now - self.last_line > PROGRESS_SECONDS
+        if not ("val_loss" in record or "sample" in record or silent):
+            return
+        self.last_line = now
+        parts = [f"step {step}/{self.max_steps}"]
+        for key, label, form in (
+            ("train_loss", "loss", ".4f"),
+            ("val_loss", "val", ".4f"),
+            ("lr", "lr", ".2e"),
+            ("grad_norm", "norm", ".2f"),
+        ):
+            if record.get(key) is not None:
+                parts.append(f"{label} {record[key]:{form}}")
+        if step > self.start:
+            left = (now - self.started) / (step - self.start) * (self.max_steps - step)
+            parts += [speed, f"{timedelta(seconds=round(left))} left"]
+        self.line(" | ".join(parts))
+        if "sample" in record:
+            self.line(f"  sample: {record['sample']!r}")
+
+    def finish(self) -> None:
+        """Say what came of the run, from its log: so a finished run says the same again."""
+        self.bar.close()
+        if not self.is_main:
+            return
+        records = read_metrics(self.run)
+        losses = [f"{r['val_loss']:.4f}" for r in records if r.get("val_loss") is not None]
+        speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
+        samples = [r["sample"] for r in records if "sample" in r]
+        checkpoint = str(checkpoints(self.run)[-1])
+        rows = {
+            "validation loss": " at the start, ".join(losses[:: max(1, len(losses) - 1)])
+            + " at the end",
+            "speed": f"{statistics.median(speeds):,.0f} tokens/s",
+            "sample": repr(samples[-1]) if samples else "none, --sample_every is 0",
+            "loss plot": str(self.run / "loss.png"),
+            "checkpoint": checkpoint,
+            "in transformers": f"AutoModelForCausalLM.from_pretrained({checkpoint!r})",
+        }
+        print("", *(f"{name:<17}{value}" for name, value in rows.items()), sep="\n", flush=True)
