@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: .venv/installed
 	$(BIN)/python fineweb.py --dataset stdlib
 	$(BIN)/python train_gpt2.py --config configs/demo.yaml
 
 test: .venv/installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/installed-dev
 	$(BIN)/python -m pytest
 
 lint: .venv/installed-dev

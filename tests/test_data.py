@@ -1,4 +1,5 @@
 import itertools
+import json
 import struct
 
 import numpy as np
@@ -10,6 +11,7 @@ from data import (
     evaluation_batches,
     open_shard,
     write_atomically,
+    write_manifest,
     write_shard,
 )
 
@@ -159,6 +161,45 @@ def test_damaged_and_missing_shards_are_named(make_shards):
         TokenShards(folder, "train")
     (folder / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest.json is damaged"):
+        TokenShards(folder, "train")
+
+
+def test_splits_are_told_apart_whatever_the_folder_is_called(make_shards, tmp_path):
+    """The word val in another place of a file's name does not make it validation data, with a
+    manifest or without one.
+    """
+    folder = make_shards(40)
+    (folder / "x_train_000000.npy").rename(folder / "my_val_set_train_000000.npy")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0]["name"] = "my_val_set_train_000000.npy"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for _ in range(2):
+        assert len(TokenShards(folder, "train")) == 40
+        with pytest.raises(FileNotFoundError, match="no val shards"):
+            TokenShards(folder, "val")
+        (folder / "manifest.json").unlink(missing_ok=True)
+    (folder / "my_val_set_train_000000.npy").rename(folder / "shakespeare_val.npy")
+    assert len(TokenShards(folder, "val")) == 40
+
+
+def test_every_byte_is_checked_before_a_run(make_shards):
+    """A flipped bit, a token that GPT-2 does not have, and a preparation that has not ended, are
+    errors; other shards have another fingerprint.
+    """
+    folder = make_shards(50, 50)
+    fingerprint = TokenShards(folder, "train", verify=True).fingerprint
+    file = folder / "x_train_000001.npy"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    with pytest.raises(ValueError, match=r"x_train_000001.npy has changed since it was written"):
+        TokenShards(folder, "train", verify=True)
+    (folder / "manifest.json").unlink()
+    np.save(file, np.array([1, 50257], dtype=np.uint16))
+    with pytest.raises(ValueError, match="holds token 50257"):
+        TokenShards(folder, "train", verify=True)
+    assert TokenShards(folder, "train").fingerprint != fingerprint
+    write_manifest(folder, {"complete": False, "shards": []})
+    with pytest.raises(ValueError, match="has not come to its end"):
         TokenShards(folder, "train")
 
 

@@ -160,6 +160,13 @@ def test_max_tokens_is_exact(tmp_path, jsonl):
     assert all_tokens(tmp_path / "out") == expected_tokens(DOCUMENTS)[:1234]
 
 
+def cmdline(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:  # the process has just ended
+        return b""
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in folder.iterdir()}
 
@@ -186,19 +193,24 @@ def test_killed_preparation_goes_on_byte_identical(tmp_path):
             kills += 1
         process.wait()
     assert kills >= 2
+    time.sleep(1)
+    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(killed).encode() in cmdline(p)]
+    assert not left, "workers outlived their parent"
     assert not read_manifest(killed)["complete"]
     prepare(killed, tmp_path / "big.jsonl", **options)
     assert snapshot(killed) == snapshot(tmp_path / "whole" / "out")
 
 
 def test_a_damaged_shard_is_made_again(tmp_path, jsonl):
-    """Going on checks what is there: from a shard with another sha256 on, all is made anew."""
+    """The same command checks what is there: from a shard that is gone or has another sha256 on,
+    all is made anew.
+    """
     prepare(tmp_path / "out", jsonl)
     before = snapshot(tmp_path / "out")
-    manifest = json.loads(before["manifest.json"])
-    manifest["complete"] = False
-    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "out" / "out_train_000001.npy").write_bytes(b"?")
+    prepare(tmp_path / "out", jsonl)
+    assert snapshot(tmp_path / "out") == before
+    (tmp_path / "out" / "out_val_000000.npy").unlink()
     prepare(tmp_path / "out", jsonl)
     assert snapshot(tmp_path / "out") == before
 
@@ -248,6 +260,13 @@ def test_all_start_methods_give_the_same(tmp_path, jsonl, method):
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
     assert all_tokens(tmp_path / "out") == expected_tokens(DOCUMENTS)
+
+
+def test_a_killed_worker_ends_in_a_line(tmp_path, jsonl, monkeypatch):
+    """A worker that the system kills ends the preparation with the remedy instead of a hang."""
+    monkeypatch.setattr(fineweb, "get_tokenizer", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ChildProcessError, match="smaller --num_proc"):
+        list(fineweb.tokenize(lambda: iter([("text", True)]), 1))
 
 
 def test_hub_sets_stream_and_go_on(tmp_path, monkeypatch):

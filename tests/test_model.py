@@ -129,6 +129,21 @@ def test_cached_forward_equals_full_forward(tiny_model):
     torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-5, rtol=0)
 
 
+def test_the_trunk_compiles_without_a_break(tiny_model):
+    """torch.compile takes the training step's trunk as one graph."""
+    explained = torch._dynamo.explain(tiny_model.hidden)(random_ids(2, 16))
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+def test_several_tokens_after_cached_ones_are_refused(tiny_model):
+    """The cache takes a prompt, then one token at a time; anything else is an error."""
+    caches = [KVCache(48) for _ in range(2)]
+    with torch.no_grad():
+        tiny_model.hidden(random_ids(1, 4), caches)
+        with pytest.raises(ValueError, match="2 tokens at once after 4 cached ones"):
+            tiny_model.hidden(random_ids(1, 2), caches)
+
+
 def test_few_rows_take_the_same_linear(monkeypatch):
     """The decoding path of Linear computes what nn.Linear does, for each number of threads."""
     layer, x = Linear(24, 36), torch.randn(3, 2, 24)
