@@ -150,6 +150,7 @@ class TrainingStep:
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == torch.float16)
         self.skipped_in_a_row = 0
+        self.host: dict | None = None  # the last snapshot's memory
         for block in model.transformer.h:
             block.recompute = config.recompute == "block"
         self.sharded = config.parallel == "fsdp" and dist.world_size > 1
@@ -163,7 +164,7 @@ class TrainingStep:
         else:
             self.loss = StepLoss(model, config.compile)
             if dist.world_size > 1:
-                self.loss = DistributedDataParallel(self.loss)
+                self.loss = DistributedDataParallel(self.loss, gradient_as_bucket_view=True)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay),
             lr=config.max_lr,
@@ -231,12 +232,13 @@ class TrainingStep:
     def snapshot(self) -> tuple[dict, dict]:
         """Copies in host memory of all parameters and of what else it takes to go on, both by the
         names of the parameters and whole, so that any number of ranks can read them. All ranks
-        call it; on the main one the copies are complete.
+        call it; on the main one the copies are complete, until the next call overwrites them.
         """
         params = get_model_state_dict(self.model, options=WHOLE_ON_CPU)
         optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE_ON_CPU)
         if self.dist.device.type == "cpu" and not self.sharded:  # not copies yet
-            params, optimizer = copy.deepcopy((params, optimizer))
+            self.host = copied({"params": params, "optimizer": optimizer}, self.host)
+            params, optimizer = self.host["params"], self.host["optimizer"]
         cuda = torch.cuda.get_rng_state() if self.dist.device.type == "cuda" else None
         return params, {
             "optimizer": optimizer,
@@ -253,6 +255,17 @@ class TrainingStep:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.dist.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
+
+
+def copied(source: object, earlier: object = None) -> object:
+    """A copy of nested dicts with tensors, in the memory of an earlier one where there is one: new
+    memory would cost several times the copying.
+    """
+    if isinstance(source, dict):
+        return {key: copied(value, (earlier or {}).get(key)) for key, value in source.items()}
+    if isinstance(source, torch.Tensor):
+        return source.detach().clone() if earlier is None else earlier.copy_(source.detach())
+    return copy.deepcopy(source)
 
 
 @torch.no_grad()
@@ -317,6 +330,7 @@ def train(
             return evaluate(model, batches, dist)
 
     def save(record: dict) -> None:
+        background.wait()  # it reads the last snapshot, which the next one overwrites
         params, state = training_step.snapshot()
         if dist.is_main:
             progress = {
