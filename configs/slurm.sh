@@ -1,0 +1,18 @@
+#!/bin/bash
+# Pretraining on several nodes of a Slurm cluster: sbatch configs/slurm.sh [flags of train_gpt2.py]
+# The run folder must be on a file system that all nodes see. A job that is requeued, or sent again,
+# goes on from its last checkpoint; SIGTERM before the time limit has it save first.
+#SBATCH --job-name=gpt2
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun .venv/bin/torchrun \
+    --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max_restarts=3 \
+    --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head_node:29500" \
+    train_gpt2.py "$@"
