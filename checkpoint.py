@@ -72,7 +72,9 @@ def load_newest(run: Path | str) -> tuple[GPT, dict, dict] | None:
     return None
 
 
-def save_checkpoint(run: Path, model: GPT, params: dict, progress: dict, state: dict, keep: int):
+def save_checkpoint(
+    run: Path, model: GPT, params: dict, progress: dict, state: dict, keep: int
+) -> None:
     """Write the checkpoint of progress["step"], then delete all but the newest `keep` and the best.
     `params` are the parameters of `model`, or copies of them.
 
@@ -96,11 +98,8 @@ def save_checkpoint(run: Path, model: GPT, params: dict, progress: dict, state: 
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
         _fsync_folder(folder.parent)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch.save has its own for a full disk
+    # On a full disk torch.save raises a RuntimeError, safetensors an error of its own.
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
             f"step {progress['step']} could not be saved: {error}. Make room and run the same "

@@ -98,13 +98,12 @@ class Report:
         if not self.is_main:
             return
         records = read_metrics(self.run)
-        losses = [f"{r['val_loss']:.4f}" for r in records if r.get("val_loss") is not None]
+        losses = [f"{r['val_loss']:.4f}" for r in records if r.get("val_loss") is not None] or ["-"]
         speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
         samples = [r["sample"] for r in records if "sample" in r]
         checkpoint = str(checkpoints(self.run)[-1])
         rows = {
-            "validation loss": " at the start, ".join(losses[:: max(1, len(losses) - 1)])
-            + " at the end",
+            "validation loss": f"{losses[0]} at the start, {losses[-1]} at the end",
             "speed": f"{statistics.median(speeds):,.0f} tokens/s",
             "sample": repr(samples[-1]) if samples else "none, --sample_every is 0",
             "loss plot": str(self.run / "loss.png"),

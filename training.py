@@ -248,9 +248,8 @@ class TrainingStep:
 
     def load_state(self, state: dict) -> None:
         """Take over what `snapshot` gave second, on this or another number of ranks."""
-        set_optimizer_state_dict(
-            self.model, self.optimizer, state["optimizer"], options=WHOLE_ON_CPU
-        )
+        whole = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=whole)
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.dist.device.type == "cuda" and state["rng"]["cuda"] is not None:
@@ -312,6 +311,7 @@ def train(
                 "only with the same ones"
             )
         training_step.load_state(resumed[1])
+        resumed[1].clear()  # gigabytes that nobody needs any more
     report = Report(run, config.max_steps, dist, start)
     if start:
         report.line(f"going on from step {start}")

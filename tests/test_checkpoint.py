@@ -7,17 +7,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 from checkpoint import (
+    BackgroundSave,
     MetricsLog,
     best_checkpoint,
     check_same_run,
     checkpoints,
     load_model,
+    load_newest,
     load_state,
     read_metrics,
     save_checkpoint,
 )
 from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
+from training import copied
 
 
 def save(run, model, step: int, val_loss: float | None = None, keep: int = 2):
@@ -131,3 +134,59 @@ def test_the_log_is_appended_and_a_step_stands_once(tmp_path):
     records = [json.loads(line) for line in log.file.read_text().splitlines()]
     assert [(r["step"], r["run"]) for r in records] == [*[(s, 1) for s in range(4)], (4, 2), (5, 2)]
     assert log.file.read_bytes().startswith(whole)
+
+
+def test_a_damaged_checkpoint_falls_back(tmp_path, tiny_model, capsys):
+    """Where the newest checkpoint cannot be read, the one before serves, with a line; where none
+    can, that is an error and no fresh start.
+    """
+    assert load_newest(tmp_path) is None
+    for step in (1, 2):
+        save(tmp_path, tiny_model, step)
+    for file in ("model.safetensors", "state.pt", "config.json", "progress.json"):
+        path = checkpoints(tmp_path)[-1] / file
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        assert load_newest(tmp_path)[1]["step"] == 1, file
+        assert "step_000002 is damaged" in capsys.readouterr().out
+        path.write_bytes(whole)
+    assert load_newest(tmp_path)[1]["step"] == 2
+    for folder in checkpoints(tmp_path):
+        (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 2 checkpoints"):
+        load_newest(tmp_path)
+
+
+def test_a_failed_background_save_is_not_silent():
+    """What a save in the background raises comes out at the next look at it, once."""
+    background = BackgroundSave()
+    background.start(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        background.start(lambda: None)
+    background.wait()
+    background.check()
+
+
+def test_a_snapshot_does_not_follow_the_model(tmp_path, tiny_model):
+    """A copy keeps its values while the original changes, in new memory and in an earlier copy's."""
+    live = {"weights": dict(tiny_model.named_parameters()), "step": 3}
+    first = copied(live)
+    value = first["weights"]["transformer.wpe.weight"].clone()
+    with torch.no_grad():
+        tiny_model.transformer.wpe.weight += 1
+    assert torch.equal(first["weights"]["transformer.wpe.weight"], value)
+    memory = first["weights"]["transformer.wpe.weight"].data_ptr()
+    second = copied(live, first)
+    assert torch.equal(second["weights"]["transformer.wpe.weight"], value + 1)
+    assert second["weights"]["transformer.wpe.weight"].data_ptr() == memory
+
+
+def test_checkpoints_are_ordered_by_step(tmp_path, tiny_model):
+    """Step 1,000,000 comes after step 999,999, and a user's own copy is left alone."""
+    for step in (999_998, 999_999, 1_000_000):
+        save(tmp_path, tiny_model, step, keep=5)
+    mine = tmp_path / "checkpoints" / "step_1_mine"
+    mine.mkdir()
+    save(tmp_path, tiny_model, 1_000_001)
+    assert steps(tmp_path) == [1_000_000, 1_000_001]
+    assert mine.exists()
