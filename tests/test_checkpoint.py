@@ -168,7 +168,7 @@ def test_a_failed_background_save_is_not_silent():
 
 
 def test_a_snapshot_does_not_follow_the_model(tmp_path, tiny_model):
-    """A copy keeps its values while the original changes, in new memory and in an earlier copy's."""
+    """A copy keeps its values while the original changes; a second one reuses its memory."""
     live = {"weights": dict(tiny_model.named_parameters()), "step": 3}
     first = copied(live)
     value = first["weights"]["transformer.wpe.weight"].clone()
