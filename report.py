@@ -11,7 +11,7 @@ from tqdm import tqdm
 from checkpoint import MetricsLog, checkpoints, read_metrics
 from data import PretrainingData
 from model import GPT
-from runtime import Distributed
+from runtime import Distributed, peak_flops
 
 PROGRESS_SECONDS = 10.0  # between two lines where there is no terminal
 
@@ -41,6 +41,27 @@ def flops_per_token(model: GPT, block_size: int) -> int:
 def finite_or_none(value: float) -> float | None:
     """JSON has no word for infinity or not-a-number."""
     return value if math.isfinite(value) else None
+
+
+class Meter:
+    """Turns what was measured of a step into its record for the log."""
+
+    def __init__(self, model: GPT, data: PretrainingData, dist: Distributed):
+        peak = peak_flops(dist.device)
+        self.tokens = data.total_batch_size
+        self.flops = flops_per_token(model, data.block_size) * data.total_batch_size
+        self.peak = peak and peak * dist.world_size
+
+    def record(self, step: int, loss: float, grad_norm: float, seconds: float) -> dict:
+        return {
+            "step": step,
+            "train_loss": finite_or_none(loss),
+            "grad_norm": finite_or_none(grad_norm),
+            "tokens": step * self.tokens,
+            "tokens_per_s": round(self.tokens / seconds, 1),
+            "step_ms": round(seconds * 1e3, 2),
+            "mfu": round(self.flops / seconds / self.peak, 4) if self.peak else None,
+        }
 
 
 class Report:

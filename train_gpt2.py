@@ -12,7 +12,8 @@ from data import PretrainingData, TokenShards
 from model import GPT, GPTConfig
 from report import describe
 from runtime import Distributed, default_precision
-from training import TrainConfig, parameter_groups, train
+from step import parameter_groups
+from training import TrainConfig, train
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 

@@ -52,8 +52,9 @@ device: cpu
 KEYS = ("step", "train_loss", "val_loss", "grad_norm", "sample")
 POISON = """
 import sys; sys.path.insert(0, {root!r})
-import math, cli, train_gpt2, training
-step = training.TrainingStep.__call__
+import math, cli, train_gpt2
+from step import TrainingStep
+step = TrainingStep.__call__
 def poisoned(self, number):
     if {first} <= number < {last}:
         hook = self.model.transformer.ln_f.bias.register_hook(lambda grad: grad * math.nan)
@@ -61,7 +62,7 @@ def poisoned(self, number):
         hook.remove()
         return result
     return step(self, number)
-training.TrainingStep.__call__ = poisoned
+TrainingStep.__call__ = poisoned
 cli.run(train_gpt2.main, train_gpt2.PretrainConfig, "")
 """
 

@@ -24,7 +24,8 @@ from checkpoint import BackgroundSave, save_checkpoint
 from data import PretrainingData, TokenShards, write_manifest, write_shard
 from model import GPT, GPTConfig
 from runtime import Distributed
-from training import TrainConfig, TrainingStep
+from step import TrainingStep
+from training import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from data import PretrainingData, TokenShards, write_manifest, write_shard
 from model import GPT, LOSS_CHUNK_ROWS, LOSS_CHUNK_ROWS_ELSEWHERE, GPTConfig
 from report import flops_per_token
 from runtime import PEAK_FLOPS, Distributed
-from training import TrainConfig, TrainingStep
+from step import TrainingStep
+from training import TrainConfig
 
 SIZES = {
     "124M": GPTConfig(),

@@ -19,8 +19,8 @@ from checkpoint import (
     save_checkpoint,
 )
 from model import GPT, GPTConfig
+from step import copied
 from tokenizer import get_tokenizer
-from training import copied
 
 
 def save(run, model, step: int, val_loss: float | None = None, keep: int = 2):

@@ -12,15 +12,8 @@ from model import GPT, GPTConfig
 from plot import gpt2_val_loss
 from report import describe, flops_per_token
 from runtime import Distributed
-from training import (
-    StepLoss,
-    TrainConfig,
-    TrainingStep,
-    evaluate,
-    learning_rate,
-    parameter_groups,
-    train,
-)
+from step import StepLoss, TrainingStep, learning_rate, parameter_groups
+from training import TrainConfig, evaluate, train
 
 CPU = Distributed(rank=0, world_size=1, device=torch.device("cpu"))
 CONFIG = GPTConfig(block_size=16, vocab_size=1000, n_layer=2, n_head=2, n_embd=32)
