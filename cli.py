@@ -1,5 +1,6 @@
 """A file of its own because all commands share it: how flags are read, and how an error is told."""
 
+import io
 import sys
 import typing
 from collections.abc import Callable
@@ -21,7 +22,10 @@ def run(main: Callable[[Config], None], config_class: type[Config], description:
     What a user can mend (an unknown flag or key, a ValueError, an OSError) ends in one line and
     exit code 2.
     """
-    sys.stdout.reconfigure(errors="replace")  # not every terminal has every character of a sample
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # not every terminal has all of a sample's characters
+        sys.stdout.reconfigure(errors="replace")
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of any of these, by name")

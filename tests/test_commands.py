@@ -12,6 +12,8 @@ import pytest
 from test_model import hugging_face
 from transformers import AutoModelForCausalLM
 
+import cli
+import train_gpt2
 from checkpoint import checkpoints, read_metrics
 from model import GPTConfig
 
@@ -228,26 +230,41 @@ def test_training_without_data_says_how_to_get_some(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_flags_and_keys_are_named(workplace):
+def in_process(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of train_gpt2.py, without the seconds that a process takes."""
+    monkeypatch.setattr(sys, "argv", list(map(str, args)))
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(train_gpt2.main, train_gpt2.PretrainConfig, train_gpt2.__doc__)
+    return exit_.value.code, *capsys.readouterr()
+
+
+def test_wrong_flags_and_keys_are_named(workplace, monkeypatch, capsys):
     """An unknown flag, an abbreviation, a misspelt YAML key, a value of the wrong type, a config
     that is not there: one line with the name.
     """
+    monkeypatch.chdir(workplace)
     (workplace / "bad.yaml").write_text("max_stepz: 3\n")
     for args, expected in (
         (("--max_stepz", "3"), "--max_stepz"),
         (("--max_step", "3"), "--max_step"),
         (("--config", "bad.yaml"), "max_stepz"),
         (("--max_steps", "many"), "many"),
+        (("--max_steps", "0"), "max_steps is 0, expected at least 1"),
         (("--config", "nothing.yaml"), "nothing.yaml"),
         (("--precision", "int8"), "int8"),
         (("--device", "cuda:99"), "cuda:99"),
+        (("--device", "tpu"), "device is tpu, expected auto, cpu, cuda or mps"),
         (("--total_batch_size", "1000"), "the nearest are 896 or 1024"),
         (("--init_from", "nowhere"), "nowhere is no folder here"),
         (("--n_head", "3"), "n_embd 32 does not divide into n_head 3"),
+        (("--block_size", "0"), "block_size is 0"),
     ):
-        error = fails(*tiny_run(workplace, "bad", *args), cwd=workplace, HF_HUB_OFFLINE="1")
+        code, _, error = in_process(monkeypatch, capsys, *tiny_run(workplace, "bad", *args))
+        assert code == 2, args
         assert expected in error
+        assert error.startswith("error: ")
         assert error.count("\n") == 1
+    assert "--max_stepz" in fails(*tiny_run(workplace, "bad", "--max_stepz", 3), cwd=workplace)
 
 
 def test_truncated_shard_and_changed_settings_harm_nothing(workplace, uninterrupted):
@@ -287,14 +304,17 @@ def test_importing_does_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_presets_are_complete_and_right():
+def test_presets_are_complete_and_right(monkeypatch, capsys):
     """Every preset parses, and gpt2_124m is what the defaults are."""
-    defaults = run("train_gpt2.py", "--print_config", cwd=ROOT).stdout
-    for preset in sorted((ROOT / "configs").glob("*.yaml")):
-        result = run("train_gpt2.py", "--config", preset, "--print_config", cwd=ROOT)
-        assert result.returncode == 0, f"{preset}: {result.stderr}"
+    _, defaults, _ = in_process(monkeypatch, capsys, "train_gpt2.py", "--print_config")
+    presets = sorted((ROOT / "configs").glob("*.yaml"))
+    assert len(presets) >= 5
+    for preset in presets:
+        args = ("train_gpt2.py", "--config", preset, "--print_config")
+        code, out, error = in_process(monkeypatch, capsys, *args)
+        assert code == 0, f"{preset}: {error}"
         if preset.stem == "gpt2_124m":
             shape = GPTConfig()
             for name in ("n_layer", "n_head", "n_embd", "block_size"):
                 defaults = defaults.replace(f"{name}: null", f"{name}: {getattr(shape, name)}")
-            assert result.stdout == defaults
+            assert out == defaults
