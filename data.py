@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
 from tokenizer import END_OF_TEXT_ID
 
@@ -121,7 +122,8 @@ class TokenShards:
                 "   # seconds, no network; then train with --data_dir data/stdlib"
             )
         self.shards = []
-        for file in files:
+        progress = {"desc": f"checking {split}", "unit": " shards", "leave": False}
+        for file in tqdm(files, **progress, disable=None if verify else True):
             if not file.exists():
                 raise FileNotFoundError(f"{file} is missing, manifest.json lists it")
             self.shards.append(open_shard(file))

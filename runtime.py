@@ -39,6 +39,7 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
+DEVICE_TYPES = ("cpu", "cuda", "mps")
 BARRIER_TIMEOUT = timedelta(minutes=30)  # time enough to download 6 GB of GPT-2 1.5B
 
 
@@ -59,9 +60,9 @@ class Distributed:
             for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
         if device == "auto":
-            accelerator = torch.accelerator.current_accelerator(check_available=True)
-            device = accelerator.type if accelerator else "cpu"
-        if device.partition(":")[0] not in ("cpu", "cuda", "mps"):
+            found = torch.accelerator.current_accelerator(check_available=True)
+            device = found.type if found and found.type in DEVICE_TYPES else "cpu"
+        if device.partition(":")[0] not in DEVICE_TYPES:
             raise ValueError(f"device is {device}, expected auto, cpu, cuda or mps")
         if world_size > 1 and ":" in device:
             raise ValueError(f"device is {device}, but each of {world_size} ranks needs its own")
