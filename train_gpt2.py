@@ -8,7 +8,7 @@ import torch
 
 import cli
 from checkpoint import check_same_run, load_model, load_newest, lock_run
-from data import PretrainingData, TokenShards
+from data import PretrainingData, TokenShards, write_atomically
 from model import GPT, GPTConfig
 from report import describe
 from runtime import Distributed, default_precision
@@ -44,6 +44,11 @@ def main(config: PretrainConfig) -> None:
         with dist.main_first():
             config = replace(config, **check_same_run(run, asdict(config), config.resume))
             model, *resumed = load_newest(run) or [new_model(config)]
+        if resumed and resumed[0]["data"] != train_shards.fingerprint:
+            raise ValueError(
+                f"{run} was trained on other shards than those in data_dir now; it goes on exactly "
+                "only with the same ones"
+            )
         config = resolve(config, model.config, dist.device)
         data = PretrainingData(
             train_shards,
@@ -57,7 +62,8 @@ def main(config: PretrainConfig) -> None:
         if dist.is_main:
             print(cli.as_yaml(config))
             print(describe(parameter_groups(model), data), flush=True)
-            (run / "config.yaml").write_text(cli.as_yaml(config))
+            text = cli.as_yaml(config).encode()
+            write_atomically(run / "config.yaml", lambda file: file.write(text))
         try:
             train(model.to(dist.device), data, val_shards, config, dist, resumed or None)
         except torch.OutOfMemoryError as error:

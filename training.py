@@ -117,11 +117,6 @@ def validation_loss(training_step: TrainingStep, val_shards: TokenShards) -> flo
 
 def resume(training_step: TrainingStep, progress: dict, state: dict) -> int:
     """Take over the state of a checkpoint; return its step."""
-    if progress["data"] != training_step.data.shards.fingerprint:
-        raise ValueError(
-            f"{training_step.config.out_dir} was trained on other shards than those in data_dir "
-            "now; it goes on exactly only with the same ones"
-        )
     training_step.load_state(state)
     state.clear()  # gigabytes that nobody needs any more
     return progress["step"]

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_model import hugging_face
 from transformers import AutoModelForCausalLM
@@ -276,6 +277,10 @@ def test_truncated_shard_and_changed_settings_harm_nothing(workplace, uninterrup
     args = tiny_run(workplace, "whole")
     assert f"{shard.name} is truncated" in fails(*args, "--data_dir", "data/torn", cwd=workplace)
     assert "max_lr 0.01 then, 0.02 now" in fails(*args, "--max_lr", "2e-2", cwd=workplace)
+    shutil.copytree(workplace / "data" / "text", workplace / "data" / "other")
+    (workplace / "data" / "other" / "manifest.json").unlink()
+    np.save(workplace / "data" / "other" / shard.name, np.arange(5000, dtype=np.uint16))
+    assert "was trained on other shards" in fails(*args, "--data_dir", "data/other", cwd=workplace)
     assert {f: f.read_bytes() for f in uninterrupted.rglob("*") if f.is_file()} == before
 
 
