@@ -1,5 +1,6 @@
 """GPT-2, exactly: OpenAI's architecture under the names that Hugging Face's checkpoints use."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,6 +91,15 @@ class KVCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
+def run(function: Callable, *args: object, recompute: bool) -> torch.Tensor:
+    """`function(*args)`. With `recompute` the backward pass gets nothing but `args`, and computes
+    what else it needs again: up to the last matrix product, whose output nobody asks for.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -97,16 +107,24 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        norm: nn.Module,
+        cache: KVCache | None = None,
+        mask: torch.Tensor | None = None,
+        light: bool = False,
+    ) -> torch.Tensor:
         B, T, C = x.size()
+        qkv = run(lambda x: self.c_attn(norm(x)), x, recompute=light)
         q, k, v = (
             t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-            for t in self.c_attn(x).split(C, dim=2)
+            for t in qkv.split(C, dim=2)
         )
         if cache is not None:
             k, v = cache.append(k, v)
         # A single new token may look at everything cached; several start from an empty cache.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -116,31 +134,31 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+    def forward(self, x: torch.Tensor, norm: nn.Module, light: bool = False) -> torch.Tensor:
+        x = run(lambda x: self.c_fc(norm(x)), x, recompute=light)
+        return run(lambda x: self.c_proj(F.gelu(x, approximate="tanh")), x, recompute=light)
 
 
 class Block(nn.Module):
-    """A transformer block. With `recompute` it keeps nothing but its input for the backward pass,
-    which runs it once more.
+    """A transformer block. What it keeps for the backward pass is up to `recompute`: "none" keeps
+    everything, "light" all but the outputs of LayerNorm and GELU, which cost next to nothing to
+    compute again, "block" the inputs of attention and MLP only.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.recompute = False
+        self.recompute = "none"
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._residual, x, use_reentrant=False)
-        return self._residual(x, cache)
-
-    def _residual(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+    def forward(
+        self, x: torch.Tensor, cache: KVCache | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        light, whole = self.recompute == "light", self.recompute == "block"
+        x = x + run(self.attn, x, self.ln_1, cache, mask, light, recompute=whole)
+        return x + run(self.mlp, x, self.ln_2, light, recompute=whole)
 
 
 class GPT(nn.Module):
@@ -185,22 +203,32 @@ class GPT(nn.Module):
         for table in (self.transformer.wte, self.lm_head):
             table.weight.data[self.config.vocab_size :] = 0.0
 
-    def hidden(self, idx: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
+    def hidden(
+        self,
+        idx: torch.Tensor,
+        caches: list[KVCache] | None = None,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Token ids (B, T) to the head's input (B, T, C). With `caches` (one a layer) the tokens
         are those after the cached ones: any number into empty caches, then one at a time.
+
+        `positions` (T) or (B, T) and the boolean `mask` (B, 1, T, T), true where a token may look
+        at another, stand in for 0, 1, 2, ... and the causal mask; several texts can share a row.
         """
         T = idx.size(1)
         start = caches[0].length if caches else 0
         if start and T > 1:
             raise ValueError(f"{T} tokens at once after {start} cached ones, expected 1")
-        if start + T > self.config.block_size:
+        if positions is None and start + T > self.config.block_size:
             raise ValueError(
                 f"{start + T} tokens do not fit the model's block_size {self.config.block_size}"
             )
-        positions = torch.arange(start, start + T, device=idx.device)
+        if positions is None:
+            positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, caches[i] if caches else None)
+            x = block(x, caches[i] if caches else None, mask)
         return self.transformer.ln_f(x)
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:

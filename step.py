@@ -81,7 +81,7 @@ class TrainingStep:
         self.skipped_in_a_row = 0
         self.host: dict | None = None  # the last snapshot's memory
         for block in model.transformer.h:
-            block.recompute = config.recompute == "block"
+            block.recompute = config.recompute
         self.sharded = config.parallel == "fsdp" and dist.world_size > 1
         if self.sharded:
             if self.scaler.is_enabled():
