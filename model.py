@@ -1,13 +1,13 @@
 """GPT-2, exactly: OpenAI's architecture under the names that Hugging Face's checkpoints use."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import pretrained
@@ -16,9 +16,9 @@ IGNORE_INDEX = -100  # a target that is not predicted; the default of F.cross_en
 VOCAB_MULTIPLE = 128  # tensor cores want the head's columns in whole tiles: 50257 becomes 50304
 INIT_STD = 0.02  # GPT-2 paper, section 2.3, and OpenAI's code
 FEW_ROWS = 8  # up to here `Linear` is bound by reading its weight, see there
-# Tokens whose logits are alive at once in `loss`: 100 MB in fp32 on a CPU, and on an accelerator
-# enough rows to keep it busy.
-LOSS_CHUNK_ROWS = {"cpu": 512}
+# Tokens whose logits are alive at once in `loss`: twice 50 MB on a CPU, elsewhere enough to keep it
+# busy.
+LOSS_CHUNK_ROWS = {"cpu": 256}
 LOSS_CHUNK_ROWS_ELSEWHERE = 4096
 
 
@@ -161,6 +161,59 @@ class Block(nn.Module):
         return x + run(self.mlp, x, self.ln_2, light, recompute=whole)
 
 
+class HeadLoss(torch.autograd.Function):
+    """The head and its summed cross-entropy in fp32, so many rows at a time. A chunk's gradient is
+    taken while its logits are there, so that nothing of them is kept or computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: torch.Tensor,  # (n, C)
+        weight: torch.Tensor,  # (padded V, C)
+        targets: torch.Tensor,  # (n)
+        vocab_size: int,
+        dtype: torch.dtype,  # of the matrix products
+        with_grad: bool,
+    ) -> torch.Tensor:
+        weight_needs_grad = with_grad and weight.requires_grad
+        head, total = weight.to(dtype), x.new_zeros((), dtype=torch.float32)
+        d_x = torch.empty_like(x) if with_grad else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
+        chunk_rows = LOSS_CHUNK_ROWS.get(x.device.type, LOSS_CHUNK_ROWS_ELSEWHERE)
+        chunk_rows = max(1, min(chunk_rows, len(x)))
+        # Written again and again: fresh memory costs a CPU more than the softmax.
+        logits_memory = x.new_empty(chunk_rows, len(weight), dtype=dtype)
+        log_probs_memory = x.new_empty(chunk_rows, len(weight), dtype=torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            for start in range(0, len(x), chunk_rows):
+                x_chunk = x[start : start + chunk_rows].to(dtype)
+                ids = targets[start : start + chunk_rows, None]
+                counts, ids = ids != IGNORE_INDEX, ids.clamp(min=0)
+                logits = torch.mm(x_chunk, head.t(), out=logits_memory[: len(ids)])
+                logits[:, vocab_size:] = -torch.inf  # the padding is not among the choices
+                log_probs = log_probs_memory[: len(ids)]
+                torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=log_probs)
+                total -= (log_probs.gather(1, ids) * counts).sum()
+                if with_grad:
+                    d_logits = torch.exp(log_probs, out=logits)
+                    d_logits.scatter_add_(1, ids, d_logits.new_full(ids.shape, -1.0))
+                    d_logits *= counts
+                    d_x[start : start + chunk_rows] = d_logits @ head
+                if weight_needs_grad and dtype == torch.float32:
+                    d_weight.addmm_(d_logits.t(), x_chunk)
+                elif weight_needs_grad:
+                    d_weight += d_logits.t() @ x_chunk
+        ctx.gradients = d_x, d_weight if d_weight is None else d_weight.to(weight.dtype)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (d_x, d_weight), ctx.gradients = ctx.gradients, None  # scaled in place, so good only once
+        return d_x.mul_(grad), d_weight if d_weight is None else d_weight.mul_(grad), *[None] * 4
+
+
 class GPT(nn.Module):
     """GPT-2. `wte` and `lm_head` have `padded_vocab_size` rows; those past `vocab_size` are zero,
     get no gradient, and are neither returned nor sampled nor saved.
@@ -239,43 +292,35 @@ class GPT(nn.Module):
         return self.lm_head(x)[..., : self.config.vocab_size]
 
     def loss(
-        self, idx: torch.Tensor, targets: torch.Tensor, reduction: str = "mean"
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor,
+        reduction: str = "mean",
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross-entropy in nats of `targets` (B, T) after `idx` (B, T), as "mean" or "sum" over the
-        targets that are not -100.
+        targets that are not -100. Where these are few, `rows` (n), their positions in the flat
+        targets, spares the head all others.
         """
-        return self.loss_from_hidden(self.hidden(idx), targets, reduction)
+        return self.loss_from_hidden(self.hidden(idx), targets, reduction, rows)
 
     def loss_from_hidden(
-        self, x: torch.Tensor, targets: torch.Tensor, reduction: str = "mean"
+        self,
+        x: torch.Tensor,
+        targets: torch.Tensor,
+        reduction: str = "mean",
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`loss` from the head's input (B, T, C); the (B·T, V) logits never exist at once."""
         device_type = x.device.type
-        x, targets, weight = x.flatten(0, 1), targets.flatten(), self.lm_head.weight
-        chunk_rows = LOSS_CHUNK_ROWS.get(device_type, LOSS_CHUNK_ROWS_ELSEWHERE)
-        chunked = len(x) > chunk_rows  # a single chunk has nothing to gain over plain logits
-        # The chunked operator knows nothing of autocast, and rounds a sum to the type of its input
-        # (8 bits in bf16): it gets its inputs cast, and the tokens' losses are added here in fp32.
-        cast = chunked and torch.is_autocast_enabled(device_type)
-        if cast:
-            dtype = torch.get_autocast_dtype(device_type)
-            x, weight = x.to(dtype), weight.to(dtype)
-        # A bias of -inf takes the padding rows out of the softmax and out of the gradient.
-        bias = x.new_zeros(self.config.padded_vocab_size)
-        bias[self.config.vocab_size :] = -torch.inf
-        with torch.autocast(device_type, enabled=False) if cast else nullcontext():
-            losses = F.linear_cross_entropy(
-                x,
-                weight,
-                targets,
-                linear_bias=bias,
-                reduction="none" if cast else "sum",
-                ignore_index=IGNORE_INDEX,
-                options=nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows)
-                if chunked
-                else None,
-            )
-        total = losses.float().sum()
+        x, targets = x.flatten(0, 1), targets.flatten()
+        if rows is not None:
+            x, targets = x[rows], targets[rows]
+        cast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if cast else x.dtype
+        total = HeadLoss.apply(
+            x, self.lm_head.weight, targets, self.config.vocab_size, dtype, torch.is_grad_enabled()
+        )
         return total if reduction == "sum" else total / (targets != IGNORE_INDEX).sum()
 
     @torch.no_grad()

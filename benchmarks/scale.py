@@ -100,10 +100,11 @@ def memory(
     # before and after GELU 8.
     a = 2 if half else 4
     kept = (2 * 4 + 14 * a) * C
-    activations = tokens * (L * kept if not recompute else L * 4 * C + kept)
+    activations = tokens * (L * kept if not recompute else L * 2 * 4 * C + kept)
     activations += tokens * (4 + 4 + 4) * C  # the last block's output, ln_f's, and its gradient
     rows = min(tokens, LOSS_CHUNK_ROWS.get(device_type, LOSS_CHUNK_ROWS_ELSEWHERE))
-    logits = rows * V * 4 + V * C * 4  # a chunk of them, and the head's gradient made beside it
+    # A chunk of logits and of log-probabilities in fp32, and the head's gradient made beside it.
+    logits = rows * V * (a + 4) + V * C * 4
     return Memory(weights, gradients, 8 * P / ranks, activations, logits)
 
 

@@ -107,6 +107,50 @@ def test_loss_keeps_its_precision_under_autocast(tiny_model, chunk_rows, monkeyp
     assert tiny_model.transformer.wte.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_head_skips_rows_that_do_not_count(tiny_model, dtype):
+    """Loss and gradients are the same to rounding whether the head computes ignored rows or not; a
+    batch in which nothing counts is 0; a second backward pass is refused.
+    """
+    idx, targets = random_ids(2, 30), random_ids(2, 30)
+    targets[:, :20] = -100
+    rows = (targets.flatten() != -100).nonzero()[:, 0]
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        losses = [tiny_model.loss(idx, targets, "sum", rows=r) for r in (None, rows)]
+        nothing = tiny_model.loss(idx, torch.full_like(targets, -100), "sum", rows=rows[:0])
+    params = list(tiny_model.parameters())
+    all_rows, few_rows = (torch.autograd.grad(loss, params, retain_graph=True) for loss in losses)
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    for a, b in zip(all_rows, few_rows, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 if dtype is None else 1e-2)
+    assert nothing.item() == 0
+    with pytest.raises(TypeError):
+        losses[0].backward()
+
+
+@pytest.mark.parametrize("recompute", ["light", "block"])
+def test_recomputing_changes_nothing(tiny_model, recompute):
+    """Loss and gradients are the same to the bit whether the backward pass keeps or recomputes."""
+    idx, results = random_ids(2, 40), []
+    for mode in ("none", recompute):
+        for block in tiny_model.transformer.h:
+            block.recompute = mode
+        loss = tiny_model.loss(idx, idx.roll(1))
+        results.append([loss, *torch.autograd.grad(loss, list(tiny_model.parameters()))])
+    assert all(map(torch.equal, *results))
+
+
+def test_texts_that_share_a_row(tiny_model):
+    """With positions and a mask, two texts in one row get the hidden states of each alone."""
+    idx = random_ids(1, 30)
+    positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    text = torch.tensor([0] * 12 + [1] * 18)
+    mask = (text[:, None] == text) & torch.ones(30, 30).tril().bool()
+    together = tiny_model.hidden(idx, positions=positions, mask=mask[None, None])
+    alone = torch.cat([tiny_model.hidden(idx[:, :12]), tiny_model.hidden(idx[:, 12:])], dim=1)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
 def test_loss_never_holds_all_logits(monkeypatch):
     """No single allocation of a loss with its backward is as large as the (B·T, V) logits."""
     monkeypatch.setitem(model_module.LOSS_CHUNK_ROWS, "cpu", 32)
