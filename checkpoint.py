@@ -2,7 +2,7 @@
 
 RUN/config.yaml                    what the run was started with
 RUN/metrics.jsonl, loss.png        its history
-RUN/checkpoints/step_000500/       a Hugging Face model and tokenizer, and beside them
+RUN/checkpoints/step_000500/       a Hugging Face model and tokenizer, or a PEFT adapter, and beside
     progress.json, state.pt        step and losses; optimizer and random number generators
 """
 
@@ -22,6 +22,7 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from lora import CONFIG_FILE, load_adapter, lora_linears, read_adapter_config, save_adapter
 from model import GPT
 from pretrained import write_folder
 from tokenizer import save_tokenizer
@@ -50,9 +51,24 @@ def checkpoints(run: Path | str) -> list[Path]:
     return [p for _, p in sorted((int(m[1]), p) for m, p in named if m)]
 
 
-def load_model(name_or_path: str | Path) -> GPT:
-    """The model of a hub name, a Hugging Face folder, a checkpoint, or a run (its newest one)."""
-    return GPT.from_pretrained((checkpoints(name_or_path) or [name_or_path])[-1])
+def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = None) -> GPT:
+    """The model of a hub name, a Hugging Face folder, a checkpoint, or a run (its newest one). An
+    adapter's checkpoint stands for its base model with LoRA; `lora_load_path`, an adapter's folder,
+    run or lora.pt, is loaded on top of a model without.
+    """
+    path = Path((checkpoints(name_or_path) or [name_or_path])[-1])
+    if (path / CONFIG_FILE).is_file():
+        base = read_adapter_config(path).get("base_model_name_or_path")
+        if lora_load_path is not None or not base:
+            raise ValueError(
+                f"{name_or_path} is an adapter"
+                + (f" of {base}; name that with --lora_load_path" if base else " of no named model")
+            )
+        return load_adapter(load_model(base), path)
+    model = GPT.from_pretrained(path if path.exists() else name_or_path)
+    if lora_load_path is not None:
+        load_adapter(model, (checkpoints(lora_load_path) or [lora_load_path])[-1])
+    return model
 
 
 def load_newest(run: Path | str) -> tuple[GPT, dict, dict] | None:
@@ -62,7 +78,7 @@ def load_newest(run: Path | str) -> tuple[GPT, dict, dict] | None:
     folders = checkpoints(run)
     for folder in reversed(folders):
         try:
-            loaded = GPT.from_pretrained(folder), load_progress(folder), load_state(folder)
+            loaded = load_model(folder), load_progress(folder), load_state(folder)
         except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             print(f"{folder} is damaged ({error}); going back to the one before")
         else:
@@ -76,7 +92,8 @@ def save_checkpoint(
     run: Path, model: GPT, params: dict, progress: dict, state: dict, keep: int
 ) -> None:
     """Write the checkpoint of progress["step"], then delete all but the newest `keep` and the best.
-    `params` are the parameters of `model`, or copies of them.
+    `params` are the parameters of `model`, or copies of them; of a model with LoRA only the adapter
+    is written.
 
     The folder takes its name only when all of it is on the disk, so any crash leaves the earlier
     checkpoints and never half a one.
@@ -87,8 +104,11 @@ def save_checkpoint(
         for leftover in folder.parent.glob("*.tmp"):  # of interrupted saves
             shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
-        write_folder(temporary, asdict(model.config), model.hf_tensors(params))
-        save_tokenizer(temporary, model.config.block_size)
+        if lora_linears(model):
+            save_adapter(model, temporary, model.name_or_path, params)
+        else:
+            write_folder(temporary, asdict(model.config), model.hf_tensors(params))
+            save_tokenizer(temporary, model.config.block_size)
         torch.save(state, temporary / "state.pt")
         (temporary / "progress.json").write_text(json.dumps(progress) + "\n")
         for file in [*temporary.iterdir(), *run.glob("metrics.jsonl")]:

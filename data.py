@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -25,6 +25,36 @@ BIN_MAGIC, BIN_VERSION, BIN_HEADER_INTS = 20240520, 1, 256
 IGNORE_INDEX = -100  # a target that is not predicted; the default of F.cross_entropy
 
 Batch = tuple[np.ndarray, np.ndarray]  # idx and targets, both (B, T) int64
+
+
+class TrainingData(Protocol):
+    """What the training loop asks of its data: batches as a function of the step, and of nothing
+    that happened before, so that a run can go on at any step, on any number of ranks.
+    """
+
+    block_size: int
+    batch_size: int
+    world_size: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs for other data."""
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Micro-steps of a step."""
+
+    def micro_batch(self, step: int, micro_step: int) -> Batch:
+        """This rank's rows of a micro-step; both are counted from 1."""
+
+    def targets_in_step(self, step: int) -> int:
+        """Predicted tokens of a step over all ranks."""
+
+    def tokens_through(self, step: int) -> int:
+        """Tokens of all steps up to this one."""
+
+    def describe(self) -> str:
+        """The sizes that follow from the config."""
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -217,6 +247,10 @@ class PretrainingData:
             )
 
     @property
+    def fingerprint(self) -> str:
+        return self.shards.fingerprint
+
+    @property
     def grad_accum_steps(self) -> int:
         return self.total_batch_size // (self.batch_size * self.block_size * self.world_size)
 
@@ -241,10 +275,20 @@ class PretrainingData:
         ids = self._window_ids(first, self.batch_size)
         return self.shards.windows(ids, self.block_size, limit=len(self.shards) - 1)
 
+    def tokens_through(self, step: int) -> int:
+        return step * self.total_batch_size
+
+    def describe(self) -> str:
+        return (
+            f"tokens per step: {self.total_batch_size:,} = {self.batch_size} sequences x "
+            f"{self.block_size} tokens x {self.world_size} ranks x grad_accum_steps "
+            f"{self.grad_accum_steps}\n"
+            f"data: {len(self.shards):,} tokens, an epoch is "
+            f"{len(self.shards) / self.total_batch_size:,.1f} steps"
+        )
+
     def targets_in_step(self, step: int) -> int:
-        """Predicted tokens of a step over all ranks: total_batch_size, but that an epoch's last
-        window is seldom full.
-        """
+        """total_batch_size, but that an epoch's last window is seldom full."""
         per_step = self.total_batch_size // self.block_size
         ids = self._window_ids((step - 1) * per_step, per_step)
         missing = self.n_windows * self.block_size - (len(self.shards) - 1)

@@ -16,8 +16,7 @@ IGNORE_INDEX = -100  # a target that is not predicted; the default of F.cross_en
 VOCAB_MULTIPLE = 128  # tensor cores want the head's columns in whole tiles: 50257 becomes 50304
 INIT_STD = 0.02  # GPT-2 paper, section 2.3, and OpenAI's code
 FEW_ROWS = 8  # up to here `Linear` is bound by reading its weight, see there
-# Tokens whose logits are alive at once in `loss`: twice 50 MB on a CPU, elsewhere enough to keep it
-# busy.
+# Tokens whose logits are alive at once in `loss`: 50 MB on a CPU, elsewhere enough to keep it busy.
 LOSS_CHUNK_ROWS = {"cpu": 256}
 LOSS_CHUNK_ROWS_ELSEWHERE = 4096
 
@@ -182,9 +181,10 @@ class HeadLoss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
         chunk_rows = LOSS_CHUNK_ROWS.get(x.device.type, LOSS_CHUNK_ROWS_ELSEWHERE)
         chunk_rows = max(1, min(chunk_rows, len(x)))
-        # Written again and again: fresh memory costs a CPU more than the softmax.
+        # One piece of memory for all: touching a fresh one costs a CPU more than the softmax does.
         logits_memory = x.new_empty(chunk_rows, len(weight), dtype=dtype)
-        log_probs_memory = x.new_empty(chunk_rows, len(weight), dtype=torch.float32)
+        in_place = dtype == torch.float32
+        log_probs_memory = logits_memory if in_place else logits_memory.float()
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(x), chunk_rows):
                 x_chunk = x[start : start + chunk_rows].to(dtype)
@@ -222,6 +222,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.name_or_path: str | None = None  # where the weights came from, as in transformers
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
@@ -372,6 +373,10 @@ class GPT(nn.Module):
         """
         tensors = {}
         for name in dict(self.named_parameters()):
+            if not name.endswith((".weight", ".bias")):
+                raise ValueError(
+                    f"{name} is no parameter of GPT-2; merge_lora or save_adapter come first"
+                )
             tensor = params[name] if params else self.get_parameter(name).data
             if name in ("transformer.wte.weight", "lm_head.weight"):
                 tensor = tensor[: self.config.vocab_size]
@@ -396,6 +401,8 @@ class GPT(nn.Module):
         model._tie_weights()
         model._zero_vocab_padding()
         pretrained.read_weights_into(model.hf_tensors(), folder)
+        local = Path(name_or_path).exists()
+        model.name_or_path = str(Path(name_or_path).resolve() if local else name_or_path)
         return model
 
 

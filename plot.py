@@ -42,7 +42,7 @@ def plot_runs(runs: list[Path], file: Path) -> None:
             if points:
                 label = f"{Path(run).name} {key.removesuffix('_loss')} {points[-1][1]:.3f}"
                 axes.plot(*zip(*points, strict=True), color=f"C{i}", label=label, **style)
-        tokens_per_step |= {r["tokens"] // r["step"] for r in records if r["step"]}
+        tokens_per_step |= {r["tokens"] / r["step"] for r in records if r["step"]}
     for loss in {gpt2_val_loss(run) for run in runs} - {None}:
         axes.axhline(
             loss, color="gray", linestyle="--", label=f"GPT-2 124M val {loss:.3f} (quoted)"

@@ -9,33 +9,30 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoint import MetricsLog, checkpoints, read_metrics
-from data import PretrainingData
+from data import TrainingData
 from model import GPT
 from runtime import Distributed, peak_flops
 
 PROGRESS_SECONDS = 10.0  # between two lines where there is no terminal
 
 
-def describe(groups: list[dict], data: PretrainingData) -> str:
+def describe(groups: list[dict], data: TrainingData) -> str:
     """The sizes that follow from the config, with the parameters as the optimizer groups them."""
     decayed, others = (group["params"] for group in groups)
     return (
         f"parameters: decayed {len(decayed)} tensors with {sum(p.numel() for p in decayed):,}, "
-        f"not decayed {len(others)} with {sum(p.numel() for p in others):,}\n"
-        f"tokens per step: {data.total_batch_size:,} = {data.batch_size} sequences x "
-        f"{data.block_size} tokens x {data.world_size} ranks x grad_accum_steps "
-        f"{data.grad_accum_steps}\n"
-        f"data: {len(data.shards):,} tokens, an epoch is "
-        f"{len(data.shards) / data.total_batch_size:,.1f} steps"
+        f"not decayed {len(others)} with {sum(p.numel() for p in others):,}\n{data.describe()}"
     )
 
 
 def flops_per_token(model: GPT, block_size: int) -> int:
-    """Of forward and backward, as in PaLM's appendix B: 6 for each parameter in a matrix product,
-    and 12 · n_layer · n_embd · T for attention.
+    """Of forward and backward, as in PaLM's appendix B: 6 for each parameter in a matrix product (4
+    where it is frozen), and 12 · n_layer · n_embd · T for attention.
     """
-    n_params = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
-    return 6 * n_params + 12 * model.config.n_layer * model.config.n_embd * block_size
+    table = model.transformer.wpe.weight  # looked up, not multiplied
+    params = [p for p in model.parameters() if p is not table]
+    products = sum((6 if p.requires_grad else 4) * p.numel() for p in params)
+    return products + 12 * model.config.n_layer * model.config.n_embd * block_size
 
 
 def finite_or_none(value: float) -> float | None:
@@ -46,21 +43,22 @@ def finite_or_none(value: float) -> float | None:
 class Meter:
     """Turns what was measured of a step into its record for the log."""
 
-    def __init__(self, model: GPT, data: PretrainingData, dist: Distributed):
+    def __init__(self, model: GPT, data: TrainingData, dist: Distributed):
         peak = peak_flops(dist.device)
-        self.tokens = data.total_batch_size
-        self.flops = flops_per_token(model, data.block_size) * data.total_batch_size
+        self.data, self.flops_per_token = data, flops_per_token(model, data.block_size)
         self.peak = peak and peak * dist.world_size
 
     def record(self, step: int, loss: float, grad_norm: float, seconds: float) -> dict:
+        total = self.data.tokens_through(step)
+        speed = (total - self.data.tokens_through(step - 1)) / seconds
         return {
             "step": step,
             "train_loss": finite_or_none(loss),
             "grad_norm": finite_or_none(grad_norm),
-            "tokens": step * self.tokens,
-            "tokens_per_s": round(self.tokens / seconds, 1),
+            "tokens": total,
+            "tokens_per_s": round(speed, 1),
             "step_ms": round(seconds * 1e3, 2),
-            "mfu": round(self.flops / seconds / self.peak, 4) if self.peak else None,
+            "mfu": round(self.flops_per_token * speed / self.peak, 4) if self.peak else None,
         }
 
 
@@ -111,7 +109,7 @@ class Report:
             parts += [speed, f"{timedelta(seconds=round(left))} left"]
         self.line(" | ".join(parts))
         if "sample" in record:
-            self.line(f"  sample: {record['sample']!r}")
+            self.line("  sample: " + record["sample"].replace("\n", "\n  "))
 
     def finish(self) -> None:
         """Say what came of the run, from its log: so a finished run says the same again."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from data import Batch
+from data import IGNORE_INDEX, Batch
 from model import GPT
 
 # Dense peak of the matrix units in 16-bit floating point with fp32 accumulation, FLOP/s, from the
@@ -146,11 +147,18 @@ def peak_flops(device: torch.device) -> float | None:
     return next((f for card, f in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    tensors = [torch.from_numpy(array) for array in batch]
+def to_device(
+    batch: Batch, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """idx and targets on the device, and where some targets do not count, the positions of those
+    that do among the flat ones: found here, since there it would make the CPU wait.
+    """
+    rows = np.flatnonzero(batch[1] != IGNORE_INDEX)
+    tensors = [torch.from_numpy(array) for array in (*batch, rows)]
     if device.type == "cuda":  # from pinned memory the copy runs beside the computation
         tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
-    return tuple(tensor.to(device) for tensor in tensors)
+    idx, targets, rows = (tensor.to(device) for tensor in tensors)
+    return idx, targets, rows if len(rows) < targets.numel() else None
 
 
 class Interrupt:

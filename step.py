@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,14 +18,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from data import PretrainingData
+from data import TrainingData
 from model import GPT
 from runtime import Distributed, shard, to_device
 
 if TYPE_CHECKING:
     from training import TrainConfig
 
-WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# Frozen parameters never change, so they are not saved.
+WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 AUTOCAST_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 BETAS, EPS = (0.9, 0.95), 1e-8  # GPT-3 paper, appendix B
 
@@ -65,14 +65,16 @@ class StepLoss(nn.Module):
         self.model = model
         self.hidden = torch.compile(model.hidden) if compile_trunk else model.hidden
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.model.loss_from_hidden(self.hidden(idx), targets, reduction="sum")
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.model.loss_from_hidden(self.hidden(idx), targets, "sum", rows)
 
 
 class TrainingStep:
     """One optimizer step: gradients of all micro-steps, averaged over ranks, clipped, applied."""
 
-    def __init__(self, model: GPT, data: PretrainingData, config: TrainConfig, dist: Distributed):
+    def __init__(self, model: GPT, data: TrainingData, config: TrainConfig, dist: Distributed):
         self.model, self.data, self.config, self.dist = model, data, config, dist
         self.dtype = AUTOCAST_DTYPE[config.precision]
         if self.dtype is not None and dist.device.type == "cuda":
@@ -89,7 +91,7 @@ class TrainingStep:
                     "precision fp16 does not go with --parallel fsdp; use bf16 or fp32"
                 )
             shard(model, dist, self.dtype, config.compile)
-            self.loss = partial(model.loss, reduction="sum")
+            self.loss = lambda idx, targets, rows: model.loss(idx, targets, "sum", rows)
         else:
             self.loss = StepLoss(model, config.compile)
             if dist.world_size > 1:
@@ -128,10 +130,10 @@ class TrainingStep:
         n_targets = self.data.targets_in_step(step)
         total = torch.zeros((), device=self.dist.device)
         for micro_step in range(1, self.data.grad_accum_steps + 1):
-            idx, targets = to_device(self.data.micro_batch(step, micro_step), self.dist.device)
+            batch = to_device(self.data.micro_batch(step, micro_step), self.dist.device)
             with self._sync(last=micro_step == self.data.grad_accum_steps):
                 with self.autocast():
-                    loss = self.loss(idx, targets) / n_targets
+                    loss = self.loss(*batch) / n_targets
                 # The mean over ranks is taken where the sum is wanted.
                 self.scaler.scale(loss * self.dist.world_size).backward()
             total += loss.detach()
@@ -159,7 +161,7 @@ class TrainingStep:
         return (norm.full_tensor() if self.sharded else norm).item()
 
     def snapshot(self) -> tuple[dict, dict]:
-        """Copies in host memory of all parameters and of what else it takes to go on, both by the
+        """Copies in host memory of what is trained and of what else it takes to go on, both by the
         names of the parameters and whole, so that any number of ranks can read them. All ranks
         call it; on the main one the copies are complete, until the next call overwrites them.
         """

@@ -2,18 +2,17 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import cli
 from checkpoint import check_same_run, load_model, load_newest, lock_run
-from data import PretrainingData, TokenShards, write_atomically
+from data import PretrainingData, TokenShards, evaluation_batches
 from model import GPT, GPTConfig
-from report import describe
-from runtime import Distributed, default_precision
-from step import parameter_groups
-from training import TrainConfig, train
+from runtime import Distributed
+from training import Prompt, TrainConfig, train
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
@@ -22,6 +21,10 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 class PretrainConfig(TrainConfig):
     data_dir: str = "data/fineweb-edu"
     """folder of token shards, made by fineweb.py"""
+    total_batch_size: int = 524_288
+    """tokens per optimizer step over all devices"""
+    eval_tokens: int = 10_485_760
+    """validation tokens of an evaluation, always the same first ones"""
     init_from: str = "scratch"
     """scratch, or the model to start from: a hub name, a folder, a checkpoint or a run"""
     n_layer: int | None = None
@@ -32,6 +35,10 @@ class PretrainConfig(TrainConfig):
     """width (default: 768, or what init_from has)"""
     block_size: int | None = None
     """tokens in a sequence (default: 1024, or what init_from has)"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_least(1, "total_batch_size", "eval_tokens")
 
 
 def main(config: PretrainConfig) -> None:
@@ -44,33 +51,15 @@ def main(config: PretrainConfig) -> None:
         with dist.main_first():
             config = replace(config, **check_same_run(run, asdict(config), config.resume))
             model, *resumed = load_newest(run) or [new_model(config)]
-        if resumed and resumed[0]["data"] != train_shards.fingerprint:
-            raise ValueError(
-                f"{run} was trained on other shards than those in data_dir now; it goes on exactly "
-                "only with the same ones"
-            )
-        config = resolve(config, model.config, dist.device)
-        data = PretrainingData(
-            train_shards,
-            config.block_size,
-            config.batch_size,
-            config.total_batch_size,
-            config.seed,
-            dist.rank,
-            dist.world_size,
-        )
-        if dist.is_main:
-            print(cli.as_yaml(config))
-            print(describe(parameter_groups(model), data), flush=True)
-            text = cli.as_yaml(config).encode()
-            write_atomically(run / "config.yaml", lambda file: file.write(text))
-        try:
-            train(model.to(dist.device), data, val_shards, config, dist, resumed or None)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"{dist.device} has too little memory for batch_size {config.batch_size}; halve it "
-                "(the curve stays the same), or add --recompute block"
-            ) from error
+        shape = {name: getattr(model.config, name) for name in SHAPE}
+        given = {name: getattr(config, name) for name in SHAPE}
+        shape |= {name: value for name, value in given.items() if value is not None}
+        config = replace(config, **shape).on(dist.device)
+        ranks = dist.rank, dist.world_size
+        sizes = config.block_size, config.batch_size
+        data = PretrainingData(train_shards, *sizes, config.total_batch_size, config.seed, *ranks)
+        val = partial(evaluation_batches, val_shards, *sizes, config.eval_tokens, *ranks)
+        train(model, data, val, [Prompt()], config, dist, resumed or None)
     dist.stop()
 
 
@@ -86,16 +75,6 @@ def new_model(config: PretrainConfig) -> GPT:
         if value > found or (value != found and name != "block_size"):  # a shorter window is fine
             raise ValueError(f"{name} is {value}, but {config.init_from} has {found}")
     return model
-
-
-def resolve(config: PretrainConfig, shape: GPTConfig, device: torch.device) -> PretrainConfig:
-    """`config` with a value for everything that was left to the model or the machine."""
-    chosen = {name: getattr(shape, name) for name in SHAPE if getattr(config, name) is None}
-    if config.precision is None:
-        chosen["precision"] = default_precision(device)
-    if config.compile is None:
-        chosen["compile"] = device.type == "cuda"
-    return replace(config, **chosen)
 
 
 if __name__ == "__main__":

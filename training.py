@@ -3,24 +3,35 @@
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 
+import cli
 from checkpoint import BackgroundSave, save_checkpoint
-from data import IGNORE_INDEX, Batch, PretrainingData, TokenShards, evaluation_batches
+from data import IGNORE_INDEX, Batch, TrainingData, write_atomically
 from model import GPT
 from plot import plot_runs
-from report import Meter, Report, finite_or_none
-from runtime import Distributed, Interrupt, to_device
-from step import TrainingStep, learning_rate
-from tokenizer import get_tokenizer
+from report import Meter, Report, describe, finite_or_none
+from runtime import Distributed, Interrupt, default_precision, to_device
+from step import TrainingStep, learning_rate, parameter_groups
+from tokenizer import END_OF_TEXT_ID, get_tokenizer
 
+ValidationBatches = Callable[[], Iterator[Batch]]  # this rank's share, the same at every call
 MAX_SKIPPED_IN_A_ROW = 5  # steps with a gradient that is not finite
-SAMPLE_PROMPT, SAMPLE_TOKENS, SAMPLE_TOP_K = "Hello, I'm a language model,", 32, 50  # build-nanogpt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is continued for a sample, and where there is one, how it should go on."""
+
+    text: str = "Hello, I'm a language model,"  # build-nanogpt's
+    max_new_tokens: int = 32
+    top_k: int = 50
+    reference: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,8 +46,6 @@ class TrainConfig:
     """auto: go on with the run in out_dir where there is one"""
     batch_size: int = 64
     """sequences per device and micro-step"""
-    total_batch_size: int = 524_288
-    """tokens per optimizer step over all devices"""
     max_steps: int = 19_073
     """optimizer steps; 19,073 of 524,288 tokens are 10 B"""
     warmup_steps: int = 715
@@ -51,8 +60,6 @@ class TrainConfig:
     """largest norm of the gradient; 0 is no limit"""
     eval_every: int = 250
     """steps between evaluations"""
-    eval_tokens: int = 10_485_760
-    """validation tokens of an evaluation, always the same first ones"""
     sample_every: int = 250
     """steps between samples; 0 is never"""
     save_every: int = 1000
@@ -74,16 +81,26 @@ class TrainConfig:
     third less memory for nothing); block, nearly everything (a seventh of the memory, slower)"""
 
     def __post_init__(self):
-        positive = "batch_size total_batch_size max_steps eval_every eval_tokens save_every keep"
-        not_negative = "warmup_steps grad_clip sample_every weight_decay seed"
-        for names, least in ((positive, 1), (not_negative, 0)):
-            for name in names.split():
-                if getattr(self, name) < least:
-                    raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        self._check_least(1, "batch_size", "max_steps", "eval_every", "save_every", "keep")
+        self._check_least(0, "warmup_steps", "grad_clip", "sample_every", "weight_decay", "seed")
         if not 0 <= self.min_lr <= self.max_lr:
             raise ValueError(
                 f"min_lr {self.min_lr} and max_lr {self.max_lr}: expected 0 <= min <= max"
             )
+
+    def _check_least(self, least: int, *names: str) -> None:
+        for name in names:
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} is {value}, expected at least {least}")
+
+    def on(self, device: torch.device) -> Self:
+        """With a value for what was left to the machine."""
+        chosen = {}
+        if self.precision is None:
+            chosen["precision"] = default_precision(device)
+        if self.compile is None:
+            chosen["compile"] = device.type == "cuda"
+        return replace(self, **chosen)
 
 
 @torch.no_grad()
@@ -91,29 +108,35 @@ def evaluate(model: GPT, batches: Iterator[Batch], dist: Distributed) -> float:
     """Mean loss in nats over all targets that the batches of all ranks predict."""
     loss_sum, n_targets = 0.0, 0
     for batch in batches:
-        idx, targets = to_device(batch, dist.device)
-        loss_sum += model.loss(idx, targets, reduction="sum").item()
+        idx, targets, rows = to_device(batch, dist.device)
+        loss_sum += model.loss(idx, targets, "sum", rows).item()
         n_targets += int((batch[1] != IGNORE_INDEX).sum())
     loss_sum, n_targets = dist.sum(loss_sum, n_targets)
     return loss_sum / n_targets
 
 
-def sample_text(model: GPT, config: TrainConfig, step: int, device: torch.device) -> str:
+def sample_text(model: GPT, prompt: Prompt, seed: int, device: torch.device) -> str:
+    """The prompt and what the model makes of it, with the reference where there is one."""
     tokenizer = get_tokenizer()
-    idx = torch.tensor([tokenizer.encode(SAMPLE_PROMPT)], device=device)
-    generator = torch.Generator(device).manual_seed(config.seed + step)
-    out = model.generate(idx, SAMPLE_TOKENS, top_k=SAMPLE_TOP_K, generator=generator)
-    return tokenizer.decode(out[0].tolist())
+    ids = tokenizer.encode(prompt.text, disallowed_special=())
+    generator = torch.Generator(device).manual_seed(seed)
+    out = model.generate(
+        torch.tensor([ids], device=device),
+        prompt.max_new_tokens,
+        top_k=prompt.top_k,
+        eos=None if prompt.reference is None else END_OF_TEXT_ID,
+        generator=generator,
+    )[0, len(ids) :].tolist()
+    if prompt.reference is None:
+        return prompt.text + tokenizer.decode(out)
+    answer = tokenizer.decode([i for i in out if i != END_OF_TEXT_ID])
+    return f"{prompt.text}{answer}\n[reference] {prompt.reference}"
 
 
-def validation_loss(training_step: TrainingStep, val_shards: TokenShards) -> float | None:
-    """The loss on the first eval_tokens tokens, each rank doing its share; None if not finite."""
-    data, dist, config = training_step.data, training_step.dist, training_step.config
-    batches = evaluation_batches(
-        val_shards, data.block_size, data.batch_size, config.eval_tokens, dist.rank, dist.world_size
-    )
+def validation_loss(training_step: TrainingStep, val: ValidationBatches) -> float | None:
+    """The loss on the validation batches, each rank doing its share; None if not finite."""
     with training_step.raw():
-        return finite_or_none(evaluate(training_step.model, batches, dist))
+        return finite_or_none(evaluate(training_step.model, val(), training_step.dist))
 
 
 def resume(training_step: TrainingStep, progress: dict, state: dict) -> int:
@@ -133,7 +156,7 @@ def save(training_step: TrainingStep, record: dict, background: BackgroundSave) 
     progress = {
         "step": record["step"],
         "val_loss": record.get("val_loss"),
-        "data": training_step.data.shards.fingerprint,
+        "data": training_step.data.fingerprint,
     }
 
     def write() -> None:
@@ -145,8 +168,9 @@ def save(training_step: TrainingStep, record: dict, background: BackgroundSave) 
 
 def train(
     model: GPT,
-    data: PretrainingData,
-    val_shards: TokenShards,
+    data: TrainingData,
+    val: ValidationBatches,
+    prompts: list[Prompt],
     config: TrainConfig,
     dist: Distributed,
     resumed: tuple[dict, dict] | None = None,
@@ -154,6 +178,34 @@ def train(
     """Train `model` to max_steps, from the start, or from the progress and state of a checkpoint
     whose weights it has.
     """
+    run = Path(config.out_dir)
+    if resumed and resumed[0]["data"] != data.fingerprint:
+        raise ValueError(
+            f"{run} was trained on other data than these; it goes on exactly only with the same"
+        )
+    if dist.is_main:
+        text = cli.as_yaml(config)
+        print(text)
+        print(describe(parameter_groups(model), data), flush=True)
+        write_atomically(run / "config.yaml", lambda file: file.write(text.encode()))
+    try:
+        _loop(model.to(dist.device), data, val, prompts, config, dist, resumed)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{dist.device} has too little memory for batch_size {config.batch_size}; halve it "
+            "(the curve stays the same), or add --recompute block"
+        ) from error
+
+
+def _loop(
+    model: GPT,
+    data: TrainingData,
+    val: ValidationBatches,
+    prompts: list[Prompt],
+    config: TrainConfig,
+    dist: Distributed,
+    resumed: tuple[dict, dict] | None,
+) -> None:
     meter = Meter(model, data, dist)
     training_step = TrainingStep(model, data, config, dist)
     start = resume(training_step, *resumed) if resumed else 0
@@ -162,7 +214,7 @@ def train(
     if start:
         report.line(f"going on from step {start}")
     else:
-        val_loss = validation_loss(training_step, val_shards)
+        val_loss = validation_loss(training_step, val)
         report.step({"step": 0, "tokens": 0, "val_loss": val_loss})
     with Interrupt() as interrupt:
         for step in range(start + 1, config.max_steps + 1):
@@ -174,10 +226,12 @@ def train(
             record["lr"] = learning_rate(step, config)
             last = step == config.max_steps
             if step % config.eval_every == 0 or last:
-                record["val_loss"] = validation_loss(training_step, val_shards)
+                record["val_loss"] = validation_loss(training_step, val)
             if config.sample_every and (step % config.sample_every == 0 or last):
                 with training_step.raw():
-                    record["sample"] = sample_text(model, config, step, dist.device)
+                    seed, device = config.seed + step, dist.device
+                    texts = [sample_text(model, prompt, seed, device) for prompt in prompts]
+                    record["sample"] = "\n\n".join(texts)
             report.step(record)
             background.check()
             if step % config.save_every == 0 or last or stop:

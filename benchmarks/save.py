@@ -25,7 +25,7 @@ from data import PretrainingData, TokenShards, write_manifest, write_shard
 from model import GPT, GPTConfig
 from runtime import Distributed
 from step import TrainingStep
-from training import TrainConfig
+from train_gpt2 import PretrainConfig
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ def main(config: SaveConfig) -> None:
     model = GPT(GPTConfig())
     sizes = {"batch_size": 1, "total_batch_size": 64, "precision": "fp32", "compile": False}
     data = PretrainingData(TokenShards(folder, "train"), 64, 1, 64, seed=0)
-    step = TrainingStep(model, data, TrainConfig(**sizes), Distributed(0, 1, torch.device("cpu")))
+    step = TrainingStep(
+        model, data, PretrainConfig(**sizes), Distributed(0, 1, torch.device("cpu"))
+    )
     step(1)  # the optimizer has its state after a step
     background = BackgroundSave()
     waiting: dict[str, list[float]] = {"synchronous": [], "snapshot": []}

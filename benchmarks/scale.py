@@ -26,7 +26,7 @@ from model import GPT, LOSS_CHUNK_ROWS, LOSS_CHUNK_ROWS_ELSEWHERE, GPTConfig
 from report import flops_per_token
 from runtime import PEAK_FLOPS, Distributed
 from step import TrainingStep
-from training import TrainConfig
+from train_gpt2 import PretrainConfig
 
 SIZES = {
     "124M": GPTConfig(),
@@ -103,8 +103,8 @@ def memory(
     activations = tokens * (L * kept if not recompute else L * 2 * 4 * C + kept)
     activations += tokens * (4 + 4 + 4) * C  # the last block's output, ln_f's, and its gradient
     rows = min(tokens, LOSS_CHUNK_ROWS.get(device_type, LOSS_CHUNK_ROWS_ELSEWHERE))
-    # A chunk of logits and of log-probabilities in fp32, and the head's gradient made beside it.
-    logits = rows * V * (a + 4) + V * C * 4
+    # A chunk of logits (in 16 bits also its log-probabilities in 32), and the head's gradient.
+    logits = rows * V * (2 + 4 if half else 4) + V * C * 4
     return Memory(weights, gradients, 8 * P / ranks, activations, logits)
 
 
@@ -190,7 +190,7 @@ def three_steps(n_layer: int, n_head: int, n_embd: int, batch_size: int, T: int)
         total = batch_size * T * 2  # two micro-steps, so that gradients accumulate
         data = PretrainingData(shards, T, batch_size, total, seed=0)
         how = {"batch_size": batch_size, "total_batch_size": total, "compile": False}
-        config = TrainConfig(precision="fp32", **how)
+        config = PretrainConfig(precision="fp32", **how)
         step = TrainingStep(model, data, config, Distributed(0, 1, torch.device("cpu")))
         for number in (1, 2, 3):
             step(number)

@@ -280,7 +280,7 @@ def test_truncated_shard_and_changed_settings_harm_nothing(workplace, uninterrup
     shutil.copytree(workplace / "data" / "text", workplace / "data" / "other")
     (workplace / "data" / "other" / "manifest.json").unlink()
     np.save(workplace / "data" / "other" / shard.name, np.arange(5000, dtype=np.uint16))
-    assert "was trained on other shards" in fails(*args, "--data_dir", "data/other", cwd=workplace)
+    assert "was trained on other data" in fails(*args, "--data_dir", "data/other", cwd=workplace)
     assert {f: f.read_bytes() for f in uninterrupted.rglob("*") if f.is_file()} == before
 
 

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from plot import gpt2_val_loss
 from report import describe, flops_per_token
 from runtime import Distributed
 from step import StepLoss, TrainingStep, learning_rate, parameter_groups
-from training import TrainConfig, evaluate, train
+from train_gpt2 import PretrainConfig
+from training import evaluate, train
 
 CPU = Distributed(rank=0, world_size=1, device=torch.device("cpu"))
 CONFIG = GPTConfig(block_size=16, vocab_size=1000, n_layer=2, n_head=2, n_embd=32)
@@ -32,7 +34,7 @@ def shards(make_shards):
 def make_step(model: GPT, shards: TokenShards, batch_size: int = 4, **options) -> TrainingStep:
     options = {"precision": "fp32", "total_batch_size": 192, "max_steps": 20, **options}
     options = {"warmup_steps": 3, "max_lr": 1e-2, "min_lr": 1e-3, **options}
-    config = TrainConfig(batch_size=batch_size, compile=False, **options)
+    config = PretrainConfig(batch_size=batch_size, compile=False, **options)
     data = PretrainingData(shards, 16, batch_size, config.total_batch_size, config.seed)
     return TrainingStep(model, data, config, CPU)
 
@@ -46,10 +48,10 @@ def test_schedule_is_build_nanogpts():
         ratio = (it - warmup_steps) / (max_steps - warmup_steps)
         return min_lr + (1.0 + math.cos(math.pi * ratio)) / 2 * (max_lr - min_lr)
 
-    config = TrainConfig()
+    config = PretrainConfig()
     for step in (1, 2, 714, 715, 716, 717, 5000, 10_000, 19_072, 19_073):
         assert learning_rate(step, config) == pytest.approx(get_lr(step - 1), rel=1e-12)
-    assert learning_rate(1, TrainConfig(warmup_steps=0)) == 6e-4
+    assert learning_rate(1, PretrainConfig(warmup_steps=0)) == 6e-4
 
 
 def test_parameter_groups_at_124m():
@@ -188,9 +190,10 @@ def test_training_stops_when_nothing_is_finite_any_more(shards, tmp_path, capsys
     sizes = {"batch_size": 4, "total_batch_size": 192, "max_steps": 20, "warmup_steps": 3}
     often = {"eval_tokens": 100, "eval_every": 5, "sample_every": 0, "save_every": 2}
     raw = {"precision": "fp32", "compile": False}
-    config = TrainConfig(out_dir=str(tmp_path), **sizes, **often, **raw)
+    config = PretrainConfig(out_dir=str(tmp_path), **sizes, **often, **raw)
     (tmp_path / "config.yaml").write_text("{}")
     data = PretrainingData(shards, 16, 4, 192, config.seed)
+    val = partial(evaluation_batches, shards, 16, 4, 100)
     calls = []
 
     def poison(grad):
@@ -199,7 +202,7 @@ def test_training_stops_when_nothing_is_finite_any_more(shards, tmp_path, capsys
 
     model.transformer.ln_f.bias.register_hook(poison)
     with pytest.raises(ValueError, match="5 steps in a row"):
-        train(model, data, shards, config, CPU)
+        train(model, data, val, [], config, CPU)
     assert capsys.readouterr().out.count("its gradient is not finite") == 5
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
@@ -229,7 +232,7 @@ def test_compiled_step_equals_the_raw_one(shards):
     )
     losses = []
     for model, flag in ((raw, False), (compiled, True)):
-        loss = StepLoss(model, flag)(idx, targets)
+        loss = StepLoss(model, flag)(idx, targets, None)
         loss.backward()
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -248,8 +251,8 @@ def test_derived_numbers_are_told(shards):
 def test_config_errors_name_the_value():
     """A number that cannot be is refused with its value."""
     with pytest.raises(ValueError, match="max_steps is 0, expected at least 1"):
-        TrainConfig(max_steps=0)
+        PretrainConfig(max_steps=0)
     with pytest.raises(ValueError, match=r"min_lr 0.1 and max_lr 0.01"):
-        TrainConfig(min_lr=0.1, max_lr=0.01)
+        PretrainConfig(min_lr=0.1, max_lr=0.01)
     with pytest.raises(ValueError, match="device is nonsense, expected auto, cpu, cuda or mps"):
         Distributed.start("nonsense")
