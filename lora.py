@@ -70,7 +70,8 @@ class LoRALinear(Linear):
         if self.unmerged is not None:
             return self._base(x)
         if not torch.is_grad_enabled():
-            return self._base(x) + self.scaling * F.linear(F.linear(x, self.lora_A), self.lora_B)
+            low = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A)
+            return self._base(x) + self.scaling * F.linear(low, self.lora_B)
         shape, device_type = x.shape[:-1], x.device.type
         if torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
