@@ -111,7 +111,7 @@ class TrainingStep:
 
     @contextmanager
     def raw(self) -> Iterator[None]:
-        """Evaluation and samples: in the training's precision, with nothing compiled, no dropout."""
+        """Evaluation and samples: in the training's precision, nothing compiled, no dropout."""
         self.model.eval()
         with torch.compiler.set_stance("force_eager"), self.autocast():
             yield
