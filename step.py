@@ -169,7 +169,8 @@ class TrainingStep:
         """
         names = {name for name, param in self.model.named_parameters() if param.requires_grad}
         params = get_model_state_dict(self.model, options=WHOLE_ON_CPU)
-        params = {name: params[name] for name in names}  # a tied head has a second name
+        # A tied head is not there a second time.
+        params = {name: tensor for name, tensor in params.items() if name in names}
         optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE_ON_CPU)
         if self.dist.device.type == "cpu" and not self.sharded:  # not copies yet
             self.host = copied({"params": params, "optimizer": optimizer}, self.host)
