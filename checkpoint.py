@@ -82,14 +82,15 @@ def weights_sha256(model: GPT) -> str:
     return digest.hexdigest()
 
 
-def load_newest(run: Path | str) -> tuple[GPT, dict, dict] | None:
+def load_newest(run: Path | str, base: str | None = None) -> tuple[GPT, dict, dict] | None:
     """Model, progress and state of the run's newest checkpoint, or of the newest intact one. None
-    where the run has no checkpoint.
+    where the run has no checkpoint. Adapters go onto the model `base`.
     """
     folders = checkpoints(run)
     for folder in reversed(folders):
         try:
-            loaded = load_model(folder), load_progress(folder), load_state(folder)
+            model = load_model(base, folder) if base else load_model(folder)
+            loaded = model, load_progress(folder), load_state(folder)
         except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             print(f"{folder} is damaged ({error}); going back to the one before")
         else:

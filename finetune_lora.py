@@ -111,7 +111,8 @@ def main(config: FinetuneConfig) -> None:
             config = replace(config, base_sha256=check_base(base, config))
             config = replace(config, **check_same_run(run, asdict(config), config.resume))
             torch.manual_seed(config.seed)
-            model, *resumed = load_newest(run) or [add_lora(base, config)]
+            name = config.model_name_or_path if config.use_lora else None
+            model, *resumed = load_newest(run, name) or [add_lora(base, config)]
             examples = read_examples(config.data, base.config.block_size)
         config = resolve(config, model).on(dist.device)
         if config.use_lora:
@@ -138,7 +139,7 @@ def main(config: FinetuneConfig) -> None:
             if dist.is_main and (run / "metrics.jsonl").exists():
                 write_train_data(run)
         if dist.is_main and config.merge_out:
-            write_merged(run, Path(config.merge_out))
+            write_merged(load_model(name, run) if name else load_model(run), config.merge_out)
     dist.stop()
 
 
@@ -211,13 +212,12 @@ def write_train_data(run: Path) -> None:
     write_atomically(run / "train_data.json", lambda file: file.write(text.encode()))
 
 
-def write_merged(run: Path, folder: Path) -> None:
-    """The run's newest model as an ordinary checkpoint."""
-    model = load_model(run)
+def write_merged(model: GPT, folder: str) -> None:
+    """Write the model as an ordinary checkpoint, its adapter merged."""
     if lora_linears(model):
         merge_lora(model)
     model.save_pretrained(folder)
-    save_tokenizer(folder, model.config.block_size)
+    save_tokenizer(Path(folder), model.config.block_size)
     print(f"merged model     {folder}")
 
 

@@ -201,9 +201,8 @@ def compare_memory(
     kinds: dict[str, Callable[[], Contender]], B: int, T: int, config: BenchmarkConfig
 ) -> None:
     idx = random_ids(B, T, config)
-    print(
-        f"\n| memory {B} x {T} | peak of a step, GB | kept for backward, kB a token |\n|---|---|---|"
-    )
+    print(f"\n| memory {B} x {T} | peak of a step, GB | kept for backward, kB a token |")
+    print("|---|---|---|")
     for kind, make in kinds.items():
         peak, kept = make().memory(idx)
         print(f"| {kind} | {peak / 1e9:.2f} | {kept / idx.numel() / 1e3:.0f} |", flush=True)

@@ -173,6 +173,7 @@ def test_another_base_is_refused(folder):
     other.save_pretrained("base")
     with pytest.raises(ValueError, match=r"base_sha256 \w+ then, \w+ now"):
         finetune("runs/a", max_steps=4)
+    assert finetune("runs/a", model_name_or_path="moved", max_steps=4)
     with pytest.raises(ValueError, match="has weights of sha256"):
         finetune("runs/b", base_sha256="0" * 64)
 
