@@ -80,7 +80,9 @@ class LoRALinear(Linear):
         # The thin products first, the thick one added in place: a single pass over the output. It
         # comes last so that recomputation can stop before it.
         low = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A)
-        y = torch.addmm(self.bias, low, self.lora_B.t(), alpha=self.scaling)
+        # As a row-major matrix, which the products of its gradients run several times faster with.
+        up = self.lora_B.t().contiguous()
+        y = torch.addmm(self.bias, low, up, alpha=self.scaling)
         weight = self.weight if self.is_conv1d else self.weight.t()
         return y.addmm_(x, weight.to(x.dtype)).view(*shape, self.out_features)
 
