@@ -41,6 +41,8 @@ FREE_TO_CHANGE = {
     "keep",
     "eval_every",
     "sample_every",
+    "hellaswag_every",
+    "hellaswag_data",
     "save_every",
 }
 
