@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from model import GPT
-from runtime import to_device
 from tokenizer import END_OF_TEXT_ID, get_tokenizer
 
 # Tokens in a batch: a CPU's matrix products are at full speed from here on, and on an accelerator
@@ -179,7 +178,8 @@ def collate(trees: list[Tree], multiple: int) -> tuple[np.ndarray, ...]:
 def score_trees(model: GPT, trees: list[Tree], device: torch.device) -> list[list[Score]]:
     """The scores of the continuations of each tree."""
     multiple = LENGTH_MULTIPLE.get(device.type, LENGTH_MULTIPLE_ELSEWHERE)
-    idx, positions, ends, *predictions = to_device(collate(trees, multiple), device)
+    arrays = collate(trees, multiple)
+    idx, positions, ends, *predictions = (torch.from_numpy(a).to(device) for a in arrays)
     column = torch.arange(idx.size(1), device=device)
     mask = (column <= column[:, None]) & (column[:, None] < ends[:, None, None])  # (B, 1, T, T)
     log_probs, greedy = (
