@@ -15,7 +15,7 @@ from tokenizer import END_OF_TEXT_ID, get_tokenizer
 
 # Tokens in a batch: a CPU's matrix products are at full speed from here on, and on an accelerator
 # 32 rows of 1024. Rows are padded to a multiple there, so that few shapes occur.
-BATCH_TOKENS, LENGTH_MULTIPLE = {"cpu": 320}, {"cpu": 1}
+BATCH_TOKENS, LENGTH_MULTIPLE = {"cpu": 480}, {"cpu": 1}
 BATCH_TOKENS_ELSEWHERE, LENGTH_MULTIPLE_ELSEWHERE = 32_768, 32
 
 
