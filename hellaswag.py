@@ -28,6 +28,7 @@ from text import find_files
 from tokenizer import get_tokenizer
 
 Z_95 = 1.959964  # the normal quantile of a 95 % interval
+MAX_EXPONENT = 709  # e to the power of more is no float
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class EvalConfig:
     """rows, .jsonl or .jsonl.gz (default: from the hub); task text: .txt, .jsonl or .parquet too,
     a file, a folder or a glob"""
     limit: int | None = None
-    """use the first n rows only"""
+    """use the first n rows, or documents, only"""
     stride: int | None = None
     """task text: tokens between windows (default: the model's block_size, so none overlap)"""
     skip_bad_rows: bool = False
@@ -61,6 +62,9 @@ class EvalConfig:
         for name in ("limit", "stride"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name, task in (("stride", "text"), ("text", "hellaswag")):
+            if self.task != task and getattr(self, name) not in (None, "lm-eval"):
+                raise ValueError(f"--{name} is for --task {task}, and the task is {self.task}")
 
 
 def record_of(task: str, example: Example, scores: list[Score]) -> dict:
@@ -102,6 +106,10 @@ def accuracy(hits: list[bool], meaning: str) -> dict:
     return {"value": sum(hits) / len(hits), "low": low, "high": high, "meaning": meaning}
 
 
+def exp(nats: float) -> float:
+    return math.exp(nats) if nats < MAX_EXPONENT else math.inf
+
+
 def metrics(task: str, text: str, records: list[dict]) -> dict[str, dict]:
     """The value of each metric, its 95 % interval where rows are independent, and its meaning."""
     if task == "hellaswag":
@@ -125,9 +133,9 @@ def metrics(task: str, text: str, records: list[dict]) -> dict[str, dict]:
         return {
             "acc": accuracy([r["greedy"] for r in records], "lm-eval's acc: last word likeliest"),
             "perplexity": {
-                "value": math.exp(mean),
-                "low": math.exp(mean - half),
-                "high": math.exp(mean + half),
+                "value": exp(mean),
+                "low": exp(mean - half),
+                "high": exp(mean + half),
                 "meaning": "lm-eval's perplexity of the last word",
             },
         }
@@ -135,8 +143,8 @@ def metrics(task: str, text: str, records: list[dict]) -> dict[str, dict]:
         sum(r.get(k, 0) for r in records) for k in ("tokens", "words", "bytes")
     )
     return {
-        "token_perplexity": {"value": math.exp(total / tokens), "meaning": f"{tokens:,} tokens"},
-        "word_perplexity": {"value": math.exp(total / words), "meaning": f"{words:,} words"},
+        "token_perplexity": {"value": exp(total / tokens), "meaning": f"{tokens:,} tokens"},
+        "word_perplexity": {"value": exp(total / words), "meaning": f"{words:,} words"},
         "bits_per_byte": {"value": total / n_bytes / math.log(2), "meaning": f"{n_bytes:,} bytes"},
     }
 
@@ -160,6 +168,11 @@ def settings_of(config: EvalConfig, model: GPT) -> dict:
     return {**{k: getattr(config, k) for k in keys}, "data": data, "weights": fingerprint(model)}
 
 
+def write_json(file: Path, content: dict) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(file, lambda stream: stream.write(text.encode()))
+
+
 class RowsLog:
     """rows.jsonl of an evaluation: what is in it already when one goes on, and what is added."""
 
@@ -178,8 +191,7 @@ class RowsLog:
         elif self.file.exists():
             raise ValueError(f"{folder} holds a rows.jsonl without settings.json; choose another")
         else:
-            text = json.dumps(settings, indent=2) + "\n"
-            write_atomically(settings_file, lambda file: file.write(text.encode()))
+            write_json(settings_file, settings)
         if self.file.exists():
             lines = self.file.read_bytes()
             os.truncate(self.file, lines.rfind(b"\n") + 1)  # a kill has cut the last line short
@@ -230,7 +242,7 @@ def main(config: EvalConfig) -> None:
     if dist.world_size > 1:
         raise ValueError(f"one process measures, this is one of {dist.world_size}; leave torchrun")
     config = replace(config, precision=config.precision or default_precision(dist.device))
-    model = load_model(config.model, config.lora_load_path)
+    model = load_model(config.model, config.lora_load_path).eval()
     if model.config.vocab_size < get_tokenizer().n_vocab:
         raise ValueError(
             f"{config.model} has {model.config.vocab_size} tokens, GPT-2's tokenizer "
@@ -253,11 +265,9 @@ def main(config: EvalConfig) -> None:
         seconds = time.perf_counter() - started
         results = metrics(config.task, config.text, records)
         if out:
-            text = (
-                json.dumps({"config": asdict(config), "rows": len(records), **results}, indent=2)
-                + "\n"
+            write_json(
+                out / "results.json", {"config": asdict(config), "rows": len(records)} | results
             )
-            write_atomically(out / "results.json", lambda file: file.write(text.encode()))
     for name, metric in results.items():
         interval = f"{metric['low']:.4f} to {metric['high']:.4f}" if "low" in metric else ""
         print(f"{name:<16} {metric['value']:<10.4f} {interval:<18} {metric['meaning']}")

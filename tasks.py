@@ -95,9 +95,11 @@ def windows(ids: list[int], block_size: int, stride: int) -> Iterator[Request]:
         start = end
 
 
-def text_examples(data: str, block_size: int, stride: int, skip_bad_rows: bool) -> list[Example]:
-    """The windows of all documents. The first window of each has its words and bytes as lm-eval
-    counts them.
+def text_examples(
+    data: str, block_size: int, stride: int, limit: int | None, skip_bad_rows: bool
+) -> list[Example]:
+    """The windows of the first `limit` documents. The first window of each has its words and bytes
+    as lm-eval counts them.
     """
     documents: list[list[str]] = []
     problems: Counter = Counter()
@@ -109,7 +111,7 @@ def text_examples(data: str, block_size: int, stride: int, skip_bad_rows: bool) 
     if problems and not skip_bad_rows:
         raise ValueError(f"{data} has {dict(problems)}; mend it, or add --skip_bad_rows")
     examples = []
-    for document, pieces in enumerate(documents, start=1):
+    for document, pieces in enumerate(documents[:limit], start=1):
         text = "".join(pieces)
         facts = {"words": len(re.split(r"\s+", text)), "bytes": len(text.encode())}
         for request in windows([i for p in pieces for i in encode(p)], block_size, stride):
@@ -117,6 +119,8 @@ def text_examples(data: str, block_size: int, stride: int, skip_bad_rows: bool) 
             row = {"row": len(examples) + 1, "document": document, "tokens": tokens}
             examples.append(Example(request, {**row, **facts}))
             facts = {}
+    if not examples:
+        raise ValueError(f"{data} holds no text")
     return examples
 
 
@@ -156,7 +160,7 @@ def load_examples(
     stride: int | None = None,
     skip_bad_rows: bool = False,
 ) -> list[Example]:
-    """The first `limit` examples of a task, from the file `data` or the hub. ValueError with the
+    """The first `limit` rows of a task, from the file `data` or the hub. ValueError with the
     line number of a row that is broken, or has a continuation too long for a model of `block_size`;
     with `skip_bad_rows` a line is printed instead.
     """
@@ -164,7 +168,7 @@ def load_examples(
         if data is None:
             raise ValueError("--task text needs --data, a text to measure")
         stride = min(stride or block_size, block_size)
-        return text_examples(data, block_size, stride, skip_bad_rows)[:limit]
+        return text_examples(data, block_size, stride, limit, skip_bad_rows)
     examples: list[Example] = []
     without_parts = 0
     for number, row in islice(read_rows(task, data), limit):

@@ -27,6 +27,7 @@ from transformers import GPT2LMHeadModel
 
 from checkpoint import load_model, read_metrics
 from hellaswag import EvalConfig, main, wilson
+from lora import convert_linear_layer_to_lora, merge_lora, save_adapter
 from model import GPT, GPTConfig
 from plot import plot_runs
 from scoring import Request, collate, encode, grow_tree, plan_batches, plant, score
@@ -409,8 +410,38 @@ def test_perplexity_of_documents(folder, tmp_path, capsys):
     with pytest.raises(ValueError, match="bad rows"):
         main(config)
     main(replace(config, skip_bad_rows=True))
-    n = sum(len(encode(d["text"])) for d in documents)
-    assert f"{n} tokens" in capsys.readouterr().out
+    lengths = [len(encode(document["text"])) for document in documents]
+    assert f"{sum(lengths)} tokens" in capsys.readouterr().out
+    main(replace(config, skip_bad_rows=True, limit=1))
+    assert f"{lengths[0]} tokens" in capsys.readouterr().out
+
+
+def test_perplexity_of_one_endless_word(folder, tmp_path, capsys):
+    """Where there are more nats in a word than a float can raise e to, its perplexity is inf."""
+    file = tmp_path / "word.txt"
+    file.write_text("qzx" * 500)
+    main(EvalConfig(str(folder), task="text", data=str(file)))
+    assert re.search(r"word_perplexity +inf", capsys.readouterr().out)
+
+
+def test_adapter_is_measured(folder, tmp_path):
+    """With --lora_load_path the adapter takes part, without its dropout."""
+    adapted = GPT.from_pretrained(folder)
+    convert_linear_layer_to_lora(adapted, lora_dim=2, lora_dropout=0.5)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, param in adapted.named_parameters():
+            if name.endswith("lora_B"):
+                param.normal_()
+    save_adapter(adapted, tmp_path / "adapter")
+    out = tmp_path / "out"
+    main(EvalConfig(str(folder), str(tmp_path / "adapter"), data=str(ROWS), out_dir=str(out)))
+    examples = load_examples("hellaswag", str(ROWS), BLOCK_SIZE)
+    expected = scores_of(merge_lora(adapted), examples)
+    plain = scores_of(GPT.from_pretrained(folder), examples)
+    for found, (log_probs, _), (others, _) in zip(lines(out), expected, plain, strict=True):
+        assert found["log_probs"] == pytest.approx(log_probs, abs=1e-3)
+        assert found["log_probs"] != pytest.approx(others, abs=1)
 
 
 def results(out: Path) -> dict:
@@ -549,6 +580,12 @@ def test_damaged_input_is_told(folder, tmp_path):
             load_examples("hellaswag", str(tmp_path / name), BLOCK_SIZE)
     with pytest.raises(ValueError, match="needs --data"):
         main(EvalConfig(str(folder), task="text"))
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="holds no text"):
+        main(EvalConfig(str(folder), task="text", data=str(tmp_path / "empty.txt")))
+    for wrong in ({"stride": 5}, {"task": "lambada", "text": "raw"}, {"limit": 0}):
+        with pytest.raises(ValueError, match=list(wrong)[-1]):
+            EvalConfig(**wrong)
     broken = GPT.from_pretrained(folder)
     broken.transformer.wpe.weight.data[3] = torch.nan
     broken.save_pretrained(tmp_path / "broken")
