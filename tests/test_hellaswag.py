@@ -487,6 +487,7 @@ def test_killed_evaluation_goes_on(folder, tmp_path, monkeypatch):
     """What a killed evaluation has written is kept, the rest is computed, and all is as if nothing
     had happened.
     """
+    monkeypatch.setattr("scoring.BATCH_TOKENS", {"cpu": 200})
     config = EvalConfig(str(folder), data=str(ROWS), out_dir=str(tmp_path / "whole"))
     main(config)
     n_calls, original, killed = 0, GPT.log_probs, replace(config, out_dir=str(tmp_path / "killed"))
