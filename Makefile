@@ -7,6 +7,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python fineweb.py --dataset stdlib
 	$(BIN)/python train_gpt2.py --config configs/demo.yaml
+	$(BIN)/python finetune_lora.py --config configs/demo_lora.yaml
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -m "not slow"

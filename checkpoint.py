@@ -6,6 +6,7 @@ RUN/checkpoints/step_000500/       a Hugging Face model and tokenizer, or a PEFT
     progress.json, state.pt        step and losses; optimizer and random number generators
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -39,6 +40,8 @@ FREE_TO_CHANGE = {
     "parallel",
     "recompute",
     "keep",
+    "merge_out",
+    "model_name_or_path",  # its weights are compared
     "eval_every",
     "sample_every",
     "hellaswag_every",
@@ -54,7 +57,7 @@ def checkpoints(run: Path | str) -> list[Path]:
 
 
 def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = None) -> GPT:
-    """The model of a hub name, a Hugging Face folder, a checkpoint, or a run (its newest one). An
+    """The model of a hub name, a Hugging Face folder, a checkpoint, or a run, in eval() mode. An
     adapter's checkpoint stands for its base model with LoRA; `lora_load_path`, an adapter's folder,
     run or lora.pt, is loaded on top of a model without.
     """
@@ -66,21 +69,30 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
                 f"{name_or_path} is an adapter"
                 + (f" of {base}; name that with --lora_load_path" if base else " of no named model")
             )
-        return load_adapter(load_model(base), path)
+        return load_adapter(load_model(base), path).eval()
     model = GPT.from_pretrained(path if path.exists() else name_or_path)
     if lora_load_path is not None:
         load_adapter(model, (checkpoints(lora_load_path) or [lora_load_path])[-1])
-    return model
+    return model.eval()
 
 
-def load_newest(run: Path | str) -> tuple[GPT, dict, dict] | None:
+def weights_sha256(model: GPT) -> str:
+    """A fingerprint of all weights."""
+    digest = hashlib.sha256()
+    for param in model.parameters():
+        digest.update(param.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_newest(run: Path | str, base: str | None = None) -> tuple[GPT, dict, dict] | None:
     """Model, progress and state of the run's newest checkpoint, or of the newest intact one. None
-    where the run has no checkpoint.
+    where the run has no checkpoint. Adapters go onto the model `base`.
     """
     folders = checkpoints(run)
     for folder in reversed(folders):
         try:
-            loaded = load_model(folder), load_progress(folder), load_state(folder)
+            model = load_model(base, folder) if base else load_model(folder)
+            loaded = model, load_progress(folder), load_state(folder)
         except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             print(f"{folder} is damaged ({error}); going back to the one before")
         else:

@@ -212,6 +212,15 @@ class TokenShards:
         return idx, targets
 
 
+def in_epochs(first: int, count: int, n: int, seed: int) -> list[int]:
+    """Entries `first` onwards of an endless sequence of epochs, each 0 to n - 1 in a new order."""
+    ids = []
+    while len(ids) < count:
+        epoch, i = divmod(first + len(ids), n)
+        ids.extend(epoch_order(seed, epoch, n)[i : i + count - len(ids)])
+    return [int(i) for i in ids]
+
+
 @functools.lru_cache(maxsize=2)  # a step may end one epoch and begin the next
 def epoch_order(seed: int, epoch: int, n_windows: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n_windows)
@@ -260,12 +269,7 @@ class PretrainingData:
         return -(-(len(self.shards) - 1) // self.block_size)
 
     def _window_ids(self, first: int, count: int) -> list[int]:
-        """Windows number `first` onwards of the endless sequence of epochs."""
-        ids = []
-        while len(ids) < count:
-            epoch, i = divmod(first + len(ids), self.n_windows)
-            ids.extend(epoch_order(self.seed, epoch, self.n_windows)[i : i + count - len(ids)])
-        return [int(i) for i in ids]
+        return in_epochs(first, count, self.n_windows, self.seed)
 
     def micro_batch(self, step: int, micro_step: int) -> Batch:
         """This rank's rows of a micro-step."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from model import Linear
+from pretrained import copy_tensors
 
 PEFT_PREFIX = "base_model.model."  # of a tensor's name in PEFT's files
 CONFIG_FILE, WEIGHTS_FILE, PLAIN_FILE = (
@@ -70,7 +71,8 @@ class LoRALinear(Linear):
         if self.unmerged is not None:
             return self._base(x)
         if not torch.is_grad_enabled():
-            return self._base(x) + self.scaling * F.linear(F.linear(x, self.lora_A), self.lora_B)
+            low = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A)
+            return self._base(x) + self.scaling * F.linear(low, self.lora_B)
         shape, device_type = x.shape[:-1], x.device.type
         if torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
@@ -181,23 +183,9 @@ def get_lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def load_lora(model: nn.Module, tensors: dict[str, torch.Tensor], source: str = "lora") -> None:
     """Copy what `get_lora_state_dict` gave into a model with LoRA in the same places; ValueError
-    names the tensors that are missing, unexpected or misshapen.
+    names the tensors of the `source` that are missing, unexpected or misshapen.
     """
-    mine = get_lora_state_dict(model)
-    for problem, names in (
-        ("missing", mine.keys() - tensors.keys()),
-        ("unexpected", tensors.keys() - mine.keys()),
-    ):
-        if names:
-            raise ValueError(f"{source}: {problem} tensors: {', '.join(sorted(names))}")
-    for name, tensor in mine.items():
-        if tensor.shape != tensors[name].shape:
-            raise ValueError(
-                f"{source}: {name} is {tuple(tensors[name].shape)}, the model and its lora_dim ask "
-                f"for {tuple(tensor.shape)}"
-            )
-    for name, tensor in mine.items():
-        tensor.copy_(tensors[name])
+    copy_tensors(tensors, get_lora_state_dict(model), source)
 
 
 def merge_lora(model: nn.Module) -> nn.Module:

@@ -111,18 +111,28 @@ def read_weights_into(views: dict[str, torch.Tensor], folder: Path) -> None:
         wte = tensors.get("transformer.wte.weight")
         if head is not None and wte is not None and not torch.equal(head, wte):
             raise ValueError(f"{folder}: lm_head.weight differs from wte, config.json ties them")
+    copy_tensors(tensors, views, str(folder))
+
+
+def copy_tensors(
+    tensors: dict[str, torch.Tensor], views: dict[str, torch.Tensor], source: str
+) -> None:
+    """Copy each tensor into the view of its name; ValueError names what is missing, unexpected or
+    misshapen in the `source`, and nothing is copied then.
+    """
     for problem, names in (
         ("missing", views.keys() - tensors.keys()),
         ("unexpected", tensors.keys() - views.keys()),
     ):
         if names:
-            raise ValueError(f"{folder}: {problem} tensors: {', '.join(sorted(names))}")
+            raise ValueError(f"{source}: {problem} tensors: {', '.join(sorted(names))}")
     for name, view in views.items():
         if tensors[name].shape != view.shape:
             raise ValueError(
-                f"{folder}: {name} is {tuple(tensors[name].shape)}, "
-                f"config.json asks for {tuple(view.shape)}"
+                f"{source}: {name} is {tuple(tensors[name].shape)}, the model has "
+                f"{tuple(view.shape)}"
             )
+    for name, view in views.items():
         view.copy_(tensors[name])
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from checkpoint import MetricsLog, checkpoints, read_metrics
 from data import TrainingData
+from lora import CONFIG_FILE as ADAPTER_CONFIG
 from model import GPT
 from runtime import Distributed, peak_flops
 
@@ -92,7 +93,7 @@ class Report:
         if record.get("train_loss") is not None:
             self.bar.set_postfix_str(f"loss {record['train_loss']:.4f}, {speed}")
         silent = self.bar.disable and now - self.last_line > PROGRESS_SECONDS
-        if not ({"val_loss", "sample", "hellaswag_acc"} & record.keys() or silent):
+        if not ({"val_loss", "samples", "hellaswag_acc"} & record.keys() or silent):
             return
         self.last_line = now
         parts = [f"step {step}/{self.max_steps}"]
@@ -109,8 +110,8 @@ class Report:
             left = (now - self.started) / (step - self.start) * (self.max_steps - step)
             parts += [speed, f"{timedelta(seconds=round(left))} left"]
         self.line(" | ".join(parts))
-        if "sample" in record:
-            self.line("  sample: " + record["sample"].replace("\n", "\n  "))
+        for sample in record.get("samples", []):
+            self.line("  sample: " + sample.replace("\n", "\n  "))
 
     def finish(self) -> None:
         """Say what came of the run, from its log: so a finished run says the same again."""
@@ -120,14 +121,19 @@ class Report:
         records = read_metrics(self.run)
         losses = [f"{r['val_loss']:.4f}" for r in records if r.get("val_loss") is not None] or ["-"]
         speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
-        samples = [r["sample"] for r in records if "sample" in r]
+        samples = [r["samples"][0] for r in records if r.get("samples")]
         checkpoint = str(checkpoints(self.run)[-1])
+        is_adapter = Path(checkpoint, ADAPTER_CONFIG).exists()
         rows = {
             "validation loss": f"{losses[0]} at the start, {losses[-1]} at the end",
             "speed": f"{statistics.median(speeds):,.0f} tokens/s",
-            "sample": repr(samples[-1]) if samples else "none, --sample_every is 0",
+            "sample before": repr(samples[0]) if samples else "none, --sample_every is 0",
+            "sample after": repr(samples[-1]) if samples else "none, --sample_every is 0",
             "loss plot": str(self.run / "loss.png"),
             "checkpoint": checkpoint,
-            "in transformers": f"AutoModelForCausalLM.from_pretrained({checkpoint!r})",
         }
+        if is_adapter:
+            rows["in peft"] = f"AutoPeftModelForCausalLM.from_pretrained({checkpoint!r})"
+        else:
+            rows["in transformers"] = f"AutoModelForCausalLM.from_pretrained({checkpoint!r})"
         print("", *(f"{name:<17}{value}" for name, value in rows.items()), sep="\n", flush=True)

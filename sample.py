@@ -15,6 +15,8 @@ from tokenizer import END_OF_TEXT_ID, get_tokenizer
 class SampleConfig:
     model: str = "gpt2"
     """hub name, Hugging Face folder, checkpoint, or run folder (its newest checkpoint)"""
+    lora_load_path: str | None = None
+    """adapter for it: a PEFT folder, a run, or a lora.pt beside its adapter_config.json"""
     prompt: str = "Hello, I'm a language model,"
     """what to continue; empty begins a document"""
     num_return_sequences: int = 5
@@ -47,7 +49,7 @@ class SampleConfig:
 
 def main(config: SampleConfig) -> None:
     device = Distributed.start(config.device).device
-    model = load_model(config.model).to(device)
+    model = load_model(config.model, config.lora_load_path).to(device)
     tokenizer = get_tokenizer()
     if model.config.vocab_size < tokenizer.n_vocab:
         raise ValueError(

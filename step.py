@@ -82,7 +82,7 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == torch.float16)
         self.skipped_in_a_row = 0
         self.host: dict | None = None  # the last snapshot's memory
-        for block in model.transformer.h:
+        for block in model.train().transformer.h:
             block.recompute = config.recompute
         self.sharded = config.parallel == "fsdp" and dist.world_size > 1
         if self.sharded:
@@ -111,9 +111,11 @@ class TrainingStep:
 
     @contextmanager
     def raw(self) -> Iterator[None]:
-        """Evaluation and samples: in the training's precision, with nothing compiled."""
+        """Evaluation and samples: in the training's precision, nothing compiled, no dropout."""
+        self.model.eval()
         with torch.compiler.set_stance("force_eager"), self.autocast():
             yield
+        self.model.train()
 
     def _sync(self, last: bool) -> AbstractContextManager:
         """Ranks average gradients once a step, in the backward pass of the last micro-step."""
@@ -165,7 +167,10 @@ class TrainingStep:
         names of the parameters and whole, so that any number of ranks can read them. All ranks
         call it; on the main one the copies are complete, until the next call overwrites them.
         """
+        names = {name for name, param in self.model.named_parameters() if param.requires_grad}
         params = get_model_state_dict(self.model, options=WHOLE_ON_CPU)
+        # A tied head is not there a second time.
+        params = {name: tensor for name, tensor in params.items() if name in names}
         optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE_ON_CPU)
         if self.dist.device.type == "cpu" and not self.sharded:  # not copies yet
             self.host = copied({"params": params, "optimizer": optimizer}, self.host)

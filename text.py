@@ -213,15 +213,22 @@ def hub_pieces(repo: str, name: str, skip: int, _: Counter) -> Iterator[Piece]:
 def stdlib_documents() -> list[str]:
     """The English that every CPython carries: its language reference by topic and the docstrings
     of the standard library, each once, in the order of their hashes, so that any part is a fair
-    sample. Read from the sources; nothing is imported.
+    sample.
     """
     documents = set(pydoc_data.topics.topics.values())
+    documents |= {docstring.strip() for _, docstring in stdlib_definitions()}
+    documents.discard("")
+    return sorted(documents, key=sha256)
+
+
+def stdlib_definitions() -> Iterator[tuple[ast.AST, str]]:
+    """Modules, classes and functions of the standard library with their docstrings, read from the
+    sources; nothing is imported.
+    """
     root = Path(sysconfig.get_path("stdlib"))
-    for file in root.rglob("*.py"):
+    for file in sorted(root.rglob("*.py")):
         if {"site-packages", "test", "tests", "idle_test"} & set(file.relative_to(root).parts):
             continue
         for node in ast.walk(ast.parse(file.read_bytes())):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                documents.add((ast.get_docstring(node) or "").strip())
-    documents.discard("")
-    return sorted(documents, key=sha256)
+                yield node, ast.get_docstring(node) or ""

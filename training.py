@@ -1,5 +1,6 @@
 """The only training loop, with its settings, evaluation and samples."""
 
+import math
 import signal
 import sys
 import time
@@ -89,7 +90,7 @@ class TrainConfig:
         self._check_least(1, "batch_size", "max_steps", "eval_every", "save_every", "keep")
         self._check_least(0, "warmup_steps", "grad_clip", "sample_every", "weight_decay", "seed")
         self._check_least(0, "hellaswag_every")
-        if not 0 <= self.min_lr <= self.max_lr:
+        if not 0 <= self.min_lr <= (math.inf if self.max_lr is None else self.max_lr):
             raise ValueError(
                 f"min_lr {self.min_lr} and max_lr {self.max_lr}: expected 0 <= min <= max"
             )
@@ -137,6 +138,13 @@ def sample_text(model: GPT, prompt: Prompt, seed: int, device: torch.device) -> 
         return prompt.text + tokenizer.decode(out)
     answer = tokenizer.decode([i for i in out if i != END_OF_TEXT_ID])
     return f"{prompt.text}{answer}\n[reference] {prompt.reference}"
+
+
+def samples(training_step: TrainingStep, prompts: list[Prompt], step: int) -> list[str]:
+    """What the model makes of the prompts at a step."""
+    seed, device = training_step.config.seed + step, training_step.dist.device
+    with training_step.raw():
+        return [sample_text(training_step.model, prompt, seed, device) for prompt in prompts]
 
 
 def validation_loss(training_step: TrainingStep, val: ValidationBatches) -> float | None:
@@ -234,8 +242,10 @@ def _loop(
     if start:
         report.line(f"going on from step {start}")
     else:
-        val_loss = validation_loss(training_step, val)
-        report.step({"step": 0, "tokens": 0, "val_loss": val_loss})
+        record = {"step": 0, "tokens": 0, "val_loss": validation_loss(training_step, val)}
+        if config.sample_every:
+            record["samples"] = samples(training_step, prompts, 0)
+        report.step(record)
     with Interrupt() as interrupt:
         for step in range(start + 1, config.max_steps + 1):
             started = time.perf_counter()
@@ -248,10 +258,7 @@ def _loop(
             if step % config.eval_every == 0 or last:
                 record["val_loss"] = validation_loss(training_step, val)
             if config.sample_every and (step % config.sample_every == 0 or last):
-                with training_step.raw():
-                    seed, device = config.seed + step, dist.device
-                    texts = [sample_text(model, prompt, seed, device) for prompt in prompts]
-                    record["sample"] = "\n\n".join(texts)
+                record["samples"] = samples(training_step, prompts, step)
             if examples and (step % config.hellaswag_every == 0 or last):
                 record |= hellaswag_accuracy(training_step, examples)
             report.step(record)

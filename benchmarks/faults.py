@@ -49,7 +49,7 @@ sample_every: 50
 save_every: 4
 device: cpu
 """
-KEYS = ("step", "train_loss", "val_loss", "grad_norm", "sample")
+KEYS = ("step", "train_loss", "val_loss", "grad_norm", "samples")
 POISON = """
 import sys; sys.path.insert(0, {root!r})
 import math, cli, train_gpt2

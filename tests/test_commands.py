@@ -88,7 +88,7 @@ def uninterrupted(workplace) -> Path:
 
 def curve(run_folder: Path) -> list[tuple]:
     """What a run has logged, without the times."""
-    keys = ("step", "train_loss", "val_loss", "lr", "grad_norm", "tokens", "sample")
+    keys = ("step", "train_loss", "val_loss", "lr", "grad_norm", "tokens", "samples")
     return [tuple(r.get(key) for key in keys) for r in read_metrics(run_folder)]
 
 

@@ -79,7 +79,7 @@ def assert_same_curve(folder: Path, single: Path) -> None:
     assert [r["step"] for r in records] == list(range(21))
     for key in ("train_loss", "val_loss"):
         assert losses(folder, key) == pytest.approx(losses(single, key), rel=1e-4)
-    assert losses(folder, "sample") == losses(single, "sample")
+    assert losses(folder, "samples") == losses(single, "samples")
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_state_continues_to_the_bit(shards):
     weights, state = step.snapshot()
     expected = [step(s) for s in (4, 5, 6)]
     model = new_model()
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=False)  # a tied head has two names
     step = make_step(model, shards)
     step.load_state(state)
     assert [step(s) for s in (4, 5, 6)] == expected

@@ -1,0 +1,353 @@
+import json
+import math
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from checkpoint import load_model
+from lora import (
+    convert_linear_layer_to_lora,
+    get_lora_state_dict,
+    load_adapter,
+    load_lora,
+    lora_linears,
+    merge_lora,
+    only_optimize_lora_parameters,
+    save_adapter,
+    unmerge_lora,
+)
+from model import GPT, GPTConfig
+
+
+def randomise(model, seed: int = 0) -> None:
+    """lora_B starts at zero; a test wants a term that does something."""
+    torch.manual_seed(seed)
+    for tensor in get_lora_state_dict(model).values():
+        tensor.normal_(std=0.1)
+
+
+@pytest.fixture
+def idx() -> torch.Tensor:
+    return torch.randint(0, 1000, (2, 30), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def base(tiny_model, tmp_path):
+    """A folder with a small GPT-2."""
+    tiny_model.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def adapted(base, **settings) -> GPT:
+    model = convert_linear_layer_to_lora(GPT.from_pretrained(base), **settings)
+    randomise(model)
+    return only_optimize_lora_parameters(model)
+
+
+@torch.no_grad()
+def logits(model, idx: torch.Tensor) -> torch.Tensor:
+    out = model.eval()(idx)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def test_sizes_at_124m():
+    """On all linears of 124M: 48 of them, 96 trainable tensors, at rank 8 1,179,648 parameters."""
+    with torch.device("meta"):
+        model = convert_linear_layer_to_lora(GPT(GPTConfig()), lora_dim=8)
+    only_optimize_lora_parameters(model)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(lora_linears(model)) == 48
+    assert (len(trained), sum(p.numel() for p in trained.values())) == (96, 1_179_648)
+    assert set(trained) == set(get_lora_state_dict(model))
+    base_names = set(dict(GPT(GPTConfig(n_layer=12, n_embd=12)).named_parameters()))
+    assert {n for n, _ in model.named_parameters()} == base_names | set(trained)
+
+
+def test_initialisation_is_pefts():
+    """A is uniform within 1 / sqrt(in), B zero, so that LoRA starts as the base model."""
+    model = convert_linear_layer_to_lora(GPT(GPTConfig(n_layer=2)), lora_dim=64)
+    for name, tensor in get_lora_state_dict(model).items():
+        if name.endswith("lora_B"):
+            assert (tensor == 0).all()
+        else:
+            bound = 1 / math.sqrt(tensor.size(1))
+            assert tensor.abs().max() <= bound
+            assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+
+@pytest.mark.parametrize("recompute", ["none", "light", "block"])
+@pytest.mark.parametrize("trained", ["adapter", "everything"])
+def test_gradients_are_those_of_the_summed_weight(tiny_model, idx, recompute, trained):
+    """Loss and gradients equal autograd's through an ordinary model with W + scaling · B A for its
+    weights, with and without recomputation, the base frozen or not.
+    """
+    convert_linear_layer_to_lora(tiny_model, lora_dim=4, lora_alpha=6)
+    randomise(tiny_model)
+    names = dict(tiny_model.named_parameters())
+    values = {n: p.detach().clone().requires_grad_() for n, p in names.items()}
+    summed = {n: v for n, v in values.items() if "lora_" not in n}
+    for linear in lora_linears(tiny_model):
+        a, b = values[f"{linear}.lora_A"], values[f"{linear}.lora_B"]
+        summed[f"{linear}.weight"] = values[f"{linear}.weight"] + 6 / 4 * b @ a
+    summed["lm_head.weight"] = summed["transformer.wte.weight"]
+    plain = GPT(tiny_model.config)
+    out = torch.func.functional_call(plain, summed, (idx,))
+    expected = torch.nn.functional.cross_entropy(out.flatten(0, 1), idx.roll(1).flatten())
+    expected.backward()
+    if trained == "adapter":
+        only_optimize_lora_parameters(tiny_model)
+    for block in tiny_model.transformer.h:
+        block.recompute = recompute
+    loss = tiny_model.loss(idx, idx.roll(1))
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for name, param in names.items():
+        if param.requires_grad:
+            scale = values[name].grad.abs().max().item()
+            torch.testing.assert_close(param.grad, values[name].grad, rtol=0, atol=1e-5 * scale)
+        else:
+            assert param.grad is None
+
+
+@pytest.mark.parametrize("recompute", ["light", "block"])
+def test_dropout_survives_recomputation(tiny_model, idx, recompute):
+    """Recomputation draws the dropout that the forward pass drew: gradients to the bit; eval() has
+    none, and changes no weight.
+    """
+    only_optimize_lora_parameters(convert_linear_layer_to_lora(tiny_model, lora_dropout=0.5))
+    randomise(tiny_model)
+    gradients = []
+    for mode in ("none", recompute):
+        for block in tiny_model.transformer.h:
+            block.recompute = mode
+        torch.manual_seed(7)
+        tiny_model.zero_grad()
+        tiny_model.loss(idx, idx.roll(1)).backward()
+        gradients.append([p.grad for p in tiny_model.parameters() if p.requires_grad])
+    assert all(map(torch.equal, *gradients))
+    before = {n: p.clone() for n, p in tiny_model.named_parameters()}
+    with torch.no_grad():
+        dropped = tiny_model(idx)
+    assert not torch.equal(dropped, logits(tiny_model, idx))
+    assert torch.equal(logits(tiny_model, idx), logits(tiny_model, idx))
+    tiny_model.train()
+    assert all(torch.equal(p, before[n]) for n, p in tiny_model.named_parameters())
+
+
+def test_autocast(tiny_model, idx):
+    """Under bf16 autocast the gradients point where fp32's do, and weights stay fp32."""
+    only_optimize_lora_parameters(convert_linear_layer_to_lora(tiny_model))
+    randomise(tiny_model)
+    flat = []
+    for enabled in (False, True):
+        tiny_model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            tiny_model.loss(idx, idx.roll(1)).backward()
+        grads = [p.grad for p in tiny_model.parameters() if p.requires_grad]
+        assert {g.dtype for g in grads} == {torch.float32}
+        flat.append(torch.cat([g.flatten() for g in grads]))
+    assert torch.cosine_similarity(*flat, dim=0) > 0.99
+
+
+def test_base_weights_do_not_change(tiny_model, idx):
+    """Training the adapter leaves every base weight as it was, to the bit."""
+    before = {n: p.clone() for n, p in tiny_model.named_parameters()}
+    only_optimize_lora_parameters(convert_linear_layer_to_lora(tiny_model))
+    trained = [p for p in tiny_model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    losses = []
+    for _ in range(5):
+        loss = tiny_model.loss(idx, idx.roll(1))
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    after = dict(tiny_model.named_parameters())
+    assert all(torch.equal(after[name], param) for name, param in before.items())
+
+
+@pytest.mark.parametrize(
+    ("part", "count"), [("h.", 8), ("attn.c_attn,mlp", 6), ("h.1.", 4), ("c_proj", 4)]
+)
+def test_adapter_loads_in_peft(base, idx, tmp_path, part, count):
+    """An adapter saved here has equal logits in PEFT on the stock model, wherever it sits."""
+    mine = adapted(base, part_module_name=part, lora_dim=4, lora_alpha=6, lora_dropout=0.1)
+    assert len(lora_linears(mine)) == count
+    save_adapter(mine, tmp_path / "adapter", str(base))
+    stock = GPT2LMHeadModel.from_pretrained(base)
+    theirs = peft.PeftModel.from_pretrained(stock, tmp_path / "adapter")
+    torch.testing.assert_close(logits(theirs, idx), logits(mine, idx), atol=1e-4, rtol=0)
+    assert (logits(mine, idx) - logits(GPT.from_pretrained(base), idx)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["c_attn"]},
+        {"target_modules": "all-linear", "lora_alpha": 3},
+        {"target_modules": ["c_attn", "c_proj", "c_fc"], "use_rslora": True},
+        {"target_modules": r".*h\.1\.mlp\.c_(fc|proj)"},
+        {"target_modules": ["mlp.c_proj", "h.0.attn.c_attn"]},
+    ],
+)
+def test_pefts_adapters_load_here(base, idx, tmp_path, options):
+    """PEFT's own adapters have equal logits here: on our model, and on transformers' converted by
+    this project.
+    """
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", fan_in_fan_out=True, **options)
+    theirs = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(base), config)
+    for name, param in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(param, std=0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    mine = load_model(base, tmp_path / "adapter")
+    torch.testing.assert_close(logits(mine, idx), logits(theirs, idx), atol=1e-4, rtol=0)
+    hf = load_adapter(GPT2LMHeadModel.from_pretrained(base), tmp_path / "adapter")
+    torch.testing.assert_close(logits(hf, idx), logits(theirs, idx), atol=1e-4, rtol=0)
+    assert load_model(tmp_path / "adapter").name_or_path == str(base)
+
+
+def test_transformers_model_trains_with_it(idx):
+    """On GPT2LMHeadModel, with its transposed weights, the adapter's gradients are PEFT's."""
+    config = GPT2Config(n_positions=48, vocab_size=1000, n_layer=2, n_head=4, n_embd=64)
+    config.attn_pdrop = config.embd_pdrop = config.resid_pdrop = 0.0
+    torch.manual_seed(0)
+    ours, stock = GPT2LMHeadModel(config), GPT2LMHeadModel(config)
+    stock.load_state_dict(ours.state_dict())
+    only_optimize_lora_parameters(convert_linear_layer_to_lora(ours, lora_dim=4, lora_alpha=8))
+    randomise(ours)
+    lora = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True
+    )
+    theirs = peft.get_peft_model(stock, lora)
+    params = dict(theirs.named_parameters())
+    named = {n: params[f"base_model.model.{n}.default.weight"] for n in get_lora_state_dict(ours)}
+    with torch.no_grad():
+        for name, tensor in get_lora_state_dict(ours).items():
+            named[name].copy_(tensor)
+    ours(idx, labels=idx).loss.backward()
+    theirs(idx, labels=idx).loss.backward()
+    for name, param in ours.named_parameters():
+        if param.requires_grad:
+            torch.testing.assert_close(param.grad, named[name].grad, atol=1e-6, rtol=1e-4)
+
+
+def test_merging(base, idx, tmp_path):
+    """Merged logits equal the unmerged to 1e-5, unmerging is exact to the bit, and a merged model
+    is saved as an ordinary checkpoint. What makes no sense is an error.
+    """
+    model = adapted(base, lora_dim=4)
+    apart, weights = logits(model, idx), {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="merge_lora or save_adapter come first"):
+        model.save_pretrained(tmp_path / "merged")
+    merge_lora(model)
+    torch.testing.assert_close(logits(model, idx), apart, atol=1e-5, rtol=0)
+    for wrong in (merge_lora, get_lora_state_dict, only_optimize_lora_parameters):
+        with pytest.raises(ValueError, match="is merged into its weight"):
+            wrong(model)
+    with pytest.raises(ValueError, match="is merged into its weight"):
+        save_adapter(model, tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "merged")
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(theirs, idx), apart, atol=1e-4, rtol=0)
+    unmerge_lora(model)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], param) for name, param in weights.items())
+    with pytest.raises(ValueError, match="no merged LoRA"):
+        unmerge_lora(model)
+
+
+def test_a_part_that_matches_nothing(tiny_model):
+    """A part that is in no name is an error that lists what there is; so is converting twice."""
+    for part in ("attn.c_atn", "mlp,q_proj", "", "lm_head"):
+        with pytest.raises(ValueError, match=r"is in no linear's name; .*h.\*.mlp.c_fc"):
+            convert_linear_layer_to_lora(tiny_model, part)
+    assert not lora_linears(tiny_model)
+    with pytest.raises(ValueError, match="lora_dim is 0, expected at least 1"):
+        convert_linear_layer_to_lora(tiny_model, lora_dim=0)
+    with pytest.raises(ValueError, match="the model has no LoRA"):
+        only_optimize_lora_parameters(tiny_model)
+    convert_linear_layer_to_lora(tiny_model)
+    with pytest.raises(ValueError, match="the linears without LoRA are none"):
+        convert_linear_layer_to_lora(tiny_model)
+
+
+def test_plain_file(base, idx, tmp_path):
+    """lora.pt is the plain state dict: it loads with its settings, with the adapter_config.json
+    beside it, and not without either.
+    """
+    mine = adapted(base, lora_dim=4, lora_alpha=6)
+    save_adapter(mine, tmp_path / "a")
+    plain = torch.load(tmp_path / "a" / "lora.pt", weights_only=True)
+    assert plain.keys() == get_lora_state_dict(mine).keys()
+    beside = load_model(base, tmp_path / "a" / "lora.pt")
+    assert torch.equal(logits(beside, idx), logits(mine, idx))
+    (tmp_path / "a" / "lora.pt").rename(tmp_path / "lora.pt")
+    alone = load_adapter(GPT.from_pretrained(base), tmp_path / "lora.pt", (4, 6.0, 0.0, False))
+    assert torch.equal(logits(alone, idx), logits(mine, idx))
+    with pytest.raises(ValueError, match="holds no lora_alpha"):
+        load_model(base, tmp_path / "lora.pt")
+    with pytest.raises(ValueError, match=r"lora_A is \(4, 64\), the model has"):
+        load_adapter(GPT.from_pretrained(base), tmp_path / "lora.pt", (8, 6.0, 0.0, False))
+
+
+def test_bad_adapters_are_named(base, tmp_path):
+    """Missing, unexpected and misshapen tensors, options not supported, damaged and missing files:
+    each is an error that names it.
+    """
+    good = adapted(base, lora_dim=4)
+    folder = tmp_path / "adapter"
+
+    def fails(match: str, change=None, config: dict | None = None) -> None:
+        save_adapter(good, folder)
+        if config:
+            file = folder / "adapter_config.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+        if change:
+            change()
+        with pytest.raises((ValueError, FileNotFoundError), match=match):
+            load_model(base, folder)
+
+    weights, state = folder / "adapter_model.safetensors", get_lora_state_dict(good)
+    name = "transformer.h.0.mlp.c_fc.lora_B"
+
+    def rewrite(tensors: dict) -> None:
+        named = {f"base_model.model.{n}.weight": t.contiguous() for n, t in tensors.items()}
+        save_file(named, weights)
+
+    without = {n: t for n, t in state.items() if n != name}
+    fails(f"missing tensors: {name}", lambda: rewrite(without))
+    fails("unexpected tensors: lm_head", lambda: rewrite({**state, "lm_head": torch.zeros(2)}))
+    fails(r"c_fc.lora_B is \(4, 256\)", lambda: rewrite({**state, name: state[name].t()}))
+    fails("is damaged", lambda: weights.write_bytes(weights.read_bytes()[:-100]))
+    fails("is missing", weights.unlink)
+    fails("is damaged", lambda: (folder / "adapter_config.json").write_text("{"))
+    fails("expected a folder with adapter_config.json", (folder / "adapter_config.json").unlink)
+    fails("use_dora True is not supported", config={"use_dora": True})
+    fails("bias 'all' is not supported", config={"bias": "all"})
+    fails("rank_pattern", config={"rank_pattern": {"c_fc": 2}})
+    fails("init_lora_weights 'pissa'", config={"init_lora_weights": "pissa"})
+    fails("peft_type is IA3", config={"peft_type": "IA3"})
+    fails("LoRA for none of the model's linears", config={"target_modules": ["q_proj"]})
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        load_model(base, tmp_path / "nowhere")
+    other = GPT(GPTConfig(block_size=48, vocab_size=1000, n_layer=2, n_head=4, n_embd=32))
+    save_adapter(good, folder)
+    with pytest.raises(ValueError, match="the model has"):
+        load_adapter(other, folder)
+    with pytest.raises(ValueError, match="missing tensors"):
+        load_lora(good, {})
+
+
+def test_generation_uses_the_adapter(base, idx):
+    """With a KV cache and few rows, as without, generation is that of the merged model."""
+    model = adapted(base, lora_dim=4)
+    out = model.generate(idx[:1, :5], 20, temperature=0)
+    merge_lora(model)
+    assert np.array_equal(out, model.generate(idx[:1, :5], 20, temperature=0))
