@@ -44,6 +44,8 @@ FREE_TO_CHANGE = {
     "model_name_or_path",  # its weights are compared
     "eval_every",
     "sample_every",
+    "hellaswag_every",
+    "hellaswag_data",
     "save_every",
 }
 

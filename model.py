@@ -19,6 +19,7 @@ FEW_ROWS = 8  # up to here `Linear` is bound by reading its weight, see there
 # Tokens whose logits are alive at once in `loss`: 50 MB on a CPU, elsewhere enough to keep it busy.
 LOSS_CHUNK_ROWS = {"cpu": 256}
 LOSS_CHUNK_ROWS_ELSEWHERE = 4096
+HEAD_COLUMNS = 2048  # of the vocabulary at once in `log_probs`: the logits stay in the cache
 
 
 @dataclass(frozen=True)
@@ -323,6 +324,37 @@ class GPT(nn.Module):
             x, self.lm_head.weight, targets, self.config.vocab_size, dtype, torch.is_grad_enabled()
         )
         return total if reduction == "sum" else total / (targets != IGNORE_INDEX).sum()
+
+    @torch.no_grad()
+    def log_probs(
+        self,
+        idx: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        nodes: torch.Tensor,
+        which: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities (N) in nats of the tokens `targets` (N), and whether each is the
+        likeliest (N). Token n comes after token `nodes[which[n]]` of `idx` (B, T) read row by row;
+        `positions` and `mask` are those of `hidden`. Logits are not rounded by autocast.
+        """
+        x = self.hidden(idx, positions=positions, mask=mask).flatten(0, 1)[nodes]  # (P, C)
+        weight = self.lm_head.weight[: self.config.vocab_size]
+        x = x.to(weight.dtype)
+        target_logits = torch.zeros(len(targets), device=x.device)
+        sums, maxima = [], []
+        with torch.autocast(x.device.type, enabled=False):
+            for start in range(0, len(weight), HEAD_COLUMNS):
+                logits = F.linear(x, weight[start : start + HEAD_COLUMNS]).float()
+                sums.append(logits.logsumexp(-1))
+                maxima.append(logits.amax(-1))
+                column, last = targets - start, logits.size(1) - 1
+                found = logits[which, column.clamp(0, last)]
+                inside = (column >= 0) & (column <= last)
+                target_logits = torch.where(inside, found, target_logits)
+        log_sum, maximum = torch.stack(sums).logsumexp(0), torch.stack(maxima).amax(0)
+        return target_logits - log_sum[which], target_logits == maximum[which]
 
     @torch.no_grad()
     def generate(

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import cli
@@ -20,6 +21,13 @@ GPT2_VAL_LOSS = {
     "finewebedu10B-gpt2": GPT2_FINEWEB_EDU,
 }
 
+# HellaSwag quoted, with what each number is: only the same definition compares. 124M and 125M.
+HELLASWAG = (
+    ("GPT-2 124M, lm-eval acc_norm 0.3114", 0.3114, "--"),
+    ("GPT-2 124M, token-normalised 0.2955", 0.2955, ":"),
+    ("GPT-3 Small, token-normalised 0.337", 0.337, "-."),
+)
+
 
 def gpt2_val_loss(run: Path | str) -> float | None:
     """GPT-2 124M's loss on the validation set of a run, where it is known."""
@@ -28,12 +36,15 @@ def gpt2_val_loss(run: Path | str) -> float | None:
 
 
 def plot_runs(runs: list[Path], file: Path) -> None:
-    """Draw training and validation loss of one or several runs over steps and tokens."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
+    """Draw training and validation loss of one or several runs over steps and tokens, and below
+    them HellaSwag where it was measured.
+    """
+    logs = [read_metrics(run) for run in runs]
+    measured = any("hellaswag_acc_norm" in record for records in logs for record in records)
+    figure = Figure(figsize=(9, 9 if measured else 5), layout="constrained")
+    axes, *below = figure.subplots(2 if measured else 1, sharex=True, squeeze=False)[:, 0]
     tokens_per_step = set()
-    for i, run in enumerate(runs):
-        records = read_metrics(run)
+    for i, (run, records) in enumerate(zip(runs, logs, strict=True)):
         for key, style in (
             ("train_loss", {"alpha": 0.4, "linewidth": 0.8}),
             ("val_loss", {"marker": "o", "markersize": 3}),
@@ -47,6 +58,8 @@ def plot_runs(runs: list[Path], file: Path) -> None:
         axes.axhline(
             loss, color="gray", linestyle="--", label=f"GPT-2 124M val {loss:.3f} (quoted)"
         )
+    if measured:
+        plot_hellaswag(below[0], runs, logs)
     axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -57,6 +70,21 @@ def plot_runs(runs: list[Path], file: Path) -> None:
         )
         top.set_xlabel("million tokens")
     figure.savefig(file, dpi=150)
+
+
+def plot_hellaswag(axes: Axes, runs: list[Path], logs: list[list[dict]]) -> None:
+    """Draw the runs' lm-eval acc_norm, and the quoted accuracies under what they are."""
+    for i, (run, records) in enumerate(zip(runs, logs, strict=True)):
+        key = "hellaswag_acc_norm"
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            label = f"{Path(run).name}, lm-eval acc_norm {points[-1][1]:.4f}"
+            axes.plot(*zip(*points, strict=True), color=f"C{i}", marker="o", label=label)
+    for label, value, style in HELLASWAG:
+        axes.axhline(value, color="gray", linestyle=style, label=f"{label} (quoted)")
+    axes.set(xlabel="step", ylabel="HellaSwag accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 def main() -> None:

@@ -93,13 +93,14 @@ class Report:
         if record.get("train_loss") is not None:
             self.bar.set_postfix_str(f"loss {record['train_loss']:.4f}, {speed}")
         silent = self.bar.disable and now - self.last_line > PROGRESS_SECONDS
-        if not ("val_loss" in record or "samples" in record or silent):
+        if not ({"val_loss", "samples", "hellaswag_acc"} & record.keys() or silent):
             return
         self.last_line = now
         parts = [f"step {step}/{self.max_steps}"]
         for key, label, form in (
             ("train_loss", "loss", ".4f"),
             ("val_loss", "val", ".4f"),
+            ("hellaswag_acc_norm", "HellaSwag acc_norm", ".4f"),
             ("lr", "lr", ".2e"),
             ("grad_norm", "norm", ".2f"),
         ):

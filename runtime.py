@@ -128,7 +128,7 @@ def shard(model: GPT, dist: Distributed, dtype: torch.dtype | None, compile_bloc
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    for entry in ("loss", "generate"):  # what the loop calls; both gather like forward
+    for entry in ("loss", "generate", "log_probs"):  # what the loop calls; all gather like forward
         register_fsdp_forward_method(model, entry)
 
 

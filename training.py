@@ -19,6 +19,7 @@ from plot import plot_runs
 from report import Meter, Report, describe, finite_or_none
 from runtime import Distributed, Interrupt, default_precision, to_device
 from step import TrainingStep, learning_rate, parameter_groups
+from tasks import Example, count_hits, load_examples
 from tokenizer import END_OF_TEXT_ID, get_tokenizer
 
 ValidationBatches = Callable[[], Iterator[Batch]]  # this rank's share, the same at every call
@@ -63,6 +64,10 @@ class TrainConfig:
     """steps between evaluations"""
     sample_every: int = 250
     """steps between samples; 0 is never"""
+    hellaswag_every: int = 0
+    """steps between measurements of HellaSwag, which take a while; 0 is never"""
+    hellaswag_data: str | None = None
+    """its rows, .jsonl or .jsonl.gz (default: the validation set from the hub)"""
     save_every: int = 1000
     """steps between checkpoints"""
     keep: int = 2
@@ -84,6 +89,7 @@ class TrainConfig:
     def __post_init__(self):
         self._check_least(1, "batch_size", "max_steps", "eval_every", "save_every", "keep")
         self._check_least(0, "warmup_steps", "grad_clip", "sample_every", "weight_decay", "seed")
+        self._check_least(0, "hellaswag_every")
         if not 0 <= self.min_lr <= (math.inf if self.max_lr is None else self.max_lr):
             raise ValueError(
                 f"min_lr {self.min_lr} and max_lr {self.max_lr}: expected 0 <= min <= max"
@@ -147,6 +153,15 @@ def validation_loss(training_step: TrainingStep, val: ValidationBatches) -> floa
         return finite_or_none(evaluate(training_step.model, val(), training_step.dist))
 
 
+def hellaswag_accuracy(training_step: TrainingStep, examples: list[Example]) -> dict[str, float]:
+    """lm-eval's acc and acc_norm of HellaSwag, each rank doing its share."""
+    dist = training_step.dist
+    with training_step.raw():
+        counts = count_hits(training_step.model, examples, dist.device, dist.rank, dist.world_size)
+    hits, hits_norm, n = dist.sum(*counts)
+    return {"hellaswag_acc": hits / n, "hellaswag_acc_norm": hits_norm / n}
+
+
 def resume(training_step: TrainingStep, progress: dict, state: dict) -> int:
     """Take over the state of a checkpoint; return its step."""
     training_step.load_state(state)
@@ -191,13 +206,17 @@ def train(
         raise ValueError(
             f"{run} was trained on other data than these; it goes on exactly only with the same"
         )
+    examples: list[Example] = []
+    if config.hellaswag_every:
+        with dist.main_first():
+            examples = load_examples("hellaswag", config.hellaswag_data, model.config.block_size)
     if dist.is_main:
         text = cli.as_yaml(config)
         print(text)
         print(describe(parameter_groups(model), data), flush=True)
         write_atomically(run / "config.yaml", lambda file: file.write(text.encode()))
     try:
-        _loop(model.to(dist.device), data, val, prompts, config, dist, resumed)
+        _loop(model.to(dist.device), data, val, prompts, examples, config, dist, resumed)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"{dist.device} has too little memory for batch_size {config.batch_size}; halve it "
@@ -210,6 +229,7 @@ def _loop(
     data: TrainingData,
     val: ValidationBatches,
     prompts: list[Prompt],
+    examples: list[Example],
     config: TrainConfig,
     dist: Distributed,
     resumed: tuple[dict, dict] | None,
@@ -239,6 +259,8 @@ def _loop(
                 record["val_loss"] = validation_loss(training_step, val)
             if config.sample_every and (step % config.sample_every == 0 or last):
                 record["samples"] = samples(training_step, prompts, step)
+            if examples and (step % config.hellaswag_every == 0 or last):
+                record |= hellaswag_accuracy(training_step, examples)
             report.step(record)
             background.check()
             if step % config.save_every == 0 or last or stop:
