@@ -77,10 +77,11 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
 
 
 def weights_sha256(model: GPT) -> str:
-    """A fingerprint of all weights."""
-    digest = hashlib.sha256()
-    for param in model.parameters():
-        digest.update(param.detach().cpu().contiguous().numpy().tobytes())
+    """A fingerprint of the shape and all weights."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, param in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

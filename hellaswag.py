@@ -2,7 +2,6 @@
 perplexity of a text.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import cli
-from checkpoint import load_model, lock_run
+from checkpoint import load_model, lock_run, weights_sha256
 from data import sha256_of, write_atomically
 from model import GPT
 from report import PROGRESS_SECONDS
@@ -149,15 +148,6 @@ def metrics(task: str, text: str, records: list[dict]) -> dict[str, dict]:
     }
 
 
-def fingerprint(model: GPT) -> str:
-    """A hash of all weights and the shape."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def settings_of(config: EvalConfig, model: GPT) -> dict:
     """What the results depend on; with the same settings an evaluation may go on."""
     keys = ("task", "text", "limit", "stride", "skip_bad_rows", "precision")
@@ -165,7 +155,7 @@ def settings_of(config: EvalConfig, model: GPT) -> dict:
         data = "{} {} {}".format(*HUB_ROWS[config.task])
     else:
         data = " ".join(sha256_of(file) for file in find_files([config.data]))
-    return {**{k: getattr(config, k) for k in keys}, "data": data, "weights": fingerprint(model)}
+    return {**{k: getattr(config, k) for k in keys}, "data": data, "weights": weights_sha256(model)}
 
 
 def write_json(file: Path, content: dict) -> None:

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
@@ -189,6 +190,49 @@ def save(training_step: TrainingStep, record: dict, background: BackgroundSave) 
     background.start(write)
 
 
+def measured(
+    training_step: TrainingStep,
+    val: ValidationBatches,
+    prompts: list[Prompt],
+    examples: list[Example],
+    step: int,
+) -> dict:
+    """What is due after a step, of validation loss, samples and HellaSwag."""
+    config = training_step.config
+
+    def due(every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == config.max_steps)
+
+    record = {}
+    if due(config.eval_every):
+        record["val_loss"] = validation_loss(training_step, val)
+    if due(config.sample_every):
+        record["samples"] = samples(training_step, prompts, step)
+    if due(config.hellaswag_every) and step:
+        record |= hellaswag_accuracy(training_step, examples)
+    return record
+
+
+def announce(model: GPT, data: TrainingData, config: TrainConfig) -> None:
+    """Print what is about to run, and write it into the run folder."""
+    text = cli.as_yaml(config)
+    print(text)
+    print(describe(parameter_groups(model), data), flush=True)
+    file = Path(config.out_dir) / "config.yaml"
+    write_atomically(file, lambda stream: stream.write(text.encode()))
+
+
+@contextmanager
+def out_of_memory_told(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{device} has too little memory for batch_size {config.batch_size}; halve it (the "
+            "curve stays the same), or add --recompute block"
+        ) from error
+
+
 def train(
     model: GPT,
     data: TrainingData,
@@ -201,52 +245,28 @@ def train(
     """Train `model` to max_steps, from the start, or from the progress and state of a checkpoint
     whose weights it has.
     """
-    run = Path(config.out_dir)
     if resumed and resumed[0]["data"] != data.fingerprint:
         raise ValueError(
-            f"{run} was trained on other data than these; it goes on exactly only with the same"
+            f"{config.out_dir} was trained on other data than these; it goes on exactly only with "
+            "the same"
         )
     examples: list[Example] = []
     if config.hellaswag_every:
         with dist.main_first():
             examples = load_examples("hellaswag", config.hellaswag_data, model.config.block_size)
     if dist.is_main:
-        text = cli.as_yaml(config)
-        print(text)
-        print(describe(parameter_groups(model), data), flush=True)
-        write_atomically(run / "config.yaml", lambda file: file.write(text.encode()))
-    try:
-        _loop(model.to(dist.device), data, val, prompts, examples, config, dist, resumed)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{dist.device} has too little memory for batch_size {config.batch_size}; halve it "
-            "(the curve stays the same), or add --recompute block"
-        ) from error
-
-
-def _loop(
-    model: GPT,
-    data: TrainingData,
-    val: ValidationBatches,
-    prompts: list[Prompt],
-    examples: list[Example],
-    config: TrainConfig,
-    dist: Distributed,
-    resumed: tuple[dict, dict] | None,
-) -> None:
-    meter = Meter(model, data, dist)
-    training_step = TrainingStep(model, data, config, dist)
-    start = resume(training_step, *resumed) if resumed else 0
-    report = Report(Path(config.out_dir), config.max_steps, dist, start)
-    background = BackgroundSave()
-    if start:
-        report.line(f"going on from step {start}")
-    else:
-        record = {"step": 0, "tokens": 0, "val_loss": validation_loss(training_step, val)}
-        if config.sample_every:
-            record["samples"] = samples(training_step, prompts, 0)
-        report.step(record)
-    with Interrupt() as interrupt:
+        announce(model, data, config)
+    with out_of_memory_told(config, dist.device), Interrupt() as interrupt:
+        meter = Meter(model, data, dist)
+        training_step = TrainingStep(model.to(dist.device), data, config, dist)
+        start = resume(training_step, *resumed) if resumed else 0
+        report = Report(Path(config.out_dir), config.max_steps, dist, start)
+        background = BackgroundSave()
+        if start:
+            report.line(f"going on from step {start}")
+        else:
+            record = {"step": 0, "tokens": 0}
+            report.step(record | measured(training_step, val, prompts, examples, 0))
         for step in range(start + 1, config.max_steps + 1):
             started = time.perf_counter()
             loss, grad_norm = training_step(step)
@@ -254,15 +274,10 @@ def _loop(
             loss, stop = dist.sum(loss, interrupt.signum is not None)
             record = meter.record(step, loss, grad_norm, time.perf_counter() - started)
             record["lr"] = learning_rate(step, config)
-            last = step == config.max_steps
-            if step % config.eval_every == 0 or last:
-                record["val_loss"] = validation_loss(training_step, val)
-            if config.sample_every and (step % config.sample_every == 0 or last):
-                record["samples"] = samples(training_step, prompts, step)
-            if examples and (step % config.hellaswag_every == 0 or last):
-                record |= hellaswag_accuracy(training_step, examples)
+            record |= measured(training_step, val, prompts, examples, step)
             report.step(record)
             background.check()
+            last = step == config.max_steps
             if step % config.save_every == 0 or last or stop:
                 save(training_step, record, background)
             if stop or last or training_step.skipped_in_a_row:
@@ -273,7 +288,7 @@ def _loop(
             if stop and not last:
                 report.line(f"stopped after step {step}, saved; the same command goes on")
                 sys.exit(128 + (interrupt.signum or signal.SIGTERM))  # as a shell reports it
-    report.finish()
+        report.finish()
 
 
 def stop_if_never_finite(training_step: TrainingStep, report: Report, step: int) -> None:
