@@ -14,6 +14,7 @@ from test_model import hugging_face
 from transformers import AutoModelForCausalLM
 
 import cli
+import finetune_lora
 import train_gpt2
 from checkpoint import checkpoints, read_metrics
 from model import GPTConfig
@@ -231,11 +232,17 @@ def test_training_without_data_says_how_to_get_some(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+CONFIGS = {
+    "train_gpt2.py": (train_gpt2.main, train_gpt2.PretrainConfig),
+    "finetune_lora.py": (finetune_lora.main, finetune_lora.FinetuneConfig),
+}
+
+
 def in_process(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of train_gpt2.py, without the seconds that a process takes."""
+    """Exit code, stdout and stderr of a command, without the seconds that a process takes."""
     monkeypatch.setattr(sys, "argv", list(map(str, args)))
     with pytest.raises(SystemExit) as exit_:
-        cli.run(train_gpt2.main, train_gpt2.PretrainConfig, train_gpt2.__doc__)
+        cli.run(*CONFIGS[args[0]], "")
     return exit_.value.code, *capsys.readouterr()
 
 
@@ -315,7 +322,8 @@ def test_presets_are_complete_and_right(monkeypatch, capsys):
     presets = sorted((ROOT / "configs").glob("*.yaml"))
     assert len(presets) >= 5
     for preset in presets:
-        args = ("train_gpt2.py", "--config", preset, "--print_config")
+        script = "finetune_lora.py" if preset.stem.endswith("_lora") else "train_gpt2.py"
+        args = (script, "--config", preset, "--print_config")
         code, out, error = in_process(monkeypatch, capsys, *args)
         assert code == 0, f"{preset}: {error}"
         if preset.stem == "gpt2_124m":
