@@ -102,7 +102,7 @@ def test_full_fine_tuning_by_the_same_code(folder):
     assert torch.equal(load_model("merged").lm_head.weight, tuned.lm_head.weight)
 
 
-@pytest.mark.parametrize("use_lora", [True, False])
+@pytest.mark.parametrize("use_lora", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_killed_it_goes_on_to_the_bit(folder, use_lora):
     """Killed with kill -9 after a checkpoint, the same command gives the losses and the weights of
     an undisturbed run, dropout included; the optimizer has a state for each trained tensor.

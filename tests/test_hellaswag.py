@@ -610,6 +610,7 @@ device: cpu
 """
 
 
+@pytest.mark.slow
 def test_training_measures_hellaswag_on_all_ranks(tmp_path):
     """With --hellaswag_every training logs what the command finds of its checkpoint, sharded over
     two ranks (FSDP) as on one device with a compiled step, and draws it.
