@@ -9,7 +9,6 @@ RUN/checkpoints/step_000500/       a Hugging Face model and tokenizer, or a PEFT
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from safetensors import SafetensorError
 
 from lora import CONFIG_FILE, load_adapter, lora_linears, read_adapter_config, save_adapter
 from model import GPT
-from pretrained import write_folder
+from pretrained import TORCH_LOAD_ERRORS, write_folder
 from tokenizer import save_tokenizer
 
 # What may change when a run goes on, because its curve does not depend on it but for the order of
@@ -94,7 +93,7 @@ def load_newest(run: Path | str, base: str | None = None) -> tuple[GPT, dict, di
         try:
             model = load_model(base, folder) if base else load_model(folder)
             loaded = model, load_progress(folder), load_state(folder)
-        except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, ValueError, *TORCH_LOAD_ERRORS) as error:
             print(f"{folder} is damaged ({error}); going back to the one before")
         else:
             return loaded
@@ -186,8 +185,14 @@ def load_state(checkpoint: Path) -> dict:
 
 def best_checkpoint(run: Path | str) -> Path | None:
     """The checkpoint with the lowest validation loss, among those with one of their own step."""
-    losses = {folder: load_progress(folder)["val_loss"] for folder in checkpoints(run)}
-    measured = {folder: loss for folder, loss in losses.items() if loss is not None}
+    measured = {}
+    for folder in checkpoints(run):
+        try:
+            loss = load_progress(folder)["val_loss"]
+        except (OSError, ValueError, KeyError, TypeError):  # a damaged one, told of when loading
+            continue
+        if loss is not None:
+            measured[folder] = loss
     return min(measured, key=measured.get) if measured else None
 
 
@@ -236,8 +241,7 @@ def check_same_run(run: Path, config: dict, resume: str) -> dict:
     if changed:
         raise ValueError(
             f"{run} holds a run with other settings, which cannot go on exactly: "
-            f"{'; '.join(changed)}. Choose another --out_dir (--init_from {run} there starts from "
-            "its weights), or the earlier settings"
+            f"{'; '.join(changed)}. Choose another --out_dir, or the earlier settings"
         )
     return {key: earlier.get(key) for key in fixed if config.get(key) is None}
 

@@ -1,6 +1,7 @@
 """Fine-tune a GPT-2 on instructions, with LoRA or whole: python finetune_lora.py --lora_dim 8"""
 
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,6 +34,7 @@ from runtime import Distributed
 from tokenizer import get_tokenizer, save_tokenizer
 from training import Prompt, TrainConfig, train
 
+LORA_SETTINGS = ("lora_dim", "lora_alpha", "lora_dropout", "use_rslora")
 N_ANSWERS, ANSWER_TOKENS = 3, 64  # shown beside their references
 
 
@@ -52,7 +54,8 @@ class FinetuneConfig(TrainConfig):
     lora_alpha: float | None = None
     """the term's scaling is lora_alpha / lora_dim (default: twice lora_dim, or the adapter's)"""
     lora_dropout: float | None = None
-    """on the inputs of the term (default: 0, or the adapter's)"""
+    """on the inputs of the term; with it the curve depends on batch_size and the number of devices
+    (default: 0, or the adapter's)"""
     use_rslora: bool | None = None
     """scaling lora_alpha / sqrt(lora_dim) (default: false, or the adapter's)"""
     lora_module_name: str = "h."
@@ -98,13 +101,20 @@ class FinetuneConfig(TrainConfig):
             raise ValueError(f"val_fraction is {self.val_fraction}, expected between 0 and 1")
         if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}, expected from 0 to below 1")
-        if self.lora_load_path and not self.use_lora:
-            raise ValueError("lora_load_path is given, which needs --use_lora true")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha is {self.lora_alpha}, expected above 0")
+        if not self.use_lora:
+            for name in ("lora_load_path", *LORA_SETTINGS):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is given, which needs --use_lora true")
 
 
 def main(config: FinetuneConfig) -> None:
     dist = Distributed.start(config.device)
     run = Path(config.out_dir)
+    merged = Path(config.merge_out) if config.merge_out else None
+    if merged and merged.exists() and not (merged.is_dir() and not any(merged.iterdir())):
+        raise ValueError(f"merge_out {merged} is there already; choose another folder")
     with lock_run(run) if dist.is_main else nullcontext():
         with dist.main_first():
             base = load_model(config.model_name_or_path)
@@ -129,6 +139,11 @@ def main(config: FinetuneConfig) -> None:
         if config.max_steps is None:
             steps = -(-config.epochs * len(examples) // config.examples_per_step)
             config = replace(config, max_steps=steps)
+        if config.warmup_steps >= config.max_steps and dist.is_main:
+            print(
+                f"warmup_steps {config.warmup_steps} is all of max_steps {config.max_steps}: the "
+                f"learning rate never reaches max_lr {config.max_lr}"
+            )
         val = partial(held_out_batches, held_out, config.batch_size, dist.rank, dist.world_size)
         prompts = [Prompt(e.prompt, ANSWER_TOKENS, 1, e.completion) for e in held_out[:N_ANSWERS]]
         if dist.is_main and config.use_lora:
@@ -182,7 +197,7 @@ def resolve(config: FinetuneConfig, model: GPT) -> FinetuneConfig:
     """
     chosen = {} if config.max_lr is not None else {"max_lr": 5e-4 if config.use_lora else 5e-5}
     for linear in lora_linears(model).values():
-        for name in ("lora_dim", "lora_alpha", "lora_dropout", "use_rslora"):
+        for name in LORA_SETTINGS:
             asked, chosen[name] = getattr(config, name), getattr(linear, name)
             if asked not in (None, chosen[name]):
                 raise ValueError(

@@ -7,6 +7,7 @@ import functools
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,8 @@ class Example:
 def read_examples(data: str | None, block_size: int) -> list[Example]:
     """The examples of a .json or .jsonl file, a hub data set, or "stdlib"; of the default data set
     where `data` is None, and where the hub does not give that, of stdlib. A completion that does
-    not fit block_size is cut; an example without completion, or whose prompt fills block_size, is
-    left out and counted. ValueError names a row of another form.
+    not fit block_size is cut; an example without completion, or whose prompt does not fit, is left
+    out and counted. ValueError names a row of another form.
     """
     name = data or DEFAULT_DATA
     try:
@@ -57,6 +58,7 @@ def read_examples(data: str | None, block_size: int) -> list[Example]:
         print(f"{error}; going on with --data stdlib")
         name, rows = "stdlib", _docstring_rows()
     examples, left_out, tokenizer = [], [], get_tokenizer()
+    block_size = max(1, block_size // PAD_MULTIPLE) * PAD_MULTIPLE  # rows are padded to it
     for number, row in enumerate(rows, start=1):
         prompt, completion = _prompt_and_completion(row, f"{name} row {number}")
         prompt_ids = tokenizer.encode_ordinary(prompt) or [END_OF_TEXT_ID]
@@ -85,7 +87,7 @@ def _read_rows(name: str) -> list[dict]:
         opener = gzip.open if name.endswith(".gz") else open
         with opener(name, "rt", encoding="utf-8-sig") as file:
             text = file.read()
-    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile) as error:
+    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{name} is damaged or no text: {error}") from error
     if name.removesuffix(".gz").endswith(".json"):
         try:
@@ -96,7 +98,7 @@ def _read_rows(name: str) -> list[dict]:
             raise ValueError(f"{name} holds a {type(rows).__name__}, expected a list of rows")
         return rows
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError as error:
@@ -134,7 +136,7 @@ def _prompt_and_completion(row: object, where: str) -> tuple[str, str]:
     if not isinstance(row, dict):
         raise ValueError(f"{where} is a {type(row).__name__}, expected an object")
     if {"instruction", "output"} <= row.keys():
-        row = {**row, "input": row.get("input") or ""}
+        row = {**row, "input": "" if row.get("input") is None else row["input"]}
         fields = ("instruction", "input", "output")
     elif {"prompt", "completion"} <= row.keys():
         fields = ("prompt", "completion")

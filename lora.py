@@ -2,18 +2,16 @@
 
 import json
 import math
-import pickle
 import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from model import Linear
-from pretrained import copy_tensors
+from pretrained import copy_tensors, read_tensors
 
 PEFT_PREFIX = "base_model.model."  # of a tensor's name in PEFT's files
 CONFIG_FILE, WEIGHTS_FILE, PLAIN_FILE = (
@@ -101,6 +99,7 @@ class LoRALinear(Linear):
     def unmerge(self) -> None:
         weight, self.lora_A, self.lora_B = self.unmerged
         self.weight.copy_(weight)
+        self.to(self.weight)  # the model may have moved in between
         self.unmerged = None
 
 
@@ -149,6 +148,8 @@ def _convert(model: nn.Module, names: list[str], lora_dim: int, *settings: objec
     if lora_dim < 1:
         raise ValueError(f"lora_dim is {lora_dim}, expected at least 1")
     for name in names:
+        if model.get_submodule(name).bias is None:
+            raise ValueError(f"{name} has no bias, which LoRALinear counts on; GPT-2's all have")
         parent, _, child = name.rpartition(".")
         linear = LoRALinear(model.get_submodule(name), lora_dim, *settings)
         setattr(model.get_submodule(parent), child, linear)
@@ -261,9 +262,22 @@ def read_adapter_config(folder: Path | str) -> dict:
         )
     try:
         config = dict(json.loads(file.read_text()))
-        r, dropout = config["r"], config.get("lora_dropout", 0.0)
-        settings = r, config["lora_alpha"], dropout, config.get("use_rslora", False)
-    except (ValueError, TypeError, KeyError) as error:
+        r, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
+        dropout, use_rslora = config.get("lora_dropout", 0.0), config.get("use_rslora", False)
+        base = config.get("base_model_name_or_path")
+        if isinstance(targets, str):
+            re.compile(targets)
+        for name, value, fits in (
+            ("r", r, type(r) is int and r > 0),
+            ("lora_alpha", alpha, type(alpha) in (int, float) and 0 < alpha < math.inf),
+            ("lora_dropout", dropout, type(dropout) in (int, float) and 0 <= dropout < 1),
+            ("use_rslora", use_rslora, type(use_rslora) is bool),
+            ("base_model_name_or_path", base, base is None or isinstance(base, str)),
+            ("target_modules", targets, isinstance(targets, str | list) and targets),
+        ):
+            if not fits:
+                raise ValueError(f"{name} is {value!r}")
+    except (ValueError, TypeError, KeyError, re.error) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
     initialised = config.pop("init_lora_weights", True)
     if initialised not in (True, False, "gaussian", "eva"):  # others change the base's weights
@@ -273,7 +287,7 @@ def read_adapter_config(folder: Path | str) -> dict:
     for option in sorted(config.keys() - READ - HARMLESS):
         if config[option] not in EMPTY:
             raise ValueError(f"{file}: {option} {config[option]!r} is not supported")
-    return {**config, "settings": settings}
+    return {**config, "settings": (r, alpha, dropout, use_rslora)}
 
 
 def _targets(names: list[str], target_modules: str | list[str]) -> list[str]:
@@ -290,26 +304,27 @@ def load_adapter(
 ) -> nn.Module:
     """Convert a model without LoRA as the adapter asks for, and load it: a folder in PEFT's format,
     or a `lora.pt`. The latter holds tensors only, so `settings` (lora_dim, lora_alpha,
-    lora_dropout, use_rslora) go with it, unless adapter_config.json lies beside it.
+    lora_dropout, use_rslora) go with it where no adapter_config.json lies beside it.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist, expected an adapter's folder or {PLAIN_FILE}"
         )
-    if path.is_file() and settings is None and not (path.parent / CONFIG_FILE).is_file():
+    folder = path if path.is_dir() else path.parent
+    described = path.is_dir() or (folder / CONFIG_FILE).is_file()
+    if not described and settings is None:
         raise ValueError(
             f"{path} holds no lora_alpha, and no {CONFIG_FILE} lies beside it; give an adapter's "
             "folder, or lora_dim and lora_alpha where they can be given"
         )
-    folder = path if path.is_dir() else path.parent
     tensors = _read_tensors(folder / WEIGHTS_FILE if path.is_dir() else path)
     names = convertible(model)
-    if path.is_file() and settings is not None:
-        chosen = [name for name in names if f"{name}.lora_A" in tensors]
-    else:
+    if described:
         config = read_adapter_config(folder)
-        chosen, settings = _targets(names, config["target_modules"] or []), config["settings"]
+        chosen, settings = _targets(names, config["target_modules"]), config["settings"]
+    else:
+        chosen = [name for name in names if f"{name}.lora_A" in tensors]
     if not chosen:
         raise ValueError(f"{path} has LoRA for none of the model's linears")
     _convert(model, chosen, *settings)
@@ -321,10 +336,5 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of either file by their names in the model."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
-    try:
-        if file.suffix != ".safetensors":
-            return torch.load(file, map_location="cpu", weights_only=True)
-        tensors = load_file(file)
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    tensors = read_tensors(file)
     return {n.removeprefix(PEFT_PREFIX).removesuffix(".weight"): t for n, t in tensors.items()}

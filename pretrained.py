@@ -36,6 +36,16 @@ FIELDS = {
     "layer_norm_epsilon": "layer_norm_epsilon",
     "tie_weights": "tie_word_embeddings",
 }
+# What torch.load raises of a damaged file, and what a file of other contents leads to.
+TORCH_LOAD_ERRORS = (
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    TypeError,
+)
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference
 
 
@@ -143,17 +153,24 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     files = next((f for pattern in WEIGHT_FILES if (f := sorted(folder.glob(pattern)))), None)
     if files is None:
         raise FileNotFoundError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}")
-    tensors = {}
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                tensors |= load_file(file)
-            else:
-                tensors |= torch.load(file, weights_only=True, map_location="cpu")
-        except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
     return {
         name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
         for name, tensor in tensors.items()
         if not name.endswith((".attn.bias", ".attn.masked_bias"))
     }
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file, or of one that torch.save made; ValueError if it is
+    damaged or holds anything else.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        tensors = torch.load(file, weights_only=True, map_location="cpu")
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise TypeError("it holds something else than tensors")
+    except (SafetensorError, *TORCH_LOAD_ERRORS) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return tensors

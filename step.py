@@ -133,6 +133,9 @@ class TrainingStep:
         total = torch.zeros((), device=self.dist.device)
         for micro_step in range(1, self.data.grad_accum_steps + 1):
             batch = to_device(self.data.micro_batch(step, micro_step), self.dist.device)
+            # Dropout is drawn anew for each, so that a run can go on wherever it was stopped.
+            number = micro_step * self.dist.world_size + self.dist.rank
+            torch.manual_seed((self.config.seed + (step << 24) + (number << 8)) % 2**63)
             with self._sync(last=micro_step == self.data.grad_accum_steps):
                 with self.autocast():
                     loss = self.loss(*batch) / n_targets

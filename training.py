@@ -126,7 +126,7 @@ def evaluate(model: GPT, batches: Iterator[Batch], dist: Distributed) -> float:
 def sample_text(model: GPT, prompt: Prompt, seed: int, device: torch.device) -> str:
     """The prompt and what the model makes of it, with the reference where there is one."""
     tokenizer = get_tokenizer()
-    ids = tokenizer.encode(prompt.text, disallowed_special=())
+    ids = tokenizer.encode(prompt.text, disallowed_special=()) or [END_OF_TEXT_ID]
     generator = torch.Generator(device).manual_seed(seed)
     out = model.generate(
         torch.tensor([ids], device=device),

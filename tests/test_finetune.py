@@ -42,7 +42,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     torch.manual_seed(0)
     GPT(GPTConfig(block_size=64, n_layer=12, n_head=2, n_embd=8)).save_pretrained(tmp_path / "base")
     words = ROOT.joinpath("README.md").read_text().split()
-    rows = [{"prompt": " ".join(words[i : i + i % 9 + 2]), "completion": " yes"} for i in range(40)]
+    prompts = [" ".join(words[i : i + i % 9 + 2]) for i in range(36)] + [""] * 4
+    rows = [{"prompt": prompt, "completion": " yes"} for prompt in prompts]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -187,6 +188,7 @@ def test_wrong_input_is_told_in_a_line(folder):
         ({"model_name_or_path": "other_vocab"}, "has 1000 tokens, GPT-2's tokenizer 50257"),
         ({"lora_load_path": "nowhere"}, "nowhere does not exist"),
         ({"max_lr": -1.0}, "expected 0 <= min <= max"),
+        ({"merge_out": "base"}, "merge_out base is there already"),
     ):
         with pytest.raises((ValueError, OSError), match=match):
             finetune("runs/a", **wrong)
@@ -198,6 +200,8 @@ def test_wrong_input_is_told_in_a_line(folder):
         ({"val_fraction": 1.0}, "val_fraction is 1.0, expected between 0 and 1"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0, expected from 0 to below 1"),
         ({"use_lora": False, "lora_load_path": "x"}, "needs --use_lora true"),
+        ({"use_lora": False, "lora_dim": 4}, "lora_dim is given, which needs --use_lora true"),
+        ({"lora_alpha": 0.0}, "lora_alpha is 0.0, expected above 0"),
         ({"examples_per_step": 0}, "examples_per_step is 0"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -75,6 +75,24 @@ def test_file_formats(write, tmp_path, name):
     assert prompts == [e.prompt for e in read_examples(write(ROWS, "other.jsonl"), 1024)]
 
 
+def test_line_separators_inside_strings(tmp_path):
+    """Characters that Unicode counts as line ends do not end a line of JSONL."""
+    rows = [{"prompt": f"a{c}b", "completion": "x"} for c in "\u2028\u2029\x85"]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
+    assert [e.prompt for e in read_examples(str(tmp_path / "rows.jsonl"), 64)] == [
+        row["prompt"] for row in rows
+    ]
+
+
+def test_rows_fit_any_window():
+    """Padding to a multiple of 8 never makes a row longer than the model's window."""
+    for block_size in (17, 60, 64):
+        examples = read_examples("stdlib", block_size)
+        longest = max(examples, key=lambda example: len(example.tokens))
+        assert block_size - 8 < pad([longest])[0].shape[1] <= block_size
+
+
 def test_only_completions_are_targets(write):
     """The loss counts the completion and its end, each from the token before; no padding token is a
     target.

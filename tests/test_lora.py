@@ -288,6 +288,9 @@ def test_plain_file(base, idx, tmp_path):
     assert plain.keys() == get_lora_state_dict(mine).keys()
     beside = load_model(base, tmp_path / "a" / "lora.pt")
     assert torch.equal(logits(beside, idx), logits(mine, idx))
+    other = (2, 1.0, 0.5, True)  # what lies beside it counts
+    described = load_adapter(GPT.from_pretrained(base), tmp_path / "a" / "lora.pt", other)
+    assert torch.equal(logits(described, idx), logits(mine, idx))
     (tmp_path / "a" / "lora.pt").rename(tmp_path / "lora.pt")
     alone = load_adapter(GPT.from_pretrained(base), tmp_path / "lora.pt", (4, 6.0, 0.0, False))
     assert torch.equal(logits(alone, idx), logits(mine, idx))
@@ -334,6 +337,12 @@ def test_bad_adapters_are_named(base, tmp_path):
     fails("rank_pattern", config={"rank_pattern": {"c_fc": 2}})
     fails("init_lora_weights 'pissa'", config={"init_lora_weights": "pissa"})
     fails("peft_type is IA3", config={"peft_type": "IA3"})
+    fails("r is '8'", config={"r": "8"})
+    fails("lora_alpha is 0", config={"lora_alpha": 0})
+    fails("lora_dropout is 1.5", config={"lora_dropout": 1.5})
+    fails("use_rslora is 'false'", config={"use_rslora": "false"})
+    fails("target_modules is 5", config={"target_modules": 5})
+    fails("is damaged", config={"target_modules": "(["})
     fails("LoRA for none of the model's linears", config={"target_modules": ["q_proj"]})
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_model(base, tmp_path / "nowhere")
@@ -343,6 +352,15 @@ def test_bad_adapters_are_named(base, tmp_path):
         load_adapter(other, folder)
     with pytest.raises(ValueError, match="missing tensors"):
         load_lora(good, {})
+
+
+@pytest.mark.parametrize("content", [[1], torch.zeros(2), {"a": 1}, b".", b"h", b"K"])
+def test_plain_file_of_something_else(base, tmp_path, content):
+    """A lora.pt that holds no tensors by name, or is no such file, is damaged."""
+    file = tmp_path / "lora.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(ValueError, match=r"lora.pt is damaged"):
+        load_adapter(GPT.from_pretrained(base), file, (4, 6.0, 0.0, False))
 
 
 def test_generation_uses_the_adapter(base, idx):
