@@ -7,6 +7,7 @@ the model is one that this project pretrained. LoRA's learning rate is ten times
 The picture shows training and validation loss of both; the table its numbers, whatever they say.
 """
 
+import json
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cli
 import finetune_lora
-from checkpoint import read_metrics
+from checkpoint import load_model, read_metrics
 from finetune_lora import FinetuneConfig
+from instructions import read_examples
 from plot import plot_runs
 
 
@@ -27,9 +29,11 @@ class OverfitConfig:
     """the pretrained model"""
     data: str = "stdlib"
     """examples, as finetune_lora.py takes them"""
-    val_fraction: float = 0.95
+    n_examples: int = 1000
+    """the first so many of them"""
+    val_fraction: float = 0.8
     """part of the examples that is held out; the rest is small on purpose"""
-    epochs: int = 40
+    epochs: int = 30
     """passes over the training examples"""
     max_lr: float = 5e-4
     """of full fine-tuning; LoRA has ten times as much"""
@@ -41,6 +45,14 @@ class OverfitConfig:
 
 def main(config: OverfitConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.jsonl"
+        examples = read_examples(config.data, load_model(config.model).config.block_size)
+        rows.write_text(
+            "\n".join(
+                json.dumps({"prompt": e.prompt, "completion": e.completion})
+                for e in examples[: config.n_examples]
+            )
+        )
         runs = {}
         for name, use_lora, factor in (("full", False, 1), ("lora", True, 10)):
             runs[name] = Path(folder) / f"{name}, rate {config.max_lr * factor:g}"
@@ -48,7 +60,7 @@ def main(config: OverfitConfig) -> None:
                 FinetuneConfig(
                     out_dir=str(runs[name]),
                     model_name_or_path=config.model,
-                    data=config.data,
+                    data=str(rows),
                     use_lora=use_lora,
                     lora_dim=config.lora_dim if use_lora else None,
                     max_lr=config.max_lr * factor,
