@@ -1,8 +1,8 @@
 """LoRA at GPT-2 124M against full fine-tuning and against peft, side by side: time and memory.
 
-    python benchmarks/lora.py            # the comparison, one thread, fp32: about 15 minutes
-    python benchmarks/lora.py --table true    # ranks 1 to 64, merged, full: forward, backward, memory
-    python benchmarks/lora.py --table true --device cuda --precision bf16 --batch_size 16 --length 139
+    python benchmarks/lora.py                   # the comparison, one thread, fp32: 20 minutes
+    python benchmarks/lora.py --table true      # ranks 1 to 64, merged, full: times and memory
+    python benchmarks/lora.py --table true --device cuda --precision bf16 --batch_size 16
 
 Forward and backward are timed together, because a chunked loss does gradient work in its forward
 pass. The contenders take turns; medians are compared. Memory on a CPU is the sum of all tensors
