@@ -167,7 +167,9 @@ def test_killed_between_checkpoints_it_continues_to_the_bit(workplace, uninterru
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_interrupted_it_saves_and_continues(workplace, uninterrupted, signum):
     """Ctrl-C and SIGTERM end the run after the step, with a checkpoint, a line and the shell's exit
     code; the same command goes on to the same curve.

@@ -85,10 +85,11 @@ def test_line_separators_inside_strings(tmp_path):
     ]
 
 
-def test_rows_fit_any_window():
+def test_rows_fit_any_window(write):
     """Padding to a multiple of 8 never makes a row longer than the model's window."""
     for block_size in (17, 60, 64):
-        examples = read_examples("stdlib", block_size)
+        rows = [{"prompt": "a", "completion": " b" * n} for n in (5, 200)]
+        examples = read_examples(write(rows), block_size)
         longest = max(examples, key=lambda example: len(example.tokens))
         assert block_size - 8 < pad([longest])[0].shape[1] <= block_size
 
