@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from lora import CONFIG_FILE, load_adapter, lora_linears, read_adapter_config, save_adapter
 from model import GPT
 from pretrained import TORCH_LOAD_ERRORS, write_folder
-from tokenizer import save_tokenizer
+from tokenizer import get_tokenizer, save_tokenizer
 
 # What may change when a run goes on, because its curve does not depend on it but for the order of
 # floating-point sums.
@@ -55,12 +55,17 @@ def checkpoints(run: Path | str) -> list[Path]:
     return [p for _, p in sorted((int(m[1]), p) for m, p in named if m)]
 
 
+def newest(name_or_path: str | Path) -> Path:
+    """A run's newest checkpoint; anything else as it is."""
+    return Path((checkpoints(name_or_path) or [name_or_path])[-1])
+
+
 def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = None) -> GPT:
     """The model of a hub name, a Hugging Face folder, a checkpoint, or a run, in eval() mode. An
     adapter's checkpoint stands for its base model with LoRA; `lora_load_path`, an adapter's folder,
     run or lora.pt, is loaded on top of a model without.
     """
-    path = Path((checkpoints(name_or_path) or [name_or_path])[-1])
+    path = newest(name_or_path)
     if (path / CONFIG_FILE).is_file():
         base = read_adapter_config(path).get("base_model_name_or_path")
         if lora_load_path is not None or not base:
@@ -71,8 +76,17 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
         return load_adapter(load_model(base), path).eval()
     model = GPT.from_pretrained(path if path.exists() else name_or_path)
     if lora_load_path is not None:
-        load_adapter(model, (checkpoints(lora_load_path) or [lora_load_path])[-1])
+        load_adapter(model, newest(lora_load_path))
     return model.eval()
+
+
+def check_vocabulary(model: GPT, name: str) -> None:
+    """ValueError if the model called `name` does not know all of the tokenizer's tokens."""
+    n_vocab = get_tokenizer().n_vocab
+    if model.config.vocab_size < n_vocab:
+        raise ValueError(
+            f"{name} has {model.config.vocab_size} tokens, GPT-2's tokenizer {n_vocab}"
+        )
 
 
 def weights_sha256(model: GPT) -> str:

@@ -13,10 +13,11 @@ import torch
 import cli
 from checkpoint import (
     check_same_run,
-    checkpoints,
+    check_vocabulary,
     load_model,
     load_newest,
     lock_run,
+    newest,
     read_metrics,
     weights_sha256,
 )
@@ -31,7 +32,7 @@ from lora import (
 )
 from model import GPT
 from runtime import Distributed
-from tokenizer import get_tokenizer, save_tokenizer
+from tokenizer import save_tokenizer
 from training import Prompt, TrainConfig, train
 
 LORA_SETTINGS = ("lora_dim", "lora_alpha", "lora_dropout", "use_rslora")
@@ -160,14 +161,13 @@ def main(config: FinetuneConfig) -> None:
 
 def check_base(base: GPT, config: FinetuneConfig) -> str:
     """The weights' sha256; ValueError for a model that cannot be the base of this run."""
-    name, n_vocab = config.model_name_or_path, get_tokenizer().n_vocab
+    name = config.model_name_or_path
     if lora_linears(base):
         raise ValueError(
             f"model_name_or_path {name} is an adapter; give its base model {base.name_or_path}, "
             "and the adapter as --lora_load_path"
         )
-    if base.config.vocab_size < n_vocab:
-        raise ValueError(f"{name} has {base.config.vocab_size} tokens, GPT-2's tokenizer {n_vocab}")
+    check_vocabulary(base, name)
     found = weights_sha256(base)
     if config.base_sha256 not in (None, found):
         raise ValueError(f"{name} has weights of sha256 {found}, expected {config.base_sha256}")
@@ -187,8 +187,7 @@ def add_lora(base: GPT, config: FinetuneConfig) -> GPT:
         return base
     if config.lora_load_path is None:
         return convert_linear_layer_to_lora(base, config.lora_module_name, *lora_settings(config))
-    path = Path((checkpoints(config.lora_load_path) or [config.lora_load_path])[-1])
-    return load_adapter(base, path, lora_settings(config) if path.suffix == ".pt" else None)
+    return load_adapter(base, newest(config.lora_load_path), lora_settings(config))
 
 
 def resolve(config: FinetuneConfig, model: GPT) -> FinetuneConfig:

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import cli
-from checkpoint import load_model, lock_run, weights_sha256
+from checkpoint import check_vocabulary, load_model, lock_run, weights_sha256
 from data import sha256_of, write_atomically
 from model import GPT
 from report import PROGRESS_SECONDS
@@ -24,7 +24,6 @@ from scoring import Score, score
 from step import AUTOCAST_DTYPE
 from tasks import HUB_ROWS, Example, load_examples, predictions
 from text import find_files
-from tokenizer import get_tokenizer
 
 Z_95 = 1.959964  # the normal quantile of a 95 % interval
 MAX_EXPONENT = 709  # e to the power of more is no float
@@ -232,12 +231,8 @@ def main(config: EvalConfig) -> None:
     if dist.world_size > 1:
         raise ValueError(f"one process measures, this is one of {dist.world_size}; leave torchrun")
     config = replace(config, precision=config.precision or default_precision(dist.device))
-    model = load_model(config.model, config.lora_load_path).eval()
-    if model.config.vocab_size < get_tokenizer().n_vocab:
-        raise ValueError(
-            f"{config.model} has {model.config.vocab_size} tokens, GPT-2's tokenizer "
-            f"{get_tokenizer().n_vocab}"
-        )
+    model = load_model(config.model, config.lora_load_path)
+    check_vocabulary(model, config.model)
     examples = load_examples(
         config.task,
         config.data,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 import cli
-from checkpoint import load_model
+from checkpoint import check_vocabulary, load_model
 from runtime import Distributed
 from tokenizer import END_OF_TEXT_ID, get_tokenizer
 
@@ -51,11 +51,7 @@ def main(config: SampleConfig) -> None:
     device = Distributed.start(config.device).device
     model = load_model(config.model, config.lora_load_path).to(device)
     tokenizer = get_tokenizer()
-    if model.config.vocab_size < tokenizer.n_vocab:
-        raise ValueError(
-            f"{config.model} has {model.config.vocab_size} tokens, GPT-2's tokenizer "
-            f"{tokenizer.n_vocab}"
-        )
+    check_vocabulary(model, config.model)
     prompt = tokenizer.encode(config.prompt, disallowed_special=()) or [END_OF_TEXT_ID]
     started = time.perf_counter()
     out = model.generate(

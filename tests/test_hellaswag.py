@@ -23,6 +23,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.hellaswag.utils import process_docs
 from scipy.stats import binomtest
 from test_commands import ROOT, run
+from test_distributed import TORCHRUN
 from transformers import GPT2LMHeadModel
 
 from checkpoint import load_model, read_metrics
@@ -622,7 +623,7 @@ def test_training_measures_hellaswag_on_all_ranks(tmp_path):
         == 0
     )
     script = [str(ROOT / "train_gpt2.py"), "--config", "tiny.yaml", "--out_dir"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
     logs = []
     for command in (
         [sys.executable, *script, "one", "--compile", "true"],
