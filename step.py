@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import TrainingData
 from model import GPT
+from muon import Muon, momentum_at
 from runtime import Distributed, shard, to_device
 
 if TYPE_CHECKING:
@@ -32,12 +33,16 @@ BETAS, EPS = (0.9, 0.95), 1e-8  # GPT-3 paper, appendix B
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of a step counted from 1: linear warm-up, then a cosine down to min_lr. Step s has
-    what build-nanogpt computes for its step s - 1, so the first is not wasted on a rate of 0.
+    """The rate of a step counted from 1: linear warm-up, then a cosine down to min_lr, or a plateau
+    and a line that would be 0 at the step after the last. Step s has what build-nanogpt computes
+    for its step s - 1, so the first is not wasted on a rate of 0.
     """
     done = step - 1
     if done < config.warmup_steps:
         return config.max_lr * step / config.warmup_steps
+    if config.schedule == "wsd":
+        decay_steps = max(1.0, config.decay_fraction * config.max_steps)
+        return config.max_lr * min(1.0, (config.max_steps - done) / decay_steps)
     progress = (done - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (
         config.max_lr - config.min_lr
@@ -53,6 +58,29 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
+
+
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all that is trained; or Muon for the matrices of the blocks, AdamW for the rest."""
+    matrices: dict[int, list[nn.Parameter]] = {1: [], 3: []}  # by the matrices that each holds
+    if config.optimizer == "muon":
+        for name, param in model.transformer.h.named_parameters():
+            if param.requires_grad and name.endswith(".weight") and param.dim() == 2:
+                matrices[3 if name.endswith("c_attn.weight") else 1].append(param)
+        if not any(matrices.values()):
+            raise ValueError(
+                "optimizer muon trains the matrices of the blocks, and here they are frozen; use "
+                "adamw, or train the whole model"
+            )
+    with_muon = {id(param) for params in matrices.values() for param in params}
+    groups = parameter_groups(model, config.weight_decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in with_muon]
+    adamw = torch.optim.AdamW(groups, lr=config.max_lr, betas=BETAS, eps=EPS, fused=True)
+    if not with_muon:
+        return [adamw]
+    muon_groups = [{"params": p, "parts": n} for n, p in matrices.items() if p]
+    return [adamw, Muon(muon_groups, config.muon_lr, config.muon_weight_decay)]
 
 
 class StepLoss(nn.Module):
@@ -96,13 +124,7 @@ class TrainingStep:
             self.loss = StepLoss(model, config.compile)
             if dist.world_size > 1:
                 self.loss = DistributedDataParallel(self.loss, gradient_as_bucket_view=True)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.weight_decay),
-            lr=config.max_lr,
-            betas=BETAS,
-            eps=EPS,
-            fused=True,
-        )
+        self.optimizers = make_optimizers(model, config)
 
     def autocast(self) -> AbstractContextManager:
         if self.dtype is None:
@@ -127,8 +149,14 @@ class TrainingStep:
 
     def __call__(self, step: int) -> tuple[float, float]:
         """Do step `step`; return this rank's share of the mean loss, and the gradient's norm."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.config)
+        rate = learning_rate(step, self.config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if isinstance(optimizer, Muon):
+                    group["lr"] = rate * (self.config.muon_lr / self.config.max_lr)
+                    group["momentum"] = momentum_at(step)
+                else:
+                    group["lr"] = rate
         n_targets = self.data.targets_in_step(step)
         total = torch.zeros((), device=self.dist.device)
         for micro_step in range(1, self.data.grad_accum_steps + 1):
@@ -142,15 +170,15 @@ class TrainingStep:
                 # The mean over ranks is taken where the sum is wanted.
                 self.scaler.scale(loss * self.dist.world_size).backward()
             total += loss.detach()
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = self._clip()
-        if math.isfinite(norm):
-            self.skipped_in_a_row = 0
-            self.scaler.step(self.optimizer)
-        else:
-            self.skipped_in_a_row += 1
+        self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
+        for optimizer in self.optimizers:
+            if math.isfinite(norm):
+                self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         return total.item(), norm
 
     def _clip(self) -> float:
@@ -174,7 +202,7 @@ class TrainingStep:
         params = get_model_state_dict(self.model, options=WHOLE_ON_CPU)
         # A tied head is not there a second time.
         params = {name: tensor for name, tensor in params.items() if name in names}
-        optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE_ON_CPU)
+        optimizer = get_optimizer_state_dict(self.model, self.optimizers, options=WHOLE_ON_CPU)
         if self.dist.device.type == "cpu" and not self.sharded:  # not copies yet
             self.host = copied({"params": params, "optimizer": optimizer}, self.host)
             params, optimizer = self.host["params"], self.host["optimizer"]
@@ -188,7 +216,7 @@ class TrainingStep:
     def load_state(self, state: dict) -> None:
         """Take over what `snapshot` gave second, on this or another number of ranks."""
         whole = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=whole)
+        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=whole)
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.dist.device.type == "cuda" and state["rng"]["cuda"] is not None:

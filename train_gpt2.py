@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import cli
 from checkpoint import check_same_run, load_model, load_newest, lock_run
@@ -27,6 +28,8 @@ class PretrainConfig(TrainConfig):
     """validation tokens of an evaluation, always the same first ones"""
     init_from: str = "scratch"
     """scratch, or the model to start from: a hub name, a folder, a checkpoint or a run"""
+    zero_residual: bool = False
+    """from scratch, start with blocks that add nothing: their c_proj weights are zero"""
     n_layer: int | None = None
     """blocks (default: 12, or what init_from has)"""
     n_head: int | None = None
@@ -39,6 +42,8 @@ class PretrainConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         self._check_least(1, "total_batch_size", "eval_tokens")
+        if self.zero_residual and self.init_from != "scratch":
+            raise ValueError(f"zero_residual does not go with init_from {self.init_from}")
 
 
 def main(config: PretrainConfig) -> None:
@@ -68,13 +73,23 @@ def new_model(config: PretrainConfig) -> GPT:
     asked = {name: getattr(config, name) for name in SHAPE if getattr(config, name) is not None}
     if config.init_from == "scratch":
         torch.manual_seed(config.seed)
-        return GPT(GPTConfig(**asked))
+        model = GPT(GPTConfig(**asked))
+        if config.zero_residual:
+            zero_residual_projections(model)
+        return model
     model = load_model(config.init_from)
     for name, value in asked.items():
         found = getattr(model.config, name)
         if value > found or (value != found and name != "block_size"):  # a shorter window is fine
             raise ValueError(f"{name} is {value}, but {config.init_from} has {found}")
     return model
+
+
+def zero_residual_projections(model: GPT) -> None:
+    """Make blocks add nothing at first: what they learn is then not disturbed by random parts."""
+    for block in model.transformer.h:
+        nn.init.zeros_(block.attn.c_proj.weight)
+        nn.init.zeros_(block.mlp.c_proj.weight)
 
 
 if __name__ == "__main__":

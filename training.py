@@ -1,6 +1,5 @@
 """The only training loop, with its settings, evaluation and samples."""
 
-import math
 import signal
 import sys
 import time
@@ -53,12 +52,22 @@ class TrainConfig:
     """optimizer steps; 19,073 of 524,288 tokens are 10 B"""
     warmup_steps: int = 715
     """steps of linear warm-up; 375 M tokens in GPT-3"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the blocks, AdamW for the rest"""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """of the learning rate after the warm-up: a cosine to min_lr; or max_lr, then a line to 0"""
     max_lr: float = 6e-4
     """learning rate after the warm-up"""
     min_lr: float = 6e-5
-    """learning rate at max_steps, reached along a cosine"""
+    """learning rate at the end of a cosine"""
+    decay_fraction: float = 0.4
+    """share of the steps in which the wsd schedule goes to 0"""
     weight_decay: float = 0.1
-    """on tensors of two or more dimensions"""
+    """AdamW's, on tensors of two or more dimensions"""
+    muon_lr: float = 0.02
+    """Muon's learning rate after the warm-up; it follows the same schedule"""
+    muon_weight_decay: float = 0.0
+    """Muon's"""
     grad_clip: float = 1.0
     """largest norm of the gradient; 0 is no limit"""
     eval_every: int = 250
@@ -90,11 +99,13 @@ class TrainConfig:
     def __post_init__(self):
         self._check_least(1, "batch_size", "max_steps", "eval_every", "save_every", "keep")
         self._check_least(0, "warmup_steps", "grad_clip", "sample_every", "weight_decay", "seed")
-        self._check_least(0, "hellaswag_every")
-        if not 0 <= self.min_lr <= (math.inf if self.max_lr is None else self.max_lr):
+        self._check_least(0, "hellaswag_every", "muon_lr", "muon_weight_decay")
+        if self.max_lr is not None and not 0 <= self.min_lr <= self.max_lr > 0:
             raise ValueError(
-                f"min_lr {self.min_lr} and max_lr {self.max_lr}: expected 0 <= min <= max"
+                f"min_lr {self.min_lr} and max_lr {self.max_lr}: expected 0 <= min <= max, max > 0"
             )
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction is {self.decay_fraction}, expected 0 to 1")
 
     def _check_least(self, least: int, *names: str) -> None:
         for name in names:
