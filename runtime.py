@@ -4,6 +4,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from data import IGNORE_INDEX, Batch
+from data import IGNORE_INDEX, Batch, TrainingData
 from model import GPT
 
 # Dense peak of the matrix units in 16-bit floating point with fp32 accumulation, FLOP/s, from the
@@ -147,18 +148,56 @@ def peak_flops(device: torch.device) -> float | None:
     return next((f for card, f in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
 
 
-def to_device(
-    batch: Batch, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """idx and targets on the device, and where some targets do not count, the positions of those
-    that do among the flat ones: found here, since there it would make the CPU wait.
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def on_host(batch: Batch, device: torch.device) -> Tensors:
+    """idx and targets, and where some targets do not count, the positions of those that do among
+    the flat ones: found here, since on the device it would make the CPU wait. For CUDA in pinned
+    memory, out of which a copy runs beside the computation.
     """
     rows = np.flatnonzero(batch[1] != IGNORE_INDEX)
-    tensors = [torch.from_numpy(array) for array in (*batch, rows)]
-    if device.type == "cuda":  # from pinned memory the copy runs beside the computation
-        tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
-    idx, targets, rows = (tensor.to(device) for tensor in tensors)
-    return idx, targets, rows if len(rows) < targets.numel() else None
+    few = rows if len(rows) < batch[1].size else None
+    tensors = [a if a is None else torch.from_numpy(a) for a in (*batch, few)]
+    if device.type == "cuda":
+        tensors = [t if t is None else t.pin_memory() for t in tensors]
+    return tuple(tensors)
+
+
+def to_device(tensors: Tensors, device: torch.device) -> Tensors:
+    return tuple(t if t is None else t.to(device, non_blocking=True) for t in tensors)
+
+
+class Prefetch:
+    """The micro-batches of a rank, each made by a thread while the one before it is computed. Data
+    are a function of step and micro-step, so this changes nothing but when they are read.
+    """
+
+    def __init__(self, data: TrainingData, device: torch.device):
+        self.data, self.device = data, device
+        # A new thread would pin memory for the first card, whichever this rank's is.
+        on_card = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self.thread = ThreadPoolExecutor(1, "prefetch", *on_card)
+        self.ahead: tuple[tuple[int, int], Future] | None = None
+
+    def __call__(self, step: int, micro_step: int) -> Tensors:
+        """The tensors of a micro-step on the device; raises what making them has raised."""
+        if self.ahead is None or self.ahead[0] != (step, micro_step):
+            self._start(step, micro_step)
+        tensors = self.ahead[1].result()
+        if micro_step < self.data.grad_accum_steps:
+            self._start(step, micro_step + 1)
+        else:
+            self._start(step + 1, 1)
+        # In the order of the computation: a copy of 1 MB takes 40 us, a stream of its own is not
+        # worth it.
+        return to_device(tensors, self.device)
+
+    def _start(self, step: int, micro_step: int) -> None:
+        def make() -> Tensors:
+            return on_host(self.data.micro_batch(step, micro_step), self.device)
+
+        self.ahead = (step, micro_step), self.thread.submit(make)
 
 
 class Interrupt:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import TrainingData
 from model import GPT
-from runtime import Distributed, shard, to_device
+from runtime import Distributed, Prefetch, shard
 
 if TYPE_CHECKING:
     from training import TrainConfig
@@ -81,6 +81,7 @@ class TrainingStep:
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == torch.float16)
         self.skipped_in_a_row = 0
+        self.batches = Prefetch(data, dist.device)
         self.host: dict | None = None  # the last snapshot's memory
         for block in model.train().transformer.h:
             block.recompute = config.recompute
@@ -132,7 +133,7 @@ class TrainingStep:
         n_targets = self.data.targets_in_step(step)
         total = torch.zeros((), device=self.dist.device)
         for micro_step in range(1, self.data.grad_accum_steps + 1):
-            batch = to_device(self.data.micro_batch(step, micro_step), self.dist.device)
+            batch = self.batches(step, micro_step)
             # Dropout is drawn anew for each, so that a run can go on wherever it was stopped.
             number = micro_step * self.dist.world_size + self.dist.rank
             torch.manual_seed((self.config.seed + (step << 24) + (number << 8)) % 2**63)

@@ -18,7 +18,7 @@ from data import IGNORE_INDEX, Batch, TrainingData, write_atomically
 from model import GPT
 from plot import plot_runs
 from report import Meter, Report, describe, finite_or_none
-from runtime import Distributed, Interrupt, default_precision, to_device
+from runtime import Distributed, Interrupt, default_precision, on_host, to_device
 from step import TrainingStep, learning_rate, parameter_groups
 from tasks import Example, count_hits, load_examples
 from tokenizer import END_OF_TEXT_ID, get_tokenizer
@@ -116,7 +116,7 @@ def evaluate(model: GPT, batches: Iterator[Batch], dist: Distributed) -> float:
     """Mean loss in nats over all targets that the batches of all ranks predict."""
     loss_sum, n_targets = 0.0, 0
     for batch in batches:
-        idx, targets, rows = to_device(batch, dist.device)
+        idx, targets, rows = to_device(on_host(batch, dist.device), dist.device)
         loss_sum += model.loss(idx, targets, "sum", rows).item()
         n_targets += int((batch[1] != IGNORE_INDEX).sum())
     loss_sum, n_targets = dist.sum(loss_sum, n_targets)

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import threading
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from data import PretrainingData, TokenShards, evaluation_batches
 from model import GPT, GPTConfig
 from plot import gpt2_val_loss
 from report import describe, flops_per_token
-from runtime import Distributed
+from runtime import Distributed, Prefetch
 from step import StepLoss, TrainingStep, learning_rate, parameter_groups
 from train_gpt2 import PretrainConfig
 from training import evaluate, train
@@ -134,6 +135,35 @@ def test_state_continues_to_the_bit(shards):
     step = make_step(model, shards)
     step.load_state(state)
     assert [step(s) for s in (4, 5, 6)] == expected
+
+
+def test_prefetched_batches_are_the_ones_asked_for(shards):
+    """In order, out of order and again: a prefetched batch is what the data make, made by another
+    thread before it is asked for, and their errors reach the one who asks.
+    """
+    makers = []
+
+    class Watched(PretrainingData):
+        def micro_batch(self, step, micro_step):
+            makers.append((step, micro_step, threading.current_thread()))
+            if step == 9:
+                raise OSError("the disk is gone")
+            return super().micro_batch(step, micro_step)
+
+    data = Watched(shards, 16, 4, 192, seed=1)
+    batches = Prefetch(data, CPU.device)
+    for asked in [(1, 1), (1, 2), (1, 3), (2, 1), (7, 2), (7, 2)]:
+        idx, targets, rows = batches(*asked)
+        expected = PretrainingData.micro_batch(data, *asked)
+        assert (idx.numpy() == expected[0]).all()
+        assert (targets.numpy() == expected[1]).all()
+        assert rows is None or (rows.numpy() == (expected[1] != -100).ravel().nonzero()[0]).all()
+    made = [maker[:2] for maker in makers]
+    assert made[:5] == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
+    assert threading.main_thread() not in [thread for *_, thread in makers]
+    with pytest.raises(OSError, match="the disk is gone"):
+        batches(9, 1)
+    batches(1, 1)
 
 
 def test_evaluation_is_the_mean_over_tokens(shards):
