@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,16 +26,28 @@ from model import GPT
 # Dense peak of the matrix units in 16-bit floating point with fp32 accumulation, FLOP/s, from the
 # makers' data sheets; the first name found in the device's name counts.
 PEAK_FLOPS = {
+    "GB300": 2500e12,
+    "GB200": 2500e12,
+    "B300": 2250e12,
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "GH200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
+    "A800": 312e12,
     "L40S": 362e12,
     "L40": 181e12,
     "L4": 121e12,
+    "A40": 149.7e12,
     "A10G": 70e12,
+    "RTX PRO 6000 Blackwell Workstation Edition": 503.8e12,
+    "RTX 6000 Ada": 364.2e12,
+    "RTX A6000": 154.8e12,
     "RTX 5090": 209.5e12,
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
@@ -162,6 +175,16 @@ def on_host(batch: Batch, device: torch.device) -> Tensors:
     if device.type == "cuda":
         tensors = [t if t is None else t.pin_memory() for t in tensors]
     return tuple(tensors)
+
+
+def check_compiler() -> None:
+    """ValueError where torch.compile would find none of the C compilers that it knows."""
+    known = (os.environ.get("CC"), os.environ.get("CXX"), "gcc", "g++", "clang", "clang++", "cl")
+    if not any(name and shutil.which(name) for name in known):
+        raise ValueError(
+            "--compile needs a C compiler, and none of gcc, clang and cl is on the path; install "
+            "one (apt install build-essential), or go without: --compile false"
+        )
 
 
 def to_device(tensors: Tensors, device: torch.device) -> Tensors:
