@@ -247,6 +247,7 @@ def out_of_memory(attempt: Callable[[], None], device: torch.device) -> bool:
         failed = True
     # Outside of the except clause, since the error holds the attempt's frames and their tensors.
     gc.collect()
+    torch.compiler.reset()  # or the run's own shape would be one of several, and not static
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return failed
