@@ -36,6 +36,8 @@ FREE_TO_CHANGE = {
     "device",
     "compile",
     "batch_size",
+    "find_batch_size",
+    "profile",
     "parallel",
     "recompute",
     "keep",

@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,22 +20,34 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from data import IGNORE_INDEX, Batch
+from data import IGNORE_INDEX, Batch, TrainingData
 from model import GPT
 
 # Dense peak of the matrix units in 16-bit floating point with fp32 accumulation, FLOP/s, from the
 # makers' data sheets; the first name found in the device's name counts.
 PEAK_FLOPS = {
+    "GB300": 2500e12,
+    "GB200": 2500e12,
+    "B300": 2250e12,
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "GH200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
+    "A800": 312e12,
     "L40S": 362e12,
     "L40": 181e12,
     "L4": 121e12,
+    "A40": 149.7e12,
     "A10G": 70e12,
+    "RTX PRO 6000 Blackwell Workstation Edition": 503.8e12,
+    "RTX 6000 Ada": 364.2e12,
+    "RTX A6000": 154.8e12,
     "RTX 5090": 209.5e12,
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
@@ -147,18 +161,66 @@ def peak_flops(device: torch.device) -> float | None:
     return next((f for card, f in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
 
 
-def to_device(
-    batch: Batch, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """idx and targets on the device, and where some targets do not count, the positions of those
-    that do among the flat ones: found here, since there it would make the CPU wait.
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def on_host(batch: Batch, device: torch.device) -> Tensors:
+    """idx and targets, and where some targets do not count, the positions of those that do among
+    the flat ones: found here, since on the device it would make the CPU wait. For CUDA in pinned
+    memory, out of which a copy runs beside the computation.
     """
     rows = np.flatnonzero(batch[1] != IGNORE_INDEX)
-    tensors = [torch.from_numpy(array) for array in (*batch, rows)]
-    if device.type == "cuda":  # from pinned memory the copy runs beside the computation
-        tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
-    idx, targets, rows = (tensor.to(device) for tensor in tensors)
-    return idx, targets, rows if len(rows) < targets.numel() else None
+    few = rows if len(rows) < batch[1].size else None
+    tensors = [a if a is None else torch.from_numpy(a) for a in (*batch, few)]
+    if device.type == "cuda":
+        tensors = [t if t is None else t.pin_memory() for t in tensors]
+    return tuple(tensors)
+
+
+def check_compiler() -> None:
+    """ValueError where torch.compile would find none of the C compilers that it knows."""
+    known = (os.environ.get("CC"), os.environ.get("CXX"), "gcc", "g++", "clang", "clang++", "cl")
+    if not any(name and shutil.which(name) for name in known):
+        raise ValueError(
+            "--compile needs a C compiler, and none of gcc, clang and cl is on the path; install "
+            "one (apt install build-essential), or go without: --compile false"
+        )
+
+
+def to_device(tensors: Tensors, device: torch.device) -> Tensors:
+    return tuple(t if t is None else t.to(device, non_blocking=True) for t in tensors)
+
+
+class Prefetch:
+    """The micro-batches of a rank, each made by a thread while the one before it is computed. Data
+    are a function of step and micro-step, so this changes nothing but when they are read.
+    """
+
+    def __init__(self, data: TrainingData, device: torch.device):
+        self.data, self.device = data, device
+        # A new thread would pin memory for the first card, whichever this rank's is.
+        on_card = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self.thread = ThreadPoolExecutor(1, "prefetch", *on_card)
+        self.ahead: tuple[tuple[int, int], Future] | None = None
+
+    def __call__(self, step: int, micro_step: int) -> Tensors:
+        """The tensors of a micro-step on the device; raises what making them has raised."""
+        if self.ahead is None or self.ahead[0] != (step, micro_step):
+            self._start(step, micro_step)
+        tensors = self.ahead[1].result()
+        if micro_step < self.data.grad_accum_steps:
+            self._start(step, micro_step + 1)
+        else:
+            self._start(step + 1, 1)
+        # In the order of the computation: a copy of 1 MB takes 40 us, a stream of its own is not
+        # worth it.
+        return to_device(tensors, self.device)
+
+    def _start(self, step: int, micro_step: int) -> None:
+        def make() -> Tensors:
+            return on_host(self.data.micro_batch(step, micro_step), self.device)
+
+        self.ahead = (step, micro_step), self.thread.submit(make)
 
 
 class Interrupt:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
+import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,10 +22,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from data import TrainingData
+from data import PretrainingData, TrainingData
 from model import GPT
 from muon import Muon, momentum_at
-from runtime import Distributed, shard, to_device
+from runtime import Distributed, Prefetch, check_compiler, shard
 
 if TYPE_CHECKING:
     from training import TrainConfig
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 # Frozen parameters never change, so they are not saved.
 WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 AUTOCAST_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEMORY_TO_SPARE = 0.05  # of a card, for fragments and what ranks exchange
 BETAS, EPS = (0.9, 0.95), 1e-8  # GPT-3 paper, appendix B
 
 
@@ -91,6 +96,7 @@ class StepLoss(nn.Module):
     def __init__(self, model: GPT, compile_trunk: bool):
         super().__init__()
         self.model = model
+        # Shapes are static where all batches have one; where lengths vary, dynamic from the second.
         self.hidden = torch.compile(model.hidden) if compile_trunk else model.hidden
 
     def forward(
@@ -104,11 +110,14 @@ class TrainingStep:
 
     def __init__(self, model: GPT, data: TrainingData, config: TrainConfig, dist: Distributed):
         self.model, self.data, self.config, self.dist = model, data, config, dist
+        if config.compile:
+            check_compiler()
         self.dtype = AUTOCAST_DTYPE[config.precision]
         if self.dtype is not None and dist.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == torch.float16)
         self.skipped_in_a_row = 0
+        self.batches = Prefetch(data, dist.device)
         self.host: dict | None = None  # the last snapshot's memory
         for block in model.train().transformer.h:
             block.recompute = config.recompute
@@ -160,7 +169,7 @@ class TrainingStep:
         n_targets = self.data.targets_in_step(step)
         total = torch.zeros((), device=self.dist.device)
         for micro_step in range(1, self.data.grad_accum_steps + 1):
-            batch = to_device(self.data.micro_batch(step, micro_step), self.dist.device)
+            batch = self.batches(step, micro_step)
             # Dropout is drawn anew for each, so that a run can go on wherever it was stopped.
             number = micro_step * self.dist.world_size + self.dist.rank
             torch.manual_seed((self.config.seed + (step << 24) + (number << 8)) % 2**63)
@@ -221,6 +230,64 @@ class TrainingStep:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.dist.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
+
+
+def find_batch_size(
+    model: GPT, data: PretrainingData, config: TrainConfig, dist: Distributed
+) -> int:
+    """The largest power-of-two batch_size, up to the windows of a step, for which a training step
+    fits into the memory of every rank's card with a twentieth to spare. Tried on copies of `model`,
+    which stays on the CPU; neither it nor a random number generator is changed.
+    """
+    if dist.device.type != "cuda" or config.parallel == "fsdp":
+        raise ValueError(
+            "find_batch_size is for CUDA and --parallel ddp; elsewhere give a --batch_size (the "
+            "curve does not depend on it)"
+        )
+    windows = data.total_batch_size // (data.block_size * dist.world_size)
+    alone = Distributed(0, 1, dist.device)  # a rank may run out of memory while others do not
+
+    def attempt(batch_size: int) -> None:
+        # The second micro-step runs beside the gradients of the first.
+        sizes = {"batch_size": batch_size, "rank": 0, "world_size": 1}
+        total = batch_size * data.block_size * min(2, windows // batch_size)
+        trial = replace(data, **sizes, total_batch_size=total)
+        TrainingStep(copy.deepcopy(model).to(dist.device), trial, config, alone)(1)
+        torch.cuda.synchronize(dist.device)
+
+    def fits(batch_size: int) -> bool:
+        failed = out_of_memory(partial(attempt, batch_size), dist.device)
+        return dist.sum(failed)[0] == 0
+
+    torch.cuda.set_per_process_memory_fraction(1 - MEMORY_TO_SPARE, dist.device)
+    with torch.random.fork_rng([dist.device]):
+        found = largest_that_fits(fits, windows)
+    torch.cuda.set_per_process_memory_fraction(1.0, dist.device)
+    return found
+
+
+def out_of_memory(attempt: Callable[[], None], device: torch.device) -> bool:
+    """Whether the attempt runs out of memory; what it has held is free again."""
+    try:
+        attempt()
+        failed = False
+    except torch.OutOfMemoryError:
+        failed = True
+    # Outside of the except clause, since the error holds the attempt's frames and their tensors.
+    gc.collect()
+    torch.compiler.reset()  # or the run's own shape would be one of several, and not static
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return failed
+
+
+def largest_that_fits(fits: Callable[[int], bool], windows: int) -> int:
+    """The largest power of two that divides `windows` and fits, in as few trials as may be."""
+    sizes = [1 << i for i in range(windows.bit_length()) if windows % (1 << i) == 0]
+    n_good = bisect.bisect_left(sizes, True, key=lambda size: not fits(size))
+    if not n_good:
+        raise ValueError("not even batch_size 1 fits; try --recompute block, or a smaller model")
+    return sizes[n_good - 1]
 
 
 def copied(source: object, earlier: object = None) -> object:

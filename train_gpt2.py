@@ -13,6 +13,7 @@ from checkpoint import check_same_run, load_model, load_newest, lock_run
 from data import PretrainingData, TokenShards, evaluation_batches
 from model import GPT, GPTConfig
 from runtime import Distributed
+from step import find_batch_size
 from training import Prompt, TrainConfig, train
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
@@ -24,6 +25,9 @@ class PretrainConfig(TrainConfig):
     """folder of token shards, made by fineweb.py"""
     total_batch_size: int = 524_288
     """tokens per optimizer step over all devices"""
+    find_batch_size: bool = False
+    """on CUDA: before the run, find the largest power of two for batch_size that fits; the curve
+    stays the same"""
     eval_tokens: int = 10_485_760
     """validation tokens of an evaluation, always the same first ones"""
     init_from: str = "scratch"
@@ -61,6 +65,10 @@ def main(config: PretrainConfig) -> None:
         shape |= {name: value for name, value in given.items() if value is not None}
         config = replace(config, **shape).on(dist.device)
         ranks = dist.rank, dist.world_size
+        if config.find_batch_size:
+            sizes = config.block_size, 1, config.total_batch_size
+            data = PretrainingData(train_shards, *sizes, config.seed, *ranks)
+            config = replace(config, batch_size=find_batch_size(model, data, config, dist))
         sizes = config.block_size, config.batch_size
         data = PretrainingData(train_shards, *sizes, config.total_batch_size, config.seed, *ranks)
         val = partial(evaluation_batches, val_shards, *sizes, config.eval_tokens, *ranks)

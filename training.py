@@ -4,9 +4,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, Self
 
 import torch
@@ -17,7 +18,7 @@ from data import IGNORE_INDEX, Batch, TrainingData, write_atomically
 from model import GPT
 from plot import plot_runs
 from report import Meter, Report, describe, finite_or_none
-from runtime import Distributed, Interrupt, default_precision, to_device
+from runtime import Distributed, Interrupt, default_precision, on_host, to_device
 from step import TrainingStep, learning_rate, parameter_groups
 from tasks import Example, count_hits, load_examples
 from tokenizer import END_OF_TEXT_ID, get_tokenizer
@@ -92,6 +93,9 @@ class TrainConfig:
     """torch.compile the training step (default: on CUDA)"""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """over several devices: a whole model on each (ddp), or a part (fsdp, for the large sizes)"""
+    profile: int = 0
+    """steps to profile, after two: a trace for chrome://tracing in the run folder, and the ten
+    costliest operators; 0 is none"""
     recompute: Literal["none", "light", "block"] = "none"
     """what the backward pass computes again instead of keeping it: light, LayerNorm and GELU (a
     third less memory for nothing); block, nearly everything (a seventh of the memory, slower)"""
@@ -99,7 +103,7 @@ class TrainConfig:
     def __post_init__(self):
         self._check_least(1, "batch_size", "max_steps", "eval_every", "save_every", "keep")
         self._check_least(0, "warmup_steps", "grad_clip", "sample_every", "weight_decay", "seed")
-        self._check_least(0, "hellaswag_every", "muon_lr", "muon_weight_decay")
+        self._check_least(0, "hellaswag_every", "profile", "muon_lr", "muon_weight_decay")
         if self.max_lr is not None and not 0 <= self.min_lr <= self.max_lr > 0:
             raise ValueError(
                 f"min_lr {self.min_lr} and max_lr {self.max_lr}: expected 0 <= min <= max, max > 0"
@@ -127,7 +131,7 @@ def evaluate(model: GPT, batches: Iterator[Batch], dist: Distributed) -> float:
     """Mean loss in nats over all targets that the batches of all ranks predict."""
     loss_sum, n_targets = 0.0, 0
     for batch in batches:
-        idx, targets, rows = to_device(batch, dist.device)
+        idx, targets, rows = to_device(on_host(batch, dist.device), dist.device)
         loss_sum += model.loss(idx, targets, "sum", rows).item()
         n_targets += int((batch[1] != IGNORE_INDEX).sum())
     loss_sum, n_targets = dist.sum(loss_sum, n_targets)
@@ -244,6 +248,27 @@ def out_of_memory_told(config: TrainConfig, device: torch.device) -> Iterator[No
         ) from error
 
 
+def profiled(config: TrainConfig, dist: Distributed) -> AbstractContextManager:
+    """Profiles what comes between calls of its `step`, where that was asked for, on the main rank;
+    a run that ends earlier writes the trace of what it has done.
+    """
+
+    def write(profiler: torch.profiler.profile) -> None:
+        file = Path(config.out_dir) / "profile.json.gz"
+        profiler.export_chrome_trace(str(file))
+        kind = dist.device.type if dist.device.type == "cuda" else "cpu"
+        costs = profiler.key_averages().table(f"self_{kind}_time_total", 10, 200, 40)
+        print(
+            f"{costs}\n{config.profile} steps are in {file}; open it in chrome://tracing",
+            flush=True,
+        )
+
+    if not config.profile or not dist.is_main:
+        return nullcontext(SimpleNamespace(step=lambda: None))
+    stages = torch.profiler.schedule(wait=1, warmup=1, active=config.profile, repeat=1)
+    return torch.profiler.profile(schedule=stages, on_trace_ready=write)
+
+
 def train(
     model: GPT,
     data: TrainingData,
@@ -267,7 +292,11 @@ def train(
             examples = load_examples("hellaswag", config.hellaswag_data, model.config.block_size)
     if dist.is_main:
         announce(model, data, config)
-    with out_of_memory_told(config, dist.device), Interrupt() as interrupt:
+    with (
+        out_of_memory_told(config, dist.device),
+        Interrupt() as interrupt,
+        profiled(config, dist) as profiler,
+    ):
         meter = Meter(model, data, dist)
         training_step = TrainingStep(model.to(dist.device), data, config, dist)
         start = resume(training_step, *resumed) if resumed else 0
@@ -287,6 +316,7 @@ def train(
             record["lr"] = learning_rate(step, config)
             record |= measured(training_step, val, prompts, examples, step)
             report.step(record)
+            profiler.step()
             background.check()
             last = step == config.max_steps
             if step % config.save_every == 0 or last or stop:

@@ -1,6 +1,9 @@
 """The commands as a user runs them: processes, files, exit codes, signals."""
 
+import gzip
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -291,6 +294,21 @@ def test_truncated_shard_and_changed_settings_harm_nothing(workplace, uninterrup
     np.save(workplace / "data" / "other" / shard.name, np.arange(5000, dtype=np.uint16))
     assert "was trained on other data" in fails(*args, "--data_dir", "data/other", cwd=workplace)
     assert {f: f.read_bytes() for f in uninterrupted.rglob("*") if f.is_file()} == before
+
+
+def test_a_profiled_run_is_the_same_run(workplace, uninterrupted):
+    """--profile 2 writes a trace of two steps and prints ten operators; the curve is the same to
+    the bit.
+    """
+    result = run(*tiny_run(workplace, "profiled", "--profile", 2), cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    with gzip.open(workplace / "runs" / "profiled" / "profile.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    steps = {e["name"] for e in events if e.get("name", "").startswith("ProfilerStep")}
+    assert steps == {"ProfilerStep#2", "ProfilerStep#3"}
+    assert len(re.findall(r"^ *\S*aten::\S+|^ *\w+Backward\d", result.stdout, re.M)) >= 5
+    assert "2 steps are in runs/profiled/profile.json.gz" in result.stdout
+    assert curve(workplace / "runs" / "profiled") == curve(uninterrupted)
 
 
 def test_unwritable_run_folder_is_named(workplace):

@@ -1,6 +1,8 @@
 import json
 import math
 import shutil
+import threading
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,8 +14,16 @@ from data import PretrainingData, TokenShards, evaluation_batches
 from model import GPT, GPTConfig
 from plot import gpt2_val_loss
 from report import describe, flops_per_token
-from runtime import Distributed
-from step import StepLoss, TrainingStep, learning_rate, parameter_groups
+from runtime import Distributed, Prefetch, peak_flops
+from step import (
+    StepLoss,
+    TrainingStep,
+    find_batch_size,
+    largest_that_fits,
+    learning_rate,
+    out_of_memory,
+    parameter_groups,
+)
 from train_gpt2 import PretrainConfig
 from training import evaluate, train
 
@@ -136,6 +146,35 @@ def test_state_continues_to_the_bit(shards):
     assert [step(s) for s in (4, 5, 6)] == expected
 
 
+def test_prefetched_batches_are_the_ones_asked_for(shards):
+    """In order, out of order and again: a prefetched batch is what the data make, made by another
+    thread before it is asked for, and their errors reach the one who asks.
+    """
+    makers = []
+
+    class Watched(PretrainingData):
+        def micro_batch(self, step, micro_step):
+            makers.append((step, micro_step, threading.current_thread()))
+            if step == 9:
+                raise OSError("the disk is gone")
+            return super().micro_batch(step, micro_step)
+
+    data = Watched(shards, 16, 4, 192, seed=1)
+    batches = Prefetch(data, CPU.device)
+    for asked in [(1, 1), (1, 2), (1, 3), (2, 1), (7, 2), (7, 2)]:
+        idx, targets, rows = batches(*asked)
+        expected = PretrainingData.micro_batch(data, *asked)
+        assert (idx.numpy() == expected[0]).all()
+        assert (targets.numpy() == expected[1]).all()
+        assert rows is None or (rows.numpy() == (expected[1] != -100).ravel().nonzero()[0]).all()
+    made = [maker[:2] for maker in makers]
+    assert made[:5] == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
+    assert threading.main_thread() not in [thread for *_, thread in makers]
+    with pytest.raises(OSError, match="the disk is gone"):
+        batches(9, 1)
+    batches(1, 1)
+
+
 def test_evaluation_is_the_mean_over_tokens(shards):
     """Evaluation is the mean over all predicted tokens, whatever the batch size, the last windows
     shorter than the others included.
@@ -246,6 +285,92 @@ def test_derived_numbers_are_told(shards):
     text = describe(parameter_groups(new_model()), PretrainingData(shards, 16, 4, 192, 0))
     assert "grad_accum_steps 3" in text
     assert "decayed 10 tensors" in text
+
+
+def test_the_largest_batch_size_that_fits():
+    """Whatever fits, the found size is the largest power of two below it that divides the windows;
+    running out of memory is an answer, other errors are not; where nothing fits, it is told.
+    """
+
+    def other():
+        raise RuntimeError("other")
+
+    for limit in (1, 3, 8, 100):
+
+        def attempt(size, limit=limit):
+            if size > limit:
+                raise torch.OutOfMemoryError(f"no memory for {size}")
+
+        def fits(size, attempt=attempt):
+            return not out_of_memory(partial(attempt, size), CPU.device)
+
+        expected = max(n for n in (1, 2, 4, 8, 16) if n <= limit)
+        assert largest_that_fits(fits, 48) == expected
+    with pytest.raises(ValueError, match="not even batch_size 1 fits"):
+        largest_that_fits(lambda _: False, 48)
+    with pytest.raises(RuntimeError, match="other"):
+        out_of_memory(other, CPU.device)
+
+
+def test_finding_a_batch_size_leaves_no_trace(shards, monkeypatch):
+    """The trials change no weight, no flag and no random number, and see the asked sizes; without
+    a card the error says what to do instead.
+    """
+    model, config = new_model(), make_step(new_model(), shards).config
+    data = PretrainingData(shards, 16, 1, 192, config.seed)
+    with pytest.raises(ValueError, match="find_batch_size is for CUDA"):
+        find_batch_size(model, data, config, CPU)
+    sizes = []
+
+    class Card:  # stands for a CPU that says it is a card, with memory for two rows
+        type = "cuda"
+
+    class Step(TrainingStep):
+        def __init__(self, copy, trial, config, dist):
+            sizes.append(trial.batch_size)
+            if trial.batch_size > 2:
+                raise torch.OutOfMemoryError
+            super().__init__(copy, trial, config, CPU)
+
+    monkeypatch.setattr("step.TrainingStep", Step)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
+    monkeypatch.setattr("torch.random.fork_rng", lambda _, fork=torch.random.fork_rng: fork([]))
+    for name in ("synchronize", "empty_cache", "set_per_process_memory_fraction"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_: None)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    assert find_batch_size(model, data, config, Distributed(0, 1, Card())) == 2
+    assert {2, 4} <= set(sizes)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_compiling_without_a_compiler_is_told(shards, monkeypatch):
+    """Where there is no C compiler, --compile true ends in a line that says how to go without."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    config = replace(make_step(new_model(), shards).config, compile=True)
+    data = PretrainingData(shards, 16, 4, 192, seed=1)
+    with pytest.raises(ValueError, match=r"--compile needs a C compiler.*--compile false"):
+        TrainingStep(new_model(), data, config, CPU)
+
+
+def test_peak_is_the_cards_own(monkeypatch):
+    """Names as drivers give them find their own card's figure, not that of a similar one."""
+    for name, peak in (
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2e12),
+        ("NVIDIA RTX A6000", 154.8e12),
+        ("NVIDIA GeForce RTX 5090", 209.5e12),
+        ("NVIDIA GeForce GTX 1080", None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert peak_flops(torch.device("cuda")) == peak
 
 
 def test_config_errors_name_the_value():
