@@ -287,4 +287,13 @@ def read_metrics(run: Path | str) -> list[dict]:
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist, so {run} is no run folder")
     text = file.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    try:
+        records = [dict(json.loads(line)) for line in lines]
+        [record["step"] for record in records]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error!r}), expected a JSON object with its step on every line; "
+            "mend the line, or choose another folder"
+        ) from error
+    return records

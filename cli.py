@@ -37,7 +37,13 @@ def run(main: Callable[[Config], None], config_class: type[Config], description:
         parser.add_argument(
             f"--{name}", nargs="+", default=field.default_factory(), help=field.metadata["help"]
         )
-    values = vars(parser.parse_args())
+    try:
+        values = vars(parser.parse_args())
+    except UnicodeDecodeError as error:
+        parser.error(f"--config is no YAML, which is text in UTF-8: {error}")
+    for field in fields(config_class):  # jsonargparse lets null pass for everything
+        if values[field.name] is None and type(None) not in typing.get_args(field.type):
+            parser.error(f"{field.name} is null, expected a value; leave it out for the default")
     config = {field.name: values[field.name] for field in fields(config_class)}
     tell_errors(lambda: main(config_class(**config)), debug=values["debug"])
 
@@ -49,16 +55,25 @@ def tell_errors(call: Callable[[], None], debug: bool = False) -> None:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_told(error)}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
+def _told(error: Exception) -> str:
+    """The message of an error; one of the system's gets its file and a remedy."""
+    if isinstance(error, OSError) and error.strerror:
+        where = error.filename or "the output"
+        return f"{where}: {error.strerror}; check that it is there, may be used, and has room"
+    return str(error)
+
+
 class _Parser(ArgumentParser):
     def error(self, message: str, *args: object) -> NoReturn:
-        print(f"error: {' '.join(message.split())} (-h lists the flags)", file=sys.stderr)
+        told = " ".join(message.split()).replace('"<unicode string>"', "the --config file")
+        print(f"error: {told} (-h lists the flags)", file=sys.stderr)
         sys.exit(BAD_INPUT)
 
 

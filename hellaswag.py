@@ -170,7 +170,12 @@ class RowsLog:
         self.records: dict[int, dict] = {}
         settings_file = folder / "settings.json"
         if settings_file.exists():
-            earlier = json.loads(settings_file.read_text())
+            try:
+                earlier = dict(json.loads(settings_file.read_text()))
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{settings_file} is damaged: {error}; choose another --out_dir"
+                ) from error
             changed = sorted(k for k in {*earlier, *settings} if earlier.get(k) != settings.get(k))
             if changed:
                 raise ValueError(

@@ -86,6 +86,9 @@ def read_config(folder: Path) -> dict:
     fields = {field: hf[key] for field, key in FIELDS.items() if key in hf}
     if missing := [key for key in FIELDS.values() if key.startswith("n_") and key not in hf]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
+    for field, key in FIELDS.items():
+        if key.startswith(("n_", "vocab")) and type(fields.get(field, 0)) is not int:
+            raise ValueError(f"{file}: {key} is {fields[field]!r}, expected a whole number")
     if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
         raise ValueError(f"{file}: n_inner is {hf['n_inner']}, this model has 4 * n_embd")
     return fields
@@ -171,6 +174,8 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         tensors = torch.load(file, weights_only=True, map_location="cpu")
         if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             raise TypeError("it holds something else than tensors")
+    except pickle.UnpicklingError as error:  # torch advises to load it unsafely
+        raise ValueError(f"{file} is damaged, or holds more than tensors; save it again") from error
     except (SafetensorError, *TORCH_LOAD_ERRORS) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     return tensors

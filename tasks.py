@@ -2,6 +2,7 @@
 asked, in HellaSwag, in LAMBADA and of a text, and which answers of HellaSwag are right.
 """
 
+import gzip
 import json
 import re
 import zlib
@@ -134,7 +135,7 @@ def read_rows(task: str, data: str | None) -> Iterator[tuple[int, bytes | dict]]
     try:
         with open_binary(Path(data)) as file:
             yield from ((n, line) for n, line in enumerate(file, start=1) if line.strip())
-    except (EOFError, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{data} is truncated or damaged: {error}") from error
 
 
