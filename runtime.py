@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ from torch.distributed.fsdp import (
 
 from data import IGNORE_INDEX, Batch
 from model import GPT
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # Dense peak of the matrix units in 16-bit floating point with fp32 accumulation, FLOP/s, from the
 # makers' data sheets; the first name found in the device's name counts.
@@ -145,6 +151,18 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((f for card, f in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use so far: on CUDA of tensors there, elsewhere of this process; 0 where
+    the system does not say (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def to_device(
