@@ -1,7 +1,8 @@
 """The run folder on disk: checkpoints that are there whole or not at all, and how to load a model.
 
 RUN/config.yaml                    what the run was started with
-RUN/metrics.jsonl, loss.png        its history
+RUN/metrics.jsonl                  its history
+RUN/loss.png, report.html          the same to look at
 RUN/checkpoints/step_000500/       a Hugging Face model and tokenizer, or a PEFT adapter, and beside
     progress.json, state.pt        step and losses; optimizer and random number generators
 """
@@ -47,6 +48,7 @@ FREE_TO_CHANGE = {
     "sample_every",
     "hellaswag_every",
     "hellaswag_data",
+    "log",
     "save_every",
 }
 

@@ -27,7 +27,7 @@ def run(main: Callable[[Config], None], config_class: type[Config], description:
     ):  # not every terminal has all of a sample's characters
         sys.stdout.reconfigure(errors="replace")
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of any of these, by name")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     # A list takes its values as a shell gives them: --dataset a.txt b.txt
@@ -70,7 +70,7 @@ def _told(error: Exception) -> str:
     return str(error)
 
 
-class _Parser(ArgumentParser):
+class Parser(ArgumentParser):
     def error(self, message: str, *args: object) -> NoReturn:
         told = " ".join(message.split()).replace('"<unicode string>"', "the --config file")
         print(f"error: {told} (-h lists the flags)", file=sys.stderr)

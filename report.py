@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from tqdm import tqdm
 
 from checkpoint import MetricsLog, checkpoints, read_metrics
 from data import TrainingData
+from loggers import LOGGERS, logger_names
 from lora import CONFIG_FILE as ADAPTER_CONFIG
 from model import GPT
-from runtime import Distributed, peak_flops
+from runtime import Distributed, peak_flops, peak_memory
 
 PROGRESS_SECONDS = 10.0  # between two lines where there is no terminal
 
@@ -47,7 +49,7 @@ class Meter:
     def __init__(self, model: GPT, data: TrainingData, dist: Distributed):
         peak = peak_flops(dist.device)
         self.data, self.flops_per_token = data, flops_per_token(model, data.block_size)
-        self.peak = peak and peak * dist.world_size
+        self.peak, self.device = peak and peak * dist.world_size, dist.device
 
     def record(self, step: int, loss: float, grad_norm: float, seconds: float) -> dict:
         total = self.data.tokens_through(step)
@@ -60,13 +62,16 @@ class Meter:
             "tokens_per_s": round(speed, 1),
             "step_ms": round(seconds * 1e3, 2),
             "mfu": round(self.flops_per_token * speed / self.peak, 4) if self.peak else None,
+            "peak_memory_gb": round(peak_memory(self.device) / 1e9, 3),
         }
 
 
 class Report:
-    """What the main rank tells: metrics.jsonl, a progress bar on a terminal, lines elsewhere."""
+    """What the main rank tells: metrics.jsonl, the loggers of `log`, a progress bar on a terminal,
+    lines elsewhere.
+    """
 
-    def __init__(self, run: Path, max_steps: int, dist: Distributed, start: int):
+    def __init__(self, run: Path, max_steps: int, dist: Distributed, start: int, log: str = ""):
         self.run, self.max_steps, self.is_main = run, max_steps, dist.is_main
         self.start, self.started, self.last_line = start, time.perf_counter(), -math.inf
         self.log = MetricsLog(run) if dist.is_main else None
@@ -77,6 +82,17 @@ class Report:
             unit=" steps",
             disable=None if dist.is_main else True,
         )
+        self.loggers = {}
+        for name in logger_names(log) if dist.is_main else []:
+            self.guard(name, lambda name=name: self.loggers.update({name: LOGGERS[name](run)}))
+
+    def guard(self, name: str, call: Callable[[], None]) -> None:
+        """Call a logger; whatever it raises (disk, network, its own code) ends the logger only."""
+        try:
+            call()
+        except Exception as error:
+            self.loggers.pop(name, None)
+            self.line(f"logging to {name} is off from here on: {type(error).__name__}: {error}")
 
     def line(self, text: str) -> None:
         if self.is_main:
@@ -86,6 +102,9 @@ class Report:
         """Log a step; tell of it when it was evaluated, or when nothing was told for a while."""
         if not self.is_main:
             return
+        if record["step"] > self.log.last_step:
+            for name, logger in list(self.loggers.items()):
+                self.guard(name, lambda logger=logger: logger.write(record))
         self.log.write(record)
         step, now = record["step"], time.perf_counter()
         self.bar.update(step - self.bar.n if step else 0)
@@ -118,18 +137,23 @@ class Report:
         self.bar.close()
         if not self.is_main:
             return
+        for name, logger in list(self.loggers.items()):
+            self.guard(name, logger.close)
         records = read_metrics(self.run)
         losses = [f"{r['val_loss']:.4f}" for r in records if r.get("val_loss") is not None] or ["-"]
         speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
+        peak = max((r["peak_memory_gb"] for r in records if "peak_memory_gb" in r), default=None)
         samples = [r["samples"][0] for r in records if r.get("samples")]
         checkpoint = str(checkpoints(self.run)[-1])
         is_adapter = Path(checkpoint, ADAPTER_CONFIG).exists()
         rows = {
             "validation loss": f"{losses[0]} at the start, {losses[-1]} at the end",
             "speed": f"{statistics.median(speeds):,.0f} tokens/s",
+            "peak memory": f"{peak} GB" if peak else "not logged",
             "sample before": repr(samples[0]) if samples else "none, --sample_every is 0",
             "sample after": repr(samples[-1]) if samples else "none, --sample_every is 0",
             "loss plot": str(self.run / "loss.png"),
+            "report": str(self.run / "report.html"),
             "checkpoint": checkpoint,
         }
         if is_adapter:

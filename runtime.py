@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +23,11 @@ from torch.distributed.fsdp import (
 
 from data import IGNORE_INDEX, Batch, TrainingData
 from model import GPT
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # Dense peak of the matrix units in 16-bit floating point with fp32 accumulation, FLOP/s, from the
 # makers' data sheets; the first name found in the device's name counts.
@@ -159,6 +165,18 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((f for card, f in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use so far: on CUDA of tensors there, elsewhere of this process; 0 where
+    the system does not say (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]

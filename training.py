@@ -15,7 +15,9 @@ import torch
 import cli
 from checkpoint import BackgroundSave, save_checkpoint
 from data import IGNORE_INDEX, Batch, TrainingData, write_atomically
+from loggers import logger_names
 from model import GPT
+from page import write_page
 from plot import plot_runs
 from report import Meter, Report, describe, finite_or_none
 from runtime import Distributed, Interrupt, default_precision, on_host, to_device
@@ -79,6 +81,8 @@ class TrainConfig:
     """steps between measurements of HellaSwag, which take a while; 0 is never"""
     hellaswag_data: str | None = None
     """its rows, .jsonl or .jsonl.gz (default: the validation set from the hub)"""
+    log: str = ""
+    """where to log beside metrics.jsonl: tensorboard, wandb, or both with a comma"""
     save_every: int = 1000
     """steps between checkpoints"""
     keep: int = 2
@@ -104,6 +108,7 @@ class TrainConfig:
         self._check_least(1, "batch_size", "max_steps", "eval_every", "save_every", "keep")
         self._check_least(0, "warmup_steps", "grad_clip", "sample_every", "weight_decay", "seed")
         self._check_least(0, "hellaswag_every", "profile", "muon_lr", "muon_weight_decay")
+        logger_names(self.log)
         if self.max_lr is not None and not 0 <= self.min_lr <= self.max_lr > 0:
             raise ValueError(
                 f"min_lr {self.min_lr} and max_lr {self.max_lr}: expected 0 <= min <= max, max > 0"
@@ -201,6 +206,7 @@ def save(training_step: TrainingStep, record: dict, background: BackgroundSave) 
     def write() -> None:
         save_checkpoint(run, training_step.model, params, progress, state, keep)
         plot_runs([run], run / "loss.png")
+        write_page(run, training_step.dist)
 
     background.start(write)
 
@@ -300,7 +306,7 @@ def train(
         meter = Meter(model, data, dist)
         training_step = TrainingStep(model.to(dist.device), data, config, dist)
         start = resume(training_step, *resumed) if resumed else 0
-        report = Report(Path(config.out_dir), config.max_steps, dist, start)
+        report = Report(Path(config.out_dir), config.max_steps, dist, start, config.log)
         background = BackgroundSave()
         if start:
             report.line(f"going on from step {start}")
