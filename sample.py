@@ -52,10 +52,15 @@ class SampleConfig:
             ("temperature", self.temperature >= 0, "0 or more"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and up to 1, or null"),
-            ("stop", all(isinstance(t, str) and t for t in self.stop), "texts that are not empty"),
+            ("stop", is_texts(self.stop), "a list of texts that are not empty"),
         ):
             if not fits:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+
+def is_texts(value: object) -> bool:
+    """A list of texts with something in them; YAML can hold anything."""
+    return isinstance(value, list) and all(isinstance(text, str) and text for text in value)
 
 
 class Continuation:

@@ -97,7 +97,15 @@ def test_stop_texts_cut_exactly_and_are_never_shown():
         assert "".join(pieces(tokens, stop)) == expected
         cut += expected != text
     assert cut > 500
+    assert len(encoding.encode(" language")) == 1
+    assert pieces(encoding.encode(" language"), [" languag", "g"]) == [" lan", ""]
     assert pieces(encoding.encode("One. Two"), [". Three"])[0] == "One"  # shown when it is certain
+
+
+def test_a_character_cut_off_by_the_last_token():
+    """It shows as the one replacement character that tiktoken gives, and only at the end."""
+    tokens = [get_tokenizer().encode_single_token(bytes([b])) for b in b"a\xe6\x97"]
+    assert pieces(tokens, []) == ["a", "", "", get_tokenizer().decode(tokens[1:])]
 
 
 def test_nothing_follows_the_end_of_a_document():
@@ -114,13 +122,13 @@ def test_streaming_is_generating(folder):
     """The streamed ids are those of generate, and drawing stops where the reader stops."""
     model, idx = GPT.from_pretrained(folder).eval(), torch.tensor([[1, 2], [3, 4]])
     passes, hidden = [], model.hidden
-    model.hidden = lambda *args, **kw: passes.append(1) or hidden(*args, **kw)
+    model.hidden = lambda *args: passes.append(torch.is_grad_enabled()) or hidden(*args)
     stream = model.stream(idx, 100, generator=torch.Generator().manual_seed(3))
     ids = torch.cat([next(stream) for _ in range(5)], dim=1)
-    assert len(passes) == 5
+    assert passes == [False] * 5  # gradients are off in the steps, and on again between them
+    assert torch.is_grad_enabled()
     expected = model.generate(idx, 5, generator=torch.Generator().manual_seed(3))
     assert torch.equal(torch.cat([idx, ids], dim=1), expected)
-    assert not expected.requires_grad
 
 
 def test_stopped_rows_end_the_work(folder, capsys):
@@ -165,10 +173,14 @@ def test_stdout_is_the_text_alone(folder):
     assert error.startswith(b"error: the prompt on stdin is not UTF-8")
 
 
-def test_wrong_settings_are_named():
-    """A stop text that is empty would end every continuation before it begins."""
-    with pytest.raises(ValueError, match=r"stop is \[''\], expected texts that are not empty"):
-        SampleConfig(stop=[""])
+@pytest.mark.parametrize("stop", [[""], [5], 5, "the"])
+def test_wrong_settings_are_named(stop):
+    """A stop text that is empty would end every continuation before it begins, and a YAML file may
+    hold what is no list of texts.
+    """
+    with pytest.raises(ValueError, match="expected a list of texts that are not empty") as error:
+        SampleConfig(stop=stop)
+    assert str(error.value).startswith(f"stop is {stop}")
 
 
 def test_talking_to_it_on_a_terminal(folder):
