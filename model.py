@@ -1,6 +1,6 @@
 """GPT-2, exactly: OpenAI's architecture under the names that Hugging Face's checkpoints use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -356,8 +356,12 @@ class GPT(nn.Module):
         log_sum, maximum = torch.stack(sums).logsumexp(0), torch.stack(maxima).amax(0)
         return target_logits - log_sum[which], target_logits == maximum[which]
 
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, **options: object) -> torch.Tensor:
+        """Continue the prompts (B, T) to (B, T + n), n ≤ max_new_tokens; options as in `stream`."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, **options)], dim=1)
+
     @torch.no_grad()
-    def generate(
+    def stream(
         self,
         idx: torch.Tensor,
         max_new_tokens: int,
@@ -367,9 +371,10 @@ class GPT(nn.Module):
         top_p: float | None = None,
         eos: int | None = None,
         generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
-        """Continue the prompts (B, T) to (B, T + n), n ≤ max_new_tokens. Temperature 0 is greedy.
-        A row that has produced `eos` is filled up with it; all rows there end the generation.
+    ) -> Iterator[torch.Tensor]:
+        """The next ids (B, 1) of the prompts (B, T), one step after another as they are drawn.
+        Temperature 0 is greedy. A row that has produced `eos` is filled up with it; all rows there
+        end the generation.
         """
         finished = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         caches: list[KVCache] = []
@@ -379,10 +384,10 @@ class GPT(nn.Module):
             if eos is not None:
                 next_id = next_id.masked_fill(finished, eos)
                 finished |= next_id == eos
+            yield next_id
             idx = torch.cat([idx, next_id], dim=1)
             if eos is not None and finished.all():
                 break
-        return idx
 
     def _extend(self, idx: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
         """The head's input (B, C) after the last token of `idx`, through `caches` where they reach.

@@ -199,18 +199,17 @@ def test_sampling_from_a_run_a_folder_and_the_hub_cache(workplace, uninterrupted
         run("sample.py", "--model", model, "--prompt", "import", *options, cwd=workplace).stdout
         for model in (uninterrupted, checkpoints(uninterrupted)[-1])
     ]
-    texts = [out.rsplit("\n", 2)[0] for out in outs]
-    assert texts[0] == texts[1]
-    assert texts[0].count("> import") == 3
+    assert outs[0] == outs[1]
+    assert outs[0].count("> import") == 3
     # The layout of the hub's cache: a snapshot under its revision, and a name for the revision.
     repo, revision = tmp_path / "models--gpt2", "0" * 40
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(revision)
     hugging_face(vocab_size=50257, n_positions=64).save_pretrained(repo / "snapshots" / revision)
     offline = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    result = run("sample.py", "--model", "gpt2", *options, cwd=workplace, **offline)
+    result = run("sample.py", "--prompt", "Hello", *options, cwd=workplace, **offline)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("> Hello, I'm a language model,") == 3
+    assert result.stdout.count("> Hello") == 3
 
 
 def test_starting_from_other_weights(workplace, uninterrupted):

@@ -1,0 +1,216 @@
+"""What sample.py shows, token by token: against tiktoken's and str's own answers."""
+
+import codecs
+import io
+import os
+import pty
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NASTY_TEXT
+from test_commands import command
+
+from model import GPT, GPTConfig
+from sample import Continuation, SampleConfig, write
+from tokenizer import END_OF_TEXT_ID, get_tokenizer, save_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A small GPT-2 with the real vocabulary, and weights so large that greedy text varies."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32))
+    for param in model.parameters():
+        param.data.mul_(8)
+    model.save_pretrained(folder)
+    save_tokenizer(folder, 64)
+    return folder
+
+
+def pieces(tokens: list[int], stop: list[str]) -> list[str]:
+    continuation = Continuation(stop)
+    shown = [continuation.add(token) for token in tokens] + [continuation.finish()]
+    assert "".join(shown) == continuation.text
+    return shown
+
+
+def random_tokens(seed: int) -> list[int]:
+    """Bytes of the text one by one, or by tokens, or random ids whose bytes are no UTF-8."""
+    rng, encoding = random.Random(seed), get_tokenizer()
+    if seed % 3 == 0:
+        return [encoding.encode_single_token(bytes([b])) for b in NASTY_TEXT.encode()]
+    if seed % 3 == 1:
+        return encoding.encode(NASTY_TEXT, disallowed_special=())
+    return [rng.randrange(END_OF_TEXT_ID) for _ in range(200)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_streamed_text_is_the_decoded_text(seed):
+    """The pieces together are tiktoken's text; no piece tears a character, and none waits longer
+    than its bytes do.
+    """
+    tokens = random_tokens(seed)
+    shown = pieces(tokens, [])
+    assert "".join(shown) == get_tokenizer().decode(tokens)
+    if seed % 3 < 2:
+        assert "\ufffd" not in "".join(shown)
+        for n in range(len(tokens)):
+            whole = codecs.getincrementaldecoder("utf-8")().decode(
+                b"".join(get_tokenizer().decode_tokens_bytes(tokens[: n + 1]))
+            )
+            assert "".join(shown[: n + 1]) == whole
+
+
+def first_complete(text: str, stop: list[str]) -> str:
+    """Character by character: cut before the stop text with which the text ends first."""
+    for end in range(1, len(text) + 1):
+        ending = [s for s in stop if text[:end].endswith(s)]
+        if ending:
+            return text[: end - len(max(ending, key=len))]
+    return text
+
+
+def test_stop_texts_cut_exactly_and_are_never_shown():
+    """However tokens and stop texts overlap, what is shown is the text before the stop text that
+    is complete first, and at no time more than that.
+    """
+    rng, encoding, cut = random.Random(1), get_tokenizer(), 0
+    for _ in range(3000):
+        text = "".join(rng.choices("ab\né", k=rng.randrange(1, 14)))
+        stop = ["".join(rng.choices("ab\né", k=rng.randrange(1, 5))) for _ in range(3)]
+        stop = stop[: rng.randrange(4)]
+        data, tokens = text.encode(), []
+        while data:  # any split into tokens, not only the encoder's
+            n = rng.randrange(1, 4)
+            try:
+                tokens.append(encoding.encode_single_token(data[:n]))
+            except KeyError:
+                continue
+            data = data[n:]
+        expected = first_complete(text, stop)
+        assert "".join(pieces(tokens, stop)) == expected
+        cut += expected != text
+    assert cut > 500
+    assert len(encoding.encode(" language")) == 1
+    assert pieces(encoding.encode(" language"), [" languag", "g"]) == [" lan", ""]
+    assert pieces(encoding.encode("One. Two"), [". Three"])[0] == "One"  # shown when it is certain
+
+
+def test_a_character_cut_off_by_the_last_token():
+    """It shows as the one replacement character that tiktoken gives, and only at the end."""
+    tokens = [get_tokenizer().encode_single_token(bytes([b])) for b in b"a\xe6\x97"]
+    assert pieces(tokens, []) == ["a", "", "", get_tokenizer().decode(tokens[1:])]
+
+
+def test_nothing_follows_the_end_of_a_document():
+    """What comes after <|endoftext|> is neither shown nor counted."""
+    tokens = [*get_tokenizer().encode("Done"), END_OF_TEXT_ID, 50, END_OF_TEXT_ID, 51]
+    assert "".join(pieces(tokens, [])) == "Done"
+    continuation = Continuation([])
+    for token in tokens:
+        continuation.add(token)
+    assert continuation.n_tokens == 1
+
+
+def test_streaming_is_generating(folder):
+    """The streamed ids are those of generate, and drawing stops where the reader stops."""
+    model, idx = GPT.from_pretrained(folder).eval(), torch.tensor([[1, 2], [3, 4]])
+    passes, hidden = [], model.hidden
+    model.hidden = lambda *args: passes.append(torch.is_grad_enabled()) or hidden(*args)
+    stream = model.stream(idx, 100, generator=torch.Generator().manual_seed(3))
+    ids = torch.cat([next(stream) for _ in range(5)], dim=1)
+    assert passes == [False] * 5  # gradients are off in the steps, and on again between them
+    assert torch.is_grad_enabled()
+    expected = model.generate(idx, 5, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(torch.cat([idx, ids], dim=1), expected)
+
+
+def test_stopped_rows_end_the_work(folder, capsys):
+    """Every row is what it would be without stop texts, cut at its own; when all rows are cut no
+    more tokens are computed, and the same seed draws the same, another does not.
+    """
+    model = GPT.from_pretrained(folder).eval()
+    config = SampleConfig(num_return_sequences=3, max_new_tokens=10**6, stop=["e", "a"])
+
+    def rows(seed: int) -> list[str]:
+        write(model, "Hello", config, torch.Generator().manual_seed(seed))
+        texts, speed = capsys.readouterr()
+        assert "tokens/s" in speed
+        return [row.rstrip("\n") for row in texts.split("> Hello")[1:]]
+
+    idx = torch.tensor([get_tokenizer().encode("Hello")] * 3)
+    free = model.generate(idx, 100, top_k=50, generator=torch.Generator().manual_seed(5))
+    uncut = [get_tokenizer().decode(row[1:]) for row in free.tolist()]
+    assert rows(5) == [first_complete(text, config.stop).rstrip("\n") for text in uncut]
+    assert rows(5) == rows(5) != rows(6)
+
+
+def test_stdout_is_the_text_alone(folder):
+    """A piped prompt gives the text that --prompt gives, and nothing else on stdout; bytes that
+    are no text are named.
+    """
+
+    def sample(stdin: bytes, *args: object) -> tuple[int, bytes, bytes]:
+        options = ("--model", folder, "--device", "cpu", "--max_new_tokens", 20, *args)
+        result = subprocess.run(command("sample.py", *options), input=stdin, capture_output=True)
+        return result.returncode, result.stdout, result.stderr
+
+    prompt = "Caf\u00e9 au\nlait"
+    code, piped, speed = sample(f"{prompt}\n".encode())
+    assert code == 0
+    assert b"tokens/s" in speed
+    assert piped.startswith(prompt.encode())
+    assert len(piped) > len(prompt.encode()) + 5
+    assert piped == sample(b"", "--prompt", prompt)[1]
+    code, out, error = sample(b"\xff\xfe")
+    assert (code, out) == (2, b"")
+    assert error.startswith(b"error: the prompt on stdin is not UTF-8")
+
+
+@pytest.mark.parametrize("stop", [[""], [5], 5, "the"])
+def test_wrong_settings_are_named(stop):
+    """A stop text that is empty would end every continuation before it begins, and a YAML file may
+    hold what is no list of texts.
+    """
+    with pytest.raises(ValueError, match="expected a list of texts that are not empty") as error:
+        SampleConfig(stop=stop)
+    assert str(error.value).startswith(f"stop is {stop}")
+
+
+def test_talking_to_it_on_a_terminal(folder):
+    """Without a prompt on a terminal it asks; Ctrl-C ends the text and not the session, and an
+    empty line ends the session with exit code 0.
+    """
+    ours, theirs = pty.openpty()
+    arguments = ("--model", folder, "--device", "cpu", "--max_new_tokens", 10**6)
+    process = subprocess.Popen(
+        command("sample.py", *arguments), stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
+    )
+    os.close(theirs)
+    seen = io.BytesIO()
+
+    def wait_for(text: bytes) -> None:
+        start, deadline = seen.tell(), time.monotonic() + 60
+        while text not in seen.getvalue()[start:]:
+            assert time.monotonic() < deadline, seen.getvalue()[-500:]
+            seen.write(os.read(ours, 4096))
+
+    try:
+        wait_for(b"prompt: ")
+        os.write(ours, b"Hello\n")
+        wait_for(b"\nHello")
+        time.sleep(0.3)  # let it write
+        process.send_signal(signal.SIGINT)
+        wait_for(b"prompt: ")
+        os.write(ours, b"\n")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        os.close(ours)
+    assert b"Traceback" not in seen.getvalue()
