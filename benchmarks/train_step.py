@@ -73,7 +73,7 @@ class StepBenchmarkConfig:
     threads: int = 2
     """CPU threads of each"""
     worker: str = ""
-    """contender:size, to serve it in this process; used by the benchmark itself"""
+    """contender:n_layer,n_head,n_embd,batch_size,T to serve here; used by the benchmark itself"""
 
 
 class TimedStep(TrainingStep):
@@ -211,8 +211,8 @@ def worker(config: StepBenchmarkConfig) -> None:
     """Answer each line on stdin with a step's times and the peak so far, as JSON on stdout."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
-    kind, size = config.worker.split(":")
-    shape = SIZES[size]
+    kind, _, sizes = config.worker.partition(":")
+    shape = tuple(map(int, sizes.split(",")))
     makers = {
         "ours": lambda: ours(shape, config),
         "transformers": lambda: transformers_gpt2(shape),
@@ -232,8 +232,8 @@ def worker(config: StepBenchmarkConfig) -> None:
 class Contender:
     """A worker process, asked for a step at a time."""
 
-    def __init__(self, kind: str, size: str, config: StepBenchmarkConfig):
-        flags = {"worker": f"{kind}:{size}", "threads": config.threads}
+    def __init__(self, kind: str, shape: tuple[int, ...], config: StepBenchmarkConfig):
+        flags = {"worker": f"{kind}:{','.join(map(str, shape))}", "threads": config.threads}
         flags["recompute"] = config.recompute
         if config.peer:
             flags["peer"] = config.peer
@@ -261,7 +261,7 @@ class Contender:
 def measure(size: str, config: StepBenchmarkConfig) -> dict[str, list[dict[str, float]]]:
     """The results of each contender's steps, the two first ones left out."""
     kinds = ["matmul", "ours", "transformers", *(["peer"] if config.peer else [])]
-    contenders = [Contender(kind, size, config) for kind in kinds]
+    contenders = [Contender(kind, SIZES[size], config) for kind in kinds]
     try:
         rounds = [{c.kind: c.step() for c in contenders} for _ in range(config.rounds + 2)][2:]
     finally:
