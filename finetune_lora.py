@@ -31,7 +31,7 @@ from lora import (
     only_optimize_lora_parameters,
 )
 from model import GPT
-from runtime import Distributed
+from runtime import Distributed, keep_freed_memory
 from tokenizer import save_tokenizer
 from training import Prompt, TrainConfig, train
 
@@ -112,6 +112,7 @@ class FinetuneConfig(TrainConfig):
 
 def main(config: FinetuneConfig) -> None:
     dist = Distributed.start(config.device)
+    keep_freed_memory(dist)
     run = Path(config.out_dir)
     merged = Path(config.merge_out) if config.merge_out else None
     if merged and merged.exists() and not (merged.is_dir() and not any(merged.iterdir())):

@@ -199,8 +199,8 @@ class HeadLoss(torch.autograd.Function):
                 if with_grad:
                     d_logits = torch.exp(log_probs, out=logits)
                     d_logits.scatter_add_(1, ids, d_logits.new_full(ids.shape, -1.0))
-                    d_logits *= counts
-                    d_x[start : start + chunk_rows] = d_logits @ head
+                    d_x[start : start + chunk_rows] = (d_logits @ head) * counts
+                    x_chunk = x_chunk * counts  # cheaper than d_logits, which is 65 times as wide
                 if weight_needs_grad and dtype == torch.float32:
                     d_weight.addmm_(d_logits.t(), x_chunk)
                 elif weight_needs_grad:

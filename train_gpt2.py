@@ -12,7 +12,7 @@ import cli
 from checkpoint import check_same_run, load_model, load_newest, lock_run
 from data import PretrainingData, TokenShards, evaluation_batches
 from model import GPT, GPTConfig
-from runtime import Distributed
+from runtime import Distributed, keep_freed_memory
 from step import find_batch_size
 from training import Prompt, TrainConfig, train
 
@@ -52,6 +52,7 @@ class PretrainConfig(TrainConfig):
 
 def main(config: PretrainConfig) -> None:
     dist = Distributed.start(config.device)
+    keep_freed_memory(dist)
     train_shards, val_shards = (
         TokenShards(config.data_dir, split, verify=dist.is_main) for split in ("train", "val")
     )
