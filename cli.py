@@ -1,6 +1,7 @@
 """A file of its own because all commands share it: how flags are read, and how an error is told."""
 
 import io
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 Config = TypeVar("Config")
 BAD_INPUT = 2  # the exit code of argparse for bad usage
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: 128 + SIGINT
+READER_GONE = 141  # and after the end of a pipe: 128 + SIGPIPE
 
 
 def run(main: Callable[[Config], None], config_class: type[Config], description: str) -> None:
@@ -52,6 +54,9 @@ def tell_errors(call: Callable[[], None], debug: bool = False) -> None:
     """Call; a ValueError or OSError ends in its message and exit code 2, Ctrl-C in a word."""
     try:
         call()
+    except BrokenPipeError:  # the reader, like head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(READER_GONE)
     except (ValueError, OSError) as error:
         if debug:
             raise

@@ -109,6 +109,8 @@ class TrainConfig:
         self._check_least(0, "warmup_steps", "grad_clip", "sample_every", "weight_decay", "seed")
         self._check_least(0, "hellaswag_every", "profile", "muon_lr", "muon_weight_decay")
         logger_names(self.log)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}, expected less than 2**63")
         if self.max_lr is not None and not 0 <= self.min_lr <= self.max_lr > 0:
             raise ValueError(
                 f"min_lr {self.min_lr} and max_lr {self.max_lr}: expected 0 <= min <= max, max > 0"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -35,6 +36,7 @@ WRONG = [
     ("train_gpt2 --data_dir empty", "no train shards in empty"),
     ("train_gpt2 --max_lr nan", "nan"),
     ("train_gpt2 surplus", "surplus"),
+    ("train_gpt2 --seed 99999999999999999999999", "expected less than 2**63"),
     ("finetune_lora --model_name_or_path words", "words/config.json: n_layer is 'two'"),
     ("finetune_lora --model_name_or_path tiny --lora_load_path noise.pt", "noise.pt"),
     ("finetune_lora --model_name_or_path tiny --data noise.json", "noise.json is damaged"),
@@ -44,8 +46,8 @@ WRONG = [
     ("hellaswag --model tiny --data noise.jsonl.gz", "noise.jsonl.gz is truncated or damaged"),
     ("hellaswag --model tiny --data row.jsonl --out_dir torn", "torn/settings.json is damaged"),
     ("hellaswag --model tiny --data row.jsonl --out_dir file", "file: File exists"),
-    ("sample --model empty", "empty holds no config.json"),
-    ("sample --model gpt2-nowhere", "Without a network, name a folder"),
+    ("sample --model empty --prompt x", "empty holds no config.json"),
+    ("sample --model gpt2-nowhere --prompt x", "Without a network, name a folder"),
     ("sample --model tiny --top_p 2", "top_p is 2.0, expected above 0"),
     ("fineweb --dataset empty", "empty is neither a data set"),
     ("fineweb --dataset text.txt --out_dir file", "file"),
@@ -86,6 +88,13 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
+def command(name: str) -> None:
+    if name == "plot":
+        runpy.run_path(plot.__file__, run_name="__main__")
+    else:
+        cli.run(*CONFIGS[name], "")
+
+
 @pytest.mark.parametrize(("line", "expected"), WRONG, ids=[line for line, _ in WRONG])
 def test_wrong_input_is_told_in_a_line(workplace, monkeypatch, capsys, line, expected):
     """One statement on stderr that names what is wrong, exit code 2, and no traceback."""
@@ -95,7 +104,7 @@ def test_wrong_input_is_told_in_a_line(workplace, monkeypatch, capsys, line, exp
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *args, *device])
     with pytest.raises(SystemExit) as exit_:
-        cli.tell_errors(plot.main) if name == "plot" else cli.run(*CONFIGS[name], "")
+        command(name)
     error = capsys.readouterr().err
     assert exit_.value.code == 2
     assert error.startswith("error: ")
