@@ -16,8 +16,9 @@ IGNORE_INDEX = -100  # a target that is not predicted; the default of F.cross_en
 VOCAB_MULTIPLE = 128  # tensor cores want the head's columns in whole tiles: 50257 becomes 50304
 INIT_STD = 0.02  # GPT-2 paper, section 2.3, and OpenAI's code
 FEW_ROWS = 8  # up to here `Linear` is bound by reading its weight, see there
-# Tokens whose logits are alive at once in `loss`: 50 MB on a CPU, elsewhere enough to keep it busy.
-LOSS_CHUNK_ROWS = {"cpu": 256}
+# Tokens whose logits are alive at once in `loss`: 100 MB on a CPU, where fewer have the gradient of
+# the head read and written too often; elsewhere enough to keep it busy.
+LOSS_CHUNK_ROWS = {"cpu": 512}
 LOSS_CHUNK_ROWS_ELSEWHERE = 4096
 HEAD_COLUMNS = 2048  # of the vocabulary at once in `log_probs`: the logits stay in the cache
 
