@@ -9,7 +9,6 @@ straight line through the logarithms: 1 is proportional, 2 quadratic. The table 
 is part of all sizes, so that most slopes are below 1.
 """
 
-import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +37,7 @@ TOLERANCE = 0.05  # of a measured slope over its formula's
 
 @dataclass(frozen=True)
 class GrowthConfig:
-    rounds: int = 3
+    rounds: int = 5
     """steps of each size that count; one more comes first"""
     threads: int = 2
     """CPU threads"""
@@ -62,7 +61,7 @@ class Size:
 
 
 def measure(size: Size, config: GrowthConfig) -> dict[str, float]:
-    """Seconds of a step (median), FLOPs, peak and predicted peak in bytes."""
+    """Seconds of the fastest step, FLOPs, peak and predicted peak in bytes."""
     shape = (size.n_layer, size.model.n_head, size.n_embd, size.batch_size, size.T)
     contender = Contender("ours", shape, StepBenchmarkConfig(threads=config.threads))
     try:
@@ -72,7 +71,7 @@ def measure(size: Size, config: GrowthConfig) -> dict[str, float]:
     tokens = size.batch_size * size.T
     how = {"half": False, "device_type": "cpu", "accumulate": False}
     return {
-        "seconds": statistics.median(step["step"] for step in steps),
+        "seconds": min(step["step"] for step in steps),
         "flops": flops_per_token(meta(size.model), size.T) * tokens,
         "bytes": steps[-1]["mb"] * 2**20,
         "predicted": peak(size.model, size.batch_size, **how),

@@ -11,8 +11,8 @@ training commands set it, the others as they come. They take turns step by step,
 compared. Ours is the real `TrainingStep`; the others get build-nanogpt's loop: forward, backward,
 clipping, fused AdamW. Our loss takes its own gradient in the forward pass, so only the sum of
 forward and backward compares; clipping is part of "optimizer". Memory is the highest resident size
-of the process over that before the model was made. The peak of matrix products is the best of the
-blocks' own sizes, timed in a further process between the rounds.
+of the process over that after a step of a tiny model. The peak of matrix products is the best of
+the blocks' own sizes, timed in a further process between the rounds.
 """
 
 import gc
@@ -46,6 +46,7 @@ SIZES = {  # n_layer, n_head, n_embd, batch_size, T
     "124M": (12, 12, 768, 2, 512),
     "6 x 384": (6, 6, 384, 8, 256),
 }
+TINY = (1, 1, 8, 1, 8)
 VOCAB_SIZE = 50257
 PARTS = ("forward", "backward", "optimizer")
 COLUMNS = (
@@ -214,16 +215,15 @@ def worker(config: StepBenchmarkConfig) -> None:
     kind, _, sizes = config.worker.partition(":")
     shape = tuple(map(int, sizes.split(",")))
     makers = {
-        "ours": lambda: ours(shape, config),
-        "transformers": lambda: transformers_gpt2(shape),
-        "peer": lambda: peer_gpt(config.peer, shape),
-        "matmul": lambda: matmul_peak(shape),
+        "ours": lambda shape: ours(shape, config),
+        "transformers": transformers_gpt2,
+        "peer": lambda shape: peer_gpt(config.peer, shape),
+        "matmul": matmul_peak,
     }
-    if kind == "transformers":
-        import transformers.models.gpt2.modeling_gpt2  # noqa: F401  code is no memory of a step
+    makers[kind](TINY)()  # code that is loaded on use is no memory of a step
     gc.collect()
     before = memory_mb("VmRSS")
-    step = makers[kind]()
+    step = makers[kind](shape)
     for _ in sys.stdin:
         times = step()
         print("RESULT " + json.dumps({**times, "mb": memory_mb("VmHWM") - before}), flush=True)

@@ -1,9 +1,13 @@
 import json
 import math
+import platform
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +31,7 @@ from step import (
 from train_gpt2 import PretrainConfig
 from training import evaluate, train
 
+ROOT = Path(__file__).parents[1]
 CPU = Distributed(rank=0, world_size=1, device=torch.device("cpu"))
 CONFIG = GPTConfig(block_size=16, vocab_size=1000, n_layer=2, n_head=2, n_embd=32)
 
@@ -381,3 +386,23 @@ def test_config_errors_name_the_value():
         PretrainConfig(min_lr=0.1, max_lr=0.01)
     with pytest.raises(ValueError, match="device is nonsense, expected auto, cpu, cuda or mps"):
         Distributed.start("nonsense")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_freed_memory_is_kept():
+    """A large tensor in the place of a freed one costs no page faults, and a line says why."""
+    code = """
+import resource, torch
+from runtime import Distributed, keep_freed_memory
+keep_freed_memory(Distributed(0, 1, torch.device("cpu")))
+for _ in range(3):  # a first hole may be too small by what else was allocated in it
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    line, faults = out.splitlines()
+    assert "glibc keeps freed memory" in line
+    assert int(faults) < 2**24 * 4 / 4096 / 100
