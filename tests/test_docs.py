@@ -1,5 +1,6 @@
 """What the documentation tells a user to type, open and read, held against the project itself."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -11,20 +12,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from test_commands import ROOT, TINY, run
 
 import cli
+import train_gpt2
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROW = {"ctx_a": "A man", "ctx_b": "he", "endings": ["sits.", "runs.", "is.", "eats."], "label": 0}
 
 # Run as they stand, in this order, where they are documented.
 RUN = [
-    "python hellaswag.py --model runs/demo --task text --data notes.txt --stride 512",
     "python hellaswag.py --model runs/demo --data hellaswag_val.jsonl --out_dir results/demo",
-    'python sample.py --model runs/demo --prompt "Return the" --num_return_sequences 5 --seed 42',
     "echo \"Return the\" | python sample.py --model runs/demo --stop $'\\n'",
-    "python share.py --run runs/demo --repo_id me/my-gpt2 --dry_run true",
     "python plot.py runs/a runs/b",
     "python fineweb.py --dataset notes.txt corpus/ 'more/*.jsonl.gz' --out_dir data/mine",
 ]
@@ -60,6 +60,11 @@ NOT_RUN = {
     "python hellaswag.py --model $m --text $t --precision fp32 --out_dir results/$m-$t; "
     "done; done": HUB,
     "python share.py --run runs/demo --repo_id me/my-gpt2 --private true": "writes to the hub",
+    "python hellaswag.py --model runs/demo --task text --data notes.txt "
+    "--stride 512": "test_hellaswag.py has it",
+    'python sample.py --model runs/demo --prompt "Return the" --num_return_sequences 5 '
+    "--seed 42": "test_commands.py has it",
+    "python share.py --run runs/demo --repo_id me/my-gpt2 --dry_run true": "test_interop.py has it",
     "tensorboard --logdir runs": "a server: test_report.py reads what it reads",
     "lm_eval --model hf --model_args pretrained=runs/demo/checkpoints/step_000400 "
     "--tasks hellaswag": "reads from the hub; test_interop.py has it on local rows",
@@ -114,13 +119,14 @@ def workplace(tmp_path_factory) -> Path:
     (folder / "more" / "b.jsonl").write_text(json.dumps({"text": text}) + "\n")
     subprocess.run(["gzip", folder / "more" / "b.jsonl"], check=True)
     (folder / "hellaswag_val.jsonl").write_text(json.dumps({**ROW, "activity_label": "x"}) + "\n")
-    (folder / "tiny.yaml").write_text(TINY)
     prepared = run("fineweb.py", "--dataset", "notes.txt", "--val_tokens", "600", cwd=folder)
     assert prepared.returncode == 0, prepared.stderr
-    sizes = "--block_size 512 --batch_size 1 --total_batch_size 512 --warmup_steps 1 --max_steps 2"
-    where = "--config tiny.yaml --data_dir data/notes --out_dir runs/demo"
-    trained = run("train_gpt2.py", *f"{where} {sizes}".split(), cwd=folder)
-    assert trained.returncode == 0, trained.stderr
+    sizes = {"block_size": 512, "batch_size": 1, "total_batch_size": 512, "max_steps": 2}
+    settings = yaml.safe_load(TINY) | sizes | {"warmup_steps": 1}
+    with contextlib.chdir(folder):
+        train_gpt2.main(
+            train_gpt2.PretrainConfig(data_dir="data/notes", out_dir="runs/demo", **settings)
+        )
     for name in ("a", "b"):
         shutil.copytree(folder / "runs" / "demo", folder / "runs" / name)
     return folder
