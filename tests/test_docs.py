@@ -1,0 +1,171 @@
+"""What the documentation tells a user to type, open and read, held against the project itself."""
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from test_commands import ROOT, TINY, run
+
+import cli
+import train_gpt2
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROW = {"ctx_a": "A man", "ctx_b": "he", "endings": ["sits.", "runs.", "is.", "eats."], "label": 0}
+
+# Run as they stand, in this order, where they are documented.
+RUN = [
+    "python hellaswag.py --model runs/demo --data hellaswag_val.jsonl --out_dir results/demo",
+    "echo \"Return the\" | python sample.py --model runs/demo --stop $'\\n'",
+    "python plot.py runs/a runs/b",
+    "python fineweb.py --dataset notes.txt corpus/ 'more/*.jsonl.gz' --out_dir data/mine",
+]
+HUB = "reads from the hub"
+HOURS = "hours, or a GPU"
+TERMINAL = "waits for prompts on a terminal: test_sample.py has one"
+NODES = "8 devices or 2 nodes: test_distributed.py starts ranks"
+MAKE = "makes an environment of its own; what it calls is tested here"
+# Only parsed, by the parser of their script and with their config.
+NOT_RUN = {
+    "make demo": MAKE,
+    "make test": MAKE,
+    "python fineweb.py": HUB,
+    "python fineweb.py --dataset fineweb10B-gpt2": HUB,
+    "python fineweb.py --dataset stdlib": "test_fineweb.py has it",
+    "python train_gpt2.py": HOURS,
+    "python train_gpt2.py --config configs/gpt2_medium.yaml --batch_size 16": HOURS,
+    "python train_gpt2.py --config configs/gpt2_124m_fast.yaml": HOURS,
+    "python train_gpt2.py --config configs/small.yaml": HOURS,
+    "torchrun --standalone --nproc_per_node=8 train_gpt2.py": NODES,
+    "python train_gpt2.py --init_from gpt2 --data_dir data/mine --out_dir runs/mine "
+    "--max_steps 200 --warmup_steps 20 --batch_size 4 --total_batch_size 32768 "
+    "--max_lr 1e-4 --min_lr 1e-5": HUB,
+    "torchrun --nnodes=2 --nproc_per_node=8 --max_restarts=3 --rdzv_backend=c10d "
+    "--rdzv_id=gpt2 --rdzv_endpoint=FIRST_NODE:29500 train_gpt2.py": NODES,
+    "python finetune_lora.py --lora_dim 8": HUB,
+    "python finetune_lora.py --model_name_or_path runs/demo --data mine.jsonl --out_dir "
+    "runs/mine_lora --epochs 3 --max_lr 1e-3 --merge_out merged": "test_finetune.py has it",
+    "python sample.py --model runs/demo": TERMINAL,
+    "python hellaswag.py --model gpt2": HUB,
+    "python hellaswag.py --model gpt2 --task lambada": HUB,
+    "for m in gpt2 gpt2-medium gpt2-large gpt2-xl; do for t in lm-eval raw; do "
+    "python hellaswag.py --model $m --text $t --precision fp32 --out_dir results/$m-$t; "
+    "done; done": HUB,
+    "python share.py --run runs/demo --repo_id me/my-gpt2 --private true": "writes to the hub",
+    "python hellaswag.py --model runs/demo --task text --data notes.txt "
+    "--stride 512": "test_hellaswag.py has it",
+    'python sample.py --model runs/demo --prompt "Return the" --num_return_sequences 5 '
+    "--seed 42": "test_commands.py has it",
+    "python share.py --run runs/demo --repo_id me/my-gpt2 --dry_run true": "test_interop.py has it",
+    "tensorboard --logdir runs": "a server: test_report.py reads what it reads",
+    "lm_eval --model hf --model_args pretrained=runs/demo/checkpoints/step_000400 "
+    "--tasks hellaswag": "reads from the hub; test_interop.py has it on local rows",
+}
+
+
+def documented() -> list[str]:
+    """The commands in the sh blocks of the pages: comments away, lines that belong together one."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S):
+            lines = re.sub(r"[ \t]+#.*$|^#.*$", "", block.replace("\\\n", " "), flags=re.M)
+            lines = re.sub(r"\bdo\n", "do ", lines)  # a loop goes on in the next line
+            found += [" ".join(line.split()) for line in lines.splitlines() if line.strip()]
+    return found
+
+
+COMMANDS = documented()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_run_or_has_a_reason(command):
+    """No command is documented that nobody looks at."""
+    assert command in RUN or command in NOT_RUN, f"in neither table of test_docs.py: {command}"
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if ".py" in c and "plot.py" not in c])
+def test_every_command_parses(command, monkeypatch, capsys):
+    """Flags, values and config files are accepted by the parser of their own script."""
+    for name, value in re.findall(r"for (\w) in (\S+)", command):
+        command = command.replace(f"${name}", value)
+    words = shlex.split(re.split(r"; done", command)[0])
+    start = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    module = importlib.import_module(words[start].removesuffix(".py"))
+    config_class = re.search(r"cli\.run\(main, (\w+)", Path(module.__file__).read_text())[1]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [*words[start:], "--print_config"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(module.main, getattr(module, config_class), "")
+    assert exit_.value.code == 0, capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with the files that the documentation speaks of, and a tiny model as runs/demo."""
+    folder = tmp_path_factory.mktemp("docs")
+    text = Path(__file__).read_text()
+    (folder / "notes.txt").write_text(text)
+    for name in ("corpus", "more"):
+        (folder / name).mkdir()
+    (folder / "corpus" / "a.txt").write_text(text)
+    (folder / "more" / "b.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    subprocess.run(["gzip", folder / "more" / "b.jsonl"], check=True)
+    (folder / "hellaswag_val.jsonl").write_text(json.dumps({**ROW, "activity_label": "x"}) + "\n")
+    prepared = run("fineweb.py", "--dataset", "notes.txt", "--val_tokens", "600", cwd=folder)
+    assert prepared.returncode == 0, prepared.stderr
+    sizes = {"block_size": 512, "batch_size": 1, "total_batch_size": 512, "max_steps": 2}
+    settings = yaml.safe_load(TINY) | sizes | {"warmup_steps": 1}
+    with contextlib.chdir(folder):
+        train_gpt2.main(
+            train_gpt2.PretrainConfig(data_dir="data/notes", out_dir="runs/demo", **settings)
+        )
+    for name in ("a", "b"):
+        shutil.copytree(folder / "runs" / "demo", folder / "runs" / name)
+    return folder
+
+
+@pytest.mark.parametrize("command", [c for c in RUN if c in COMMANDS])
+def test_commands_run_as_they_stand(command, workplace):
+    """What can be run here ends with exit code 0, typed as the documentation has it."""
+    here = re.sub(r"python (\w+\.py)", rf"{shlex.quote(sys.executable)} {ROOT}/\1", command)
+    result = subprocess.run(
+        ["bash", "-c", here],
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_file_table_is_the_project():
+    """Every script and folder at the top has its row in README's table, and no row has gone."""
+    section = (ROOT / "README.md").read_text().split("\n## Files\n")[1].split("\n## ")[0]
+    cells = re.findall(r"^\|([^|]*`[^|]*)\|", section, re.M)
+    named = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    made = {"data", "runs", "results", "__pycache__"}  # by the commands
+    folders = {f"{f.name}/" for f in ROOT.iterdir() if f.is_dir() and f.name[0] != "."}
+    there = {f.name for f in ROOT.glob("*.py")} | folders - {f"{name}/" for name in made}
+    assert sorted(named) == sorted(there)
+
+
+def test_links_resolve():
+    """Every relative link of the documentation leads to a file of the project."""
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_readme_is_short():
+    """The README stays under 250 lines."""
+    assert len((ROOT / "README.md").read_text().splitlines()) < 250
