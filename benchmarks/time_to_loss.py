@@ -6,7 +6,7 @@
 Each recipe is a schedule of a certain length, so a shorter one is a run of its own: the recipes of
 RECIPES run at several lengths, and what counts is the shortest that ends at or below the target in
 the mean over the seeds. All runs of a seed take turns, step by step, in one process; a run's
-seconds are its steps times its median step, without evaluation. The vocabulary is cut to the
+seconds are its steps times the median of those that all did, without evaluation. The vocabulary is cut to the
 commonest tokens of the text, all others being one, so that a small model's time is not all in its
 head.
 """
@@ -147,7 +147,10 @@ def ending(runs: list[dict[tuple, Run]], key: tuple) -> list[float]:
 
 
 def seconds(runs: list[dict[tuple, Run]], key: tuple) -> float:
-    return statistics.mean(statistics.median(r[key].seconds) * len(r[key].seconds) for r in runs)
+    """Steps times the median of those steps that all runs did, side by side."""
+    common = min(len(run.seconds) for run in runs[0].values())
+    medians = [statistics.median(of_seed[key].seconds[:common]) for of_seed in runs]
+    return statistics.mean(medians) * runs[0][key].config.max_steps
 
 
 def compare(runs: list[dict[tuple, Run]], c: BenchmarkConfig) -> None:
