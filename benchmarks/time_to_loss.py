@@ -6,9 +6,9 @@
 Each recipe is a schedule of a certain length, so a shorter one is a run of its own: the recipes of
 RECIPES run at several lengths, and what counts is the shortest that ends at or below the target in
 the mean over the seeds. All runs of a seed take turns, step by step, in one process; a run's
-seconds are its steps times the median of those that all did, without evaluation. The vocabulary is cut to the
-commonest tokens of the text, all others being one, so that a small model's time is not all in its
-head.
+seconds are its steps times the median of those that all did, without evaluation. The vocabulary is
+cut to the commonest tokens of the text, all others being one, so that a small model's time is not
+all in its head.
 """
 
 import statistics
