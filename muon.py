@@ -114,5 +114,5 @@ def orthogonalized_by_all(matrices: torch.Tensor) -> torch.Tensor:
     if len(todo):
         mine[: len(todo)] = orthogonalized(todo)
     gathered = matrices.new_empty(ranks * share, *matrices.shape[1:])
-    dist.all_gather_into_tensor(gathered, mine)
+    dist.all_gather_single(gathered, mine)
     return gathered[: len(matrices)]

@@ -212,7 +212,7 @@ class TrainingStep:
         # A tied head is not there a second time.
         params = {name: tensor for name, tensor in params.items() if name in names}
         optimizer = get_optimizer_state_dict(self.model, self.optimizers, options=WHOLE_ON_CPU)
-        if self.dist.device.type == "cpu" and not self.sharded:  # not copies yet
+        if self.dist.device.type == "cpu":  # not copies yet, of a sharded model its step counters
             self.host = copied({"params": params, "optimizer": optimizer}, self.host)
             params, optimizer = self.host["params"], self.host["optimizer"]
         cuda = torch.cuda.get_rng_state() if self.dist.device.type == "cuda" else None

@@ -146,6 +146,44 @@ def test_a_barrier_says_who_is_missing(tmp_path):
     assert "Ranks 2 failed to pass monitoredBarrier" in result.stderr
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_snapshot_stays_as_it_was(workplace, parallel):
+    """What a save in the background writes is not what the steps after it make of the state, with
+    Muon and AdamW, on whole models and on sharded ones.
+    """
+    (workplace / "snapshot.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import copy, torch\n"
+        "from data import PretrainingData, TokenShards\n"
+        "from model import GPT, GPTConfig\n"
+        "from runtime import Distributed\n"
+        "from step import TrainingStep\n"
+        "from train_gpt2 import PretrainConfig\n"
+        "dist = Distributed.start('cpu')\n"
+        "model = GPT(GPTConfig(block_size=32, n_layer=1, n_head=1, n_embd=16))\n"
+        "how = {'optimizer': 'muon', 'precision': 'fp32', 'compile': False}\n"
+        "config = PretrainConfig(parallel=sys.argv[1], **how)\n"
+        "shards = TokenShards('data/text', 'train')\n"
+        "data = PretrainingData(shards, 32, 1, 64, 0, dist.rank, dist.world_size)\n"
+        "step = TrainingStep(model, data, config, dist)\n"
+        "step(1)\n"
+        "params, state = step.snapshot()\n"
+        "held = params, state['optimizer'].get('state', {})\n"
+        "was = copy.deepcopy(held)\n"
+        "step(2)\n"
+        "if dist.is_main:\n"
+        "    assert len(params) == len(was[1]) == 16, (len(params), len(was[1]))\n"
+        "    torch.testing.assert_close(held, was, rtol=0, atol=0)\n"
+        "dist.barrier()\n"
+        "dist.stop()\n"
+    )
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "snapshot.py", parallel]
+    result = subprocess.run(
+        command, cwd=workplace, capture_output=True, text=True, env=ENV, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def wait_for_steps(folder: Path, steps: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
