@@ -77,7 +77,14 @@ class BenchmarkConfig:
 class Run:
     """A recipe at a length, from a seed."""
 
-    def __init__(self, overrides: dict, share: float, seed: int, folder: Path, c: BenchmarkConfig):
+    def __init__(
+        self,
+        overrides: dict,
+        share: float,
+        seed: int,
+        shards: dict[str, TokenShards],
+        c: BenchmarkConfig,
+    ):
         steps = round(share * c.steps)
         self.config = PretrainConfig(
             batch_size=c.total_batch_size // c.block_size,
@@ -94,12 +101,11 @@ class Run:
         self.model = GPT(shape)
         if self.config.zero_residual:
             zero_residual_projections(self.model)
-        shards = TokenShards(folder, "train")
         sizes = c.block_size, self.config.batch_size
-        data = PretrainingData(shards, *sizes, c.total_batch_size, seed)
+        data = PretrainingData(shards["train"], *sizes, c.total_batch_size, seed)
         self.dist = Distributed(0, 1, torch.device("cpu"))
         self.step = TrainingStep(self.model, data, self.config, self.dist)
-        self.val = lambda: evaluation_batches(TokenShards(folder, "val"), *sizes, c.eval_tokens)
+        self.val = lambda: evaluation_batches(shards["val"], *sizes, c.eval_tokens)
         self.seconds: list[float] = []
         self.curve: list[tuple[int, float]] = []
 
@@ -113,12 +119,15 @@ class Run:
             self.curve.append((step * self.config.total_batch_size, loss))
 
 
+def both_splits(folder: Path) -> dict[str, TokenShards]:
+    return {split: TokenShards(folder, split) for split in ("train", "val")}
+
+
 def with_common_tokens(source: Path, target: Path, vocab_size: int) -> None:
     """Write the shards of `source` again with their commonest tokens as 0, 1, 2, ... and all others
     as the last id.
     """
-    splits = {split: TokenShards(source, split) for split in ("train", "val")}
-    tokens = {split: shards.read(0, len(shards)) for split, shards in splits.items()}
+    tokens = {split: shards.read(0, len(shards)) for split, shards in both_splits(source).items()}
     order = np.argsort(-np.bincount(tokens["train"], minlength=50257), kind="stable")
     new_id = np.full(50257, vocab_size - 1)
     new_id[order[: vocab_size - 1]] = np.arange(min(vocab_size - 1, 50257))
@@ -130,8 +139,9 @@ def with_common_tokens(source: Path, target: Path, vocab_size: int) -> None:
 
 
 def run_all(recipes: dict, seed: int, folder: Path, c: BenchmarkConfig) -> dict[tuple, Run]:
+    shards = both_splits(folder)
     runs = {
-        (name, share): Run(overrides, share, seed, folder, c)
+        (name, share): Run(overrides, share, seed, shards, c)
         for name, (overrides, shares) in recipes.items()
         for share in shares
     }

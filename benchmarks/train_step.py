@@ -29,13 +29,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cli
-from data import PretrainingData, TokenShards, write_manifest, write_shard
+from benchmarks.data import random_shards
+from data import PretrainingData
 from model import GPT, GPTConfig
 from report import flops_per_token
 from runtime import Distributed, keep_freed_memory
@@ -99,10 +99,7 @@ def ours(shape: tuple[int, ...], config: StepBenchmarkConfig) -> Callable[[], di
     keep_freed_memory(CPU)
     model = GPT(GPTConfig(block_size=T, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
     with tempfile.TemporaryDirectory() as folder:
-        ids = np.random.default_rng(0).integers(VOCAB_SIZE, size=100 * batch_size * T)
-        entry = write_shard(Path(folder) / "x_train_000000.npy", ids)
-        write_manifest(Path(folder), {"shards": [{**entry, "split": "train"}]})
-        shards = TokenShards(folder, "train")
+        shards = random_shards(folder, 100 * batch_size * T)
         data = PretrainingData(shards, T, batch_size, batch_size * T, seed=0)
         how = {"batch_size": batch_size, "total_batch_size": batch_size * T}
         train_config = PretrainConfig(

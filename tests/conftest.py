@@ -26,6 +26,15 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+def talkative_model(block_size: int) -> GPT:
+    """A small GPT-2 with the real vocabulary, and weights so large that greedy text varies."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=block_size, n_layer=2, n_head=2, n_embd=32))
+    for param in model.parameters():
+        param.data.mul_(8)
+    return model
+
+
 @pytest.fixture
 def tiny_config() -> GPTConfig:
     """A GPT-2 of two layers whose vocabulary of 1000 is padded to 1024."""

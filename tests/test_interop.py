@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import yaml
+from conftest import talkative_model
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -20,7 +21,7 @@ import hellaswag
 import share
 from checkpoint import MetricsLog, checkpoints, load_model, save_checkpoint
 from lora import convert_linear_layer_to_lora, get_lora_state_dict
-from model import GPT, GPTConfig
+from model import GPT
 from sample import SampleConfig, write
 from share import ShareConfig
 
@@ -41,12 +42,8 @@ def save_run(run: Path, model: GPT, params: dict, config: dict) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run of a small GPT-2 with the real vocabulary and weights so large that answers differ."""
     folder = tmp_path_factory.mktemp("interop")
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=128, n_layer=2, n_head=2, n_embd=32))
-    for param in model.parameters():
-        param.data.mul_(8)
+    model = talkative_model(block_size=128)
     (folder / "data").mkdir()
     shards = [
         {"name": "a_val_0.npy", "tokens": 600, "split": "val"},

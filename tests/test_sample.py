@@ -12,23 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NASTY_TEXT
+from conftest import NASTY_TEXT, talkative_model
 from test_commands import command
 
-from model import GPT, GPTConfig
+from model import GPT
 from sample import Continuation, SampleConfig, write
 from tokenizer import END_OF_TEXT_ID, get_tokenizer, save_tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A small GPT-2 with the real vocabulary, and weights so large that greedy text varies."""
     folder = tmp_path_factory.mktemp("gpt2")
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32))
-    for param in model.parameters():
-        param.data.mul_(8)
-    model.save_pretrained(folder)
+    talkative_model(block_size=64).save_pretrained(folder)
     save_tokenizer(folder, 64)
     return folder
 
