@@ -39,8 +39,11 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised. A parameter of a group with `parts` n is n matrices
     on top of each other (c_attn is q, k and v). Ranks share the work, each orthogonalising some of
-    the matrices; parameters may be whole on every rank or sharded by FSDP2.
+    the matrices; parameters may be whole on every rank or sharded by FSDP2. As with PyTorch's fused
+    optimizers, a step whose `found_inf` is 1 changes nothing.
     """
+
+    found_inf: torch.Tensor | None = None  # a scalar on the device, so that no one waits for it
 
     def __init__(self, groups: Iterable[dict], lr: float, weight_decay: float):
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM, "parts": 1}
@@ -70,16 +73,20 @@ class Muon(torch.optim.Optimizer):
         for (group, param), update in zip(entries, updates.split(parts), strict=True):
             # A tall matrix moves its outputs as far as a square one: Jordan's factor.
             rate = group["lr"] * max(1.0, rows / cols) ** 0.5
-            param.mul_(1 - group["lr"] * group["weight_decay"])
-            param.add_(like(param, update.reshape(param.shape).to(param.dtype)), alpha=-rate)
+            change = like(param, update.reshape(param.shape).to(param.dtype)).mul_(-rate)
+            change.sub_(param, alpha=group["lr"] * group["weight_decay"])
+            param.add_(change if self.found_inf is None else change * (1 - self.found_inf))
 
     def _direction(self, group: dict, param: torch.Tensor) -> torch.Tensor:
         """Nesterov's look ahead on the running mean of gradients, which it brings up to date."""
         state = self.state[param]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(param.grad)
-        mean = state["momentum_buffer"].lerp_(param.grad, 1 - group["momentum"])
-        return param.grad.lerp(mean, group["momentum"])
+        mean, grad = state["momentum_buffer"], param.grad
+        if self.found_inf is not None:  # a mean of itself and itself stays as it is
+            grad = torch.where(self.found_inf.bool(), mean, grad)
+        mean.lerp_(grad, 1 - group["momentum"])
+        return grad.lerp(mean, group["momentum"])
 
 
 def working_dtype(device: torch.device) -> torch.dtype:

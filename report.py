@@ -3,10 +3,12 @@
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from checkpoint import MetricsLog, checkpoints, read_metrics
@@ -44,26 +46,51 @@ def finite_or_none(value: float) -> float | None:
 
 
 class Meter:
-    """Turns what was measured of a step into its record for the log."""
+    """Turns what steps return into records for the log. On CUDA a step is read when the next one
+    has been launched, so that the device never waits for the CPU.
+    """
 
     def __init__(self, model: GPT, data: TrainingData, dist: Distributed):
         peak = peak_flops(dist.device)
         self.data, self.flops_per_token = data, flops_per_token(model, data.block_size)
-        self.peak, self.device = peak and peak * dist.world_size, dist.device
+        self.peak, self.dist = peak and peak * dist.world_size, dist
+        self.in_flight: deque[tuple[int, float, torch.Tensor, torch.Tensor]] = deque()
+        self.ahead = int(dist.device.type == "cuda")  # a CPU's step is over when it returns
+        self.last_read = -math.inf
+        self.skipped_in_a_row = 0  # steps with a gradient that was not finite
 
-    def record(self, step: int, loss: float, grad_norm: float, seconds: float) -> dict:
+    def launched(
+        self, step: int, started: float, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool
+    ) -> None:
+        """Take what a step that was started then has returned, and whether this rank is to stop."""
+        # Ranks have to agree on stopping, and asking together with the loss is free.
+        sums = self.dist.summed(torch.stack([loss, torch.full_like(loss, stop)]))
+        self.in_flight.append((step, started, sums, grad_norm))
+
+    def read(self, wait: bool) -> tuple[dict, bool] | None:
+        """The record of the earliest step that has not been read, and whether any rank is to stop.
+        None when all have been, and unless told to wait, when the device should go on undisturbed.
+        """
+        if len(self.in_flight) <= (0 if wait else self.ahead):
+            return None
+        step, started, sums, grad_norm = self.in_flight.popleft()
+        (loss, stops), norm = sums.tolist(), grad_norm.item()
+        now = time.perf_counter()
+        seconds, self.last_read = now - max(started, self.last_read), now
+        self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         total = self.data.tokens_through(step)
         speed = (total - self.data.tokens_through(step - 1)) / seconds
-        return {
+        record = {
             "step": step,
             "train_loss": finite_or_none(loss),
-            "grad_norm": finite_or_none(grad_norm),
+            "grad_norm": finite_or_none(norm),
             "tokens": total,
             "tokens_per_s": round(speed, 1),
             "step_ms": round(seconds * 1e3, 2),
             "mfu": round(self.flops_per_token * speed / self.peak, 4) if self.peak else None,
-            "peak_memory_gb": round(peak_memory(self.device) / 1e9, 3),
+            "peak_memory_gb": round(peak_memory(self.dist.device) / 1e9, 3),
         }
+        return record, stops > 0
 
 
 class Report:

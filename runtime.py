@@ -116,9 +116,13 @@ class Distributed:
         """Each value summed over all ranks."""
         if self.world_size == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(tensor)
-        return tensor.tolist()
+        return self.summed(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def summed(self, values: torch.Tensor) -> torch.Tensor:
+        """A tensor summed over all ranks, in place; on CUDA not waited for."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

@@ -116,7 +116,6 @@ class TrainingStep:
         if self.dtype is not None and dist.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == torch.float16)
-        self.skipped_in_a_row = 0
         self.batches = Prefetch(data, dist.device)
         self.host: dict | None = None  # the last snapshot's memory
         for block in model.train().transformer.h:
@@ -156,8 +155,10 @@ class TrainingStep:
             return self.loss.no_sync()
         return nullcontext()
 
-    def __call__(self, step: int) -> tuple[float, float]:
-        """Do step `step`; return this rank's share of the mean loss, and the gradient's norm."""
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do step `step`; return this rank's share of the mean loss, and the gradient's norm, on
+        the device and not waited for. Where the norm is not finite, nothing is changed.
+        """
         rate = learning_rate(step, self.config)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -182,15 +183,16 @@ class TrainingStep:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = self._clip()
-        self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
+        not_finite = 1 - norm.isfinite().float()
         for optimizer in self.optimizers:
-            if math.isfinite(norm):
-                self.scaler.step(optimizer)
+            # As GradScaler does: where it is 1 no step is taken, and the CPU need not know.
+            optimizer.found_inf = not_finite
+            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        return total.item(), norm
+        return total, norm
 
-    def _clip(self) -> float:
+    def _clip(self) -> torch.Tensor:
         """Scale the gradient down to grad_clip, and return the norm that it had."""
         params = [p for p in self.model.parameters() if p.grad is not None]
         # Rows first: over a whole table at once fp32 loses four digits on a CPU, and other ones for
@@ -200,7 +202,7 @@ class TrainingStep:
         ]
         norm = nn.utils.get_total_norm(norms)
         nn.utils.clip_grads_with_norm_(params, self.config.grad_clip or math.inf, norm)
-        return (norm.full_tensor() if self.sharded else norm).item()
+        return norm.full_tensor() if self.sharded else norm
 
     def snapshot(self) -> tuple[dict, dict]:
         """Copies in host memory of what is trained and of what else it takes to go on, both by the

@@ -213,6 +213,16 @@ def save(training_step: TrainingStep, record: dict, background: BackgroundSave) 
     background.start(write)
 
 
+def is_due(every: int, step: int, config: TrainConfig) -> bool:
+    return every > 0 and (step % every == 0 or step == config.max_steps)
+
+
+def measures(config: TrainConfig, step: int) -> bool:
+    """Whether `measured` has anything to do."""
+    intervals = config.eval_every, config.sample_every, config.hellaswag_every
+    return any(is_due(every, step, config) for every in intervals)
+
+
 def measured(
     training_step: TrainingStep,
     val: ValidationBatches,
@@ -222,16 +232,12 @@ def measured(
 ) -> dict:
     """What is due after a step, of validation loss, samples and HellaSwag."""
     config = training_step.config
-
-    def due(every: int) -> bool:
-        return every > 0 and (step % every == 0 or step == config.max_steps)
-
     record = {}
-    if due(config.eval_every):
+    if is_due(config.eval_every, step, config):
         record["val_loss"] = validation_loss(training_step, val)
-    if due(config.sample_every):
+    if is_due(config.sample_every, step, config):
         record["samples"] = samples(training_step, prompts, step)
-    if due(config.hellaswag_every) and step:
+    if is_due(config.hellaswag_every, step, config) and step:
         record |= hellaswag_accuracy(training_step, examples)
     return record
 
@@ -315,24 +321,28 @@ def train(
         else:
             record = {"step": 0, "tokens": 0}
             report.step(record | measured(training_step, val, prompts, examples, 0))
+        stop = False
         for step in range(start + 1, config.max_steps + 1):
             started = time.perf_counter()
-            loss, grad_norm = training_step(step)
-            # Ranks have to agree on stopping, and asking together with the loss is free.
-            loss, stop = dist.sum(loss, interrupt.signum is not None)
-            record = meter.record(step, loss, grad_norm, time.perf_counter() - started)
-            record["lr"] = learning_rate(step, config)
-            record |= measured(training_step, val, prompts, examples, step)
-            report.step(record)
+            meter.launched(step, started, *training_step(step), interrupt.signum is not None)
+            last, to_save = step == config.max_steps, is_due(config.save_every, step, config)
+            wait = to_save or measures(config, step)
+            while read := meter.read(wait or stop):
+                record, asked_to_stop = read
+                stop = stop or asked_to_stop
+                record["lr"] = learning_rate(record["step"], config)
+                if record["step"] == step:
+                    record |= measured(training_step, val, prompts, examples, step)
+                report.step(record)
+                if meter.skipped_in_a_row:
+                    background.wait()
+                    tell_of_skipped(meter.skipped_in_a_row, record["step"], config, report)
             profiler.step()
             background.check()
-            last = step == config.max_steps
-            if step % config.save_every == 0 or last or stop:
+            if to_save or stop:
                 save(training_step, record, background)
-            if stop or last or training_step.skipped_in_a_row:
+            if last or stop:
                 background.wait()
-                stop_if_never_finite(training_step, report, step)
-            if stop or last:
                 dist.barrier()  # a rank that leaves early has torchrun stop the one that saves
             if stop and not last:
                 report.line(f"stopped after step {step}, saved; the same command goes on")
@@ -340,13 +350,11 @@ def train(
         report.finish()
 
 
-def stop_if_never_finite(training_step: TrainingStep, report: Report, step: int) -> None:
+def tell_of_skipped(in_a_row: int, step: int, config: TrainConfig, report: Report) -> None:
     """Tell of a step that was skipped; ValueError when as many in a row as are too many."""
-    in_a_row = training_step.skipped_in_a_row
-    if in_a_row:
-        report.line(f"step {step} skipped: its gradient is not finite ({in_a_row} in a row)")
+    report.line(f"step {step} skipped: its gradient is not finite ({in_a_row} in a row)")
     if in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise ValueError(
             f"{in_a_row} steps in a row had a gradient that is not finite; the checkpoints in "
-            f"{training_step.config.out_dir} are good. Lower --max_lr, or use --precision fp32"
+            f"{config.out_dir} are good. Lower --max_lr, or use --precision fp32"
         )

@@ -12,7 +12,7 @@ compared. Ours is the real `TrainingStep`; the others get build-nanogpt's loop: 
 clipping, fused AdamW. Our loss takes its own gradient in the forward pass, so only the sum of
 forward and backward compares; clipping is part of "optimizer". Memory is the highest resident size
 of the process over that after a step of a tiny model. The peak of matrix products is the best of
-the blocks' own sizes, timed in a further process between the rounds.
+the blocks' own sizes, timed in a further process in each round; a step is held against its round's.
 """
 
 import gc
@@ -276,7 +276,7 @@ def rows(size: str, results: dict[str, list[dict[str, float]]], peer: str | None
     def median(kind: str, key: str) -> float:
         return statistics.median(one[key] for one in results[kind])
 
-    peak = max(one["peak"] for one in results.pop("matmul"))
+    peaks = [one["peak"] for one in results.pop("matmul")]
     for kind in results:
         name = {"ours": "this project", "peer": Path(peer or "").name}.get(kind, kind)
         seconds, megabytes = median(kind, "step"), results[kind][-1]["mb"]
@@ -284,7 +284,11 @@ def rows(size: str, results: dict[str, list[dict[str, float]]], peer: str | None
         memory = megabytes / results["transformers"][-1]["mb"]
         cells = [f"{size}, {batch_size} x {T}", name, f"{tokens / seconds:.0f} ({faster:.2f} x)"]
         cells += [f"{median(kind, part) * 1e3:.0f}" for part in PARTS]
-        cells += [f"{megabytes:.0f} ({memory:.2f})", f"{flops * tokens / seconds / peak:.2f}"]
+        of_peak = [
+            flops * tokens / one["step"] / peak
+            for one, peak in zip(results[kind], peaks, strict=True)
+        ]
+        cells += [f"{megabytes:.0f} ({memory:.2f})", f"{statistics.median(of_peak):.2f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -92,7 +92,7 @@ def test_batches_do_not_matter(monkeypatch, shards):
     for at_once in (muon.ELEMENTS_AT_ONCE, 1):
         monkeypatch.setattr(muon, "ELEMENTS_AT_ONCE", at_once)
         step = make_step(new_model(), shards, optimizer="muon")
-        losses.append([step(s)[0] for s in range(1, 6)])
+        losses.append([step(s)[0].item() for s in range(1, 6)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 

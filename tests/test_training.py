@@ -1,7 +1,10 @@
+import contextlib
+import copy
 import json
 import math
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +20,7 @@ from checkpoint import checkpoints
 from data import PretrainingData, TokenShards, evaluation_batches
 from model import GPT, GPTConfig
 from plot import gpt2_val_loss
-from report import describe, flops_per_token
+from report import Meter, describe, flops_per_token
 from runtime import Distributed, Prefetch, peak_flops
 from step import (
     StepLoss,
@@ -115,7 +118,7 @@ def test_steps_equal_a_plain_loop_in_transformers(shards, tmp_path):
             group["lr"] = learning_rate(s, step.config)
         optimizer.step()
         optimizer.zero_grad()
-        my_loss, my_norm = step(s)
+        my_loss, my_norm = (figure.item() for figure in step(s))
         assert my_loss == pytest.approx(loss.item(), rel=1e-5)
         assert my_norm == pytest.approx(norm, rel=1e-6)
     model.save_pretrained(tmp_path)
@@ -131,7 +134,7 @@ def test_micro_batch_size_does_not_change_the_curve(shards):
     curves = []
     for batch_size in (1, 2, 4, 12):
         step = make_step(new_model(), shards, batch_size)
-        curves.append([step(s)[0] for s in range(1, 9)])
+        curves.append([step(s)[0].item() for s in range(1, 9)])
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], rel=1e-5)
 
@@ -205,25 +208,82 @@ def test_16_bit_training_follows_fp32(shards, precision):
     model = new_model()
     rounded = make_step(model, shards, precision=precision)
     for s in range(1, 9):
-        assert rounded(s)[0] == pytest.approx(exact(s)[0], rel=5e-3)
+        assert rounded(s)[0].item() == pytest.approx(exact(s)[0].item(), rel=5e-3)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert rounded.scaler.is_enabled() == (precision == "fp16")
 
 
-def test_a_step_that_is_not_finite_is_skipped(shards):
-    """NaN in a gradient leaves weights and optimizer as they were and is counted."""
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_is_skipped(shards, optimizer):
+    """NaN in a gradient leaves weights and optimizer to the bit as they were, weight decay and step
+    counters included.
+    """
     model = new_model()
-    step = make_step(model, shards)
+    step = make_step(model, shards, optimizer=optimizer, muon_weight_decay=0.1)
     step(1)
+    state = copy.deepcopy(step.snapshot()[1]["optimizer"]["state"])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     handle = model.transformer.ln_f.bias.register_hook(lambda grad: grad * math.nan)
     step(2)
     step(3)
-    assert step.skipped_in_a_row == 2
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     handle.remove()
-    assert math.isfinite(step(4)[1])
-    assert step.skipped_in_a_row == 0
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    after = step.snapshot()[1]["optimizer"]["state"]
+    for name, tensors in state.items():
+        assert all(torch.equal(tensor, after[name][key]) for key, tensor in tensors.items())
+    assert step(4)[1].isfinite()
+
+
+@pytest.mark.parametrize("stop_at", [None, 5])
+def test_a_log_read_late_is_the_same_log(shards, tmp_path, monkeypatch, stop_at):
+    """Reading a step's figures only after the next has been launched, as on CUDA, changes nothing
+    in the log, the evaluations and the checkpoints, stopped by a signal or not.
+    """
+
+    class StopAt:
+        """Asked once a step, it wants to stop from a step on."""
+
+        def __init__(self, step):
+            self.step, self.asked = step, 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        @property
+        def signum(self):
+            self.asked += 1
+            return signal.SIGTERM if self.step and self.asked >= self.step else None
+
+    class Late(Meter):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.ahead = 1
+
+    sizes = {"batch_size": 4, "total_batch_size": 192, "max_steps": 9, "warmup_steps": 3}
+    often = {"eval_tokens": 100, "eval_every": 3, "sample_every": 0, "save_every": 100}
+    logs, weights = [], []
+    for name, meter in (("at_once", Meter), ("late", Late)):
+        monkeypatch.setattr("training.Meter", meter)
+        run, model = tmp_path / name, new_model()
+        run.mkdir()
+        config = PretrainConfig(out_dir=str(run), precision="fp32", compile=False, **sizes, **often)
+        data = PretrainingData(shards, 16, 4, 192, config.seed)
+        # The wish of step 4 is read with step 5 in flight.
+        fake = StopAt(stop_at - (meter is Late) if stop_at else None)
+        monkeypatch.setattr("training.Interrupt", lambda fake=fake: fake)
+        val = partial(evaluation_batches, shards, 16, 4, 100)
+        with pytest.raises(SystemExit) if stop_at else contextlib.nullcontext():
+            train(model, data, val, [], config, CPU)
+        timed = {"tokens_per_s", "step_ms", "mfu", "peak_memory_gb"}
+        records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        logs.append([{k: v for k, v in r.items() if k not in timed} for r in records])
+        weights.append((checkpoints(run)[-1] / "model.safetensors").read_bytes())
+    assert logs[0] == logs[1]
+    assert [r["step"] for r in logs[0]] == list(range((stop_at or 9) + 1))
+    assert weights[0] == weights[1]
 
 
 def test_training_stops_when_nothing_is_finite_any_more(shards, tmp_path, capsys):
