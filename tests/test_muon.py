@@ -177,7 +177,7 @@ def test_nothing_for_muon(shards):
 
 def test_ranks_share_the_work(tmp_path):
     """On two ranks with whole matrices and with sharded ones, each orthogonalises a part of them,
-    and steps are those of one process.
+    and steps, a skipped one among them, are those of one process.
     """
     (tmp_path / "ranks.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -192,7 +192,8 @@ def test_ranks_share_the_work(tmp_path):
         "    shapes = (72, 24), (24, 24), (24, 96)\n"
         "    ps = [torch.nn.Parameter(wrap(torch.randn(s))) for s in shapes]\n"
         "    opt = muon.Muon([{'params': ps[:1], 'parts': 3}, {'params': ps[1:]}], 0.1, 0.1)\n"
-        "    for _ in range(3):\n"
+        "    for skip in (0.0, 1.0, 0.0):\n"
+        "        opt.found_inf = torch.tensor(skip)\n"
         "        for p in ps: p.grad = wrap(torch.randn(p.shape))\n"
         "        opt.step()\n"
         "    return [muon.whole(p.detach()) for p in ps]\n"
