@@ -2,6 +2,7 @@
 
     python benchmarks/time_to_loss.py                       # Python's documentation, three seeds
     python benchmarks/time_to_loss.py --data data/mine      # shards made by fineweb.py
+    python benchmarks/time_to_loss.py --sweep true          # how the recipes were tuned
 
 Each recipe is a schedule of a certain length, so a shorter one is a run of its own: the recipes of
 RECIPES run at several lengths, and what counts is the shortest that ends at or below the target in
@@ -46,6 +47,28 @@ RECIPES = {  # settings of train_gpt2.py, and the lengths at which the recipe ru
 }
 
 
+SCHEDULES = {  # of AdamW in the sweep; a cosine goes to a tenth
+    "cosine": {},
+    "wsd": {"schedule": "wsd"},
+    "line to 0": {"schedule": "wsd", "decay_fraction": 1.0},
+}
+ADAMW_SWEEP = {
+    f"AdamW {lr:g}, {name}": ({"max_lr": lr, "min_lr": lr / 10, **schedule}, [1.0])
+    for lr in (1e-3, 2e-3, 4e-3, 8e-3)
+    for name, schedule in SCHEDULES.items()
+}
+FAST_SWEEP = {
+    f"fast, {name} {value:g}": ({**RECIPES[FAST][0], name: value}, [0.3])
+    for name, values in (
+        ("muon_lr", (0.01, 0.02, 0.04)),
+        ("max_lr", (4e-3, 8e-3)),
+        ("decay_fraction", (0.7, 1.0)),
+        ("zero_residual", (False,)),
+    )
+    for value in values
+}
+
+
 @dataclass(frozen=True)
 class BenchmarkConfig:
     data: str = "stdlib"
@@ -54,6 +77,8 @@ class BenchmarkConfig:
     """of the baseline"""
     seeds: int = 3
     """runs of each recipe, with different weights and order of the data"""
+    sweep: bool = False
+    """instead, other settings of AdamW at full length and of the fast recipe at 0.3, one seed"""
     first_seed: int = 1337
     """the others are the numbers after it"""
     vocab_size: int = 4096
@@ -163,7 +188,7 @@ def seconds(runs: list[dict[tuple, Run]], key: tuple) -> float:
     return statistics.mean(medians) * runs[0][key].config.max_steps
 
 
-def compare(runs: list[dict[tuple, Run]], c: BenchmarkConfig) -> None:
+def print_endings(runs: list[dict[tuple, Run]], c: BenchmarkConfig) -> None:
     print("| recipe | steps | tokens | loss at the end, mean and seeds | seconds |")
     print("|---|---|---|---|---|")
     for key in runs[0]:
@@ -174,6 +199,9 @@ def compare(runs: list[dict[tuple, Run]], c: BenchmarkConfig) -> None:
             f"| {key[0]} | {steps} | {steps * c.total_batch_size:,} | "
             f"{statistics.mean(losses):.3f} ({each}) | {seconds(runs, key):.0f} |"
         )
+
+
+def compare(runs: list[dict[tuple, Run]], c: BenchmarkConfig) -> None:
     for target in (BASELINE, TUNED):
         goal = statistics.mean(ending(runs, (target, 1.0)))
         reached = [
@@ -223,10 +251,13 @@ def main(config: BenchmarkConfig) -> None:
         subprocess.run([*command, "--out_dir", source], check=True)
     with tempfile.TemporaryDirectory() as folder:
         with_common_tokens(source, Path(folder), config.vocab_size)
-        runs = [
-            run_all(RECIPES, config.first_seed + i, Path(folder), config)
-            for i in range(config.seeds)
-        ]
+        recipes, seeds = RECIPES, config.seeds
+        if config.sweep:
+            recipes, seeds = ADAMW_SWEEP | FAST_SWEEP, 1
+        runs = [run_all(recipes, config.first_seed + i, Path(folder), config) for i in range(seeds)]
+    print_endings(runs, config)
+    if config.sweep:
+        return
     compare(runs, config)
     draw(runs, Path(config.out))
     print(f"\ncurves in {config.out}")
