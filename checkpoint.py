@@ -61,7 +61,7 @@ def checkpoints(run: Path | str) -> list[Path]:
 
 def newest(name_or_path: str | Path) -> Path:
     """A run's newest checkpoint; anything else as it is."""
-    return Path((checkpoints(name_or_path) or [name_or_path])[-1])
+    return next(reversed(checkpoints(name_or_path)), Path(name_or_path))
 
 
 def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = None) -> GPT:
@@ -98,11 +98,11 @@ def weights_sha256(model: GPT) -> str:
     digest = hashlib.sha256(repr(model.config).encode())
     for name, param in model.named_parameters():
         digest.update(name.encode())
-        digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def load_newest(run: Path | str, base: str | None = None) -> tuple[GPT, dict, dict] | None:
+def load_newest(run: Path | str, base: str | None = None) -> tuple[GPT, tuple[dict, dict]] | None:
     """Model, progress and state of the run's newest checkpoint, or of the newest intact one. None
     where the run has no checkpoint. Adapters go onto the model `base`.
     """
@@ -110,7 +110,7 @@ def load_newest(run: Path | str, base: str | None = None) -> tuple[GPT, dict, di
     for folder in reversed(folders):
         try:
             model = load_model(base, folder) if base else load_model(folder)
-            loaded = model, load_progress(folder), load_state(folder)
+            loaded = model, (load_progress(folder), load_state(folder))
         except (OSError, ValueError, *TORCH_LOAD_ERRORS) as error:
             print(f"{folder} is damaged ({error}); going back to the one before")
         else:
@@ -153,9 +153,10 @@ def save_checkpoint(
     # On a full disk torch.save raises a RuntimeError, safetensors an error of its own.
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        earlier = checkpoints(run)
         raise OSError(
             f"step {progress['step']} could not be saved: {error}. Make room and run the same "
-            f"command again; it goes on from {(checkpoints(run) or ['the start'])[-1]}"
+            f"command again; it goes on from {earlier[-1] if earlier else 'the start'}"
         ) from error
     kept = {best_checkpoint(run), *checkpoints(run)[-keep:]}
     for old in set(checkpoints(run)) - kept:
@@ -165,7 +166,7 @@ def save_checkpoint(
 class BackgroundSave:
     """Saves while training goes on: one at a time, and an error is raised by the next call."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.executor = ThreadPoolExecutor(max_workers=1)
         self.pending: Future | None = None
 
@@ -211,7 +212,7 @@ def best_checkpoint(run: Path | str) -> Path | None:
             continue
         if loss is not None:
             measured[folder] = loss
-    return min(measured, key=measured.get) if measured else None
+    return min(measured, key=lambda folder: measured[folder], default=None)
 
 
 @contextmanager

@@ -5,13 +5,16 @@ import os
 import sys
 import typing
 from collections.abc import Callable
-from dataclasses import asdict, fields
-from typing import NoReturn, TypeVar
+from dataclasses import MISSING, asdict, fields
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 BAD_INPUT = 2  # the exit code of argparse for bad usage
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: 128 + SIGINT
 READER_GONE = 141  # and after the end of a pipe: 128 + SIGPIPE
@@ -33,12 +36,14 @@ def run(main: Callable[[Config], None], config_class: type[Config], description:
     parser.add_argument("--config", action="config", help="YAML file of any of these, by name")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     # A list takes its values as a shell gives them: --dataset a.txt b.txt
-    lists = {f.name: f for f in fields(config_class) if typing.get_origin(f.type) is list}
+    lists = {
+        f.name: {"default": f.default_factory(), "help": f.metadata["help"]}
+        for f in fields(config_class)
+        if f.default_factory is not MISSING
+    }
     parser.add_class_arguments(config_class, None, skip=set(lists), as_group=False)
-    for name, field in lists.items():
-        parser.add_argument(
-            f"--{name}", nargs="+", default=field.default_factory(), help=field.metadata["help"]
-        )
+    for name, settings in lists.items():
+        parser.add_argument(f"--{name}", nargs="+", **settings)
     try:
         values = vars(parser.parse_args())
     except UnicodeDecodeError as error:
@@ -76,12 +81,12 @@ def _told(error: Exception) -> str:
 
 
 class Parser(ArgumentParser):
-    def error(self, message: str, *args: object) -> NoReturn:
+    def error(self, message: str, *_: object) -> NoReturn:
         told = " ".join(message.split()).replace('"<unicode string>"', "the --config file")
         print(f"error: {told} (-h lists the flags)", file=sys.stderr)
         sys.exit(BAD_INPUT)
 
 
-def as_yaml(config: object) -> str:
+def as_yaml(config: "DataclassInstance") -> str:
     """A config as the YAML that `--config` reads back."""
     return yaml.safe_dump(asdict(config), sort_keys=False)

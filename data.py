@@ -32,9 +32,9 @@ class TrainingData(Protocol):
     that happened before, so that a run can go on at any step, on any number of ranks.
     """
 
-    block_size: int
-    batch_size: int
-    world_size: int
+    @property
+    def block_size(self) -> int:
+        """Tokens of the longest row."""
 
     @property
     def fingerprint(self) -> str:
@@ -151,9 +151,9 @@ class TokenShards:
                 "  python fineweb.py --dataset stdlib --out_dir data/stdlib"
                 "   # seconds, no network; then train with --data_dir data/stdlib"
             )
-        self.shards = []
-        progress = {"desc": f"checking {split}", "unit": " shards", "leave": False}
-        for file in tqdm(files, **progress, disable=None if verify else True):
+        self.shards: list[np.ndarray] = []
+        quiet = None if verify else True
+        for file in tqdm(files, f"checking {split}", leave=False, unit=" shards", disable=quiet):
             if not file.exists():
                 raise FileNotFoundError(f"{file} is missing, manifest.json lists it")
             self.shards.append(open_shard(file))
@@ -214,7 +214,7 @@ class TokenShards:
 
 def in_epochs(first: int, count: int, n: int, seed: int) -> list[int]:
     """Entries `first` onwards of an endless sequence of epochs, each 0 to n - 1 in a new order."""
-    ids = []
+    ids: list[int] = []
     while len(ids) < count:
         epoch, i = divmod(first + len(ids), n)
         ids.extend(epoch_order(seed, epoch, n)[i : i + count - len(ids)])
@@ -244,7 +244,7 @@ class PretrainingData:
     rank: int = 0
     world_size: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         micro = self.batch_size * self.block_size * self.world_size
         if self.total_batch_size % micro:
             below = self.total_batch_size // micro * micro

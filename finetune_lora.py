@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ from checkpoint import (
 from data import write_atomically
 from instructions import InstructionData, held_out_batches, read_examples, split_examples
 from lora import (
+    Settings,
     convert_linear_layer_to_lora,
     load_adapter,
     lora_linears,
@@ -73,13 +74,13 @@ class FinetuneConfig(TrainConfig):
     """examples per optimizer step over all devices"""
     epochs: int = 3
     """times that every example is seen"""
-    max_steps: int | None = None
+    max_steps: int | None = None  # type: ignore[assignment]  # filled in before training
     """optimizer steps (default: as many as make the epochs)"""
     val_fraction: float = 0.1
     """part of the examples that is held out, drawn by seed"""
     warmup_steps: int = 10
     """steps of linear warm-up"""
-    max_lr: float | None = None
+    max_lr: float | None = None  # type: ignore[assignment]  # filled in before training
     """learning rate after the warm-up (default: 5e-4, with use_lora false a tenth)"""
     min_lr: float = 0.0
     """learning rate at max_steps, reached along a cosine"""
@@ -95,7 +96,7 @@ class FinetuneConfig(TrainConfig):
     """what the backward pass computes again instead of keeping it: light, LayerNorm and GELU;
     block, nearly everything (less memory, slower)"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_least(1, "examples_per_step", "epochs", "lora_dim")
         if not 0 < self.val_fraction < 1:
@@ -124,7 +125,7 @@ def main(config: FinetuneConfig) -> None:
             config = replace(config, **check_same_run(run, asdict(config), config.resume))
             torch.manual_seed(config.seed)
             name = config.model_name_or_path if config.use_lora else None
-            model, *resumed = load_newest(run, name) or [add_lora(base, config)]
+            model, resumed = load_newest(run, name) or (add_lora(base, config), None)
             examples = read_examples(config.data, base.config.block_size)
         config = resolve(config, model).on(dist.device)
         if config.use_lora:
@@ -138,12 +139,11 @@ def main(config: FinetuneConfig) -> None:
             dist.rank,
             dist.world_size,
         )
-        if config.max_steps is None:
-            steps = -(-config.epochs * len(examples) // config.examples_per_step)
-            config = replace(config, max_steps=steps)
-        if config.warmup_steps >= config.max_steps and dist.is_main:
+        steps = config.max_steps or -(-config.epochs * len(examples) // config.examples_per_step)
+        config = replace(config, max_steps=steps)
+        if config.warmup_steps >= steps and dist.is_main:
             print(
-                f"warmup_steps {config.warmup_steps} is all of max_steps {config.max_steps}: the "
+                f"warmup_steps {config.warmup_steps} is all of max_steps {steps}: the "
                 f"learning rate never reaches max_lr {config.max_lr}"
             )
         val = partial(held_out_batches, held_out, config.batch_size, dist.rank, dist.world_size)
@@ -151,7 +151,7 @@ def main(config: FinetuneConfig) -> None:
         if dist.is_main and config.use_lora:
             print(describe_lora(model))
         try:
-            train(model, data, val, prompts, config, dist, resumed or None)
+            train(model, data, val, prompts, config, dist, resumed)
         finally:
             if dist.is_main and (run / "metrics.jsonl").exists():
                 write_train_data(run)
@@ -175,7 +175,7 @@ def check_base(base: GPT, config: FinetuneConfig) -> str:
     return found
 
 
-def lora_settings(config: FinetuneConfig) -> tuple[int, float, float, bool]:
+def lora_settings(config: FinetuneConfig) -> Settings:
     """lora_dim, lora_alpha, lora_dropout and use_rslora of a new adapter."""
     lora_dim = config.lora_dim or 8
     lora_alpha = 2.0 * lora_dim if config.lora_alpha is None else config.lora_alpha
@@ -195,7 +195,9 @@ def resolve(config: FinetuneConfig, model: GPT) -> FinetuneConfig:
     """`config` with a value for everything that was left to the adapter; ValueError where the two
     contradict each other.
     """
-    chosen = {} if config.max_lr is not None else {"max_lr": 5e-4 if config.use_lora else 5e-5}
+    chosen: dict[str, Any] = (
+        {} if config.max_lr is not None else {"max_lr": 5e-4 if config.use_lora else 5e-5}
+    )
     for linear in lora_linears(model).values():
         for name in LORA_SETTINGS:
             asked, chosen[name] = getattr(config, name), getattr(linear, name)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -62,7 +62,7 @@ class PrepareConfig:
     num_proc: int = min(os.cpu_count() or 1, 61)
     """worker processes (Windows bears 61)"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.dataset, list) or not all(isinstance(d, str) for d in self.dataset):
             raise ValueError(f"dataset is {self.dataset!r}, expected a list of names or paths")
         for name in ("shard_size", "num_proc", "val_tokens", "max_tokens"):
@@ -90,7 +90,7 @@ def encode(texts: list[tuple[str, bool]]) -> list[np.ndarray]:
     document has none.
     """
     tokenizer = get_tokenizer()
-    rows = []
+    rows: list[np.ndarray] = []
     for text, starts in texts:
         if starts and not text.strip():
             rows.append(np.empty(0, dtype=np.uint16))
@@ -98,8 +98,8 @@ def encode(texts: list[tuple[str, bool]]) -> list[np.ndarray]:
         try:
             tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:  # half a surrogate pair, from an escape in JSON; becomes U+FFFD
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
+            mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            tokens = tokenizer.encode_to_numpy(mended, disallowed_special=())
         tokens = tokens.astype(np.uint16)
         rows.append(np.insert(tokens, 0, END_OF_TEXT_ID) if starts else tokens)
     return rows
@@ -127,7 +127,7 @@ def tokenize(
     pool = ProcessPoolExecutor(num_proc, initializer=follow_parent)
     try:
         pool.submit(encode, []).result()
-        pending = deque()
+        pending: deque[tuple[list[Piece], Future]] = deque()
         for batch in in_batches(open_pieces()):
             pending.append((batch, pool.submit(encode, batch)))
             if len(pending) > 2 * num_proc:
@@ -151,8 +151,9 @@ def follow_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def exit_with_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
@@ -267,10 +268,10 @@ def prepare(source: Source, out_dir: Path, config: PrepareConfig) -> None:
 def start_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict:
     """The manifest to go on with: the intact shards of an earlier call with the same options."""
     val_tokens = config.val_tokens
-    if val_tokens is None and source.n_bytes is None:
+    if val_tokens is None:
         val_tokens = HUB_VAL_TOKENS
-    elif val_tokens is None:
-        val_tokens = max(1, min(HUB_VAL_TOKENS, int(source.n_bytes / BYTES_PER_TOKEN / 20)))
+        if source.n_bytes is not None:
+            val_tokens = max(1, min(val_tokens, int(source.n_bytes / BYTES_PER_TOKEN / 20)))
     options = {
         "source": source.identity,
         "text_field": config.text_field,

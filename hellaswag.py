@@ -19,7 +19,7 @@ from checkpoint import check_vocabulary, load_model, lock_run, weights_sha256
 from data import sha256_of, write_atomically
 from model import GPT
 from report import PROGRESS_SECONDS
-from runtime import Distributed, default_precision
+from runtime import Distributed, Precision, default_precision
 from scoring import Score, score
 from step import AUTOCAST_DTYPE
 from tasks import HUB_ROWS, Example, load_examples, predictions
@@ -53,10 +53,10 @@ class EvalConfig:
     """folder for results.json and rows.jsonl; the same command goes on there (default: none)"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    precision: Precision | None = None
     """of matrix products (default: bf16 on CUDA, fp16 on cards without it, fp32 elsewhere)"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("limit", "stride"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -208,7 +208,7 @@ def evaluate(
     """The records of all examples, those that `log` has already and new ones, which it gets."""
     records = dict(log.records) if log else {}
     done = frozenset(i for i, e in enumerate(examples) if e.facts["row"] in records)
-    dtype = AUTOCAST_DTYPE[config.precision]
+    dtype = AUTOCAST_DTYPE[config.precision or default_precision(device)]
     autocast = torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
     bar = tqdm(total=len(examples), initial=len(done), unit=" rows", disable=None)
     last_line, total, n = time.perf_counter(), 0.0, 0.0

@@ -137,7 +137,7 @@ def _prompt_and_completion(row: object, where: str) -> tuple[str, str]:
         raise ValueError(f"{where} is a {type(row).__name__}, expected an object")
     if {"instruction", "output"} <= row.keys():
         row = {**row, "input": "" if row.get("input") is None else row["input"]}
-        fields = ("instruction", "input", "output")
+        fields: tuple[str, ...] = ("instruction", "input", "output")
     elif {"prompt", "completion"} <= row.keys():
         fields = ("prompt", "completion")
     else:
@@ -192,7 +192,7 @@ class InstructionData:
     rank: int = 0
     world_size: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         micro = self.batch_size * self.world_size
         if self.examples_per_step % micro:
             raise ValueError(

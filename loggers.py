@@ -85,4 +85,5 @@ class WandB:
         self.wandb_run.finish()
 
 
-LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB}
+Logger = TensorBoard | WandB
+LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB}

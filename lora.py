@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,10 @@ HARMLESS = {
     "runtime_config",
     "task_type",
 }
-EMPTY = (None, False, "none", [], {})
+EMPTY: tuple = (None, False, "none", [], {})
+
+Model = TypeVar("Model", bound=nn.Module)
+Settings = tuple[int, float, float, bool]  # lora_dim, lora_alpha, lora_dropout, use_rslora
 
 
 class LoRALinear(Linear):
@@ -53,9 +57,9 @@ class LoRALinear(Linear):
     ):
         nn.Module.__init__(self)  # the weight is there already
         self.is_conv1d = type(linear).__name__ == "Conv1D"
-        out_in = linear.weight.shape[::-1] if self.is_conv1d else linear.weight.shape
+        self.weight, self.bias = linear.get_parameter("weight"), linear.get_parameter("bias")
+        out_in = self.weight.shape[::-1] if self.is_conv1d else self.weight.shape
         self.out_features, self.in_features = out_in
-        self.weight, self.bias = linear.weight, linear.bias
         self.lora_dim, self.lora_alpha, self.use_rslora = lora_dim, lora_alpha, use_rslora
         self.lora_dropout = lora_dropout
         self.scaling = lora_alpha / (math.sqrt(lora_dim) if use_rslora else lora_dim)
@@ -97,6 +101,8 @@ class LoRALinear(Linear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
+        if self.unmerged is None:
+            raise ValueError("this LoRA is not merged")
         weight, self.lora_A, self.lora_B = self.unmerged
         self.weight.copy_(weight)
         self.to(self.weight)  # the model may have moved in between
@@ -119,13 +125,13 @@ def convertible(model: nn.Module) -> list[str]:
 
 
 def convert_linear_layer_to_lora(
-    model: nn.Module,
+    model: Model,
     part_module_name: str = "h.",
     lora_dim: int = 8,
     lora_alpha: float = 16.0,
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
-) -> nn.Module:
+) -> Model:
     """Give LoRA to all linears whose name contains `part_module_name`, or one of several parts
     separated by commas ("attn.c_attn,mlp"), in place. Scaling is alpha / r, with `use_rslora`
     alpha / sqrt(r). ValueError for a part that is in no name.
@@ -140,18 +146,18 @@ def convert_linear_layer_to_lora(
                 f"{', '.join(kinds) or 'none'}"
             )
     chosen = [name for name in names if any(part in name for part in parts)]
-    _convert(model, chosen, lora_dim, lora_alpha, lora_dropout, use_rslora)
+    _convert(model, chosen, (lora_dim, lora_alpha, lora_dropout, use_rslora))
     return model
 
 
-def _convert(model: nn.Module, names: list[str], lora_dim: int, *settings: object) -> None:
-    if lora_dim < 1:
-        raise ValueError(f"lora_dim is {lora_dim}, expected at least 1")
+def _convert(model: nn.Module, names: list[str], settings: Settings) -> None:
+    if settings[0] < 1:
+        raise ValueError(f"lora_dim is {settings[0]}, expected at least 1")
     for name in names:
         if model.get_submodule(name).bias is None:
             raise ValueError(f"{name} has no bias, which LoRALinear counts on; GPT-2's all have")
         parent, _, child = name.rpartition(".")
-        linear = LoRALinear(model.get_submodule(name), lora_dim, *settings)
+        linear = LoRALinear(model.get_submodule(name), *settings)
         setattr(model.get_submodule(parent), child, linear)
 
 
@@ -171,7 +177,7 @@ def _lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def only_optimize_lora_parameters(model: nn.Module) -> nn.Module:
+def only_optimize_lora_parameters(model: Model) -> Model:
     """Freeze everything but lora_A and lora_B."""
     lora = {id(param) for param in _lora_parameters(model).values()}
     for param in model.parameters():
@@ -191,7 +197,7 @@ def load_lora(model: nn.Module, tensors: dict[str, torch.Tensor], source: str = 
     copy_tensors(tensors, get_lora_state_dict(model), source)
 
 
-def merge_lora(model: nn.Module) -> nn.Module:
+def merge_lora(model: Model) -> Model:
     """Add every LoRA term to its weight: the model is an ordinary one then, to be saved with
     `save_pretrained`. The weights from before are kept for `unmerge_lora`.
     """
@@ -201,7 +207,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-def unmerge_lora(model: nn.Module) -> nn.Module:
+def unmerge_lora(model: Model) -> Model:
     """Undo `merge_lora`, to the bit."""
     linears = lora_linears(model).values()
     if not any(linear.unmerged for linear in linears):
@@ -299,9 +305,7 @@ def _targets(names: list[str], target_modules: str | list[str]) -> list[str]:
     return [n for n in names if any(f".{n}".endswith(f".{t}") for t in target_modules)]
 
 
-def load_adapter(
-    model: nn.Module, path: Path | str, settings: tuple[int, float, float, bool] | None = None
-) -> nn.Module:
+def load_adapter(model: Model, path: Path | str, settings: Settings | None = None) -> Model:
     """Convert a model without LoRA as the adapter asks for, and load it: a folder in PEFT's format,
     or a `lora.pt`. The latter holds tensors only, so `settings` (lora_dim, lora_alpha,
     lora_dropout, use_rslora) go with it where no adapter_config.json lies beside it.
@@ -313,7 +317,9 @@ def load_adapter(
         )
     folder = path if path.is_dir() else path.parent
     described = path.is_dir() or (folder / CONFIG_FILE).is_file()
-    if not described and settings is None:
+    config = read_adapter_config(folder) if described else {}
+    settings = config.get("settings", settings)
+    if settings is None:
         raise ValueError(
             f"{path} holds no lora_alpha, and no {CONFIG_FILE} lies beside it; give an adapter's "
             "folder, or lora_dim and lora_alpha where they can be given"
@@ -321,13 +327,12 @@ def load_adapter(
     tensors = _read_tensors(folder / WEIGHTS_FILE if path.is_dir() else path)
     names = convertible(model)
     if described:
-        config = read_adapter_config(folder)
-        chosen, settings = _targets(names, config["target_modules"]), config["settings"]
+        chosen = _targets(names, config["target_modules"])
     else:
         chosen = [name for name in names if f"{name}.lora_A" in tensors]
     if not chosen:
         raise ValueError(f"{path} has LoRA for none of the model's linears")
-    _convert(model, chosen, *settings)
+    _convert(model, chosen, settings)
     load_lora(model, tensors, str(path))
     return model
 

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import pretrained
@@ -35,7 +36,7 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
     tie_weights: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -169,7 +170,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,  # torch's FunctionCtx, which takes any attribute
         x: torch.Tensor,  # (n, C)
         weight: torch.Tensor,  # (padded V, C)
         targets: torch.Tensor,  # (n)
@@ -197,23 +198,34 @@ class HeadLoss(torch.autograd.Function):
                 log_probs = log_probs_memory[: len(ids)]
                 torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=log_probs)
                 total -= (log_probs.gather(1, ids) * counts).sum()
-                if with_grad:
+                if d_x is not None:
                     d_logits = torch.exp(log_probs, out=logits)
                     d_logits.scatter_add_(1, ids, d_logits.new_full(ids.shape, -1.0))
                     d_x[start : start + chunk_rows] = (d_logits @ head) * counts
                     x_chunk = x_chunk * counts  # cheaper than d_logits, which is 65 times as wide
-                if weight_needs_grad and dtype == torch.float32:
+                if d_weight is not None and dtype == torch.float32:
                     d_weight.addmm_(d_logits.t(), x_chunk)
-                elif weight_needs_grad:
+                elif d_weight is not None:
                     d_weight += d_logits.t() @ x_chunk
         ctx.gradients = d_x, d_weight if d_weight is None else d_weight.to(weight.dtype)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (d_x, d_weight), ctx.gradients = ctx.gradients, None  # scaled in place, so good only once
         return d_x.mul_(grad), d_weight if d_weight is None else d_weight.mul_(grad), *[None] * 4
+
+
+class Transformer(nn.Module):
+    """All but the head."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
 
 class GPT(nn.Module):
@@ -225,14 +237,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.name_or_path: str | None = None  # where the weights came from, as in transformers
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon),
-            }
-        )
+        self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self._tie_weights()
         self._init_weights()
@@ -256,8 +261,8 @@ class GPT(nn.Module):
         self._zero_vocab_padding()
 
     def _zero_vocab_padding(self) -> None:
-        for table in (self.transformer.wte, self.lm_head):
-            table.weight.data[self.config.vocab_size :] = 0.0
+        for table in (self.transformer.wte.weight, self.lm_head.weight):
+            table.data[self.config.vocab_size :] = 0.0
 
     def hidden(
         self,
@@ -357,7 +362,7 @@ class GPT(nn.Module):
         log_sum, maximum = torch.stack(sums).logsumexp(0), torch.stack(maxima).amax(0)
         return target_logits - log_sum[which], target_logits == maximum[which]
 
-    def generate(self, idx: torch.Tensor, max_new_tokens: int, **options: object) -> torch.Tensor:
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, **options: Any) -> torch.Tensor:
         """Continue the prompts (B, T) to (B, T + n), n ≤ max_new_tokens; options as in `stream`."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, **options)], dim=1)
 

@@ -14,6 +14,8 @@ NS_STEPS, NS_COEFFICIENTS, NS_EPS = 5, (3.4445, -4.7750, 2.0315), 1e-7
 FIRST_MOMENTUM, MOMENTUM, MOMENTUM_WARMUP_STEPS = 0.85, 0.95, 300
 ELEMENTS_AT_ONCE = 2**24  # of a batch of matrices: enough to fill a GPU, 64 MB in fp32
 
+Entry = tuple[dict, torch.Tensor, torch.Tensor]  # a group, a parameter of it, its gradient
+
 
 def momentum_at(step: int) -> float:
     """The momentum of a step counted from 1."""
@@ -50,39 +52,39 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        by_shape: dict[tuple, list[tuple[dict, torch.Tensor]]] = {}
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
+        if closure is not None:
+            raise ValueError("Muon takes no closure; call backward before the step")
+        by_shape: dict[tuple, list[Entry]] = {}
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
                     rows, cols = param.shape
                     shape = group["parts"], rows // group["parts"], cols
-                    by_shape.setdefault(shape, []).append((group, param))
+                    by_shape.setdefault(shape, []).append((group, param, param.grad))
         for shape, entries in by_shape.items():
             at_once = max(1, ELEMENTS_AT_ONCE // (shape[0] * shape[1] * shape[2]))
             for start in range(0, len(entries), at_once):
                 self._update(entries[start : start + at_once], shape)
 
-    def _update(self, entries: list[tuple[dict, torch.Tensor]], shape: tuple) -> None:
+    def _update(self, entries: list[Entry], shape: tuple) -> None:
         """Do the step of parameters that hold `parts` matrices of `rows` x `cols` each."""
         parts, rows, cols = shape
-        directions = torch.cat(
-            [whole(self._direction(group, param)).view(shape) for group, param in entries]
-        )
+        directions = torch.cat([whole(self._direction(*entry)).view(shape) for entry in entries])
         updates = orthogonalized_by_all(directions.to(working_dtype(directions.device)))
-        for (group, param), update in zip(entries, updates.split(parts), strict=True):
+        for (group, param, _), update in zip(entries, updates.split(parts), strict=True):
             # A tall matrix moves its outputs as far as a square one: Jordan's factor.
             rate = group["lr"] * max(1.0, rows / cols) ** 0.5
             change = like(param, update.reshape(param.shape).to(param.dtype)).mul_(-rate)
             change.sub_(param, alpha=group["lr"] * group["weight_decay"])
             param.add_(change if self.found_inf is None else change * (1 - self.found_inf))
 
-    def _direction(self, group: dict, param: torch.Tensor) -> torch.Tensor:
+    def _direction(self, group: dict, param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """Nesterov's look ahead on the running mean of gradients, which it brings up to date."""
         state = self.state[param]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(param.grad)
-        mean, grad = state["momentum_buffer"], param.grad
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        mean = state["momentum_buffer"]
         if self.found_inf is not None:  # a mean of itself and itself stays as it is
             grad = torch.where(self.found_inf.bool(), mean, grad)
         mean.lerp_(grad, 1 - group["momentum"])

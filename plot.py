@@ -36,7 +36,7 @@ PICTURES = (".png", ".svg", ".pdf")
 def gpt2_val_loss(run: Path | str) -> float | None:
     """GPT-2 124M's loss on the validation set of a run, where it is known."""
     data_dir = read_run_config(run).get("data_dir", "")
-    return GPT2_VAL_LOSS.get(read_manifest(Path(data_dir)).get("dataset"))
+    return GPT2_VAL_LOSS.get(read_manifest(Path(data_dir)).get("dataset", ""))
 
 
 def points(records: list[dict], key: str, x: str) -> tuple[list[float], list[float]]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from checkpoint import MetricsLog, checkpoints, read_metrics
 from data import TrainingData
-from loggers import LOGGERS, logger_names
+from loggers import LOGGERS, Logger, logger_names
 from lora import CONFIG_FILE as ADAPTER_CONFIG
 from model import GPT
 from runtime import Distributed, peak_flops, peak_memory
@@ -109,14 +109,17 @@ class Report:
             unit=" steps",
             disable=None if dist.is_main else True,
         )
-        self.loggers = {}
+        self.loggers: dict[str, Logger] = {}
         for name in logger_names(log) if dist.is_main else []:
-            self.guard(name, lambda name=name: self.loggers.update({name: LOGGERS[name](run)}))
+            self.guard(name, self._open, name)
 
-    def guard(self, name: str, call: Callable[[], None]) -> None:
+    def _open(self, name: str) -> None:
+        self.loggers[name] = LOGGERS[name](self.run)
+
+    def guard(self, name: str, call: Callable[..., None], *args: object) -> None:
         """Call a logger; whatever it raises (disk, network, its own code) ends the logger only."""
         try:
-            call()
+            call(*args)
         except Exception as error:
             self.loggers.pop(name, None)
             self.line(f"logging to {name} is off from here on: {type(error).__name__}: {error}")
@@ -127,11 +130,11 @@ class Report:
 
     def step(self, record: dict) -> None:
         """Log a step; tell of it when it was evaluated, or when nothing was told for a while."""
-        if not self.is_main:
+        if self.log is None:
             return
         if record["step"] > self.log.last_step:
             for name, logger in list(self.loggers.items()):
-                self.guard(name, lambda logger=logger: logger.write(record))
+                self.guard(name, logger.write, record)
         self.log.write(record)
         step, now = record["step"], time.perf_counter()
         self.bar.update(step - self.bar.n if step else 0)

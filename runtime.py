@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -26,10 +27,8 @@ from torch.distributed.fsdp import (
 from data import IGNORE_INDEX, Batch, TrainingData
 from model import GPT
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # Windows
-    resource = None
 
 # Dense peak of the matrix units in 16-bit floating point with fp32 accumulation, FLOP/s, from the
 # makers' data sheets; the first name found in the device's name counts.
@@ -62,6 +61,7 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
+Precision = Literal["fp32", "bf16", "fp16"]
 DEVICE_TYPES = ("cpu", "cuda", "mps")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, from glibc's malloc.h
 LARGEST_C_INT = 2**31 - 1
@@ -79,24 +79,24 @@ class Distributed:
     """a group on the CPUs, for what is no tensor and for waiting"""
 
     @classmethod
-    def start(cls, device: str) -> "Distributed":
+    def start(cls, name: str) -> Self:
         rank, world_size, local_rank = (
-            int(os.environ.get(name, default))
-            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+            int(os.environ.get(variable, default))
+            for variable, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
-        if device == "auto":
+        if name == "auto":
             found = torch.accelerator.current_accelerator(check_available=True)
-            device = found.type if found and found.type in DEVICE_TYPES else "cpu"
-        if device.partition(":")[0] not in DEVICE_TYPES:
-            raise ValueError(f"device is {device}, expected auto, cpu, cuda or mps")
-        if world_size > 1 and ":" in device:
-            raise ValueError(f"device is {device}, but each of {world_size} ranks needs its own")
+            name = found.type if found and found.type in DEVICE_TYPES else "cpu"
+        if name.partition(":")[0] not in DEVICE_TYPES:
+            raise ValueError(f"device is {name}, expected auto, cpu, cuda or mps")
+        if world_size > 1 and ":" in name:
+            raise ValueError(f"device is {name}, but each of {world_size} ranks needs its own")
         try:
-            device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+            device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"device {device} is not available: {reason}") from error
+            raise ValueError(f"device {name} is not available: {reason}") from error
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if world_size > 1:
@@ -160,7 +160,7 @@ def shard(model: GPT, dist: Distributed, dtype: torch.dtype | None, compile_bloc
         register_fsdp_forward_method(model, entry)
 
 
-def default_precision(device: torch.device) -> str:
+def default_precision(device: torch.device) -> Precision:
     """bf16 on CUDA, fp16 on cards that only emulate it, fp32 elsewhere."""
     if device.type != "cuda":
         return "fp32"
@@ -195,13 +195,13 @@ def peak_memory(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if resource is None:
+    if sys.platform == "win32":
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+Tensors = tuple[torch.Tensor, ...]  # idx, targets, and where some do not count, rows
 
 
 def on_host(batch: Batch, device: torch.device) -> Tensors:
@@ -210,11 +210,9 @@ def on_host(batch: Batch, device: torch.device) -> Tensors:
     memory, out of which a copy runs beside the computation.
     """
     rows = np.flatnonzero(batch[1] != IGNORE_INDEX)
-    few = rows if len(rows) < batch[1].size else None
-    tensors = [a if a is None else torch.from_numpy(a) for a in (*batch, few)]
-    if device.type == "cuda":
-        tensors = [t if t is None else t.pin_memory() for t in tensors]
-    return tuple(tensors)
+    arrays = (*batch, rows) if len(rows) < batch[1].size else batch
+    tensors = [torch.from_numpy(array) for array in arrays]
+    return tuple(t.pin_memory() if device.type == "cuda" else t for t in tensors)
 
 
 def check_compiler() -> None:
@@ -228,7 +226,7 @@ def check_compiler() -> None:
 
 
 def to_device(tensors: Tensors, device: torch.device) -> Tensors:
-    return tuple(t if t is None else t.to(device, non_blocking=True) for t in tensors)
+    return tuple(t.to(device, non_blocking=True) for t in tensors)
 
 
 class Prefetch:
@@ -241,35 +239,33 @@ class Prefetch:
         # A new thread would pin memory for the first card, whichever this rank's is.
         on_card = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self.thread = ThreadPoolExecutor(1, "prefetch", *on_card)
-        self.ahead: tuple[tuple[int, int], Future] | None = None
+        self.ahead: tuple[tuple[int, int], Future[Tensors]] | None = None
 
     def __call__(self, step: int, micro_step: int) -> Tensors:
         """The tensors of a micro-step on the device; raises what making them has raised."""
         if self.ahead is None or self.ahead[0] != (step, micro_step):
-            self._start(step, micro_step)
+            self.ahead = self._start(step, micro_step)
         tensors = self.ahead[1].result()
-        if micro_step < self.data.grad_accum_steps:
-            self._start(step, micro_step + 1)
-        else:
-            self._start(step + 1, 1)
+        last = micro_step == self.data.grad_accum_steps
+        self.ahead = self._start(step + 1, 1) if last else self._start(step, micro_step + 1)
         # In the order of the computation: a copy of 1 MB takes 40 us, a stream of its own is not
         # worth it.
         return to_device(tensors, self.device)
 
-    def _start(self, step: int, micro_step: int) -> None:
+    def _start(self, step: int, micro_step: int) -> tuple[tuple[int, int], Future[Tensors]]:
         def make() -> Tensors:
             return on_host(self.data.micro_batch(step, micro_step), self.device)
 
-        self.ahead = (step, micro_step), self.thread.submit(make)
+        return (step, micro_step), self.thread.submit(make)
 
 
 class Interrupt:
     """Turns Ctrl-C and SIGTERM into a wish to stop after the step; a second one stops at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signum: int | None = None
 
-    def __enter__(self) -> "Interrupt":
+    def __enter__(self) -> Self:
         self.previous = {s: signal.signal(s, self._on) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 

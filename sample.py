@@ -44,7 +44,7 @@ class SampleConfig:
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, fits, expected in (
             ("num_return_sequences", self.num_return_sequences >= 1, "at least 1"),
             ("seed", 0 <= self.seed < 2**63, "0 up to 2^63 - 1"),
@@ -172,15 +172,14 @@ def read_prompt() -> str:
 
 
 def main(config: SampleConfig) -> None:
-    interactive = config.prompt is None and sys.stdin.isatty()
     prompt = config.prompt
-    if prompt is None and not interactive:
+    if prompt is None and not sys.stdin.isatty():
         prompt = read_prompt()
     device = Distributed.start(config.device).device
     model = load_model(config.model, config.lora_load_path).to(device)
     check_vocabulary(model, config.model)
     generator = torch.Generator(device).manual_seed(config.seed)
-    if interactive:
+    if prompt is None:
         converse(model, config, generator)
     else:
         write(model, prompt, config, generator)

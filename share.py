@@ -77,7 +77,7 @@ class ShareConfig:
     dry_run: bool = False
     """stop when RUN/share holds what would be uploaded"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("run", "repo_id"):
             if not getattr(self, name):
                 raise ValueError(
@@ -100,13 +100,13 @@ def check_repo_id(what: str, repo_id: str) -> None:
 
 def base_on_hub(adapter: Path, base_model: str | None) -> str:
     """The hub name of the adapter's base; ValueError if that is a folder of this machine."""
-    base = base_model or read_adapter_config(adapter).get("base_model_name_or_path")
+    base = base_model or read_adapter_config(adapter).get("base_model_name_or_path") or ""
     try:
-        check_repo_id("the adapter's base", base or "")
+        check_repo_id("the adapter's base", base)
     except ValueError as error:
         raise ValueError(
-            f"the adapter's base is {base}, which nobody else has; share that first, and name it "
-            "with --base_model USER/NAME"
+            f"the adapter's base is {base or 'not named'}, which nobody else has; share that "
+            "first, and name it with --base_model USER/NAME"
         ) from error
     return base
 
@@ -169,7 +169,7 @@ def card(config: ShareConfig, checkpoint: Path, base: str | None) -> str:
 def prepare(config: ShareConfig) -> Path:
     """RUN/share, made anew: the files as they are to be on the hub."""
     run = Path(config.run)
-    found = best_checkpoint(run) if config.best else (checkpoints(run) or [None])[-1]
+    found = best_checkpoint(run) if config.best else next(reversed(checkpoints(run)), None)
     if found is None:
         measured = " with a validation loss" if config.best else ""
         raise FileNotFoundError(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,12 +20,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from data import PretrainingData, TrainingData
-from model import GPT
-from muon import Muon, momentum_at
-from runtime import Distributed, Prefetch, check_compiler, shard
+from model import GPT, Block
+from muon import Muon, momentum_at, whole
+from runtime import Distributed, Prefetch, check_compiler, default_precision, shard
 
 if TYPE_CHECKING:
     from training import TrainConfig
@@ -65,7 +66,7 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
     ]
 
 
-def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all that is trained; or Muon for the matrices of the blocks, AdamW for the rest."""
     matrices: dict[int, list[nn.Parameter]] = {1: [], 3: []}  # by the matrices that each holds
     if config.optimizer == "muon":
@@ -100,7 +101,7 @@ class StepLoss(nn.Module):
         self.hidden = torch.compile(model.hidden) if compile_trunk else model.hidden
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None
+        self, idx: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
         return self.model.loss_from_hidden(self.hidden(idx), targets, "sum", rows)
 
@@ -112,24 +113,26 @@ class TrainingStep:
         self.model, self.data, self.config, self.dist = model, data, config, dist
         if config.compile:
             check_compiler()
-        self.dtype = AUTOCAST_DTYPE[config.precision]
+        self.dtype = AUTOCAST_DTYPE[config.precision or default_precision(dist.device)]
         if self.dtype is not None and dist.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == torch.float16)
         self.batches = Prefetch(data, dist.device)
         self.host: dict | None = None  # the last snapshot's memory
-        for block in model.train().transformer.h:
-            block.recompute = config.recompute
+        self.loss: Callable[..., torch.Tensor]
+        for module in model.train().modules():
+            if isinstance(module, Block):
+                module.recompute = config.recompute
         self.sharded = config.parallel == "fsdp" and dist.world_size > 1
         if self.sharded:
             if self.scaler.is_enabled():
                 raise ValueError(
                     "precision fp16 does not go with --parallel fsdp; use bf16 or fp32"
                 )
-            shard(model, dist, self.dtype, config.compile)
-            self.loss = lambda idx, targets, rows: model.loss(idx, targets, "sum", rows)
+            shard(model, dist, self.dtype, bool(config.compile))
+            self.loss = lambda idx, targets, *rows: model.loss(idx, targets, "sum", *rows)
         else:
-            self.loss = StepLoss(model, config.compile)
+            self.loss = StepLoss(model, bool(config.compile))
             if dist.world_size > 1:
                 self.loss = DistributedDataParallel(self.loss, gradient_as_bucket_view=True)
         self.optimizers = make_optimizers(model, config)
@@ -149,9 +152,9 @@ class TrainingStep:
 
     def _sync(self, last: bool) -> AbstractContextManager:
         """Ranks average gradients once a step, in the backward pass of the last micro-step."""
-        if self.sharded:
+        if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
-        elif self.dist.world_size > 1 and not last:
+        elif isinstance(self.loss, DistributedDataParallel) and not last:
             return self.loss.no_sync()
         return nullcontext()
 
@@ -186,7 +189,7 @@ class TrainingStep:
         not_finite = 1 - norm.isfinite().float()
         for optimizer in self.optimizers:
             # As GradScaler does: where it is 1 no step is taken, and the CPU need not know.
-            optimizer.found_inf = not_finite
+            optimizer.found_inf = not_finite  # type: ignore[attr-defined]  # torch declares none
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
@@ -197,12 +200,11 @@ class TrainingStep:
         params = [p for p in self.model.parameters() if p.grad is not None]
         # Rows first: over a whole table at once fp32 loses four digits on a CPU, and other ones for
         # each number of ranks.
-        norms = [
-            torch.linalg.vector_norm(p.grad, dim=-1) if p.grad.dim() > 1 else p.grad for p in params
-        ]
+        grads = [p.grad for p in params if p.grad is not None]
+        norms = [torch.linalg.vector_norm(g, dim=-1) if g.dim() > 1 else g for g in grads]
         norm = nn.utils.get_total_norm(norms)
         nn.utils.clip_grads_with_norm_(params, self.config.grad_clip or math.inf, norm)
-        return norm.full_tensor() if self.sharded else norm
+        return whole(norm)
 
     def snapshot(self) -> tuple[dict, dict]:
         """Copies in host memory of what is trained and of what else it takes to go on, both by the
@@ -215,8 +217,8 @@ class TrainingStep:
         params = {name: tensor for name, tensor in params.items() if name in names}
         optimizer = get_optimizer_state_dict(self.model, self.optimizers, options=WHOLE_ON_CPU)
         if self.dist.device.type == "cpu":  # not copies yet, of a sharded model its step counters
-            self.host = copied({"params": params, "optimizer": optimizer}, self.host)
-            params, optimizer = self.host["params"], self.host["optimizer"]
+            self.host = host = copied({"params": params, "optimizer": optimizer}, self.host)
+            params, optimizer = host["params"], host["optimizer"]
         cuda = torch.cuda.get_rng_state() if self.dist.device.type == "cuda" else None
         return params, {
             "optimizer": optimizer,
@@ -251,9 +253,9 @@ def find_batch_size(
 
     def attempt(batch_size: int) -> None:
         # The second micro-step runs beside the gradients of the first.
-        sizes = {"batch_size": batch_size, "rank": 0, "world_size": 1}
         total = batch_size * data.block_size * min(2, windows // batch_size)
-        trial = replace(data, **sizes, total_batch_size=total)
+        sizes: dict[str, Any] = {"batch_size": batch_size, "total_batch_size": total}
+        trial = replace(data, **sizes, rank=0, world_size=1)
         TrainingStep(copy.deepcopy(model).to(dist.device), trial, config, alone)(1)
         torch.cuda.synchronize(dist.device)
 
@@ -292,7 +294,7 @@ def largest_that_fits(fits: Callable[[int], bool], windows: int) -> int:
     return sizes[n_good - 1]
 
 
-def copied(source: object, earlier: object = None) -> object:
+def copied(source: Any, earlier: Any = None) -> Any:
     """A copy of nested dicts with tensors, in the memory of an earlier one where there is one: new
     memory would cost several times the copying.
     """

@@ -88,7 +88,7 @@ def windows(ids: list[int], block_size: int, stride: int) -> Iterator[Request]:
     them, then `stride` at a time after as many before as the window holds (lm-eval's rolling
     windows).
     """
-    tokens = np.array([END_OF_TEXT_ID, *ids])
+    tokens = [END_OF_TEXT_ID, *ids]
     start = 1
     while start < len(tokens):
         end = min(start + (block_size if start == 1 else stride), len(tokens))
@@ -111,7 +111,7 @@ def text_examples(
             documents[-1].append(piece)
     if problems and not skip_bad_rows:
         raise ValueError(f"{data} has {dict(problems)}; mend it, or add --skip_bad_rows")
-    examples = []
+    examples: list[Example] = []
     for document, pieces in enumerate(documents[:limit], start=1):
         text = "".join(pieces)
         facts = {"words": len(re.split(r"\s+", text)), "bytes": len(text.encode())}
@@ -151,6 +151,17 @@ def hub_rows(repo: str, name: str | None, split: str) -> Iterator[dict]:
         ) from error
 
 
+def row_example(task: str, row: object, text: str, block_size: int) -> Example:
+    """The example of a row; ValueError or KeyError where it cannot be one."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{row!r} is no row")
+    example = lambada_example(row) if task == "lambada" else hellaswag_example(row, text)
+    longest = max(map(len, example.request.continuations))
+    if longest > block_size:
+        raise ValueError(f"{longest} tokens to predict, the model's window is {block_size}")
+    return example
+
+
 def load_examples(
     task: str,
     data: str | None,
@@ -172,17 +183,10 @@ def load_examples(
         return text_examples(data, block_size, stride, limit, skip_bad_rows)
     examples: list[Example] = []
     without_parts = 0
-    for number, row in islice(read_rows(task, data), limit):
+    for number, line in islice(read_rows(task, data), limit):
         try:
-            row = json.loads(row) if isinstance(row, bytes) else row
-            if not isinstance(row, dict):
-                raise ValueError(f"{row!r} is no row")
-            request, facts = (
-                lambada_example(row) if task == "lambada" else hellaswag_example(row, text)
-            )
-            longest = max(map(len, request.continuations))
-            if longest > block_size:
-                raise ValueError(f"{longest} tokens to predict, the model's window is {block_size}")
+            row = json.loads(line) if isinstance(line, bytes) else line
+            request, facts = row_example(task, row, text, block_size)
         except (ValueError, KeyError) as error:
             where = f"{data or HUB_ROWS[task][0]} line {number}"
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)

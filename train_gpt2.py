@@ -43,7 +43,7 @@ class PretrainConfig(TrainConfig):
     block_size: int | None = None
     """tokens in a sequence (default: 1024, or what init_from has)"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_least(1, "total_batch_size", "eval_tokens")
         if self.zero_residual and self.init_from != "scratch":
@@ -60,20 +60,20 @@ def main(config: PretrainConfig) -> None:
     with lock_run(run) if dist.is_main else nullcontext():
         with dist.main_first():
             config = replace(config, **check_same_run(run, asdict(config), config.resume))
-            model, *resumed = load_newest(run) or [new_model(config)]
+            model, resumed = load_newest(run) or (new_model(config), None)
         shape = {name: getattr(model.config, name) for name in SHAPE}
         given = {name: getattr(config, name) for name in SHAPE}
         shape |= {name: value for name, value in given.items() if value is not None}
         config = replace(config, **shape).on(dist.device)
         ranks = dist.rank, dist.world_size
         if config.find_batch_size:
-            sizes = config.block_size, 1, config.total_batch_size
-            data = PretrainingData(train_shards, *sizes, config.seed, *ranks)
+            smallest = shape["block_size"], 1, config.total_batch_size
+            data = PretrainingData(train_shards, *smallest, config.seed, *ranks)
             config = replace(config, batch_size=find_batch_size(model, data, config, dist))
-        sizes = config.block_size, config.batch_size
+        sizes = shape["block_size"], config.batch_size
         data = PretrainingData(train_shards, *sizes, config.total_batch_size, config.seed, *ranks)
         val = partial(evaluation_batches, val_shards, *sizes, config.eval_tokens, *ranks)
-        train(model, data, val, [Prompt()], config, dist, resumed or None)
+        train(model, data, val, [Prompt()], config, dist, resumed)
     dist.stop()
 
 
@@ -96,9 +96,9 @@ def new_model(config: PretrainConfig) -> GPT:
 
 def zero_residual_projections(model: GPT) -> None:
     """Make blocks add nothing at first: what they learn is then not disturbed by random parts."""
-    for block in model.transformer.h:
-        nn.init.zeros_(block.attn.c_proj.weight)
-        nn.init.zeros_(block.mlp.c_proj.weight)
+    for name, param in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            nn.init.zeros_(param)
 
 
 if __name__ == "__main__":

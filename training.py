@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -20,7 +20,7 @@ from model import GPT
 from page import write_page
 from plot import plot_runs
 from report import Meter, Report, describe, finite_or_none
-from runtime import Distributed, Interrupt, default_precision, on_host, to_device
+from runtime import Distributed, Interrupt, Precision, default_precision, on_host, to_device
 from step import TrainingStep, learning_rate, parameter_groups
 from tasks import Example, count_hits, load_examples
 from tokenizer import END_OF_TEXT_ID, get_tokenizer
@@ -91,7 +91,7 @@ class TrainConfig:
     """of the initialisation, the order of the data and the samples"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    precision: Precision | None = None
     """of matrix products (default: bf16 on CUDA, fp16 on cards without it, fp32 elsewhere)"""
     compile: bool | None = None
     """torch.compile the training step (default: on CUDA)"""
@@ -104,7 +104,7 @@ class TrainConfig:
     """what the backward pass computes again instead of keeping it: light, LayerNorm and GELU (a
     third less memory for nothing); block, nearly everything (a seventh of the memory, slower)"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_least(1, "batch_size", "max_steps", "eval_every", "save_every", "keep")
         self._check_least(0, "warmup_steps", "grad_clip", "sample_every", "weight_decay", "seed")
         self._check_least(0, "hellaswag_every", "profile", "muon_lr", "muon_weight_decay")
@@ -125,7 +125,7 @@ class TrainConfig:
 
     def on(self, device: torch.device) -> Self:
         """With a value for what was left to the machine."""
-        chosen = {}
+        chosen: dict[str, Any] = {}
         if self.precision is None:
             chosen["precision"] = default_precision(device)
         if self.compile is None:
@@ -138,11 +138,11 @@ def evaluate(model: GPT, batches: Iterator[Batch], dist: Distributed) -> float:
     """Mean loss in nats over all targets that the batches of all ranks predict."""
     loss_sum, n_targets = 0.0, 0
     for batch in batches:
-        idx, targets, rows = to_device(on_host(batch, dist.device), dist.device)
-        loss_sum += model.loss(idx, targets, "sum", rows).item()
+        idx, targets, *rows = to_device(on_host(batch, dist.device), dist.device)
+        loss_sum += model.loss(idx, targets, "sum", *rows).item()
         n_targets += int((batch[1] != IGNORE_INDEX).sum())
-    loss_sum, n_targets = dist.sum(loss_sum, n_targets)
-    return loss_sum / n_targets
+    total, n = dist.sum(loss_sum, n_targets)
+    return total / n
 
 
 def sample_text(model: GPT, prompt: Prompt, seed: int, device: torch.device) -> str:
@@ -232,7 +232,7 @@ def measured(
 ) -> dict:
     """What is due after a step, of validation loss, samples and HellaSwag."""
     config = training_step.config
-    record = {}
+    record: dict = {}
     if is_due(config.eval_every, step, config):
         record["val_loss"] = validation_loss(training_step, val)
     if is_due(config.sample_every, step, config):
@@ -319,7 +319,7 @@ def train(
         if start:
             report.line(f"going on from step {start}")
         else:
-            record = {"step": 0, "tokens": 0}
+            record: dict = {"step": 0, "tokens": 0}
             report.step(record | measured(training_step, val, prompts, examples, 0))
         stop = False
         for step in range(start + 1, config.max_steps + 1):

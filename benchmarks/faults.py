@@ -102,8 +102,13 @@ class Bench:
         return [*script, "--out_dir", f"runs/{name}", *map(str, args)]
 
     def start(self, name: str, *args: object) -> subprocess.Popen:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(self.command(name, *args), cwd=self.folder, **pipes)
+        return subprocess.Popen(
+            self.command(name, *args),
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def finish(self, name: str, *args: object) -> None:
         process = self.start(name, *args)
@@ -195,14 +200,8 @@ def full_disk(bench: Bench, row: Row) -> None:
     """No file may grow beyond 8 MB, so that the save of the optimizer's 13 MB fails half-way."""
     bench.copy_at("full", 30)
     newest = bench.newest_step("full")
-    process = subprocess.Popen(
-        bench.command("full"),
-        cwd=bench.folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, 8 << 20)),
-    )
+    process = bench.start("full")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (8 << 20, 8 << 20))
     _, err = process.communicate(timeout=120)
     row.tried += 1
     row.steps_lost += bench.last_step("full") - newest
@@ -284,7 +283,9 @@ def poisoned(bench: Bench, once: Row, often: Row) -> None:
         program = bench.folder / f"{name}.py"
         program.write_text(POISON.format(root=str(ROOT), first=first, last=last))
         command = [sys.executable, str(program), *bench.command(name)[2:]]
-        result = subprocess.run(command, cwd=bench.folder, capture_output=True, text=True)
+        result = subprocess.run(
+            command, cwd=bench.folder, capture_output=True, text=True, check=False
+        )
         skipped = [
             r["step"] for r in read_metrics(bench.run(name)) if r.get("grad_norm", 0) is None
         ]

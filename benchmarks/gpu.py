@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -54,10 +54,21 @@ LORA = {  # what is trained, what is recomputed, rank
     "transformers, full": ("transformers full", 0),
     "peft, rank 8": ("peft none", 8),
 }
-TINY = {"batch_sizes": "1", "block_size": 16, "lora_batch_size": 1, "rounds": 1, "rows": 1}
-TINY_ROW = {"activity_label": "Cooking", "ctx_a": "A cook cuts an onion.", "ctx_b": "then the cook"}
-TINY_ROW["endings"] = ["fries it.", "eats the pan.", "sings to it.", "leaves."]
-TINY_ROW |= {"ctx": "A cook cuts an onion. then the cook", "label": 0}
+TINY: dict[str, Any] = {
+    "batch_sizes": "1",
+    "block_size": 16,
+    "lora_batch_size": 1,
+    "rounds": 1,
+    "rows": 1,
+}
+TINY_ROW = {
+    "activity_label": "Cooking",
+    "ctx_a": "A cook cuts an onion.",
+    "ctx_b": "then the cook",
+    "ctx": "A cook cuts an onion. then the cook",
+    "endings": ["fries it.", "eats the pan.", "sings to it.", "leaves."],
+    "label": 0,
+}
 PARTS = ("steps", "lora", "hellaswag")
 HELLASWAG_ROUNDS = 3  # after one that warms up
 
@@ -85,7 +96,7 @@ class GPUBenchmarkConfig:
     tiny: bool = False
     """one block and tiny batches, whatever else is said; without --data a made-up row"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if unknown := set(self.parts.split(",")) - set(PARTS):
             raise ValueError(f"parts has {', '.join(unknown)}, expected some of {', '.join(PARTS)}")
         if not all(size.isdecimal() and int(size) for size in self.batch_sizes.split(",")):
@@ -137,13 +148,21 @@ def transformers_step(batch_size: int, config: GPUBenchmarkConfig) -> Callable[[
 
 def our_step(
     data: PretrainingData, compiled: bool, config: GPUBenchmarkConfig, dist: Distributed
-) -> Callable[[], tuple[float, float]]:
+) -> Callable[[], float]:
     model = GPT(GPTConfig(block_size=config.block_size, n_layer=config.n_layer)).to(dist.device)
-    sizes = {"batch_size": data.batch_size, "total_batch_size": data.total_batch_size}
-    train_config = PretrainConfig(precision="bf16", compile=compiled, **sizes)
+    train_config = PretrainConfig(
+        batch_size=data.batch_size,
+        total_batch_size=data.total_batch_size,
+        precision="bf16",
+        compile=compiled,
+    )
     training_step = TrainingStep(model, data, train_config, dist)
     numbers = iter(range(1, WARM_UP + config.rounds + 1))
-    return lambda: training_step(next(numbers))
+
+    def step() -> float:
+        return training_step(next(numbers))[0].item()  # waits, so that all of the step is timed
+
+    return step
 
 
 def measure_step(
@@ -265,12 +284,13 @@ def hellaswag_table(rows: list[dict], config: GPUBenchmarkConfig, dist: Distribu
     header("HellaSwag", "examples/s", "ours is")
     ours = speeds["this project"]
     for name, values in speeds.items():
-        if None in values:
+        fitting = [value for value in values if value is not None]
+        if len(fitting) < len(values):
             row(name, "out of memory", "")
             continue
-        times = [o / v for o, v in zip(ours, values, strict=True) if o]
+        times = [o / v for o, v in zip(ours, fitting, strict=True) if o]
         ratio = f"{statistics.median(times):.2f} x" if times else ""
-        row(name, f"{statistics.median(values):.1f}", ratio)
+        row(name, f"{statistics.median(fitting):.1f}", ratio)
 
 
 def hellaswag_rows(config: GPUBenchmarkConfig) -> list[dict]:

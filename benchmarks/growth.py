@@ -18,10 +18,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from scale import meta, peak
-from train_step import Contender, StepBenchmarkConfig
-
 import cli
+from benchmarks.scale import meta, peak
+from benchmarks.train_step import Contender, StepBenchmarkConfig
 from model import GPTConfig
 from report import flops_per_token
 
@@ -56,8 +55,8 @@ class Size:
 
     @property
     def model(self) -> GPTConfig:
-        sizes = {"n_layer": self.n_layer, "n_embd": self.n_embd, "block_size": self.T}
-        return GPTConfig(n_head=self.n_embd // HEAD_SIZE, **sizes)
+        n_head = self.n_embd // HEAD_SIZE
+        return GPTConfig(self.T, n_layer=self.n_layer, n_head=n_head, n_embd=self.n_embd)
 
 
 def measure(size: Size, config: GrowthConfig) -> dict[str, float]:

@@ -97,7 +97,7 @@ def build_nanogpt(
         )
         shift_mask = mask[..., 1:]
         sums = (losses.view(4, -1) * shift_mask).sum(dim=1)
-        found.append((sums.argmin().item(), (sums / shift_mask.sum(dim=1)).argmin().item()))
+        found.append((int(sums.argmin()), int((sums / shift_mask.sum(dim=1)).argmin())))
     return found
 
 

@@ -16,8 +16,9 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import peft
 import torch
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cli
 from lora import convert_linear_layer_to_lora, merge_lora, only_optimize_lora_parameters
-from model import GPT, GPTConfig
+from model import GPT, Block, GPTConfig
 from step import AUTOCAST_DTYPE, BETAS
 
 VOCAB_SIZE = 50257
@@ -67,7 +68,9 @@ class LiveBytes(TorchDispatchMode):
         for tensor in before:
             self._count(tensor)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, list | tuple) else [out]:
             if isinstance(tensor, torch.Tensor):
@@ -156,8 +159,9 @@ def ours(kind: str, config: BenchmarkConfig, lora_dim: int = 8) -> Contender:
     if what == "merged":  # nothing is left to train; wpe gets a gradient so that one goes through
         merge_lora(model)
         model.transformer.wpe.weight.requires_grad_()
-    for block in model.transformer.h:
-        block.recompute = recompute
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = recompute
     return Contender(model, config)
 
 
@@ -212,7 +216,7 @@ def compare_memory(
 def comparison(config: BenchmarkConfig) -> None:
     def make(*kinds: str) -> dict[str, Callable[[], Contender]]:
         peers = ("transformers full", "peft none", "peft checkpointing")
-        return {k: lambda k=k: (theirs if k in peers else ours)(k, config) for k in kinds}
+        return {k: partial(theirs if k in peers else ours, k, config) for k in kinds}
 
     own = ("full none", "full light", "lora none", "lora light")
     compare_times(make(*own, "full block", "lora block", "peft none"), 4, 128, config)
@@ -226,7 +230,7 @@ def comparison(config: BenchmarkConfig) -> None:
 def table(config: BenchmarkConfig) -> None:
     idx = random_ids(config.batch_size, config.length, config)
     makers: dict[str, Callable[[], Contender]] = {
-        f"rank {r}": lambda r=r: ours(f"lora {config.recompute}", config, r)
+        f"rank {r}": partial(ours, f"lora {config.recompute}", config, r)
         for r in (1, 8, 16, 32, 64)
     }
     makers["merged, all frozen but wpe"] = lambda: ours("merged none", config)

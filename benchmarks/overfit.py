@@ -79,7 +79,7 @@ def main(config: OverfitConfig) -> None:
         for name, run in runs.items():
             records = read_metrics(run)
             losses = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
-            best = min(losses, key=losses.get)
+            best = min(losses, key=lambda step: losses[step])
             last = records[-1]
             print(
                 f"| {name} | {losses[best]:.3f} | {best} | {last['val_loss']:.3f} "

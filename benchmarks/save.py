@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,11 @@ def main(config: SaveConfig) -> None:
     entry = write_shard(folder / "x_train_000000.npy", np.arange(4096))
     write_manifest(folder, {"shards": [{**entry, "split": "train"}]})
     model = GPT(GPTConfig())
-    sizes = {"batch_size": 1, "total_batch_size": 64, "precision": "fp32", "compile": False}
-    data = PretrainingData(TokenShards(folder, "train"), 64, 1, 64, seed=0)
-    step = TrainingStep(
-        model, data, PretrainConfig(**sizes), Distributed(0, 1, torch.device("cpu"))
+    train_config = PretrainConfig(
+        batch_size=1, total_batch_size=64, precision="fp32", compile=False
     )
+    data = PretrainingData(TokenShards(folder, "train"), 64, 1, 64, seed=0)
+    step = TrainingStep(model, data, train_config, Distributed(0, 1, torch.device("cpu")))
     step(1)  # the optimizer has its state after a step
     background = BackgroundSave()
     waiting: dict[str, list[float]] = {"synchronous": [], "snapshot": []}
@@ -54,9 +55,7 @@ def main(config: SaveConfig) -> None:
         started = time.perf_counter()
         params, state = step.snapshot()
         progress = {"step": number, "val_loss": None}
-        background.start(
-            lambda p=params, g=progress, s=state: save_checkpoint(folder, model, p, g, s, 1)
-        )
+        background.start(partial(save_checkpoint, folder, model, params, progress, state, 1))
         if way == "synchronous":
             background.wait()
         waiting[way].append(time.perf_counter() - started)

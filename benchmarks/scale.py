@@ -14,6 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ def memory(
     return Memory(weights, gradients, 8 * P / ranks, activations, logits)
 
 
-def peak(config: GPTConfig, batch_size: int, **how: object) -> float:
+def peak(config: GPTConfig, batch_size: int, **how: Any) -> float:
     """The larger of the end of the forward pass, and of the end of the backward pass, when the
     activations are gone, but the gradients of wte from head and lookup and their sum are there.
     """
@@ -117,7 +118,7 @@ def peak(config: GPTConfig, batch_size: int, **how: object) -> float:
     return max(m.total, m.weights + m.optimizer + 4 * P + 3 * 4 * table)
 
 
-def largest_batch(config: GPTConfig, card: float, **how: object) -> int:
+def largest_batch(config: GPTConfig, card: float, **how: Any) -> int:
     batch_size = 0
     while peak(config, batch_size + 1, half=True, **how) <= USABLE * card and batch_size < 512:
         batch_size += 1
@@ -189,8 +190,9 @@ def three_steps(n_layer: int, n_head: int, n_embd: int, batch_size: int, T: int)
         model = GPT(GPTConfig(block_size=T, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
         total = batch_size * T * 2  # two micro-steps, so that gradients accumulate
         data = PretrainingData(shards, T, batch_size, total, seed=0)
-        how = {"batch_size": batch_size, "total_batch_size": total, "compile": False}
-        config = PretrainConfig(precision="fp32", **how)
+        config = PretrainConfig(
+            batch_size=batch_size, total_batch_size=total, precision="fp32", compile=False
+        )
         step = TrainingStep(model, data, config, Distributed(0, 1, torch.device("cpu")))
         for number in (1, 2, 3):
             step(number)

@@ -37,7 +37,8 @@ from training import evaluate
 
 ROOT = Path(__file__).parents[1]
 BASELINE, TUNED, FAST = "build-nanogpt's", "AdamW, tuned", "fast"
-RECIPES = {  # settings of train_gpt2.py, and the lengths at which the recipe runs
+Recipes = dict[str, tuple[dict, list[float]]]
+RECIPES: Recipes = {  # settings of train_gpt2.py, and the lengths at which the recipe runs
     BASELINE: ({"max_lr": 6e-4, "min_lr": 6e-5}, [1.0]),
     TUNED: ({"max_lr": 2e-3, "schedule": "wsd"}, [1.0]),
     FAST: (
@@ -47,17 +48,17 @@ RECIPES = {  # settings of train_gpt2.py, and the lengths at which the recipe ru
 }
 
 
-SCHEDULES = {  # of AdamW in the sweep; a cosine goes to a tenth
+SCHEDULES: dict[str, dict] = {  # of AdamW in the sweep; a cosine goes to a tenth
     "cosine": {},
     "wsd": {"schedule": "wsd"},
     "line to 0": {"schedule": "wsd", "decay_fraction": 1.0},
 }
-ADAMW_SWEEP = {
+ADAMW_SWEEP: Recipes = {
     f"AdamW {lr:g}, {name}": ({"max_lr": lr, "min_lr": lr / 10, **schedule}, [1.0])
     for lr in (1e-3, 2e-3, 4e-3, 8e-3)
     for name, schedule in SCHEDULES.items()
 }
-FAST_SWEEP = {
+FAST_SWEEP: Recipes = {
     f"fast, {name} {value:g}": ({**RECIPES[FAST][0], name: value}, [0.3])
     for name, values in (
         ("muon_lr", (0.01, 0.02, 0.04)),
@@ -247,8 +248,8 @@ def main(config: BenchmarkConfig) -> None:
     source = Path(config.data)
     if config.data == "stdlib":
         source = ROOT / "data" / "stdlib"
-        command = [sys.executable, ROOT / "fineweb.py", "--dataset", "stdlib"]
-        subprocess.run([*command, "--out_dir", source], check=True)
+        command = [sys.executable, str(ROOT / "fineweb.py"), "--dataset", "stdlib"]
+        subprocess.run([*command, "--out_dir", str(source)], check=True)
     with tempfile.TemporaryDirectory() as folder:
         with_common_tokens(source, Path(folder), config.vocab_size)
         recipes, seeds = RECIPES, config.seeds

@@ -27,7 +27,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -69,8 +71,8 @@ class StepBenchmarkConfig:
     """which of the sizes to measure"""
     peer: str | None = None
     """folder of a checked-out nanoGPT or build-nanogpt"""
-    recompute: str = "none"
-    """of this project: none, light or block"""
+    recompute: Literal["none", "light", "block"] = "none"
+    """of this project"""
     threads: int = 2
     """CPU threads of each"""
     worker: str = ""
@@ -80,16 +82,21 @@ class StepBenchmarkConfig:
 class TimedStep(TrainingStep):
     """The real training step, which notes when its parts begin and end."""
 
-    def __init__(self, *args: object):
+    def __init__(self, *args: Any):
         super().__init__(*args)
         self.times: dict[str, float] = {}
-        self.loss.register_forward_pre_hook(lambda *_: self._note("start"))
-        self.loss.register_forward_hook(lambda *_: self._note("forward"))
+        self.loss = partial(self._timed, self.loss)
+
+    def _timed(self, loss_of: Callable[..., torch.Tensor], *batch: torch.Tensor) -> torch.Tensor:
+        self._note("start")
+        loss = loss_of(*batch)
+        self._note("forward")
+        return loss
 
     def _note(self, what: str) -> None:
         self.times[what] = time.perf_counter()
 
-    def _clip(self) -> float:
+    def _clip(self) -> torch.Tensor:
         self._note("backward")
         return super()._clip()
 
@@ -101,9 +108,12 @@ def ours(shape: tuple[int, ...], config: StepBenchmarkConfig) -> Callable[[], di
     with tempfile.TemporaryDirectory() as folder:
         shards = random_shards(folder, 100 * batch_size * T)
         data = PretrainingData(shards, T, batch_size, batch_size * T, seed=0)
-        how = {"batch_size": batch_size, "total_batch_size": batch_size * T}
         train_config = PretrainConfig(
-            precision="fp32", compile=False, recompute=config.recompute, **how
+            batch_size=batch_size,
+            total_batch_size=batch_size * T,
+            precision="fp32",
+            compile=False,
+            recompute=config.recompute,
         )
         training_step = TimedStep(model, data, train_config, CPU)
         training_step(1)  # opens the shard, whose folder is about to go
@@ -172,8 +182,11 @@ def peer_gpt(folder: str, shape: tuple[int, ...]) -> Callable[[], dict[str, floa
     sys.path.insert(0, folder)
     module = importlib.import_module(found[0])
     n_layer, n_head, n_embd, _, T = shape
-    sizes = {"block_size": T, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-    sizes["vocab_size"] = GPTConfig(vocab_size=VOCAB_SIZE).padded_vocab_size
+    sizes: dict[str, float] = {"block_size": T, "n_layer": n_layer, "n_head": n_head}
+    sizes["n_embd"], sizes["vocab_size"] = (
+        n_embd,
+        GPTConfig(vocab_size=VOCAB_SIZE).padded_vocab_size,
+    )
     if "dropout" in inspect.signature(module.GPTConfig).parameters:
         sizes["dropout"] = 0.0
     model = module.GPT(module.GPTConfig(**sizes))
@@ -214,7 +227,7 @@ def worker(config: StepBenchmarkConfig) -> None:
     makers = {
         "ours": lambda shape: ours(shape, config),
         "transformers": transformers_gpt2,
-        "peer": lambda shape: peer_gpt(config.peer, shape),
+        "peer": lambda shape: peer_gpt(config.peer or "", shape),
         "matmul": matmul_peak,
     }
     makers[kind](TINY)()  # code that is loaded on use is no memory of a step
@@ -238,21 +251,20 @@ class Contender:
         command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
         # What a shell says about OpenMP's threads would count for --threads here.
         env = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.kind, self.process = kind, subprocess.Popen(command, text=True, env=env, **pipes)
+        self.kind = kind
+        self.process = subprocess.Popen(
+            command, text=True, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
 
     def step(self) -> dict[str, float]:
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
+        print("step", file=self.process.stdin, flush=True)
+        for line in self.process.stdout or ():
             if line.startswith("RESULT "):
                 return json.loads(line.removeprefix("RESULT "))
         raise ValueError(f"the process of {self.kind} ended with {self.process.wait()}, see above")
 
     def stop(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+        self.process.communicate()  # closes its stdin, and waits for its end
 
 
 def measure(size: str, config: StepBenchmarkConfig) -> dict[str, list[dict[str, float]]]:
@@ -277,16 +289,15 @@ def rows(size: str, results: dict[str, list[dict[str, float]]], peer: str | None
         return statistics.median(one[key] for one in results[kind])
 
     peaks = [one["peak"] for one in results.pop("matmul")]
-    for kind in results:
+    for kind, steps in results.items():
         name = {"ours": "this project", "peer": Path(peer or "").name}.get(kind, kind)
-        seconds, megabytes = median(kind, "step"), results[kind][-1]["mb"]
+        seconds, megabytes = median(kind, "step"), steps[-1]["mb"]
         faster = median("transformers", "step") / seconds
         memory = megabytes / results["transformers"][-1]["mb"]
         cells = [f"{size}, {batch_size} x {T}", name, f"{tokens / seconds:.0f} ({faster:.2f} x)"]
         cells += [f"{median(kind, part) * 1e3:.0f}" for part in PARTS]
         of_peak = [
-            flops * tokens / one["step"] / peak
-            for one, peak in zip(results[kind], peaks, strict=True)
+            flops * tokens / one["step"] / peak for one, peak in zip(steps, peaks, strict=True)
         ]
         cells += [f"{megabytes:.0f} ({memory:.2f})", f"{statistics.median(of_peak):.2f}"]
         print(f"| {' | '.join(cells)} |", flush=True)

@@ -147,10 +147,10 @@ def test_a_damaged_checkpoint_falls_back(tmp_path, tiny_model, capsys):
         path = checkpoints(tmp_path)[-1] / file
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
-        assert load_newest(tmp_path)[1]["step"] == 1, file
+        assert load_newest(tmp_path)[1][0]["step"] == 1, file
         assert "step_000002 is damaged" in capsys.readouterr().out
         path.write_bytes(whole)
-    assert load_newest(tmp_path)[1]["step"] == 2
+    assert load_newest(tmp_path)[1][0]["step"] == 2
     for folder in checkpoints(tmp_path):
         (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 2 checkpoints"):

@@ -305,7 +305,7 @@ def test_a_profiled_run_is_the_same_run(workplace, uninterrupted):
         events = json.load(file)["traceEvents"]
     steps = {e["name"] for e in events if e.get("name", "").startswith("ProfilerStep")}
     assert steps == {"ProfilerStep#2", "ProfilerStep#3"}
-    assert len(re.findall(r"^ *\S*aten::\S+|^ *\w+Backward\d", result.stdout, re.M)) >= 5
+    assert len(re.findall(r"^ *\S*aten::\S+|^ *\w+Backward\d", result.stdout, re.MULTILINE)) >= 5
     assert "2 steps are in runs/profiled/profile.json.gz" in result.stdout
     assert curve(workplace / "runs" / "profiled") == curve(uninterrupted)
 

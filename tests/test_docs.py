@@ -85,8 +85,8 @@ def documented() -> list[str]:
     """The commands in the sh blocks of the pages: comments away, lines that belong together one."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S):
-            lines = re.sub(r"[ \t]+#.*$|^#.*$", "", block.replace("\\\n", " "), flags=re.M)
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            lines = re.sub(r"[ \t]+#.*$|^#.*$", "", block.replace("\\\n", " "), flags=re.MULTILINE)
             lines = re.sub(r"\bdo\n", "do ", lines)  # a loop goes on in the next line
             found += [" ".join(line.split()) for line in lines.splitlines() if line.strip()]
     return found
@@ -212,7 +212,7 @@ def test_python_blocks_run(used):
     """The Python in the pages runs as it stands, and shards of either kind come out as data.py
     reads them.
     """
-    block = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+    block = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
     names: dict = {}
     with contextlib.chdir(used):
         for page in PAGES:
@@ -228,7 +228,7 @@ def test_formats_are_what_is_written(used):
     and of an evaluation.
     """
     text = (ROOT / "docs" / "formats.md").read_text()
-    text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     named = {name.rstrip("/") for name in re.findall(r"`([^`\n]+)`", text)}
 
     def keys(file: str) -> set[str]:
@@ -252,7 +252,7 @@ def test_formats_are_what_is_written(used):
 def test_the_file_table_is_the_project():
     """Every script and folder at the top has its row in README's table, and no row has gone."""
     section = (ROOT / "README.md").read_text().split("\n## Files\n")[1].split("\n## ")[0]
-    cells = re.findall(r"^\|([^|]*`[^|]*)\|", section, re.M)
+    cells = re.findall(r"^\|([^|]*`[^|]*)\|", section, re.MULTILINE)
     named = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
     made = {"data", "runs", "results", "__pycache__"}  # by the commands
     folders = {f"{f.name}/" for f in ROOT.iterdir() if f.is_dir() and f.name[0] != "."}

@@ -63,8 +63,8 @@ def test_every_format_gives_the_same_tokens(tmp_path, jsonl):
     folder = tmp_path / "txt" / "deep"
     folder.mkdir(parents=True)
     for i, document in enumerate(DOCUMENTS):
-        document = document.replace("<|endoftext|>", "<|end|>")  # in a .txt it is a separator
-        (folder / f"{i:03d}.txt").write_bytes(document.encode())
+        text = document.replace("<|endoftext|>", "<|end|>")  # in a .txt it is a separator
+        (folder / f"{i:03d}.txt").write_bytes(text.encode())
     expected = expected_tokens(DOCUMENTS)
     for i, source in enumerate(("documents.jsonl", "documents.jsonl.gz", "documents.parquet")):
         manifest = prepare(tmp_path / f"out{i}", tmp_path / source)

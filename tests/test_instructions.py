@@ -52,10 +52,10 @@ def test_rows_become_prompts_and_completions(write):
     texts = [tokenizer.decode(e.tokens.tolist()) for e in examples]
     task = "Below is an instruction that describes a task"
     end = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    long = f"{task}, paired with an input that provides further context. {end}"
     assert texts == [
         f"{task}. {end}Say hello.\n\n### Response:\nHello!<|endoftext|>",
-        f"{task}, paired with an input that provides further context. {end}Translate."
-        "\n\n### Input:\nBonjour\n\n### Response:\nHello — 你好<|endoftext|>",
+        f"{long}Translate.\n\n### Input:\nBonjour\n\n### Response:\nHello — 你好<|endoftext|>",
         "2 + 2 = 4<|endoftext|>",
         "<|endoftext|>Once upon a time<|endoftext|>",
     ]

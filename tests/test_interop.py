@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import lm_eval
 import peft
@@ -192,7 +193,7 @@ def test_a_shared_adapter_names_its_base_on_the_hub(run, adapter):
 class Hub:
     """Stands in for HfApi: notes what it is asked for, or fails as without a network."""
 
-    calls: list = []  # noqa: RUF012
+    calls: ClassVar[list] = []
     error: Exception | None = None
 
     def create_repo(self, repo_id, **options):

@@ -170,11 +170,13 @@ def test_prefetched_batches_are_the_ones_asked_for(shards):
     data = Watched(shards, 16, 4, 192, seed=1)
     batches = Prefetch(data, CPU.device)
     for asked in [(1, 1), (1, 2), (1, 3), (2, 1), (7, 2), (7, 2)]:
-        idx, targets, rows = batches(*asked)
+        idx, targets, *rows = batches(*asked)
         expected = PretrainingData.micro_batch(data, *asked)
         assert (idx.numpy() == expected[0]).all()
         assert (targets.numpy() == expected[1]).all()
-        assert rows is None or (rows.numpy() == (expected[1] != -100).ravel().nonzero()[0]).all()
+        counted = (expected[1] != -100).ravel()
+        assert len(rows) == (not counted.all())
+        assert all((found.numpy() == counted.nonzero()[0]).all() for found in rows)
     made = [maker[:2] for maker in makers]
     assert made[:5] == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
     assert threading.main_thread() not in [thread for *_, thread in makers]
