@@ -1,20 +1,25 @@
 """A file of its own because all commands share it: how flags are read, and how an error is told."""
 
 import io
+import math
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from pathlib import Path
+from types import MappingProxyType, NoneType, UnionType
 from typing import NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 Config = TypeVar("Config")
 BAD_INPUT = 2  # the exit code of argparse for bad usage
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: 128 + SIGINT
 READER_GONE = 141  # and after the end of a pipe: 128 + SIGPIPE
+IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
 
 
 def run(main: Callable[[Config], None], config_class: type[Config], description: str) -> None:
@@ -30,8 +35,8 @@ def run(main: Callable[[Config], None], config_class: type[Config], description:
         sys.stdout.reconfigure(errors="replace")
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of any of these, by name")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file of any of these, by name")
+    parser.expected = {field.name: in_words(field.type) for field in fields(config_class)}
     # A list takes its values as a shell gives them: --dataset a.txt b.txt
     lists = {f.name: f for f in fields(config_class) if typing.get_origin(f.type) is list}
     parser.add_class_arguments(config_class, None, skip=set(lists), as_group=False)
@@ -39,14 +44,14 @@ def run(main: Callable[[Config], None], config_class: type[Config], description:
         parser.add_argument(
             f"--{name}", nargs="+", default=field.default_factory(), help=field.metadata["help"]
         )
-    try:
-        values = vars(parser.parse_args())
-    except UnicodeDecodeError as error:
-        parser.error(f"--config is no YAML, which is text in UTF-8: {error}")
-    for field in fields(config_class):  # jsonargparse lets null pass for everything
-        if values[field.name] is None and type(None) not in typing.get_args(field.type):
-            parser.error(f"{field.name} is null, expected a value; leave it out for the default")
+    values = vars(parser.parse_args())
     config = {field.name: values[field.name] for field in fields(config_class)}
+    for field in fields(config_class):  # jsonargparse lets null pass for everything
+        value = config[field.name]
+        if value is None and NoneType not in typing.get_args(field.type):
+            parser.error(f"{field.name} is null, expected a value; leave it out for the default")
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"{field.name} is {value}, expected a finite number")
     tell_errors(lambda: main(config_class(**config)), debug=values["debug"])
 
 
@@ -76,10 +81,52 @@ def _told(error: Exception) -> str:
 
 
 class Parser(ArgumentParser):
+    expected: typing.Mapping[str, str] = MappingProxyType({})  # of each setting, in words
+    where = ""  # the file that is being read
+
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **kwargs)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
     def error(self, message: str, *args: object) -> NoReturn:
-        told = " ".join(message.split()).replace('"<unicode string>"', "the --config file")
-        print(f"error: {told} (-h lists the flags)", file=sys.stderr)
+        # jsonargparse tells of a wrong type in five lines of Python's words.
+        wrong = re.fullmatch(r'(?s)Parser key "(\w+)":.*(?:Got|Given) value: (.*)', message)
+        if wrong and wrong[1] in self.expected:
+            message = f"{wrong[1]} is {wrong[2]}, expected {self.expected[wrong[1]]}"
+        told = " ".join(message.split())
+        print(f"error: {self.where}{told} (-h lists the flags)", file=sys.stderr)
         sys.exit(BAD_INPUT)
+
+
+class ConfigFile(ActionConfigFile):
+    """The file behind --config, whose errors begin with its name."""
+
+    def __call__(
+        self, parser: Parser, config: Namespace, file: str, option: str | None = None
+    ) -> None:
+        parser.where = f"{file}: "
+        if not Path(file).is_file():
+            parser.error("no such file, expected one of YAML")
+        try:
+            with Path(file).open(encoding="utf-8") as stream:
+                content = yaml.safe_load(stream)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            parser.error(f"no YAML: {error}")
+        if not isinstance(content, dict):
+            parser.error(f"holds {content!r:.60}, expected lines of NAME: VALUE")
+        for name in content.keys() - parser.expected.keys():
+            parser.error(f"{name} is no setting")
+        super().__call__(parser, config, file, option)
+        parser.where = ""
+
+
+def in_words(kind: object) -> str:
+    """What a setting of this type may be."""
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(typing.get_args(kind))
+    if typing.get_origin(kind) in (UnionType, typing.Union):
+        return " or ".join(map(in_words, typing.get_args(kind)))
+    return IN_WORDS.get(kind, "a text")
 
 
 def as_yaml(config: object) -> str:
