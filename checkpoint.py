@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from data import naming
 from lora import CONFIG_FILE, load_adapter, lora_linears, read_adapter_config, save_adapter
 from model import GPT
 from pretrained import TORCH_LOAD_ERRORS, write_folder
@@ -193,7 +194,13 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def load_progress(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / "progress.json").read_text())
+    file = checkpoint / "progress.json"
+    try:
+        progress = dict(json.loads(file.read_text()))
+        progress["step"] + 0
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); delete the checkpoint") from error
+    return progress
 
 
 def load_state(checkpoint: Path) -> dict:
@@ -207,7 +214,7 @@ def best_checkpoint(run: Path | str) -> Path | None:
     for folder in checkpoints(run):
         try:
             loss = load_progress(folder)["val_loss"]
-        except (OSError, ValueError, KeyError, TypeError):  # a damaged one, told of when loading
+        except (OSError, ValueError, KeyError):  # a damaged one, told of when loading
             continue
         if loss is not None:
             measured[folder] = loss
@@ -238,30 +245,33 @@ def read_run_config(run: Path | str) -> dict:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 
-def check_same_run(run: Path, config: dict, resume: str) -> dict:
+def check_same_run(run: Path, config: object) -> dict:
     """The settings that a run with this config takes over from the one that `run` holds, if any:
-    those it leaves open (None). ValueError when it would not continue that run exactly.
+    those it leaves open (None). A run from before there was a setting has had its default.
+    ValueError when it would not continue that run exactly.
     """
     if not (run / "metrics.jsonl").exists() and not checkpoints(run):
         return {}
-    if resume == "never":
+    if config.resume == "never":
         raise ValueError(
             f"{run} holds a run already and --resume is never; choose another --out_dir, or "
             "--resume auto to go on with it"
         )
-    earlier = read_run_config(run)
-    fixed = sorted({*earlier, *config} - FREE_TO_CHANGE)
+    now = asdict(config)
+    earlier = {field.name: field.default for field in fields(config)} | read_run_config(run)
+    fixed = sorted(earlier.keys() - FREE_TO_CHANGE)
+    left_open = [key for key in fixed if key in now and now[key] is None]
     changed = [
-        f"{key} {earlier.get(key)} then, {config.get(key)} now"
+        f"{key} {earlier[key]} then, {now.get(key)} now"
         for key in fixed
-        if config.get(key) not in (None, earlier.get(key))
+        if key not in left_open and now.get(key) != earlier[key]
     ]
     if changed:
         raise ValueError(
             f"{run} holds a run with other settings, which cannot go on exactly: "
             f"{'; '.join(changed)}. Choose another --out_dir, or the earlier settings"
         )
-    return {key: earlier.get(key) for key in fixed if config.get(key) is None}
+    return {key: earlier[key] for key in left_open}
 
 
 class MetricsLog:
@@ -279,7 +289,7 @@ class MetricsLog:
 
     def write(self, record: dict) -> None:
         if record["step"] > self.last_step:
-            with self.file.open("a") as file:
+            with naming(self.file), self.file.open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
 
@@ -292,7 +302,7 @@ def read_metrics(run: Path | str) -> list[dict]:
     lines = text[: text.rfind("\n") + 1].splitlines()
     try:
         records = [dict(json.loads(line)) for line in lines]
-        [record["step"] for record in records]
+        [record["step"] + 0 for record in records]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{file} is damaged ({error!r}), expected a JSON object with its step on every line; "

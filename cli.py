@@ -65,7 +65,7 @@ def tell_errors(call: Callable[[], None], debug: bool = False) -> None:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        print(f"error: {_told(error)}", file=sys.stderr)
+        print(f"error: {' '.join(_told(error).split())}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -57,10 +58,19 @@ class TrainingData(Protocol):
         """The sizes that follow from the config."""
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the errors of the system the name of the file, which those of a full disk lack."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Make `path` with what `write` puts into it, whole or not at all, whatever interrupts."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with naming(path), temporary.open("wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
@@ -90,7 +100,8 @@ def read_manifest(folder: Path) -> dict:
         return {"shards": []}
     try:
         manifest = json.loads(file.read_text())
-        manifest["shards"][:]  # what everything else is about
+        for shard in manifest["shards"]:  # what everything else is about
+            _ = shard["name"], shard["split"], shard["tokens"], shard["sha256"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{file} is damaged ({error!r}); delete the folder and prepare the data again"
@@ -145,11 +156,9 @@ class TokenShards:
             files = sorted(f for f in folder.glob("*") if name.fullmatch(f.name))
         if not files:
             raise FileNotFoundError(
-                f"no {split} shards in {folder}. Get some with\n"
-                f"  python fineweb.py --dataset fineweb-edu --out_dir {folder}"
-                "   # 10 B tokens from the Hugging Face hub\n"
-                "  python fineweb.py --dataset stdlib --out_dir data/stdlib"
-                "   # seconds, no network; then train with --data_dir data/stdlib"
+                f"no {split} shards in {folder}; `python fineweb.py --dataset fineweb-edu "
+                f"--out_dir {folder}` gets 10 B tokens from the Hugging Face hub, `python fineweb.py "
+                "--dataset stdlib` takes seconds and no network, for --data_dir data/stdlib"
             )
         self.shards = []
         progress = {"desc": f"checking {split}", "unit": " shards", "leave": False}

@@ -128,7 +128,7 @@ def convert_linear_layer_to_lora(
 ) -> nn.Module:
     """Give LoRA to all linears whose name contains `part_module_name`, or one of several parts
     separated by commas ("attn.c_attn,mlp"), in place. Scaling is alpha / r, with `use_rslora`
-    alpha / sqrt(r). ValueError for a part that is in no name.
+    alpha / sqrt(r). ValueError for a part that is in no name, and for a rank above a linear's own.
     """
     names = convertible(model)
     parts = [part.strip() for part in part_module_name.split(",")]
@@ -136,10 +136,13 @@ def convert_linear_layer_to_lora(
         if not part or not any(part in name for name in names):
             kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
             raise ValueError(
-                f"part_module_name {part!r} is in no linear's name; the linears without LoRA are "
+                f"no linear has {part!r} in its name; those without LoRA are "
                 f"{', '.join(kinds) or 'none'}"
             )
     chosen = [name for name in names if any(part in name for part in parts)]
+    for name in chosen:
+        if lora_dim > (least := min(model.get_submodule(name).weight.shape)):
+            raise ValueError(f"lora_dim is {lora_dim}, expected up to {least}, the rank of {name}")
     _convert(model, chosen, lora_dim, lora_alpha, lora_dropout, use_rslora)
     return model
 

@@ -87,8 +87,9 @@ def read_config(folder: Path) -> dict:
     if missing := [key for key in FIELDS.values() if key.startswith("n_") and key not in hf]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
     for field, key in FIELDS.items():
-        if key.startswith(("n_", "vocab")) and type(fields.get(field, 0)) is not int:
-            raise ValueError(f"{file}: {key} is {fields[field]!r}, expected a whole number")
+        value = fields.get(field, 1)
+        if key.startswith(("n_", "vocab")) and (type(value) is not int or value < 1):
+            raise ValueError(f"{file}: {key} is {value!r}, expected a whole number from 1 up")
     if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
         raise ValueError(f"{file}: n_inner is {hf['n_inner']}, this model has 4 * n_embd")
     return fields
