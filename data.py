@@ -157,7 +157,7 @@ class TokenShards:
         if not files:
             raise FileNotFoundError(
                 f"no {split} shards in {folder}; `python fineweb.py --dataset fineweb-edu "
-                f"--out_dir {folder}` gets 10 B tokens from the Hugging Face hub, `python fineweb.py "
+                f"--out_dir {folder}` gets 10 B tokens from the hub, `python fineweb.py "
                 "--dataset stdlib` takes seconds and no network, for --data_dir data/stdlib"
             )
         self.shards = []
