@@ -75,8 +75,8 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
         base = read_adapter_config(path).get("base_model_name_or_path")
         if lora_load_path is not None or not base:
             raise ValueError(
-                f"{name_or_path} is an adapter"
-                + (f" of {base}; name that with --lora_load_path" if base else " of no named model")
+                f"{name_or_path} is an adapter; give its base model {base or '(it names none)'}, and "
+                "the adapter as --lora_load_path"
             )
         return load_adapter(load_model(base), path).eval()
     model = GPT.from_pretrained(path if path.exists() else name_or_path)
@@ -90,7 +90,8 @@ def check_vocabulary(model: GPT, name: str) -> None:
     n_vocab = get_tokenizer().n_vocab
     if model.config.vocab_size < n_vocab:
         raise ValueError(
-            f"{name} has {model.config.vocab_size} tokens, GPT-2's tokenizer {n_vocab}"
+            f"{name} has {model.config.vocab_size} tokens, GPT-2's tokenizer {n_vocab}; choose a "
+            "model of that tokenizer"
         )
 
 
@@ -117,7 +118,9 @@ def load_newest(run: Path | str, base: str | None = None) -> tuple[GPT, dict, di
         else:
             return loaded
     if folders:
-        raise ValueError(f"none of the {len(folders)} checkpoints in {run} can be read")
+        raise ValueError(
+            f"none of the {len(folders)} checkpoints in {run} can be read; choose another --out_dir"
+        )
     return None
 
 
@@ -240,9 +243,10 @@ def read_run_config(run: Path | str) -> dict:
     """The settings of a run, from its config.yaml."""
     file = Path(run) / "config.yaml"
     try:
-        return dict(yaml.safe_load(file.read_text()))
+        with file.open() as stream:  # whose name is in the error
+            return dict(yaml.safe_load(stream))
     except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+        raise ValueError(f"{file} is damaged: {error}; mend it, or choose another run") from error
 
 
 def check_same_run(run: Path, config: object) -> dict:
@@ -297,7 +301,9 @@ def read_metrics(run: Path | str) -> list[dict]:
     """The run's log, a dict a step; a last line that a crash has cut short is left out."""
     file = Path(run) / "metrics.jsonl"
     if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist, so {run} is no run folder")
+        raise FileNotFoundError(
+            f"{file} does not exist; expected {run} to be an --out_dir of training"
+        )
     text = file.read_text()
     lines = text[: text.rfind("\n") + 1].splitlines()
     try:

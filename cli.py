@@ -19,6 +19,13 @@ Config = TypeVar("Config")
 BAD_INPUT = 2  # the exit code of argparse for bad usage
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: 128 + SIGINT
 READER_GONE = 141  # and after the end of a pipe: 128 + SIGPIPE
+REMEDIES = {
+    FileNotFoundError: "check that it is there",
+    FileExistsError: "expected a folder",
+    NotADirectoryError: "expected a folder",
+    IsADirectoryError: "expected a file",
+    PermissionError: "check who may use it",
+}
 IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
 
 
@@ -56,28 +63,36 @@ def run(main: Callable[[Config], None], config_class: type[Config], description:
 
 
 def tell_errors(call: Callable[[], None], debug: bool = False) -> None:
-    """Call; a ValueError or OSError ends in its message and exit code 2, Ctrl-C in a word."""
+    """Call; a ValueError, an OSError or too little memory ends in one line and exit code 2, Ctrl-C
+    in a word.
+    """
     try:
         call()
     except BrokenPipeError:  # the reader, like head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(READER_GONE)
-    except (ValueError, OSError) as error:
-        if debug:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        told = _told(error)
+        if debug or told is None:
             raise
-        print(f"error: {' '.join(_told(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(told.split())}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
-def _told(error: Exception) -> str:
-    """The message of an error; one of the system's gets its file and a remedy."""
+def _told(error: Exception) -> str | None:
+    """What to say of an error; one of the system's gets its file and a remedy. None for a fault of
+    the program.
+    """
     if isinstance(error, OSError) and error.strerror:
-        where = error.filename or "the output"
-        return f"{where}: {error.strerror}; check that it is there, may be used, and has room"
-    return str(error)
+        remedy = REMEDIES.get(type(error), "check that it may be used and has room")
+        return f"{error.filename or 'the output'}: {error.strerror}; {remedy}"
+    # PyTorch has an error of its own for a card only.
+    if isinstance(error, MemoryError) or re.search("(?i)allocate memory|out of memory", str(error)):
+        return f"too little memory: {error}; choose a smaller model or fewer rows at once"
+    return None if isinstance(error, RuntimeError) else str(error)
 
 
 class Parser(ArgumentParser):
@@ -106,7 +121,7 @@ class ConfigFile(ActionConfigFile):
     ) -> None:
         parser.where = f"{file}: "
         if not Path(file).is_file():
-            parser.error("no such file, expected one of YAML")
+            parser.error("no such file, expected one of YAML after --config")
         try:
             with Path(file).open(encoding="utf-8") as stream:
                 content = yaml.safe_load(stream)
@@ -115,7 +130,7 @@ class ConfigFile(ActionConfigFile):
         if not isinstance(content, dict):
             parser.error(f"holds {content!r:.60}, expected lines of NAME: VALUE")
         for name in content.keys() - parser.expected.keys():
-            parser.error(f"{name} is no setting")
+            parser.error(f"{name} is none of the settings")
         super().__call__(parser, config, file, option)
         parser.where = ""
 

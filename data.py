@@ -119,14 +119,15 @@ def open_shard(path: Path) -> np.ndarray:
             raise ValueError(f"{path} is truncated or no .npy file ({error}); {remedy}") from error
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(
-                f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected a row of uint16"
+                f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected a row of uint16; "
+                f"{remedy}"
             )
         return np.asarray(tokens)
     header = np.fromfile(path, dtype="<i4", count=BIN_HEADER_INTS)
     if len(header) < BIN_HEADER_INTS or tuple(header[:2]) != (BIN_MAGIC, BIN_VERSION):
         raise ValueError(
             f"{path} begins with {header[:2].tolist()}, expected magic {BIN_MAGIC} and version "
-            f"{BIN_VERSION} of an llm.c shard"
+            f"{BIN_VERSION} of an llm.c shard; {remedy}"
         )
     expected, found = int(header[2]), (path.stat().st_size - BIN_HEADER_INTS * 4) // 2
     if found != expected:
@@ -164,7 +165,9 @@ class TokenShards:
         progress = {"desc": f"checking {split}", "unit": " shards", "leave": False}
         for file in tqdm(files, **progress, disable=None if verify else True):
             if not file.exists():
-                raise FileNotFoundError(f"{file} is missing, manifest.json lists it")
+                raise FileNotFoundError(
+                    f"{file} is missing, manifest.json lists it; prepare the data again"
+                )
             self.shards.append(open_shard(file))
             entry = listed.get(file.name, {})
             if entry.get("tokens", len(self.shards[-1])) != len(self.shards[-1]):
@@ -178,7 +181,10 @@ class TokenShards:
                     "manifest.json; delete it and prepare the data again"
                 )
             if verify and (largest := int(self.shards[-1].max(initial=0))) > END_OF_TEXT_ID:
-                raise ValueError(f"{file} holds token {largest}, GPT-2's go up to {END_OF_TEXT_ID}")
+                raise ValueError(
+                    f"{file} holds token {largest}, GPT-2's go up to {END_OF_TEXT_ID}; prepare the "
+                    "data with GPT-2's tokenizer"
+                )
         self.starts = np.cumsum([0, *map(len, self.shards)])
         identity = [
             (len(s), listed.get(f.name, {}).get("sha256"))
@@ -187,7 +193,8 @@ class TokenShards:
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
         if len(self) < 2:
             raise ValueError(
-                f"the {split} split of {folder} has {len(self)} tokens, expected at least 2"
+                f"the {split} split of {folder} has {len(self)} tokens, expected at least 2; "
+                "prepare more text"
             )
 
     def __len__(self) -> int:

@@ -183,7 +183,9 @@ class RowsLog:
                     "--out_dir"
                 )
         elif self.file.exists():
-            raise ValueError(f"{folder} holds a rows.jsonl without settings.json; choose another")
+            raise ValueError(
+                f"{folder} holds a rows.jsonl without settings.json; choose another --out_dir"
+            )
         else:
             write_json(settings_file, settings)
         if self.file.exists():

@@ -281,7 +281,7 @@ def read_adapter_config(folder: Path | str) -> dict:
             if not fits:
                 raise ValueError(f"{name} is {value!r}")
     except (ValueError, TypeError, KeyError, re.error) as error:
-        raise ValueError(f"{file} is damaged: {error!r}") from error
+        raise ValueError(f"{file} is damaged: {error!r}; save the adapter again") from error
     initialised = config.pop("init_lora_weights", True)
     if initialised not in (True, False, "gaussian", "eva"):  # others change the base's weights
         raise ValueError(f"{file}: init_lora_weights {initialised!r} is not supported")

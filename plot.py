@@ -93,8 +93,9 @@ def draw_runs(runs: list[Path], x: str = "step", more: dict[str, str] | None = N
 
 def plot_runs(runs: list[Path], file: Path, x: str = "step") -> None:
     """Draw runs into a picture, of the kind that the name of `file` says."""
+    figure = draw_runs(runs, x)
     with naming(file):
-        draw_runs(runs, x).savefig(file, dpi=150)
+        figure.savefig(file, dpi=150)
 
 
 def plot_hellaswag(axes: Axes, runs: list[Path], logs: list[list[dict]], x: str) -> None:

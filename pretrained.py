@@ -36,6 +36,7 @@ FIELDS = {
     "layer_norm_epsilon": "layer_norm_epsilon",
     "tie_weights": "tie_word_embeddings",
 }
+KINDS = {"layer_norm_epsilon": (float, "a number"), "tie_weights": (bool, "true or false")}
 # What torch.load raises of a damaged file, and what a file of other contents leads to.
 TORCH_LOAD_ERRORS = (
     RuntimeError,
@@ -46,6 +47,7 @@ TORCH_LOAD_ERRORS = (
     AttributeError,
     TypeError,
 )
+SHOWN = 4  # names in an error
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference
 
 
@@ -86,10 +88,10 @@ def read_config(folder: Path) -> dict:
     fields = {field: hf[key] for field, key in FIELDS.items() if key in hf}
     if missing := [key for key in FIELDS.values() if key.startswith("n_") and key not in hf]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
-    for field, key in FIELDS.items():
-        value = fields.get(field, 1)
-        if key.startswith(("n_", "vocab")) and (type(value) is not int or value < 1):
-            raise ValueError(f"{file}: {key} is {value!r}, expected a whole number from 1 up")
+    for field, value in fields.items():
+        kind, words = KINDS.get(field, (int, "a whole number from 1 up"))
+        if type(value) is not kind or (kind is int and value < 1):
+            raise ValueError(f"{file}: {FIELDS[field]} is {value!r}, expected {words}")
     if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
         raise ValueError(f"{file}: n_inner is {hf['n_inner']}, this model has 4 * n_embd")
     return fields
@@ -114,7 +116,10 @@ def write_folder(folder: Path, fields: dict, tensors: dict[str, torch.Tensor]) -
     }
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # of a full disk
+        raise OSError(f"{folder} could not be written: {error}; make room") from error
 
 
 def read_weights_into(views: dict[str, torch.Tensor], folder: Path) -> None:
@@ -139,7 +144,11 @@ def copy_tensors(
         ("unexpected", tensors.keys() - views.keys()),
     ):
         if names:
-            raise ValueError(f"{source}: {problem} tensors: {', '.join(sorted(names))}")
+            few = ", ".join(sorted(names)[:SHOWN])
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            raise ValueError(
+                f"{source}: {problem} tensors: {few}{more}; it was made for another model"
+            )
     for name, view in views.items():
         if tensors[name].shape != view.shape:
             raise ValueError(
@@ -178,5 +187,5 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:  # torch advises to load it unsafely
         raise ValueError(f"{file} is damaged, or holds more than tensors; save it again") from error
     except (SafetensorError, *TORCH_LOAD_ERRORS) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+        raise ValueError(f"{file} is damaged: {error}; save or download it again") from error
     return tensors
