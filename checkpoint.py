@@ -75,7 +75,7 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
         base = read_adapter_config(path).get("base_model_name_or_path")
         if lora_load_path is not None or not base:
             raise ValueError(
-                f"{name_or_path} is an adapter; give its base model {base or '(it names none)'}, and "
+                f"{name_or_path} is an adapter; give its base model {base or '(unnamed)'}, and "
                 "the adapter as --lora_load_path"
             )
         return load_adapter(load_model(base), path).eval()

@@ -79,7 +79,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
     """Write `tokens` as a .npy of uint16 and return its entry for the manifest."""
-    write_atomically(path, lambda file: np.save(file, tokens.astype(np.uint16, copy=False)))
+    tokens = np.ascontiguousarray(tokens, dtype=np.uint16)
+
+    def write(file: BinaryIO) -> None:  # np.save does not notice that the disk is full
+        header = np.lib.format.header_data_from_array_1_0(tokens)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(tokens.data)
+
+    write_atomically(path, write)
     return {"name": path.name, "tokens": len(tokens), "sha256": sha256_of(path)}
 
 

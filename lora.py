@@ -338,6 +338,6 @@ def load_adapter(
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of either file by their names in the model."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
+        raise FileNotFoundError(f"{file} is missing; expected an adapter, or a run that has one")
     tensors = read_tensors(file)
     return {n.removeprefix(PEFT_PREFIX).removesuffix(".weight"): t for n, t in tensors.items()}

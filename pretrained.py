@@ -56,7 +56,9 @@ def find_folder(name_or_path: str | Path) -> Path:
     if (Path(name_or_path) / "config.json").is_file():
         return Path(name_or_path)
     if Path(name_or_path).exists():
-        raise FileNotFoundError(f"{name_or_path} holds no config.json, so it is no model folder")
+        raise FileNotFoundError(
+            f"{name_or_path} holds no config.json, expected a model, a checkpoint or a run"
+        )
     try:
         for weights in WEIGHT_FILES:
             folder = Path(
@@ -81,7 +83,9 @@ def read_config(folder: Path) -> dict:
     try:
         hf = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is no config.json: {error}") from error
+        raise ValueError(
+            f"{file} is damaged or no config.json: {error}; save or download it again"
+        ) from error
     for option, (default, accepted) in OPTIONS.items():
         if (value := hf.get(option, default)) not in accepted:
             raise ValueError(f"{file}: {option} is {value!r}, this model has only {accepted}")
@@ -114,12 +118,12 @@ def write_folder(folder: Path, fields: dict, tensors: dict[str, torch.Tensor]) -
         "eos_token_id": end_of_text,
         "dtype": "float32",
     }
-    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
+        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:  # of a full disk
-        raise OSError(f"{folder} could not be written: {error}; make room") from error
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder} is not written, maybe for want of room: {error}") from error
 
 
 def read_weights_into(views: dict[str, torch.Tensor], folder: Path) -> None:
@@ -153,7 +157,7 @@ def copy_tensors(
         if tensors[name].shape != view.shape:
             raise ValueError(
                 f"{source}: {name} is {tuple(tensors[name].shape)}, the model has "
-                f"{tuple(view.shape)}"
+                f"{tuple(view.shape)}; it was made for another model"
             )
     for name, view in views.items():
         view.copy_(tensors[name])

@@ -147,7 +147,7 @@ def hub_rows(repo: str, name: str | None, split: str) -> Iterator[dict]:
     except OSError as error:
         raise ConnectionError(
             f"the Hugging Face hub does not give {repo}: {error}. Without a network, name a file "
-            "of its rows with --data"
+            "of its rows with --data, or while training --hellaswag_data"
         ) from error
 
 

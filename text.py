@@ -129,11 +129,21 @@ def read_parquet(file: Path, text_field: str) -> Iterator[str]:
             f"{file} has no column {text_field!r}; --text_field may be one of "
             f"{', '.join(parquet.schema_arrow.names)}"
         )
-    for batch in parquet.iter_batches(batch_size=1000, columns=[text_field]):
+    batches = parquet.iter_batches(batch_size=1000, columns=[text_field])
+    while True:
+        try:
+            batch = next(batches, None)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{file} is damaged: {error}; get it again") from error
+        if batch is None:
+            return
         for text in batch.column(0):
             text = text.as_py() or ""
             if not isinstance(text, str):
-                raise ValueError(f"{file}: {text_field!r} holds {type(text).__name__}, no text")
+                raise ValueError(
+                    f"{file}: {text_field!r} holds {type(text).__name__}, no text; name another "
+                    "column with --text_field"
+                )
             yield text
 
 
