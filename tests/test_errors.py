@@ -74,6 +74,7 @@ WRONG = [
     ("fineweb --dataset text.txt --out_dir file", "file"),
     ("plot nothing", "nothing/metrics.jsonl does not exist; expected nothing to be an --out_dir"),
     ("plot word_run", "word_run/metrics.jsonl is damaged"),
+    ("plot syntax_run", "syntax_run/config.yaml is damaged"),
     ("plot noise_run", "noise_run/metrics.jsonl is damaged"),
     ("plot list_run", "list_run/metrics.jsonl is damaged"),
     ("share --repo_id me/x --dry_run true --run bare", "step_000001/progress.json: No such file"),
@@ -98,7 +99,7 @@ def workplace(tmp_path_factory) -> Path:
         save_tokenizer(folder / name, 32)
         config = json.loads((folder / name / "config.json").read_text())
         (folder / name / "config.json").write_text(json.dumps(config | wrong))
-    for name in ("empty", "torn", "noise_run", "list_run", "word_run", "half", "few"):
+    for name in ("empty", "torn", "noise_run", "list_run", "word_run", "syntax_run", "half", "few"):
         (folder / name).mkdir()
     for name in ("bare", "list_run"):
         (folder / name / "checkpoints" / "step_000001").mkdir(parents=True)
@@ -122,8 +123,10 @@ def workplace(tmp_path_factory) -> Path:
         "torn/settings.json": b"{",
         "noise_run/metrics.jsonl": b"no json\n",
         "list_run/metrics.jsonl": b"[1]\n",
-        "list_run/checkpoints/step_000001/progress.json": b"[]",
+        "list_run/checkpoints/step_000001/progress.json": b"{",
         "word_run/metrics.jsonl": b'{"step": "one"}\n',
+        "syntax_run/metrics.jsonl": b'{"step": 1, "tokens": 1, "val_loss": 1.0}\n',
+        "syntax_run/config.yaml": b"seed: [1\n",
         "file": b"",
     }.items():
         (folder / name).write_bytes(content)
@@ -153,6 +156,15 @@ def test_wrong_input_is_told_in_a_line(workplace, monkeypatch, capsys, line, exp
     assert expected in error
     assert error.count("error: ") == 1
     assert error.count("\n") == 1
+
+
+def test_damaged_rows_of_an_evaluation_are_named(tmp_path):
+    """An evaluation does not go on from a rows.jsonl that is none."""
+    (tmp_path / "settings.json").write_text("{}")
+    for content in ("{\n", "[1]\n", "{}\n"):
+        (tmp_path / "rows.jsonl").write_text(content)
+        with pytest.raises(ValueError, match=r"rows.jsonl is damaged.* choose another --out_dir"):
+            hellaswag.RowsLog(tmp_path, {})
 
 
 def test_what_a_user_can_mend_is_told_and_a_fault_is_not(capsys):
