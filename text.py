@@ -122,7 +122,7 @@ def open_binary(file: Path) -> BinaryIO:
 def read_parquet(file: Path, text_field: str) -> Iterator[str]:
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
+    except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{file} is damaged or no parquet file: {error}") from error
     if text_field not in parquet.schema_arrow.names:
         raise ValueError(
