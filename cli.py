@@ -89,10 +89,11 @@ def _told(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror:
         remedy = REMEDIES.get(type(error), "check that it may be used and has room")
         return f"{error.filename or 'the output'}: {error.strerror}; {remedy}"
-    # PyTorch has an error of its own for a card only.
-    if isinstance(error, MemoryError) or re.search("(?i)allocate memory|out of memory", str(error)):
+    if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
+        return None
+    if isinstance(error, (MemoryError, RuntimeError)):  # PyTorch's is the latter
         return f"too little memory: {error}; choose a smaller model or fewer rows at once"
-    return None if isinstance(error, RuntimeError) else str(error)
+    return str(error)
 
 
 class Parser(ArgumentParser):
