@@ -15,18 +15,23 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from data import naming
 from lora import CONFIG_FILE, load_adapter, lora_linears, read_adapter_config, save_adapter
 from model import GPT
 from pretrained import TORCH_LOAD_ERRORS, write_folder
 from tokenizer import get_tokenizer, save_tokenizer
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # What may change when a run goes on, because its curve does not depend on it but for the order of
 # floating-point sums.
@@ -74,8 +79,8 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
         base = read_adapter_config(path).get("base_model_name_or_path")
         if lora_load_path is not None or not base:
             raise ValueError(
-                f"{name_or_path} is an adapter"
-                + (f" of {base}; name that with --lora_load_path" if base else " of no named model")
+                f"{name_or_path} is an adapter; give its base model {base or '(unnamed)'}, and "
+                "the adapter as --lora_load_path"
             )
         return load_adapter(load_model(base), path).eval()
     model = GPT.from_pretrained(path if path.exists() else name_or_path)
@@ -89,7 +94,8 @@ def check_vocabulary(model: GPT, name: str) -> None:
     n_vocab = get_tokenizer().n_vocab
     if model.config.vocab_size < n_vocab:
         raise ValueError(
-            f"{name} has {model.config.vocab_size} tokens, GPT-2's tokenizer {n_vocab}"
+            f"{name} has {model.config.vocab_size} tokens, GPT-2's tokenizer {n_vocab}; choose a "
+            "model of that tokenizer"
         )
 
 
@@ -116,7 +122,9 @@ def load_newest(run: Path | str, base: str | None = None) -> tuple[GPT, tuple[di
         else:
             return loaded
     if folders:
-        raise ValueError(f"none of the {len(folders)} checkpoints in {run} can be read")
+        raise ValueError(
+            f"none of the {len(folders)} checkpoints in {run} can be read; choose another --out_dir"
+        )
     return None
 
 
@@ -194,7 +202,13 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def load_progress(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / "progress.json").read_text())
+    file = checkpoint / "progress.json"
+    try:
+        progress = dict(json.loads(file.read_text()))
+        progress["step"] + 0
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); delete the checkpoint") from error
+    return progress
 
 
 def load_state(checkpoint: Path) -> dict:
@@ -208,7 +222,7 @@ def best_checkpoint(run: Path | str) -> Path | None:
     for folder in checkpoints(run):
         try:
             loss = load_progress(folder)["val_loss"]
-        except (OSError, ValueError, KeyError, TypeError):  # a damaged one, told of when loading
+        except (OSError, ValueError, KeyError):  # a damaged one, told of when loading
             continue
         if loss is not None:
             measured[folder] = loss
@@ -234,35 +248,39 @@ def read_run_config(run: Path | str) -> dict:
     """The settings of a run, from its config.yaml."""
     file = Path(run) / "config.yaml"
     try:
-        return dict(yaml.safe_load(file.read_text()))
+        with file.open() as stream:  # whose name is in the error
+            return dict(yaml.safe_load(stream))
     except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+        raise ValueError(f"{file} is damaged: {error}; mend it, or choose another run") from error
 
 
-def check_same_run(run: Path, config: dict, resume: str) -> dict:
+def check_same_run(run: Path, config: "DataclassInstance") -> dict:
     """The settings that a run with this config takes over from the one that `run` holds, if any:
-    those it leaves open (None). ValueError when it would not continue that run exactly.
+    those it leaves open (None). A run from before there was a setting has had its default.
+    ValueError when it would not continue that run exactly.
     """
     if not (run / "metrics.jsonl").exists() and not checkpoints(run):
         return {}
-    if resume == "never":
+    now = asdict(config)
+    if now["resume"] == "never":
         raise ValueError(
             f"{run} holds a run already and --resume is never; choose another --out_dir, or "
             "--resume auto to go on with it"
         )
-    earlier = read_run_config(run)
-    fixed = sorted({*earlier, *config} - FREE_TO_CHANGE)
+    earlier = {field.name: field.default for field in fields(config)} | read_run_config(run)
+    fixed = sorted(earlier.keys() - FREE_TO_CHANGE)
+    left_open = [key for key in fixed if key in now and now[key] is None]
     changed = [
-        f"{key} {earlier.get(key)} then, {config.get(key)} now"
+        f"{key} {earlier[key]} then, {now.get(key)} now"
         for key in fixed
-        if config.get(key) not in (None, earlier.get(key))
+        if key not in left_open and now.get(key) != earlier[key]
     ]
     if changed:
         raise ValueError(
             f"{run} holds a run with other settings, which cannot go on exactly: "
             f"{'; '.join(changed)}. Choose another --out_dir, or the earlier settings"
         )
-    return {key: earlier.get(key) for key in fixed if config.get(key) is None}
+    return {key: earlier[key] for key in left_open}
 
 
 class MetricsLog:
@@ -280,7 +298,7 @@ class MetricsLog:
 
     def write(self, record: dict) -> None:
         if record["step"] > self.last_step:
-            with self.file.open("a") as file:
+            with naming(self.file), self.file.open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
 
@@ -288,12 +306,14 @@ def read_metrics(run: Path | str) -> list[dict]:
     """The run's log, a dict a step; a last line that a crash has cut short is left out."""
     file = Path(run) / "metrics.jsonl"
     if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist, so {run} is no run folder")
+        raise FileNotFoundError(
+            f"{file} does not exist; expected {run} to be an --out_dir of training"
+        )
     text = file.read_text()
     lines = text[: text.rfind("\n") + 1].splitlines()
     try:
         records = [dict(json.loads(line)) for line in lines]
-        [record["step"] for record in records]
+        [record["step"] + 0 for record in records]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{file} is damaged ({error!r}), expected a JSON object with its step on every line; "

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -57,10 +58,19 @@ class TrainingData(Protocol):
         """The sizes that follow from the config."""
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the errors of the system the name of the file, which those of a full disk lack."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Make `path` with what `write` puts into it, whole or not at all, whatever interrupts."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with naming(path), temporary.open("wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
@@ -69,7 +79,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
     """Write `tokens` as a .npy of uint16 and return its entry for the manifest."""
-    write_atomically(path, lambda file: np.save(file, tokens.astype(np.uint16, copy=False)))
+    tokens = np.ascontiguousarray(tokens, dtype=np.uint16)
+
+    def write(file: BinaryIO) -> None:  # np.save does not notice that the disk is full
+        header = np.lib.format.header_data_from_array_1_0(tokens)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(tokens.data)
+
+    write_atomically(path, write)
     return {"name": path.name, "tokens": len(tokens), "sha256": sha256_of(path)}
 
 
@@ -90,7 +107,8 @@ def read_manifest(folder: Path) -> dict:
         return {"shards": []}
     try:
         manifest = json.loads(file.read_text())
-        manifest["shards"][:]  # what everything else is about
+        for shard in manifest["shards"]:  # what everything else is about
+            _ = shard["name"], shard["split"], shard["tokens"], shard["sha256"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{file} is damaged ({error!r}); delete the folder and prepare the data again"
@@ -108,14 +126,15 @@ def open_shard(path: Path) -> np.ndarray:
             raise ValueError(f"{path} is truncated or no .npy file ({error}); {remedy}") from error
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(
-                f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected a row of uint16"
+                f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected a row of uint16; "
+                f"{remedy}"
             )
         return np.asarray(tokens)
     header = np.fromfile(path, dtype="<i4", count=BIN_HEADER_INTS)
     if len(header) < BIN_HEADER_INTS or tuple(header[:2]) != (BIN_MAGIC, BIN_VERSION):
         raise ValueError(
             f"{path} begins with {header[:2].tolist()}, expected magic {BIN_MAGIC} and version "
-            f"{BIN_VERSION} of an llm.c shard"
+            f"{BIN_VERSION} of an llm.c shard; {remedy}"
         )
     expected, found = int(header[2]), (path.stat().st_size - BIN_HEADER_INTS * 4) // 2
     if found != expected:
@@ -145,17 +164,17 @@ class TokenShards:
             files = sorted(f for f in folder.glob("*") if name.fullmatch(f.name))
         if not files:
             raise FileNotFoundError(
-                f"no {split} shards in {folder}. Get some with\n"
-                f"  python fineweb.py --dataset fineweb-edu --out_dir {folder}"
-                "   # 10 B tokens from the Hugging Face hub\n"
-                "  python fineweb.py --dataset stdlib --out_dir data/stdlib"
-                "   # seconds, no network; then train with --data_dir data/stdlib"
+                f"no {split} shards in {folder}; `python fineweb.py --dataset fineweb-edu "
+                f"--out_dir {folder}` gets 10 B tokens from the hub, `python fineweb.py "
+                "--dataset stdlib` takes seconds and no network, for --data_dir data/stdlib"
             )
         self.shards: list[np.ndarray] = []
         quiet = None if verify else True
         for file in tqdm(files, f"checking {split}", leave=False, unit=" shards", disable=quiet):
             if not file.exists():
-                raise FileNotFoundError(f"{file} is missing, manifest.json lists it")
+                raise FileNotFoundError(
+                    f"{file} is missing, manifest.json lists it; prepare the data again"
+                )
             self.shards.append(open_shard(file))
             entry = listed.get(file.name, {})
             if entry.get("tokens", len(self.shards[-1])) != len(self.shards[-1]):
@@ -169,7 +188,10 @@ class TokenShards:
                     "manifest.json; delete it and prepare the data again"
                 )
             if verify and (largest := int(self.shards[-1].max(initial=0))) > END_OF_TEXT_ID:
-                raise ValueError(f"{file} holds token {largest}, GPT-2's go up to {END_OF_TEXT_ID}")
+                raise ValueError(
+                    f"{file} holds token {largest}, GPT-2's go up to {END_OF_TEXT_ID}; prepare the "
+                    "data with GPT-2's tokenizer"
+                )
         self.starts = np.cumsum([0, *map(len, self.shards)])
         identity = [
             (len(s), listed.get(f.name, {}).get("sha256"))
@@ -178,7 +200,8 @@ class TokenShards:
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
         if len(self) < 2:
             raise ValueError(
-                f"the {split} split of {folder} has {len(self)} tokens, expected at least 2"
+                f"the {split} split of {folder} has {len(self)} tokens, expected at least 2; "
+                "prepare more text"
             )
 
     def __len__(self) -> int:

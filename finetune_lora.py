@@ -3,7 +3,7 @@
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -122,7 +122,7 @@ def main(config: FinetuneConfig) -> None:
         with dist.main_first():
             base = load_model(config.model_name_or_path)
             config = replace(config, base_sha256=check_base(base, config))
-            config = replace(config, **check_same_run(run, asdict(config), config.resume))
+            config = replace(config, **check_same_run(run, config))
             torch.manual_seed(config.seed)
             name = config.model_name_or_path if config.use_lora else None
             model, resumed = load_newest(run, name) or (add_lora(base, config), None)

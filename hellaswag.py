@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import cli
 from checkpoint import check_vocabulary, load_model, lock_run, weights_sha256
-from data import sha256_of, write_atomically
+from data import naming, sha256_of, write_atomically
 from model import GPT
 from report import PROGRESS_SECONDS
 from runtime import Distributed, Precision, default_precision
@@ -183,18 +183,25 @@ class RowsLog:
                     "--out_dir"
                 )
         elif self.file.exists():
-            raise ValueError(f"{folder} holds a rows.jsonl without settings.json; choose another")
+            raise ValueError(
+                f"{folder} holds a rows.jsonl without settings.json; choose another --out_dir"
+            )
         else:
             write_json(settings_file, settings)
         if self.file.exists():
             lines = self.file.read_bytes()
             os.truncate(self.file, lines.rfind(b"\n") + 1)  # a kill has cut the last line short
             for line in lines[: lines.rfind(b"\n") + 1].splitlines():
-                record = json.loads(line)
-                self.records[record["row"]] = record
+                try:
+                    record = dict(json.loads(line))
+                    self.records[record["row"]] = record
+                except (ValueError, TypeError, KeyError) as error:
+                    raise ValueError(
+                        f"{self.file} is damaged: {error!r}; choose another --out_dir"
+                    ) from error
 
     def add(self, records: list[dict]) -> None:
-        with self.file.open("a") as file:
+        with naming(self.file), self.file.open("a") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
 
 

@@ -197,7 +197,7 @@ class InstructionData:
         if self.examples_per_step % micro:
             raise ValueError(
                 f"examples_per_step {self.examples_per_step} is no multiple of batch_size "
-                f"{self.batch_size} x {self.world_size} ranks = {micro}"
+                f"{self.batch_size} x {self.world_size} ranks = {micro}; choose one that divides it"
             )
 
     @functools.cached_property

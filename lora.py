@@ -134,7 +134,7 @@ def convert_linear_layer_to_lora(
 ) -> Model:
     """Give LoRA to all linears whose name contains `part_module_name`, or one of several parts
     separated by commas ("attn.c_attn,mlp"), in place. Scaling is alpha / r, with `use_rslora`
-    alpha / sqrt(r). ValueError for a part that is in no name.
+    alpha / sqrt(r). ValueError for a part that is in no name, and for a rank above a linear's own.
     """
     names = convertible(model)
     parts = [part.strip() for part in part_module_name.split(",")]
@@ -142,10 +142,13 @@ def convert_linear_layer_to_lora(
         if not part or not any(part in name for name in names):
             kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
             raise ValueError(
-                f"part_module_name {part!r} is in no linear's name; the linears without LoRA are "
+                f"no linear has {part!r} in its name; those without LoRA are "
                 f"{', '.join(kinds) or 'none'}"
             )
     chosen = [name for name in names if any(part in name for part in parts)]
+    for name in chosen:
+        if lora_dim > (least := min(model.get_parameter(f"{name}.weight").shape)):
+            raise ValueError(f"lora_dim is {lora_dim}, expected up to {least}, the rank of {name}")
     _convert(model, chosen, (lora_dim, lora_alpha, lora_dropout, use_rslora))
     return model
 
@@ -284,7 +287,7 @@ def read_adapter_config(folder: Path | str) -> dict:
             if not fits:
                 raise ValueError(f"{name} is {value!r}")
     except (ValueError, TypeError, KeyError, re.error) as error:
-        raise ValueError(f"{file} is damaged: {error!r}") from error
+        raise ValueError(f"{file} is damaged: {error!r}; save the adapter again") from error
     initialised = config.pop("init_lora_weights", True)
     if initialised not in (True, False, "gaussian", "eva"):  # others change the base's weights
         raise ValueError(f"{file}: init_lora_weights {initialised!r} is not supported")
@@ -340,6 +343,6 @@ def load_adapter(model: Model, path: Path | str, settings: Settings | None = Non
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of either file by their names in the model."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
+        raise FileNotFoundError(f"{file} is missing; expected an adapter, or a run that has one")
     tensors = read_tensors(file)
     return {n.removeprefix(PEFT_PREFIX).removesuffix(".weight"): t for n, t in tensors.items()}

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 import cli
 from checkpoint import read_metrics, read_run_config
-from data import read_manifest
+from data import naming, read_manifest
 
 # Validation loss of OpenAI's GPT-2 124M: on FineWeb as llm.c gives it, on FineWeb-Edu as
 # build-nanogpt does. Two different sets, so a run is only compared on its own.
@@ -93,7 +93,9 @@ def draw_runs(runs: list[Path], x: str = "step", more: dict[str, str] | None = N
 
 def plot_runs(runs: list[Path], file: Path, x: str = "step") -> None:
     """Draw runs into a picture, of the kind that the name of `file` says."""
-    draw_runs(runs, x).savefig(file, dpi=150)
+    figure = draw_runs(runs, x)
+    with naming(file):
+        figure.savefig(file, dpi=150)
 
 
 def plot_hellaswag(axes: Axes, runs: list[Path], logs: list[list[dict]], x: str) -> None:
@@ -123,4 +125,5 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--out", default="loss.png", help="the picture: .png, .svg or .pdf")
     parser.add_argument("--x", choices=AXES, default="step", help="what the curves are drawn over")
-    cli.tell_errors(lambda: main(parser.parse_args()))
+    args = parser.parse_args()
+    cli.tell_errors(lambda: main(args), args.debug)

@@ -36,6 +36,7 @@ FIELDS = {
     "layer_norm_epsilon": "layer_norm_epsilon",
     "tie_weights": "tie_word_embeddings",
 }
+KINDS = {"layer_norm_epsilon": (float, "a number"), "tie_weights": (bool, "true or false")}
 # What torch.load raises of a damaged file, and what a file of other contents leads to.
 TORCH_LOAD_ERRORS = (
     RuntimeError,
@@ -46,6 +47,7 @@ TORCH_LOAD_ERRORS = (
     AttributeError,
     TypeError,
 )
+SHOWN = 4  # names in an error
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference
 
 
@@ -54,7 +56,9 @@ def find_folder(name_or_path: str | Path) -> Path:
     if (Path(name_or_path) / "config.json").is_file():
         return Path(name_or_path)
     if Path(name_or_path).exists():
-        raise FileNotFoundError(f"{name_or_path} holds no config.json, so it is no model folder")
+        raise FileNotFoundError(
+            f"{name_or_path} holds no config.json, expected a model, a checkpoint or a run"
+        )
     try:
         for weights in WEIGHT_FILES:
             folder = Path(
@@ -79,16 +83,19 @@ def read_config(folder: Path) -> dict:
     try:
         hf = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is no config.json: {error}") from error
+        raise ValueError(
+            f"{file} is damaged or no config.json: {error}; save or download it again"
+        ) from error
     for option, (default, accepted) in OPTIONS.items():
         if (value := hf.get(option, default)) not in accepted:
             raise ValueError(f"{file}: {option} is {value!r}, this model has only {accepted}")
     fields = {field: hf[key] for field, key in FIELDS.items() if key in hf}
     if missing := [key for key in FIELDS.values() if key.startswith("n_") and key not in hf]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
-    for field, key in FIELDS.items():
-        if key.startswith(("n_", "vocab")) and type(fields.get(field, 0)) is not int:
-            raise ValueError(f"{file}: {key} is {fields[field]!r}, expected a whole number")
+    for field, value in fields.items():
+        kind, words = KINDS.get(field, (int, "a whole number from 1 up"))
+        if type(value) is not kind or (kind is int and value < 1):
+            raise ValueError(f"{file}: {FIELDS[field]} is {value!r}, expected {words}")
     if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
         raise ValueError(f"{file}: n_inner is {hf['n_inner']}, this model has 4 * n_embd")
     return fields
@@ -111,9 +118,12 @@ def write_folder(folder: Path, fields: dict, tensors: dict[str, torch.Tensor]) -
         "eos_token_id": end_of_text,
         "dtype": "float32",
     }
-    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder} is not written, maybe for want of room: {error}") from error
 
 
 def read_weights_into(views: dict[str, torch.Tensor], folder: Path) -> None:
@@ -138,12 +148,16 @@ def copy_tensors(
         ("unexpected", tensors.keys() - views.keys()),
     ):
         if names:
-            raise ValueError(f"{source}: {problem} tensors: {', '.join(sorted(names))}")
+            few = ", ".join(sorted(names)[:SHOWN])
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            raise ValueError(
+                f"{source}: {problem} tensors: {few}{more}; it was made for another model"
+            )
     for name, view in views.items():
         if tensors[name].shape != view.shape:
             raise ValueError(
                 f"{source}: {name} is {tuple(tensors[name].shape)}, the model has "
-                f"{tuple(view.shape)}"
+                f"{tuple(view.shape)}; it was made for another model"
             )
     for name, view in views.items():
         view.copy_(tensors[name])
@@ -177,5 +191,5 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:  # torch advises to load it unsafely
         raise ValueError(f"{file} is damaged, or holds more than tensors; save it again") from error
     except (SafetensorError, *TORCH_LOAD_ERRORS) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+        raise ValueError(f"{file} is damaged: {error}; save or download it again") from error
     return tensors

@@ -95,8 +95,10 @@ class Distributed:
             device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device {name} is not available: {reason}") from error
+            reason = str(error).splitlines()[0].split(". ")[0]
+            raise ValueError(
+                f"device {name} is not available: {reason}; use auto, which takes what is there"
+            ) from error
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if world_size > 1:

@@ -178,6 +178,8 @@ def main(config: SampleConfig) -> None:
     device = Distributed.start(config.device).device
     model = load_model(config.model, config.lora_load_path).to(device)
     check_vocabulary(model, config.model)
+    if not all(param.isfinite().all() for param in model.parameters()):
+        raise ValueError(f"{config.model} has weights that are no finite numbers; choose another")
     generator = torch.Generator(device).manual_seed(config.seed)
     if prompt is None:
         converse(model, config, generator)

@@ -182,7 +182,10 @@ def prepare(config: ShareConfig) -> Path:
     readme = card(config, found, base)
     folder = run / "share"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(found, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    try:
+        shutil.copytree(found, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    except shutil.Error as error:  # a list of all files
+        raise OSError(f"{folder} could not be written: {error.args[0][0][2]}; make room") from error
     (folder / "README.md").write_text(readme, encoding="utf-8")
     plot_runs([run], folder / "loss.png")
     if is_adapter:

@@ -110,7 +110,7 @@ def text_examples(
                 documents.append([])
             documents[-1].append(piece)
     if problems and not skip_bad_rows:
-        raise ValueError(f"{data} has {dict(problems)}; mend it, or add --skip_bad_rows")
+        raise ValueError(f"{data} has {dict(problems)}; mend it, or add --skip_bad_rows true")
     examples: list[Example] = []
     for document, pieces in enumerate(documents[:limit], start=1):
         text = "".join(pieces)
@@ -147,7 +147,7 @@ def hub_rows(repo: str, name: str | None, split: str) -> Iterator[dict]:
     except OSError as error:
         raise ConnectionError(
             f"the Hugging Face hub does not give {repo}: {error}. Without a network, name a file "
-            "of its rows with --data"
+            "of its rows with --data, or while training --hellaswag_data"
         ) from error
 
 
@@ -192,14 +192,14 @@ def load_examples(
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             if not skip_bad_rows:
                 raise ValueError(
-                    f"{where}: {reason}. Mend it, or leave such rows out with --skip_bad_rows"
+                    f"{where}: {reason}. Mend it, or leave such rows out: --skip_bad_rows true"
                 ) from error
             print(f"{where}: {reason}; left out")
         else:
             examples.append(Example(request, {"row": number, **facts}))
             without_parts += task == "hellaswag" and text == "lm-eval" and "ctx_a" not in row
     if not examples:
-        raise ValueError(f"{data} holds no rows")
+        raise ValueError(f"{data} holds no usable row")
     if without_parts:
         print(
             f"{without_parts} of {len(examples)} rows have no ctx_a and ctx_b; their ctx is taken "

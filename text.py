@@ -122,18 +122,28 @@ def open_binary(file: Path) -> io.BufferedIOBase:
 def read_parquet(file: Path, text_field: str) -> Iterator[str]:
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
+    except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{file} is damaged or no parquet file: {error}") from error
     if text_field not in parquet.schema_arrow.names:
         raise ValueError(
             f"{file} has no column {text_field!r}; --text_field may be one of "
             f"{', '.join(parquet.schema_arrow.names)}"
         )
-    for batch in parquet.iter_batches(batch_size=1000, columns=[text_field]):
+    batches = parquet.iter_batches(batch_size=1000, columns=[text_field])
+    while True:
+        try:
+            batch = next(batches, None)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{file} is damaged: {error}; get it again") from error
+        if batch is None:
+            return
         for value in batch.column(0):
             text = value.as_py() or ""
             if not isinstance(text, str):
-                raise ValueError(f"{file}: {text_field!r} holds {type(text).__name__}, no text")
+                raise ValueError(
+                    f"{file}: {text_field!r} holds {type(text).__name__}, no text; name another "
+                    "column with --text_field"
+                )
             yield text
 
 

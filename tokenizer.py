@@ -76,8 +76,11 @@ def save_tokenizer(folder: Path | str, block_size: int = 1024) -> None:
     """
     folder = Path(folder)
     tokenizer = _hugging_face_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer.model.save(str(folder))
+    try:
+        tokenizer.save(str(folder / "tokenizer.json"))
+        tokenizer.model.save(str(folder))
+    except Exception as error:  # the package's only one
+        raise OSError(f"the tokenizer cannot be written into {folder}: {error}") from error
     config = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": block_size,

@@ -1,7 +1,7 @@
 """Pretrain a GPT-2. On N devices: torchrun --standalone --nproc_per_node=N train_gpt2.py"""
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -56,10 +56,15 @@ def main(config: PretrainConfig) -> None:
     train_shards, val_shards = (
         TokenShards(config.data_dir, split, verify=dist.is_main) for split in ("train", "val")
     )
+    if (config.block_size or 0) >= len(train_shards):
+        raise ValueError(
+            f"block_size is {config.block_size}, but {config.data_dir} holds {len(train_shards)} "
+            "tokens to train on; lower it, or prepare more"
+        )
     run = Path(config.out_dir)
     with lock_run(run) if dist.is_main else nullcontext():
         with dist.main_first():
-            config = replace(config, **check_same_run(run, asdict(config), config.resume))
+            config = replace(config, **check_same_run(run, config))
             model, resumed = load_newest(run) or (new_model(config), None)
         shape = {name: getattr(model.config, name) for name in SHAPE}
         given = {name: getattr(config, name) for name in SHAPE}

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
@@ -31,6 +32,22 @@ def save(run, model, step: int, val_loss: float | None = None, keep: int = 2):
 
 def steps(run) -> list[int]:
     return [int(folder.name.removeprefix("step_")) for folder in checkpoints(run)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Some that shape the curve, of which `seed` may be left open, and some that do not."""
+
+    seed: int | None = None
+    max_lr: float = 0.5
+    keep: int = 2
+    batch_size: int = 4
+    resume: str = "auto"
+
+
+def begin_run(run, config: dict) -> None:
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "metrics.jsonl").write_text('{"step": 0}\n')
 
 
 def test_a_checkpoint_is_a_hugging_face_model(tmp_path):
@@ -102,20 +119,31 @@ def test_a_run_goes_on_only_as_it_was(tmp_path):
     """Settings that the curve depends on may not change; the error lists them as then and now.
     Others may, and a folder in which no run has begun belongs to nobody.
     """
-    config = {"max_lr": 1e-3, "seed": 1, "keep": 2, "batch_size": 4}
-    check_same_run(tmp_path, config, "never")
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"seed": 2}))
-    check_same_run(tmp_path, config, "never")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
-    free = config | {"seed": None, "keep": 9, "batch_size": 2}
-    assert check_same_run(tmp_path, free, "auto") == {"seed": 2}
+    config = Settings(max_lr=1e-3, seed=1, keep=2, batch_size=4)
+    check_same_run(tmp_path, replace(config, resume="never"))
+    begin_run(tmp_path, {**asdict(config), "seed": 2})
+    free = replace(config, seed=None, keep=9, batch_size=2)
+    assert check_same_run(tmp_path, free) == {"seed": 2}
     with pytest.raises(ValueError, match=r"max_lr 0.001 then, 0.002 now; seed 2 then, 1 now"):
-        check_same_run(tmp_path, config | {"max_lr": 2e-3}, "auto")
+        check_same_run(tmp_path, replace(config, max_lr=2e-3))
     with pytest.raises(ValueError, match="--resume is never"):
-        check_same_run(tmp_path, free, "never")
+        check_same_run(tmp_path, replace(free, resume="never"))
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ValueError, match=r"config.yaml is damaged"):
-        check_same_run(tmp_path, free, "auto")
+        check_same_run(tmp_path, free)
+
+
+def test_a_run_from_before_a_setting_has_had_its_default(tmp_path):
+    """A run whose config.yaml lacks a setting goes on with its default and with no other value; a
+    setting that there is no more keeps it from going on.
+    """
+    begin_run(tmp_path, {"seed": 1, "batch_size": 4})
+    assert check_same_run(tmp_path, Settings(seed=1)) == {}
+    with pytest.raises(ValueError, match=r"max_lr 0.5 then, 0.25 now"):
+        check_same_run(tmp_path, Settings(seed=1, max_lr=0.25))
+    begin_run(tmp_path, {"seed": 1, "dropout": 0.1})
+    with pytest.raises(ValueError, match=r"dropout 0.1 then, None now"):
+        check_same_run(tmp_path, Settings(seed=1))
 
 
 def test_the_log_is_appended_and_a_step_stands_once(tmp_path):

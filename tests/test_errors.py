@@ -2,11 +2,14 @@
 
 import json
 import os
+import resource
 import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import cli
 import finetune_lora
@@ -14,7 +17,10 @@ import fineweb
 import hellaswag
 import plot
 import sample
+import share
 import train_gpt2
+from checkpoint import MetricsLog
+from data import write_shard
 from model import GPT, GPTConfig
 from tokenizer import save_tokenizer
 
@@ -24,20 +30,33 @@ CONFIGS = {
     "hellaswag": (hellaswag.main, hellaswag.EvalConfig),
     "sample": (sample.main, sample.SampleConfig),
     "fineweb": (fineweb.main, fineweb.PrepareConfig),
+    "share": (share.main, share.ShareConfig),
 }
 NOISE = bytes(range(256)) * 4
 
 # The command line and a part of what it must say, which names the value or the file.
 WRONG = [
-    ("train_gpt2 --config noise.yaml", "--config is no YAML"),
-    ("train_gpt2 --config list.yaml", "config"),
-    ("train_gpt2 --config syntax.yaml", "in the --config file, line 1"),
+    ("train_gpt2 --config nothing.yaml", "nothing.yaml: no such file, expected one of YAML"),
+    ("train_gpt2 --config empty", "empty: no such file, expected one of YAML"),
+    ("train_gpt2 --config noise.yaml", "noise.yaml: no YAML"),
+    ("train_gpt2 --config list.yaml", "list.yaml: holds ['a'], expected lines of NAME: VALUE"),
+    ("train_gpt2 --config file", "file: holds None, expected lines of NAME: VALUE"),
+    ("train_gpt2 --config syntax.yaml", 'in "syntax.yaml", line 1'),
+    ("train_gpt2 --config key.yaml", "key.yaml: max_stepz is none of the settings"),
+    ("train_gpt2 --config choice.yaml", "choice.yaml: optimizer is sgd, expected adamw or muon"),
     ("train_gpt2 --config null.yaml", "batch_size is null"),
+    ("train_gpt2 --config nan.yaml", "weight_decay is nan, expected a finite number"),
+    ("train_gpt2 --n_layer two", "n_layer is two, expected a whole number or null"),
+    ("train_gpt2 --precision fp8", "precision is fp8, expected fp32 or bf16 or fp16 or null"),
     ("train_gpt2 --data_dir empty", "no train shards in empty"),
+    ("train_gpt2 --data_dir half", "half/manifest.json is damaged"),
+    ("train_gpt2 --data_dir few --block_size 9", "block_size is 9, but few holds 9 tokens"),
     ("train_gpt2 --max_lr nan", "nan"),
     ("train_gpt2 surplus", "surplus"),
     ("train_gpt2 --seed 99999999999999999999999", "expected less than 2**63"),
     ("finetune_lora --model_name_or_path words", "words/config.json: n_layer is 'two'"),
+    ("finetune_lora --model_name_or_path slack", "slack/config.json: layer_norm_epsilon is 'x'"),
+    ("finetune_lora --model_name_or_path tiny --data rows.json --lora_dim 33", "expected up to 32"),
     ("finetune_lora --model_name_or_path tiny --lora_load_path noise.pt", "noise.pt"),
     ("finetune_lora --model_name_or_path tiny --data noise.json", "noise.json is damaged"),
     ("finetune_lora --model_name_or_path tiny --data empty", "empty: Is a directory"),
@@ -45,15 +64,21 @@ WRONG = [
     ("hellaswag --model tiny --data nothing.jsonl", "nothing.jsonl: No such file"),
     ("hellaswag --model tiny --data noise.jsonl.gz", "noise.jsonl.gz is truncated or damaged"),
     ("hellaswag --model tiny --data row.jsonl --out_dir torn", "torn/settings.json is damaged"),
-    ("hellaswag --model tiny --data row.jsonl --out_dir file", "file: File exists"),
+    ("hellaswag --model tiny --data row.jsonl --out_dir file", "file: File exists; expected a"),
     ("sample --model empty --prompt x", "empty holds no config.json"),
     ("sample --model gpt2-nowhere --prompt x", "Without a network, name a folder"),
     ("sample --model tiny --top_p 2", "top_p is 2.0, expected above 0"),
+    ("sample --model slack --prompt x", "slack/config.json: layer_norm_epsilon is 'x'"),
+    ("sample --model broken --prompt x", "broken has weights that are no finite numbers"),
     ("fineweb --dataset empty", "empty is neither a data set"),
     ("fineweb --dataset text.txt --out_dir file", "file"),
-    ("plot nothing", "nothing is no run folder"),
+    ("plot nothing", "nothing/metrics.jsonl does not exist; expected nothing to be an --out_dir"),
+    ("plot word_run", "word_run/metrics.jsonl is damaged"),
+    ("plot syntax_run", "syntax_run/config.yaml is damaged"),
     ("plot noise_run", "noise_run/metrics.jsonl is damaged"),
     ("plot list_run", "list_run/metrics.jsonl is damaged"),
+    ("share --repo_id me/x --dry_run true --run bare", "step_000001/progress.json: No such file"),
+    ("share --repo_id me/x --dry_run true --run list_run", "progress.json is damaged"),
 ]
 
 
@@ -62,26 +87,46 @@ def workplace(tmp_path_factory) -> Path:
     """A folder with a tiny model and with everything that is wrong."""
     folder = tmp_path_factory.mktemp("errors")
     model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32))
-    for name in ("tiny", "words"):
+    for name, wrong in (
+        ("tiny", {}),
+        ("words", {"n_layer": "two"}),
+        ("slack", {"layer_norm_epsilon": "x"}),
+        ("broken", {}),
+    ):
+        if name == "broken":
+            model.transformer.wpe.weight.data.fill_(torch.nan)
         model.save_pretrained(folder / name)
         save_tokenizer(folder / name, 32)
-    config = json.loads((folder / "words" / "config.json").read_text())
-    (folder / "words" / "config.json").write_text(json.dumps({**config, "n_layer": "two"}))
-    for name in ("empty", "torn", "noise_run", "list_run"):
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(config | wrong))
+    for name in ("empty", "torn", "noise_run", "list_run", "word_run", "syntax_run", "half", "few"):
         (folder / name).mkdir()
+    for name in ("bare", "list_run"):
+        (folder / name / "checkpoints" / "step_000001").mkdir(parents=True)
+    for split in ("train", "val"):
+        write_shard(folder / "few" / f"x_{split}.npy", np.arange(9))
     for name, content in {
         "noise.yaml": b"\xff\xfe\x00",
         "list.yaml": b"- a\n",
         "syntax.yaml": b"max_steps: [1\n",
         "null.yaml": b"batch_size: null\n",
+        "key.yaml": b"max_stepz: 3\n",
+        "choice.yaml": b"optimizer: sgd\n",
+        "nan.yaml": b"weight_decay: .nan\n",
         "noise.pt": NOISE,
         "noise.json": NOISE,
         "noise.jsonl.gz": NOISE,
         "row.jsonl": b'{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}\n',
+        "rows.json": json.dumps([{"prompt": "a", "completion": "b"}] * 2).encode(),
         "text.txt": b"some words " * 9,
+        "half/manifest.json": b'{"shards": [{"name": "x"}]}',
         "torn/settings.json": b"{",
         "noise_run/metrics.jsonl": b"no json\n",
         "list_run/metrics.jsonl": b"[1]\n",
+        "list_run/checkpoints/step_000001/progress.json": b"{",
+        "word_run/metrics.jsonl": b'{"step": "one"}\n',
+        "syntax_run/metrics.jsonl": b'{"step": 1, "tokens": 1, "val_loss": 1.0}\n',
+        "syntax_run/config.yaml": b"seed: [1\n",
         "file": b"",
     }.items():
         (folder / name).write_bytes(content)
@@ -99,7 +144,7 @@ def command(name: str) -> None:
 def test_wrong_input_is_told_in_a_line(workplace, monkeypatch, capsys, line, expected):
     """One statement on stderr that names what is wrong, exit code 2, and no traceback."""
     name, *args = line.split()
-    device = [] if name in ("fineweb", "plot") else ["--device", "cpu"]
+    device = [] if name in ("fineweb", "plot", "share") else ["--device", "cpu"]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *args, *device])
@@ -110,15 +155,69 @@ def test_wrong_input_is_told_in_a_line(workplace, monkeypatch, capsys, line, exp
     assert error.startswith("error: ")
     assert expected in error
     assert error.count("error: ") == 1
-    assert error.count("\n") == 1 or "Get some with" in error  # which lists commands
+    assert error.count("\n") == 1
 
 
-def test_full_disk_is_told_with_a_remedy(capsys):
-    """An error of the system that names no file is told in plain words too."""
+def test_damaged_rows_of_an_evaluation_are_named(tmp_path):
+    """An evaluation does not go on from a rows.jsonl that is none."""
+    (tmp_path / "settings.json").write_text("{}")
+    for content in ("{\n", "[1]\n", "{}\n"):
+        (tmp_path / "rows.jsonl").write_text(content)
+        with pytest.raises(ValueError, match=r"rows.jsonl is damaged.* choose another --out_dir"):
+            hellaswag.RowsLog(tmp_path, {})
 
-    def write() -> None:
-        raise OSError(28, os.strerror(28))
 
-    with pytest.raises(SystemExit):
-        cli.tell_errors(write)
-    assert "the output: No space left on device; check" in capsys.readouterr().err
+def test_what_a_user_can_mend_is_told_and_a_fault_is_not(capsys):
+    """An error of the system that names no file, and too little memory on either kind of device,
+    are told in plain words; a fault of the program, and any with --debug, keeps its traceback.
+    """
+    full = OSError(28, os.strerror(28))
+    for error, told in (
+        (full, "the output: No space left on device; check"),
+        (MemoryError("Unable to allocate 1 TiB"), "too little memory: Unable to allocate 1 TiB"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "too little memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "too little memory: CUDA out of memory"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.tell_errors(raiser(error))
+        assert told in capsys.readouterr().err
+        with pytest.raises(type(error)):
+            cli.tell_errors(raiser(error), debug=True)
+    with pytest.raises(RuntimeError, match="a fault"):
+        cli.tell_errors(raiser(RuntimeError("a fault")))
+
+
+def raiser(error: Exception):
+    def call() -> None:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (lambda: write_shard(Path("x.npy"), np.arange(200)), "x.npy"),
+        (lambda: GPT(GPTConfig(64, 1000, 1, 1, 8)).save_pretrained("model"), "model"),
+        (lambda: save_tokenizer("run"), "run"),
+        (lambda: MetricsLog(Path("run")).write({"step": 2, "x": "x" * 300}), "run/metrics.jsonl"),
+        (lambda: plot.plot_runs([Path("run")], Path("loss.png")), "loss.png"),
+    ],
+    ids=["shard", "model", "tokenizer", "log", "plot"],
+)
+def test_a_full_disk_is_noticed_and_named(tmp_path, monkeypatch, write, name):
+    """Where no more than 300 bytes fit into a file, whatever writes fails with its name: nothing is
+    cut short in silence.
+    """
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("seed: 1\n")
+    Path("run/metrics.jsonl").write_text('{"step": 1, "tokens": 1, "val_loss": 1.0}\n')
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        with pytest.raises(OSError, match=name) as raised:
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in str(raised.value)

@@ -184,7 +184,7 @@ def test_wrong_input_is_told_in_a_line(folder):
     GPT(GPTConfig(vocab_size=1000, n_layer=1, n_head=1, n_embd=8)).save_pretrained("other_vocab")
     for wrong, match in (
         ({"lora_dim": 0}, "lora_dim is 0, expected at least 1"),
-        ({"lora_module_name": "q_proj"}, "part_module_name 'q_proj' is in no linear's name"),
+        ({"lora_module_name": "q_proj"}, "no linear has 'q_proj' in its name"),
         ({"model_name_or_path": "other_vocab"}, "has 1000 tokens, GPT-2's tokenizer 50257"),
         ({"lora_load_path": "nowhere"}, "nowhere does not exist"),
         ({"max_lr": -1.0}, "expected 0 <= min <= max"),

@@ -248,6 +248,11 @@ def test_wrong_sources_are_named(tmp_path):
     (tmp_path / "b.parquet").write_bytes(b"PAR1?")
     with pytest.raises(ValueError, match=r"b.parquet is damaged"):
         prepare(tmp_path / "out", tmp_path / "b.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"] * 9}), tmp_path / "c.parquet")
+    whole = (tmp_path / "c.parquet").read_bytes()  # its pages come first, its schema last
+    (tmp_path / "c.parquet").write_bytes(whole[:4] + b"\xff" * 40 + whole[44:])
+    with pytest.raises(ValueError, match=r"c.parquet is damaged"):
+        prepare(tmp_path / "out", tmp_path / "c.parquet")
 
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())

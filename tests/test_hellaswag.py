@@ -573,7 +573,7 @@ def test_damaged_input_is_told(folder, tmp_path):
     """
     for name, content, reason in (
         ("cut.jsonl.gz", gzip.compress(ROWS.read_bytes())[:-50], "truncated or damaged"),
-        ("empty.jsonl", b"\n", "holds no rows"),
+        ("empty.jsonl", b"\n", "holds no usable row"),
         ("rows.csv", b"a", "neither .jsonl nor"),
     ):
         (tmp_path / name).write_bytes(content)
