@@ -274,7 +274,7 @@ def test_a_part_that_matches_nothing(tiny_model):
     with pytest.raises(ValueError, match="the model has no LoRA"):
         only_optimize_lora_parameters(tiny_model)
     convert_linear_layer_to_lora(tiny_model)
-    with pytest.raises(ValueError, match="the linears without LoRA are none"):
+    with pytest.raises(ValueError, match="those without LoRA are none"):
         convert_linear_layer_to_lora(tiny_model)
 
 
