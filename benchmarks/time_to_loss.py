@@ -40,10 +40,16 @@ BASELINE, TUNED, FAST = "build-nanogpt's", "AdamW, tuned", "fast"
 Recipes = dict[str, tuple[dict, list[float]]]
 RECIPES: Recipes = {  # settings of train_gpt2.py, and the lengths at which the recipe runs
     BASELINE: ({"max_lr": 6e-4, "min_lr": 6e-5}, [1.0]),
-    TUNED: ({"max_lr": 2e-3, "schedule": "wsd"}, [1.0]),
+    TUNED: ({"max_lr": 2e-3, "schedule": "wsd", "decay_fraction": 1.0}, [1.0]),  # by --sweep
     FAST: (
-        {"optimizer": "muon", "schedule": "wsd", "max_lr": 2e-3, "zero_residual": True},
-        [0.35, 0.4, 0.45, 0.5],
+        {
+            "optimizer": "muon",
+            "schedule": "wsd",
+            "max_lr": 8e-3,  # this and the next by --sweep, for so small a model
+            "decay_fraction": 0.7,
+            "zero_residual": True,
+        },
+        [0.2, 0.225, 0.25, 0.3],
     ),
 }
 
@@ -62,8 +68,8 @@ FAST_SWEEP: Recipes = {
     f"fast, {name} {value:g}": ({**RECIPES[FAST][0], name: value}, [0.3])
     for name, values in (
         ("muon_lr", (0.01, 0.02, 0.04)),
-        ("max_lr", (4e-3, 8e-3)),
-        ("decay_fraction", (0.7, 1.0)),
+        ("max_lr", (2e-3, 4e-3, 16e-3)),
+        ("decay_fraction", (0.4, 1.0)),
         ("zero_residual", (False,)),
     )
     for value in values
