@@ -40,7 +40,7 @@ BASELINE, TUNED, FAST = "build-nanogpt's", "AdamW, tuned", "fast"
 Recipes = dict[str, tuple[dict, list[float]]]
 RECIPES: Recipes = {  # settings of train_gpt2.py, and the lengths at which the recipe runs
     BASELINE: ({"max_lr": 6e-4, "min_lr": 6e-5}, [1.0]),
-    TUNED: ({"max_lr": 2e-3, "schedule": "wsd", "decay_fraction": 1.0}, [1.0]),  # by --sweep
+    TUNED: ({"max_lr": 1.5e-3, "schedule": "wsd", "decay_fraction": 1.0}, [1.0]),  # by --sweep
     FAST: (
         {
             "optimizer": "muon",
@@ -61,7 +61,7 @@ SCHEDULES: dict[str, dict] = {  # of AdamW in the sweep; a cosine goes to a tent
 }
 ADAMW_SWEEP: Recipes = {
     f"AdamW {lr:g}, {name}": ({"max_lr": lr, "min_lr": lr / 10, **schedule}, [1.0])
-    for lr in (1e-3, 2e-3, 4e-3, 8e-3)
+    for lr in (1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3)
     for name, schedule in SCHEDULES.items()
 }
 FAST_SWEEP: Recipes = {
