@@ -1,6 +1,8 @@
 # Two commands do all the set-up: `make demo` and `make test`, each alone, on a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
+# A process a core with a file of tests each, since several share a trained model.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 .PHONY: demo test test-all lint clean
 
@@ -10,10 +12,10 @@ demo: .venv/installed
 	$(BIN)/python finetune_lora.py --config configs/demo_lora.yaml
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 test-all: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -51,6 +51,8 @@ def run(tmp_path_factory) -> Path:
         {"name": "a_train_0.npy", "tokens": 7000, "split": "train"},
         {"name": "a_train_1.npy", "tokens": 5345, "split": "train"},
     ]
+    for shard in shards:
+        shard["sha256"] = "0" * 64
     manifest = {"dataset": "poems", "shards": shards}
     (folder / "data" / "manifest.json").write_text(json.dumps(manifest))
     config = {"max_lr": 0.125, "data_dir": str(folder / "data"), "out_dir": "secret/place"}

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -190,10 +191,13 @@ def test_talking_to_it_on_a_terminal(folder):
     os.close(theirs)
     seen = io.BytesIO()
 
-    def wait_for(text: bytes) -> None:
-        start, deadline = seen.tell(), time.monotonic() + 60
+    def wait_for(text: bytes, again: Callable[[], None] = lambda: None) -> None:
+        start, begun, tried = seen.tell(), time.monotonic(), 0
         while text not in seen.getvalue()[start:]:
-            assert time.monotonic() < deadline, seen.getvalue()[-500:]
+            if time.monotonic() - begun > 20 * (tried + 1):
+                tried += 1
+                assert tried < 4, seen.getvalue()[-500:]
+                again()
             seen.write(os.read(ours, 4096))
 
     try:
@@ -202,7 +206,8 @@ def test_talking_to_it_on_a_terminal(folder):
         wait_for(b"\nHello")
         time.sleep(0.3)  # let it write
         process.send_signal(signal.SIGINT)
-        wait_for(b"prompt: ")
+        # Python drops one that comes while an object is finalised; a person presses again.
+        wait_for(b"prompt: ", again=lambda: process.send_signal(signal.SIGINT))
         os.write(ours, b"\n")
         assert process.wait(30) == 0
     finally:
