@@ -90,6 +90,7 @@ def encode(texts: list[tuple[str, bool]]) -> list[np.ndarray]:
     document has none.
     """
     tokenizer = get_tokenizer()
+    start = np.array([END_OF_TEXT_ID], dtype=np.uint16)
     rows: list[np.ndarray] = []
     for text, starts in texts:
         if starts and not text.strip():
@@ -101,7 +102,7 @@ def encode(texts: list[tuple[str, bool]]) -> list[np.ndarray]:
             mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             tokens = tokenizer.encode_to_numpy(mended, disallowed_special=())
         tokens = tokens.astype(np.uint16)
-        rows.append(np.insert(tokens, 0, END_OF_TEXT_ID) if starts else tokens)
+        rows.append(np.concatenate([start, tokens]) if starts else tokens)
     return rows
 
 
