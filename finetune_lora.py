@@ -32,6 +32,7 @@ from lora import (
     only_optimize_lora_parameters,
 )
 from model import GPT
+from plot import points
 from runtime import Distributed, keep_freed_memory
 from tokenizer import save_tokenizer
 from training import Prompt, TrainConfig, train
@@ -220,13 +221,10 @@ def describe_lora(model: GPT) -> str:
 
 def write_train_data(run: Path) -> None:
     """train_data.json: the losses and their steps, as lists to be plotted."""
-    data = {}
+    data, records = {}, read_metrics(run)
     for name, key in (("train", "train_loss"), ("eval", "val_loss")):
-        points = [(r["step"], r[key]) for r in read_metrics(run) if r.get(key) is not None]
-        data[f"{name}_steps"] = [step for step, _ in points]
-        data[f"{name}_loss"] = [loss for _, loss in points]
-    text = json.dumps(data) + "\n"
-    write_atomically(run / "train_data.json", lambda file: file.write(text.encode()))
+        data[f"{name}_steps"], data[f"{name}_loss"] = points(records, key, "step")
+    write_atomically(run / "train_data.json", (json.dumps(data) + "\n").encode())
 
 
 def write_merged(model: GPT, folder: str) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import cli
 from checkpoint import check_vocabulary, load_model, lock_run, weights_sha256
-from data import naming, sha256_of, write_atomically
+from data import naming, sha256_of, write_json
 from model import GPT
 from report import PROGRESS_SECONDS
 from runtime import Distributed, Precision, default_precision
@@ -155,11 +155,6 @@ def settings_of(config: EvalConfig, model: GPT) -> dict:
     else:
         data = " ".join(sha256_of(file) for file in find_files([config.data]))
     return {**{k: getattr(config, k) for k in keys}, "data": data, "weights": weights_sha256(model)}
-
-
-def write_json(file: Path, content: dict) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(file, lambda stream: stream.write(text.encode()))
 
 
 class RowsLog:

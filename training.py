@@ -247,8 +247,7 @@ def announce(model: GPT, data: TrainingData, config: TrainConfig) -> None:
     text = cli.as_yaml(config)
     print(text)
     print(describe(parameter_groups(model), data), flush=True)
-    file = Path(config.out_dir) / "config.yaml"
-    write_atomically(file, lambda stream: stream.write(text.encode()))
+    write_atomically(Path(config.out_dir) / "config.yaml", text.encode())
 
 
 @contextmanager
