@@ -162,16 +162,8 @@ def samples(records: list[dict]) -> str:
 
 
 def table(rows: dict) -> str:
-    return "".join(
-        (
-            "<table>",
-            *(
-                f"<tr><th>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>"
-                for k, v in rows.items()
-            ),
-            "</table>",
-        )
-    )
+    cells = (f"<th>{escape(str(k))}</th><td>{escape(str(v))}</td>" for k, v in rows.items())
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def curves(run: Path) -> str:
