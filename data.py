@@ -20,11 +20,10 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import END_OF_TEXT_ID
+from tokenizer import END_OF_TEXT_ID, IGNORE_INDEX
 
 # The header of llm.c's and modded-nanogpt's .bin shards (llm.c, dev/data/data_common.py).
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_INTS = 20240520, 1, 256
-IGNORE_INDEX = -100  # a target that is not predicted; the default of F.cross_entropy
 
 Batch = tuple[np.ndarray, np.ndarray]  # idx and targets, both (B, T) int64
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import IGNORE_INDEX, Batch, in_epochs
+from data import Batch, in_epochs
 from text import stdlib_definitions
-from tokenizer import END_OF_TEXT_ID, get_tokenizer
+from tokenizer import END_OF_TEXT_ID, IGNORE_INDEX, get_tokenizer
 
 DEFAULT_DATA = "yahma/alpaca-cleaned"
 # Stanford Alpaca's prompts, as its train.py has them.

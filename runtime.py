@@ -24,8 +24,9 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from data import IGNORE_INDEX, Batch, TrainingData
+from data import Batch, TrainingData
 from model import GPT
+from tokenizer import IGNORE_INDEX
 
 if sys.platform != "win32":
     import resource

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import instructions
-from data import IGNORE_INDEX
 from instructions import (
     Example,
     InstructionData,
@@ -16,7 +15,7 @@ from instructions import (
     read_examples,
     split_examples,
 )
-from tokenizer import END_OF_TEXT_ID, get_tokenizer
+from tokenizer import END_OF_TEXT_ID, IGNORE_INDEX, get_tokenizer
 
 ROWS = [
     {"instruction": "Say hello.", "input": "", "output": "Hello!"},
