@@ -19,9 +19,8 @@ from checkpoint import check_vocabulary, load_model, lock_run, weights_sha256
 from data import naming, sha256_of, write_json
 from model import GPT
 from report import PROGRESS_SECONDS
-from runtime import Distributed, Precision, default_precision
+from runtime import Distributed, Precision, autocast_dtype, default_precision
 from scoring import Score, score
-from step import AUTOCAST_DTYPE
 from tasks import HUB_ROWS, Example, load_examples, predictions
 from text import find_files
 
@@ -210,8 +209,8 @@ def evaluate(
     """The records of all examples, those that `log` has already and new ones, which it gets."""
     records = dict(log.records) if log else {}
     done = frozenset(i for i, e in enumerate(examples) if e.facts["row"] in records)
-    dtype = AUTOCAST_DTYPE[config.precision or default_precision(device)]
-    autocast = torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
+    dtype = autocast_dtype(config.precision, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
     bar = tqdm(total=len(examples), initial=len(done), unit=" rows", disable=None)
     last_line, total, n = time.perf_counter(), 0.0, 0.0
     with autocast, bar:

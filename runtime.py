@@ -170,6 +170,12 @@ def default_precision(device: torch.device) -> Precision:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def autocast_dtype(precision: Precision | None, device: torch.device) -> torch.dtype | None:
+    """Of matrix products at this precision, or at the default of the device; None is fp32."""
+    dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return dtypes[precision or default_precision(device)]
+
+
 def keep_freed_memory(dist: Distributed) -> None:
     """On a CPU have glibc keep what is freed for the next allocation, for the rest of the process.
     By default it gives every large tensor back to the system, and the page faults of the next one

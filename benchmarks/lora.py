@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import cli
 from lora import convert_linear_layer_to_lora, merge_lora, only_optimize_lora_parameters
 from model import GPT, Block, GPTConfig
-from step import AUTOCAST_DTYPE, BETAS
+from runtime import autocast_dtype
+from step import BETAS
 
 VOCAB_SIZE = 50257
 LORA_TARGETS = ["c_attn", "c_proj", "c_fc"]
@@ -96,7 +97,7 @@ class Contender:
 
     def __init__(self, model: torch.nn.Module, config: BenchmarkConfig):
         self.model, self.device = model.train().to(config.device), config.device
-        self.dtype = AUTOCAST_DTYPE[config.precision]
+        self.dtype = autocast_dtype(config.precision, torch.device(config.device))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, betas=BETAS, fused=True)
 
