@@ -22,7 +22,13 @@ from checkpoint import (
     weights_sha256,
 )
 from data import write_atomically
-from instructions import InstructionData, held_out_batches, read_examples, split_examples
+from instructions import (
+    InstructionData,
+    default_data,
+    held_out_batches,
+    read_examples,
+    split_examples,
+)
 from lora import (
     Settings,
     convert_linear_layer_to_lora,
@@ -127,8 +133,9 @@ def main(config: FinetuneConfig) -> None:
             torch.manual_seed(config.seed)
             name = config.model_name_or_path if config.use_lora else None
             model, resumed = load_newest(run, name) or (add_lora(base, config), None)
-            examples = read_examples(config.data, base.config.block_size)
-        config = resolve(config, model).on(dist.device)
+            data_name = config.data or default_data()
+            examples = read_examples(data_name, base.config.block_size)
+        config = replace(resolve(config, model), data=data_name).on(dist.device)
         if config.use_lora:
             only_optimize_lora_parameters(model)
         examples, held_out = split_examples(examples, config.val_fraction, config.seed)

@@ -129,7 +129,7 @@ def training_facts(run: Path, step: int) -> dict[str, str]:
                 f", {sizes['train']:,} tokens, and {sizes['val']:,} for validation"
             )
     else:
-        facts["training data"] = f"{config.get('data') or 'yahma/alpaca-cleaned'} (instructions)"
+        facts["training data"] = f"{config.get('data') or 'not noted'} (instructions)"
     facts["tokens"] = f"{records[-1]['tokens']:,} in {step:,} steps" if records else "none logged"
     for key, label in (
         ("train_loss", "training loss of the last step"),

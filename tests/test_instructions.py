@@ -10,6 +10,7 @@ import instructions
 from instructions import (
     Example,
     InstructionData,
+    default_data,
     held_out_batches,
     pad,
     read_examples,
@@ -165,7 +166,8 @@ def test_without_a_hub(monkeypatch, capsys):
         raise ConnectionError(f"the hub did not give {name}")
 
     monkeypatch.setattr(instructions, "_hub_rows", unreachable)
-    examples = read_examples(None, 1024)
+    assert default_data() == "stdlib"
+    examples = read_examples("stdlib", 1024)
     assert "did not give yahma/alpaca-cleaned; going on with --data stdlib" in (
         capsys.readouterr().out
     )
