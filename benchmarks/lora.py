@@ -33,7 +33,6 @@ from model import GPT, Block, GPTConfig
 from runtime import autocast_dtype
 from step import BETAS
 
-VOCAB_SIZE = 50257
 LORA_TARGETS = ["c_attn", "c_proj", "c_fc"]
 
 
@@ -181,7 +180,7 @@ def theirs(kind: str, config: BenchmarkConfig) -> Contender:
 
 
 def random_ids(B: int, T: int, config: BenchmarkConfig) -> torch.Tensor:
-    return torch.randint(VOCAB_SIZE, (B, T), device=config.device)
+    return torch.randint(GPTConfig.vocab_size, (B, T), device=config.device)
 
 
 def compare_times(
