@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data import Batch, in_epochs
-from text import stdlib_definitions
+from text import sha256, stdlib_definitions
 from tokenizer import END_OF_TEXT_ID, IGNORE_INDEX, get_tokenizer
 
 DEFAULT_DATA = "yahma/alpaca-cleaned"
@@ -130,8 +130,7 @@ def _docstring_rows() -> list[dict]:
         paragraph = " ".join(docstring.split("\n\n")[0].split())
         if len(paragraph.split()) in DOCSTRING_WORDS:
             rows[f"def {node.name}({ast.unparse(node.args)}):\n"] = paragraph
-    order = sorted(rows, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
-    return [{"prompt": prompt, "completion": rows[prompt]} for prompt in order]
+    return [{"prompt": p, "completion": rows[p]} for p in sorted(rows, key=sha256)]
 
 
 def _prompt_and_completion(row: object, where: str) -> tuple[str, str]:
@@ -169,7 +168,7 @@ def pad(examples: list[Example]) -> Batch:
     """One example a row, so that none sees another, filled up with <|endoftext|>, which no real
     token sees. Only completions are targets.
     """
-    longest = max((len(e.tokens) - 1 for e in examples), default=1)
+    longest = max(len(e.tokens) - 1 for e in examples)
     shape = len(examples), -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
     idx = np.full(shape, END_OF_TEXT_ID, dtype=np.int64)
     targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
