@@ -116,6 +116,10 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def tokens_in(manifest: dict, split: str) -> int:
+    return sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == split)
+
+
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a .npy or .bin shard as a read-only memory map of uint16."""
     remedy = "delete it and prepare the data again"
