@@ -283,40 +283,56 @@ def check_same_run(run: Path, config: "DataclassInstance") -> dict:
     return {key: earlier[key] for key in left_open}
 
 
-class MetricsLog:
-    """metrics.jsonl: appended to, never rewritten, a line a step. Steps that a resumed run repeats
-    are in it already and come out the same, so they are not written again.
+def read_log(file: Path, key: str) -> list[dict]:
+    """A log, a JSON object with a number under `key` on every line; a last line that a crash has
+    cut short is left out.
+    """
+    lines = file.read_bytes()
+    try:
+        records = [dict(json.loads(line)) for line in lines[: lines.rfind(b"\n") + 1].splitlines()]
+        [record[key] + 0 for record in records]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error!r}), expected a JSON object with its {key} on every line; "
+            "mend the line, or choose another folder"
+        ) from error
+    return records
+
+
+class Log:
+    """A file of JSON objects, one a line: appended to, never rewritten."""
+
+    def __init__(self, file: Path, key: str):
+        self.file = file
+        self.records: list[dict] = []  # from before
+        if file.exists():
+            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # cut short, so never logged
+            self.records = read_log(file, key)
+
+    def append(self, *records: dict) -> None:
+        with naming(self.file), self.file.open("a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+
+
+class MetricsLog(Log):
+    """metrics.jsonl, a line a step. Steps that a resumed run repeats are in it already and come out
+    the same, so they are not written again.
     """
 
     def __init__(self, run: Path):
-        self.file = run / "metrics.jsonl"
-        self.last_step = -1
-        if self.file.exists():
-            lines = self.file.read_bytes()
-            os.truncate(self.file, lines.rfind(b"\n") + 1)  # a line cut short was never logged
-            self.last_step = max((r["step"] for r in read_metrics(run)), default=-1)
+        super().__init__(run / "metrics.jsonl", "step")
+        self.last_step = max((r["step"] for r in self.records), default=-1)
 
     def write(self, record: dict) -> None:
         if record["step"] > self.last_step:
-            with naming(self.file), self.file.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            self.append(record)
 
 
 def read_metrics(run: Path | str) -> list[dict]:
-    """The run's log, a dict a step; a last line that a crash has cut short is left out."""
+    """The run's log, a dict a step."""
     file = Path(run) / "metrics.jsonl"
     if not file.exists():
         raise FileNotFoundError(
             f"{file} does not exist; expected {run} to be an --out_dir of training"
         )
-    text = file.read_text()
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    try:
-        records = [dict(json.loads(line)) for line in lines]
-        [record["step"] + 0 for record in records]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{file} is damaged ({error!r}), expected a JSON object with its step on every line; "
-            "mend the line, or choose another folder"
-        ) from error
-    return records
+    return read_log(file, "step")

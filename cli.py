@@ -44,9 +44,8 @@ def run(main: Callable[[Config], None], config_class: type[Config], description:
     What a user can mend (an unknown flag or key, a ValueError, an OSError) ends in one line and
     exit code 2.
     """
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # not every terminal has all of a sample's characters
+    # Not every terminal has all of a sample's characters.
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(description=description, allow_abbrev=False)

@@ -7,23 +7,23 @@ first exactly once.
 
 import functools
 import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import END_OF_TEXT_ID
+from tokenizer import END_OF_TEXT_ID, IGNORE_INDEX
 
 # The header of llm.c's and modded-nanogpt's .bin shards (llm.c, dev/data/data_common.py).
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_INTS = 20240520, 1, 256
-IGNORE_INDEX = -100  # a target that is not predicted; the default of F.cross_entropy
 
 Batch = tuple[np.ndarray, np.ndarray]  # idx and targets, both (B, T) int64
 
@@ -67,11 +67,11 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Make `path` with what `write` puts into it, whole or not at all, whatever interrupts."""
+def write_atomically(path: Path, *content: bytes | memoryview) -> None:
+    """Make `path` with this content, whole or not at all, whatever interrupts."""
     temporary = path.with_name(path.name + ".tmp")
     with naming(path), temporary.open("wb") as file:
-        write(file)
+        file.writelines(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -79,14 +79,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
     """Write `tokens` as a .npy of uint16 and return its entry for the manifest."""
-    tokens = np.ascontiguousarray(tokens, dtype=np.uint16)
-
-    def write(file: BinaryIO) -> None:  # np.save does not notice that the disk is full
-        header = np.lib.format.header_data_from_array_1_0(tokens)
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(tokens.data)
-
-    write_atomically(path, write)
+    tokens, header = np.ascontiguousarray(tokens, dtype=np.uint16), io.BytesIO()
+    # np.save does not notice that the disk is full.
+    fields = np.lib.format.header_data_from_array_1_0(tokens)
+    np.lib.format.write_array_header_1_0(header, fields)
+    write_atomically(path, header.getvalue(), tokens.data)
     return {"name": path.name, "tokens": len(tokens), "sha256": sha256_of(path)}
 
 
@@ -95,9 +92,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
 def write_manifest(folder: Path, manifest: dict) -> None:
-    text = json.dumps(manifest, indent=2) + "\n"
-    write_atomically(folder / "manifest.json", lambda file: file.write(text.encode()))
+    write_json(folder / "manifest.json", manifest)
 
 
 def read_manifest(folder: Path) -> dict:
@@ -114,6 +114,10 @@ def read_manifest(folder: Path) -> dict:
             f"{file} is damaged ({error!r}); delete the folder and prepare the data again"
         ) from error
     return manifest
+
+
+def tokens_in(manifest: dict, split: str) -> int:
+    return sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == split)
 
 
 def open_shard(path: Path) -> np.ndarray:

@@ -22,7 +22,13 @@ from checkpoint import (
     weights_sha256,
 )
 from data import write_atomically
-from instructions import InstructionData, held_out_batches, read_examples, split_examples
+from instructions import (
+    InstructionData,
+    default_data,
+    held_out_batches,
+    read_examples,
+    split_examples,
+)
 from lora import (
     Settings,
     convert_linear_layer_to_lora,
@@ -32,6 +38,7 @@ from lora import (
     only_optimize_lora_parameters,
 )
 from model import GPT
+from plot import points
 from runtime import Distributed, keep_freed_memory
 from tokenizer import save_tokenizer
 from training import Prompt, TrainConfig, train
@@ -126,8 +133,9 @@ def main(config: FinetuneConfig) -> None:
             torch.manual_seed(config.seed)
             name = config.model_name_or_path if config.use_lora else None
             model, resumed = load_newest(run, name) or (add_lora(base, config), None)
-            examples = read_examples(config.data, base.config.block_size)
-        config = resolve(config, model).on(dist.device)
+            data_name = config.data or default_data()
+            examples = read_examples(data_name, base.config.block_size)
+        config = replace(resolve(config, model), data=data_name).on(dist.device)
         if config.use_lora:
             only_optimize_lora_parameters(model)
         examples, held_out = split_examples(examples, config.val_fraction, config.seed)
@@ -220,13 +228,10 @@ def describe_lora(model: GPT) -> str:
 
 def write_train_data(run: Path) -> None:
     """train_data.json: the losses and their steps, as lists to be plotted."""
-    data = {}
+    data, records = {}, read_metrics(run)
     for name, key in (("train", "train_loss"), ("eval", "val_loss")):
-        points = [(r["step"], r[key]) for r in read_metrics(run) if r.get(key) is not None]
-        data[f"{name}_steps"] = [step for step, _ in points]
-        data[f"{name}_loss"] = [loss for _, loss in points]
-    text = json.dumps(data) + "\n"
-    write_atomically(run / "train_data.json", lambda file: file.write(text.encode()))
+        data[f"{name}_steps"], data[f"{name}_loss"] = points(records, key, "step")
+    write_atomically(run / "train_data.json", (json.dumps(data) + "\n").encode())
 
 
 def write_merged(model: GPT, folder: str) -> None:

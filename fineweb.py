@@ -20,7 +20,7 @@ from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
 import cli
-from data import open_shard, read_manifest, sha256_of, write_manifest, write_shard
+from data import open_shard, read_manifest, sha256_of, tokens_in, write_manifest, write_shard
 from text import HUB_TEXT, SUFFIXES, Piece, Source, open_source
 from tokenizer import END_OF_TEXT_ID, get_tokenizer
 
@@ -317,9 +317,7 @@ def start_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict
 
 
 def finish_manifest(manifest: dict, out_dir: Path, cursor: Cursor, problems: Counter) -> None:
-    tokens = dict.fromkeys(("val", "train"), 0)
-    for shard in manifest["shards"]:
-        tokens[shard["split"]] += shard["tokens"]
+    tokens = {split: tokens_in(manifest, split) for split in ("val", "train")}
     if tokens["train"] < 2:
         raise ValueError(
             f"the text has {sum(tokens.values())} tokens in {cursor.documents} documents and "

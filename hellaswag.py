@@ -4,7 +4,6 @@ perplexity of a text.
 
 import json
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -15,13 +14,12 @@ import torch
 from tqdm import tqdm
 
 import cli
-from checkpoint import check_vocabulary, load_model, lock_run, weights_sha256
-from data import naming, sha256_of, write_atomically
+from checkpoint import Log, check_vocabulary, load_model, lock_run, weights_sha256
+from data import sha256_of, write_json
 from model import GPT
 from report import PROGRESS_SECONDS
-from runtime import Distributed, Precision, default_precision
+from runtime import Distributed, Precision, autocast_dtype, default_precision
 from scoring import Score, score
-from step import AUTOCAST_DTYPE
 from tasks import HUB_ROWS, Example, load_examples, predictions
 from text import find_files
 
@@ -157,17 +155,11 @@ def settings_of(config: EvalConfig, model: GPT) -> dict:
     return {**{k: getattr(config, k) for k in keys}, "data": data, "weights": weights_sha256(model)}
 
 
-def write_json(file: Path, content: dict) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(file, lambda stream: stream.write(text.encode()))
-
-
-class RowsLog:
-    """rows.jsonl of an evaluation: what is in it already when one goes on, and what is added."""
+class RowsLog(Log):
+    """rows.jsonl of an evaluation, which goes on with the settings that lie beside it."""
 
     def __init__(self, folder: Path, settings: dict):
-        self.file = folder / "rows.jsonl"
-        self.records: dict[int, dict] = {}
+        file = folder / "rows.jsonl"
         settings_file = folder / "settings.json"
         if settings_file.exists():
             try:
@@ -182,27 +174,13 @@ class RowsLog:
                     f"{folder} holds an evaluation with other {', '.join(changed)}; choose another "
                     "--out_dir"
                 )
-        elif self.file.exists():
+        elif file.exists():
             raise ValueError(
                 f"{folder} holds a rows.jsonl without settings.json; choose another --out_dir"
             )
         else:
             write_json(settings_file, settings)
-        if self.file.exists():
-            lines = self.file.read_bytes()
-            os.truncate(self.file, lines.rfind(b"\n") + 1)  # a kill has cut the last line short
-            for line in lines[: lines.rfind(b"\n") + 1].splitlines():
-                try:
-                    record = dict(json.loads(line))
-                    self.records[record["row"]] = record
-                except (ValueError, TypeError, KeyError) as error:
-                    raise ValueError(
-                        f"{self.file} is damaged: {error!r}; choose another --out_dir"
-                    ) from error
-
-    def add(self, records: list[dict]) -> None:
-        with naming(self.file), self.file.open("a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+        super().__init__(file, "row")
 
 
 def evaluate(
@@ -213,10 +191,10 @@ def evaluate(
     log: RowsLog | None = None,
 ) -> list[dict]:
     """The records of all examples, those that `log` has already and new ones, which it gets."""
-    records = dict(log.records) if log else {}
+    records = {record["row"]: record for record in log.records} if log else {}
     done = frozenset(i for i, e in enumerate(examples) if e.facts["row"] in records)
-    dtype = AUTOCAST_DTYPE[config.precision or default_precision(device)]
-    autocast = torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
+    dtype = autocast_dtype(config.precision, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
     bar = tqdm(total=len(examples), initial=len(done), unit=" rows", disable=None)
     last_line, total, n = time.perf_counter(), 0.0, 0.0
     with autocast, bar:
@@ -225,7 +203,7 @@ def evaluate(
             new = [record for record in new if record["row"] not in records]
             records |= {record["row"]: record for record in new}
             if log:
-                log.add(new)
+                log.append(*new)
             bar.update(len(new))
             for record in new:
                 name, amount, count = running(config, record)

@@ -8,15 +8,15 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data import IGNORE_INDEX, Batch, in_epochs
-from text import stdlib_definitions
-from tokenizer import END_OF_TEXT_ID, get_tokenizer
+from data import Batch, in_epochs
+from text import sha256, stdlib_definitions
+from tokenizer import END_OF_TEXT_ID, IGNORE_INDEX, get_tokenizer
 
 DEFAULT_DATA = "yahma/alpaca-cleaned"
 # Stanford Alpaca's prompts, as its train.py has them.
@@ -43,20 +43,22 @@ class Example:
     n_prompt: int
 
 
-def read_examples(data: str | None, block_size: int) -> list[Example]:
-    """The examples of a .json or .jsonl file, a hub data set, or "stdlib"; of the default data set
-    where `data` is None, and where the hub does not give that, of stdlib. A completion that does
+def default_data() -> str:
+    """The default data set, or stdlib where the hub does not give that."""
+    try:
+        _hub_rows(DEFAULT_DATA)
+    except ConnectionError as error:
+        print(f"{error}; going on with --data stdlib")
+        return "stdlib"
+    return DEFAULT_DATA
+
+
+def read_examples(name: str, block_size: int) -> list[Example]:
+    """The examples of a .json or .jsonl file, a hub data set, or "stdlib". A completion that does
     not fit block_size is cut; an example without completion, or whose prompt does not fit, is left
     out and counted. ValueError names a row of another form.
     """
-    name = data or DEFAULT_DATA
-    try:
-        rows = _read_rows(name)
-    except ConnectionError as error:
-        if data is not None:
-            raise
-        print(f"{error}; going on with --data stdlib")
-        name, rows = "stdlib", _docstring_rows()
+    rows = _read_rows(name)
     examples, left_out, tokenizer = [], [], get_tokenizer()
     block_size = max(1, block_size // PAD_MULTIPLE) * PAD_MULTIPLE  # rows are padded to it
     for number, row in enumerate(rows, start=1):
@@ -82,7 +84,7 @@ def _read_rows(name: str) -> list[dict]:
     if name == "stdlib":
         return _docstring_rows()
     if not Path(name).exists():
-        return _hub_rows(name)
+        return list(_hub_rows(name))
     try:
         opener = gzip.open if name.endswith(".gz") else open
         with opener(name, "rt", encoding="utf-8-sig") as file:
@@ -106,11 +108,11 @@ def _read_rows(name: str) -> list[dict]:
     return rows
 
 
-def _hub_rows(name: str) -> list[dict]:
+def _hub_rows(name: str) -> Iterable[dict]:
     from datasets import load_dataset  # takes a second to import and is needed only here
 
     try:
-        return list(load_dataset(name, split="train"))
+        return load_dataset(name, split="train")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConnectionError(
@@ -128,8 +130,7 @@ def _docstring_rows() -> list[dict]:
         paragraph = " ".join(docstring.split("\n\n")[0].split())
         if len(paragraph.split()) in DOCSTRING_WORDS:
             rows[f"def {node.name}({ast.unparse(node.args)}):\n"] = paragraph
-    order = sorted(rows, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
-    return [{"prompt": prompt, "completion": rows[prompt]} for prompt in order]
+    return [{"prompt": p, "completion": rows[p]} for p in sorted(rows, key=sha256)]
 
 
 def _prompt_and_completion(row: object, where: str) -> tuple[str, str]:
@@ -167,7 +168,7 @@ def pad(examples: list[Example]) -> Batch:
     """One example a row, so that none sees another, filled up with <|endoftext|>, which no real
     token sees. Only completions are targets.
     """
-    longest = max((len(e.tokens) - 1 for e in examples), default=1)
+    longest = max(len(e.tokens) - 1 for e in examples)
     shape = len(examples), -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
     idx = np.full(shape, END_OF_TEXT_ID, dtype=np.int64)
     targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)

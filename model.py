@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import pretrained
+from tokenizer import IGNORE_INDEX
 
-IGNORE_INDEX = -100  # a target that is not predicted; the default of F.cross_entropy
 VOCAB_MULTIPLE = 128  # tensor cores want the head's columns in whole tiles: 50257 becomes 50304
 INIT_STD = 0.02  # GPT-2 paper, section 2.3, and OpenAI's code
 FEW_ROWS = 8  # up to here `Linear` is bound by reading its weight, see there
@@ -462,9 +462,8 @@ def sample_next(
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
-    logits = (
-        logits - logits.amax(dim=-1, keepdim=True)
-    ) / temperature  # the largest is 0: no overflow
+    # The largest becomes 0, so that nothing overflows.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)

@@ -51,7 +51,7 @@ def write_page(run: Path, dist: Distributed) -> None:
     """Write RUN/report.html from the run's log; it never costs the run, what fails is told."""
     try:
         text = page(run, environment(dist))
-        write_atomically(run / "report.html", lambda file: file.write(text.encode()))
+        write_atomically(run / "report.html", text.encode())
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         print(f"{run / 'report.html'} is not written: {type(error).__name__}: {error}", flush=True)
 
@@ -162,16 +162,8 @@ def samples(records: list[dict]) -> str:
 
 
 def table(rows: dict) -> str:
-    return "".join(
-        (
-            "<table>",
-            *(
-                f"<tr><th>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>"
-                for k, v in rows.items()
-            ),
-            "</table>",
-        )
-    )
+    cells = (f"<th>{escape(str(k))}</th><td>{escape(str(v))}</td>" for k, v in rows.items())
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def curves(run: Path) -> str:

@@ -101,8 +101,7 @@ def plot_runs(runs: list[Path], file: Path, x: str = "step") -> None:
 def plot_hellaswag(axes: Axes, runs: list[Path], logs: list[list[dict]], x: str) -> None:
     """Draw the runs' lm-eval acc_norm, and the quoted accuracies under what they are."""
     for i, (run, records) in enumerate(zip(runs, logs, strict=True)):
-        key = "hellaswag_acc_norm"
-        at, values = points(records, key, x)
+        at, values = points(records, "hellaswag_acc_norm", x)
         if values:
             label = f"{Path(run).name}, lm-eval acc_norm {values[-1]:.4f}"
             axes.plot(at, values, color=f"C{i}", marker="o", label=label)

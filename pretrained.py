@@ -111,9 +111,7 @@ def write_folder(folder: Path, fields: dict, tensors: dict[str, torch.Tensor]) -
         **{key: fields[field] for field, key in FIELDS.items()},
         "n_ctx": fields["block_size"],
         "n_inner": None,
-        **dict.fromkeys(
-            ("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0
-        ),  # trained without dropout
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),  # none in training
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "dtype": "float32",

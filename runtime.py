@@ -24,8 +24,9 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from data import IGNORE_INDEX, Batch, TrainingData
+from data import Batch, TrainingData
 from model import GPT
+from tokenizer import IGNORE_INDEX
 
 if sys.platform != "win32":
     import resource
@@ -167,6 +168,12 @@ def default_precision(device: torch.device) -> Precision:
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def autocast_dtype(precision: Precision | None, device: torch.device) -> torch.dtype | None:
+    """Of matrix products at this precision, or at the default of the device; None is fp32."""
+    dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return dtypes[precision or default_precision(device)]
 
 
 def keep_freed_memory(dist: Distributed) -> None:

@@ -55,9 +55,8 @@ def encode_request(context: str, continuations: list[str]) -> Request:
         if not context_ids and ids[:1] != [END_OF_TEXT_ID]:
             ids = [END_OF_TEXT_ID, *ids]
         pairs.append(ids)
-    n_context = len(context_ids) or 1
     context_ids = context_ids or [END_OF_TEXT_ID]
-    request = Request(context_ids, [ids[n_context:] for ids in pairs])
+    request = Request(context_ids, [ids[len(context_ids) :] for ids in pairs])
     if empty := [c for c, ids in zip(continuations, request.continuations, strict=True) if not ids]:
         raise ValueError(f"{empty[0]!r} has no tokens of its own after its context")
     return request

@@ -21,7 +21,7 @@ from checkpoint import (
     read_metrics,
     read_run_config,
 )
-from data import read_manifest
+from data import read_manifest, tokens_in
 from lora import CONFIG_FILE, PLAIN_FILE, read_adapter_config
 from plot import plot_runs
 
@@ -118,18 +118,14 @@ def training_facts(run: Path, step: int) -> dict[str, str]:
     facts = {}
     if "data_dir" in config:
         manifest = read_manifest(Path(config["data_dir"]))
-        if not manifest["shards"]:
-            print(f"{config['data_dir']} has no manifest.json here; the card does not say its size")
-        sizes = {"train": 0, "val": 0}
-        for shard in manifest["shards"]:
-            sizes[shard["split"]] += shard["tokens"]
         facts["training data"] = str(manifest.get("dataset", config["data_dir"]))
         if manifest["shards"]:
-            facts["training data"] += (
-                f", {sizes['train']:,} tokens, and {sizes['val']:,} for validation"
-            )
+            train, val = (tokens_in(manifest, split) for split in ("train", "val"))
+            facts["training data"] += f", {train:,} tokens, and {val:,} for validation"
+        else:
+            print(f"{config['data_dir']} has no manifest.json here; the card does not say its size")
     else:
-        facts["training data"] = f"{config.get('data') or 'yahma/alpaca-cleaned'} (instructions)"
+        facts["training data"] = f"{config.get('data') or 'not noted'} (instructions)"
     facts["tokens"] = f"{records[-1]['tokens']:,} in {step:,} steps" if records else "none logged"
     for key, label in (
         ("train_loss", "training loss of the last step"),

@@ -26,14 +26,13 @@ from torch.nn.parallel import DistributedDataParallel
 from data import PretrainingData, TrainingData
 from model import GPT, Block
 from muon import Muon, momentum_at, whole
-from runtime import Distributed, Prefetch, check_compiler, default_precision, shard
+from runtime import Distributed, Prefetch, autocast_dtype, check_compiler, shard
 
 if TYPE_CHECKING:
     from training import TrainConfig
 
 # Frozen parameters never change, so they are not saved.
 WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-AUTOCAST_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_TO_SPARE = 0.05  # of a card, for fragments and what ranks exchange
 BETAS, EPS = (0.9, 0.95), 1e-8  # GPT-3 paper, appendix B
 
@@ -113,7 +112,7 @@ class TrainingStep:
         self.model, self.data, self.config, self.dist = model, data, config, dist
         if config.compile:
             check_compiler()
-        self.dtype = AUTOCAST_DTYPE[config.precision or default_precision(dist.device)]
+        self.dtype = autocast_dtype(config.precision, dist.device)
         if self.dtype is not None and dist.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == torch.float16)
@@ -138,9 +137,8 @@ class TrainingStep:
         self.optimizers = make_optimizers(model, config)
 
     def autocast(self) -> AbstractContextManager:
-        if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(self.dist.device.type, dtype=self.dtype)
+        enabled = self.dtype is not None
+        return torch.autocast(self.dist.device.type, self.dtype, enabled=enabled)
 
     @contextmanager
     def raw(self) -> Iterator[None]:
@@ -228,8 +226,8 @@ class TrainingStep:
 
     def load_state(self, state: dict) -> None:
         """Take over what `snapshot` gave second, on this or another number of ranks."""
-        whole = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=whole)
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=options)
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.dist.device.type == "cuda" and state["rng"]["cuda"] is not None:

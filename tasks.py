@@ -181,6 +181,7 @@ def load_examples(
             raise ValueError("--task text needs --data, a text to measure")
         stride = min(stride or block_size, block_size)
         return text_examples(data, block_size, stride, limit, skip_bad_rows)
+    source = data or HUB_ROWS[task][0]
     examples: list[Example] = []
     without_parts = 0
     for number, line in islice(read_rows(task, data), limit):
@@ -188,7 +189,7 @@ def load_examples(
             row = json.loads(line) if isinstance(line, bytes) else line
             request, facts = row_example(task, row, text, block_size)
         except (ValueError, KeyError) as error:
-            where = f"{data or HUB_ROWS[task][0]} line {number}"
+            where = f"{source} line {number}"
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             if not skip_bad_rows:
                 raise ValueError(
@@ -199,7 +200,7 @@ def load_examples(
             examples.append(Example(request, {"row": number, **facts}))
             without_parts += task == "hellaswag" and text == "lm-eval" and "ctx_a" not in row
     if not examples:
-        raise ValueError(f"{data} holds no usable row")
+        raise ValueError(f"{source} holds no usable row")
     if without_parts:
         print(
             f"{without_parts} of {len(examples)} rows have no ctx_a and ctx_b; their ctx is taken "

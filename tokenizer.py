@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 # The sha256 of OpenAI's encoder.json, as tiktoken_ext.openai_public.gpt2 expects it.
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 END_OF_TEXT_ID = 50256
+IGNORE_INDEX = -100  # for an id that is not to be predicted; the default of F.cross_entropy
 
 
 @functools.cache  # a fifth of a second of work

@@ -14,7 +14,7 @@ import torch
 
 import cli
 from checkpoint import BackgroundSave, save_checkpoint
-from data import IGNORE_INDEX, Batch, TrainingData, write_atomically
+from data import Batch, TrainingData, write_atomically
 from loggers import logger_names
 from model import GPT
 from page import write_page
@@ -23,7 +23,7 @@ from report import Meter, Report, describe, finite_or_none
 from runtime import Distributed, Interrupt, Precision, default_precision, on_host, to_device
 from step import TrainingStep, learning_rate, parameter_groups
 from tasks import Example, count_hits, load_examples
-from tokenizer import END_OF_TEXT_ID, get_tokenizer
+from tokenizer import END_OF_TEXT_ID, IGNORE_INDEX, get_tokenizer
 
 ValidationBatches = Callable[[], Iterator[Batch]]  # this rank's share, the same at every call
 MAX_SKIPPED_IN_A_ROW = 5  # steps with a gradient that is not finite
@@ -247,8 +247,7 @@ def announce(model: GPT, data: TrainingData, config: TrainConfig) -> None:
     text = cli.as_yaml(config)
     print(text)
     print(describe(parameter_groups(model), data), flush=True)
-    file = Path(config.out_dir) / "config.yaml"
-    write_atomically(file, lambda stream: stream.write(text.encode()))
+    write_atomically(Path(config.out_dir) / "config.yaml", text.encode())
 
 
 @contextmanager

@@ -33,7 +33,6 @@ from runtime import Prefetch, on_host, to_device
 from text import Piece, open_source
 from tokenizer import END_OF_TEXT_ID, get_tokenizer
 
-VOCAB_SIZE = 50257
 CPU = torch.device("cpu")
 OURS = "this project"
 
@@ -121,9 +120,10 @@ def compare_tokenisation(config: DataBenchmarkConfig) -> None:
         print(f"| {name} | {speed:.2f} | {ratio:.2f} x |", flush=True)
 
 
-def random_shards(folder: str, n_tokens: int) -> TokenShards:
+def random_shards(folder: Path | str, n_tokens: int) -> TokenShards:
     """The train split of a new data folder, one shard of random tokens."""
-    ids = np.random.default_rng(0).integers(VOCAB_SIZE, size=n_tokens, dtype=np.uint16)
+    n_vocab = END_OF_TEXT_ID + 1
+    ids = np.random.default_rng(0).integers(n_vocab, size=n_tokens, dtype=np.uint16)
     entry = write_shard(Path(folder) / "random_train_000000.npy", ids)
     write_manifest(Path(folder), {"shards": [{**entry, "split": "train"}]})
     return TokenShards(folder, "train")

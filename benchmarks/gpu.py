@@ -11,7 +11,6 @@ Memory is what the allocator says (on a CPU n/a, or benchmarks/lora.py's count);
 the peak of the device is not known.
 """
 
-import json
 import statistics
 import sys
 import tempfile
@@ -19,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -36,9 +34,7 @@ from data import PretrainingData
 from model import GPT, GPTConfig
 from report import flops_per_token
 from runtime import Distributed, peak_flops, peak_memory
-from scoring import score
 from step import TrainingStep, out_of_memory
-from tasks import hellaswag_example, read_rows
 from tokenizer import save_tokenizer
 from train_gpt2 import PretrainConfig
 
@@ -234,12 +230,6 @@ def lora_table(config: GPUBenchmarkConfig, dist: Distributed) -> None:
         row(name, *times, f"{total / full:.3f}" if full else "", f"{memory / 1e9:.2f}")
 
 
-def this_project(model: GPT, rows: list[dict], device: torch.device) -> None:
-    examples = [hellaswag_example(row, "lm-eval") for row in rows]
-    for _ in score(model, [example.request for example in examples], device):
-        pass
-
-
 def build_nanogpt(model: GPT2LMHeadModel, rows: list[dict], device: torch.device) -> None:
     with device:  # where its loop makes its tensors
         hellaswag.build_nanogpt(lambda idx: model(idx).logits, rows)
@@ -259,7 +249,7 @@ def hellaswag_contenders(
         }
     model.to(device)
     return {
-        "this project": partial(this_project, model, device=device),
+        "this project": partial(hellaswag.this_project, model, device=device),
         **{name: partial(hellaswag.lm_evaluation_harness, lm) for name, lm in lms.items()},
         "build-nanogpt's loop": partial(build_nanogpt, theirs, device=device),
     }
@@ -293,14 +283,14 @@ def hellaswag_table(rows: list[dict], config: GPUBenchmarkConfig, dist: Distribu
         row(name, f"{statistics.median(fitting):.1f}", ratio)
 
 
-def hellaswag_rows(config: GPUBenchmarkConfig) -> list[dict]:
+def rows_to_score(config: GPUBenchmarkConfig) -> list[dict]:
     wanted = (1 + HELLASWAG_ROUNDS) * config.rows
     if config.tiny and config.data is None:
         return [TINY_ROW] * wanted
-    found = [r for _, r in islice(read_rows("hellaswag", config.data), wanted)]
+    found = hellaswag.hellaswag_rows(config.data, wanted)
     if len(found) < wanted:
         raise ValueError(f"data has {len(found)} rows, expected {wanted}; lower --rows")
-    return [json.loads(r) if isinstance(r, bytes) else r for r in found]
+    return found
 
 
 def main(config: GPUBenchmarkConfig) -> None:
@@ -308,7 +298,7 @@ def main(config: GPUBenchmarkConfig) -> None:
         config = replace(config, **TINY)
     dist = Distributed.start(config.device)
     parts = config.parts.split(",")
-    rows = hellaswag_rows(config) if "hellaswag" in parts else []
+    rows = rows_to_score(config) if "hellaswag" in parts else []
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # as the training step has it
     card = torch.cuda.get_device_name(dist.device) if config.device == "cuda" else "CPU"

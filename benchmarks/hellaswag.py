@@ -35,6 +35,7 @@ from tasks import clean, hellaswag_example, predictions, read_rows
 from tokenizer import save_tokenizer
 
 Predictions = list[tuple[int, int]]
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,18 @@ class BenchmarkConfig:
     """which rows, in which order"""
 
 
-def this_project(model: GPT, rows: list[dict], text: str) -> Predictions:
+def hellaswag_rows(data: str | None, limit: int | None = None) -> list[dict]:
+    """The first `limit` rows, or all, of a file or of the hub."""
+    rows = [row for _, row in islice(read_rows("hellaswag", data), limit)]
+    return [json.loads(row) if isinstance(row, bytes) else row for row in rows]
+
+
+def this_project(
+    model: GPT, rows: list[dict], text: str = "lm-eval", device: torch.device = CPU
+) -> Predictions:
     examples = [hellaswag_example(row, text) for row in rows]
     found = {}
-    for batch in score(model, [e.request for e in examples], torch.device("cpu")):
+    for batch in score(model, [e.request for e in examples], device):
         for i, scores in batch:
             found[i] = predictions([s.log_prob for s in scores], examples[i].facts["lengths"])
     return [found[i] for i in range(len(rows))]
@@ -101,11 +110,9 @@ def build_nanogpt(
     return found
 
 
-@torch.no_grad()
 def main(config: BenchmarkConfig) -> None:
     torch.set_num_threads(config.threads)
-    found = [row for _, row in read_rows("hellaswag", config.data)]
-    found = [json.loads(row) if isinstance(row, bytes) else row for row in found]
+    found = hellaswag_rows(config.data)
     random.Random(config.seed).shuffle(found)
     torch.manual_seed(0)
     model = GPT(GPTConfig())
@@ -115,7 +122,7 @@ def main(config: BenchmarkConfig) -> None:
         theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
         one, sixteen = (HFLM(pretrained=folder, device="cpu", batch_size=n) for n in (1, 16))
     contenders = {
-        "this project": lambda rows: this_project(model, rows, "lm-eval"),
+        "this project": lambda rows: this_project(model, rows),
         "lm-eval, batch 1": lambda rows: lm_evaluation_harness(one, rows),
         "lm-eval, batch 16": lambda rows: lm_evaluation_harness(sixteen, rows),
         "this project, raw text": lambda rows: this_project(model, rows, "raw"),

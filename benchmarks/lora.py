@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import cli
 from lora import convert_linear_layer_to_lora, merge_lora, only_optimize_lora_parameters
 from model import GPT, Block, GPTConfig
-from step import AUTOCAST_DTYPE, BETAS
+from runtime import autocast_dtype
+from step import BETAS
 
-VOCAB_SIZE = 50257
 LORA_TARGETS = ["c_attn", "c_proj", "c_fc"]
 
 
@@ -96,7 +96,7 @@ class Contender:
 
     def __init__(self, model: torch.nn.Module, config: BenchmarkConfig):
         self.model, self.device = model.train().to(config.device), config.device
-        self.dtype = AUTOCAST_DTYPE[config.precision]
+        self.dtype = autocast_dtype(config.precision, torch.device(config.device))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, betas=BETAS, fused=True)
 
@@ -180,7 +180,7 @@ def theirs(kind: str, config: BenchmarkConfig) -> Contender:
 
 
 def random_ids(B: int, T: int, config: BenchmarkConfig) -> torch.Tensor:
-    return torch.randint(VOCAB_SIZE, (B, T), device=config.device)
+    return torch.randint(GPTConfig.vocab_size, (B, T), device=config.device)
 
 
 def compare_times(

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import cli
 import finetune_lora
 from checkpoint import load_model, read_metrics
-from finetune_lora import FinetuneConfig
 from instructions import read_examples
 from plot import plot_runs
 
@@ -57,7 +56,7 @@ def main(config: OverfitConfig) -> None:
         for name, use_lora, factor in (("full", False, 1), ("lora", True, 10)):
             runs[name] = Path(folder) / f"{name}, rate {config.max_lr * factor:g}"
             finetune_lora.main(
-                FinetuneConfig(
+                finetune_lora.FinetuneConfig(
                     out_dir=str(runs[name]),
                     model_name_or_path=config.model,
                     data=str(rows),

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cli
+from benchmarks.data import random_shards
 from checkpoint import BackgroundSave, save_checkpoint
-from data import PretrainingData, TokenShards, write_manifest, write_shard
+from data import PretrainingData
 from model import GPT, GPTConfig
 from runtime import Distributed
 from step import TrainingStep
@@ -39,13 +39,11 @@ class SaveConfig:
 
 def main(config: SaveConfig) -> None:
     folder = Path(tempfile.mkdtemp(dir=config.folder or None))
-    entry = write_shard(folder / "x_train_000000.npy", np.arange(4096))
-    write_manifest(folder, {"shards": [{**entry, "split": "train"}]})
     model = GPT(GPTConfig())
     train_config = PretrainConfig(
         batch_size=1, total_batch_size=64, precision="fp32", compile=False
     )
-    data = PretrainingData(TokenShards(folder, "train"), 64, 1, 64, seed=0)
+    data = PretrainingData(random_shards(folder, 4096), 64, 1, 64, seed=0)
     step = TrainingStep(model, data, train_config, Distributed(0, 1, torch.device("cpu")))
     step(1)  # the optimizer has its state after a step
     background = BackgroundSave()

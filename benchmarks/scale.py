@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cli
-from data import PretrainingData, TokenShards, write_manifest, write_shard
+from benchmarks.data import random_shards
+from data import PretrainingData
 from model import GPT, LOSS_CHUNK_ROWS, LOSS_CHUNK_ROWS_ELSEWHERE, GPTConfig
 from report import flops_per_token
 from runtime import PEAK_FLOPS, Distributed
@@ -72,8 +72,7 @@ class Memory:
 
 @functools.cache
 def n_params(config: GPTConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in GPT(config).parameters())
+    return sum(p.numel() for p in meta(config).parameters())
 
 
 def memory(
@@ -184,9 +183,7 @@ def measure(text: str) -> None:
 
 def three_steps(n_layer: int, n_head: int, n_embd: int, batch_size: int, T: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        entry = write_shard(Path(folder) / "x_train_000000.npy", np.arange(50_000))
-        write_manifest(Path(folder), {"shards": [{**entry, "split": "train"}]})
-        shards = TokenShards(folder, "train")
+        shards = random_shards(folder, 50_000)
         model = GPT(GPTConfig(block_size=T, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
         total = batch_size * T * 2  # two micro-steps, so that gradients accumulate
         data = PretrainingData(shards, T, batch_size, total, seed=0)

@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import struct
 
 import numpy as np
@@ -217,15 +218,15 @@ def test_batch_sizes_that_do_not_divide(make_shards):
         PretrainingData(shards, 8, 3, 1000, seed=0, world_size=4)
 
 
-def test_failed_write_leaves_the_old_file(tmp_path):
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     """A write that fails half-way leaves what was there."""
     file = tmp_path / "manifest.json"
     file.write_text("old")
 
-    def fail(stream):
-        stream.write(b"new")
+    def fail(_):
         raise OSError("disk full")
 
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_atomically(file, fail)
+        write_atomically(file, b"new")
     assert file.read_text() == "old"

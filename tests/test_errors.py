@@ -121,7 +121,7 @@ def workplace(tmp_path_factory) -> Path:
         "text.txt": b"some words " * 9,
         "half/manifest.json": b'{"shards": [{"name": "x"}]}',
         "torn/settings.json": b"{",
-        "noise_run/metrics.jsonl": b"no json\n",
+        "noise_run/metrics.jsonl": b'{"step": 1}\nno json, \xff no text\n',
         "list_run/metrics.jsonl": b"[1]\n",
         "list_run/checkpoints/step_000001/progress.json": b"{",
         "word_run/metrics.jsonl": b'{"step": "one"}\n',
@@ -163,7 +163,7 @@ def test_damaged_rows_of_an_evaluation_are_named(tmp_path):
     (tmp_path / "settings.json").write_text("{}")
     for content in ("{\n", "[1]\n", "{}\n"):
         (tmp_path / "rows.jsonl").write_text(content)
-        with pytest.raises(ValueError, match=r"rows.jsonl is damaged.* choose another --out_dir"):
+        with pytest.raises(ValueError, match=r"rows.jsonl is damaged.* choose another folder"):
             hellaswag.RowsLog(tmp_path, {})
 
 

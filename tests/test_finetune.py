@@ -15,7 +15,8 @@ from test_distributed import ENV, TORCHRUN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune_lora
-from checkpoint import checkpoints, load_model, load_state, read_metrics
+import instructions
+from checkpoint import checkpoints, load_model, load_state, read_metrics, read_run_config
 from finetune_lora import FinetuneConfig
 from lora import lora_linears
 from model import GPT, GPTConfig
@@ -163,6 +164,24 @@ def test_starting_from_an_adapter(folder):
         finetune("runs/e", lora_load_path=str(first), lora_dim=4)
     with pytest.raises(ValueError, match="is an adapter; give its base model"):
         finetune("runs/f", model_name_or_path=str(first))
+
+
+def test_a_run_keeps_the_data_that_stood_in(folder, monkeypatch):
+    """A run that began without a hub has noted what it trains on, and goes on with that when the
+    hub is there again.
+    """
+
+    def hub(_):
+        raise ConnectionError("the hub is away")
+
+    rows = [{"prompt": f"{i} and", "completion": f" {i + 1}"} for i in range(40)]
+    monkeypatch.setattr(instructions, "_docstring_rows", lambda: rows)
+    monkeypatch.setattr(instructions, "_hub_rows", hub)
+    run = finetune("runs/a", data=None)
+    assert read_run_config(run)["data"] == "stdlib"
+    monkeypatch.setattr(instructions, "_hub_rows", lambda _: rows[:20])
+    before = losses(run)
+    assert losses(finetune("runs/a", data=None)) == before
 
 
 def test_another_base_is_refused(folder):

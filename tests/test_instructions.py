@@ -7,16 +7,16 @@ import pytest
 import torch
 
 import instructions
-from data import IGNORE_INDEX
 from instructions import (
     Example,
     InstructionData,
+    default_data,
     held_out_batches,
     pad,
     read_examples,
     split_examples,
 )
-from tokenizer import END_OF_TEXT_ID, get_tokenizer
+from tokenizer import END_OF_TEXT_ID, IGNORE_INDEX, get_tokenizer
 
 ROWS = [
     {"instruction": "Say hello.", "input": "", "output": "Hello!"},
@@ -166,7 +166,8 @@ def test_without_a_hub(monkeypatch, capsys):
         raise ConnectionError(f"the hub did not give {name}")
 
     monkeypatch.setattr(instructions, "_hub_rows", unreachable)
-    examples = read_examples(None, 1024)
+    assert default_data() == "stdlib"
+    examples = read_examples("stdlib", 1024)
     assert "did not give yahma/alpaca-cleaned; going on with --data stdlib" in (
         capsys.readouterr().out
     )
