@@ -125,7 +125,7 @@ def training_facts(run: Path, step: int) -> dict[str, str]:
         else:
             print(f"{config['data_dir']} has no manifest.json here; the card does not say its size")
     else:
-        facts["training data"] = f"{config.get('data') or 'not noted'} (instructions)"
+        facts["training data"] = f"{name_of(config.get('data')) or 'not noted'} (instructions)"
     facts["tokens"] = f"{records[-1]['tokens']:,} in {step:,} steps" if records else "none logged"
     for key, label in (
         ("train_loss", "training loss of the last step"),
@@ -137,12 +137,18 @@ def training_facts(run: Path, step: int) -> dict[str, str]:
     return facts
 
 
+def name_of(setting: object) -> object:
+    """A setting as others may read it: of a path on this machine only the last part."""
+    return Path(setting).name if isinstance(setting, str) and Path(setting).exists() else setting
+
+
 def card(config: ShareConfig, checkpoint: Path, base: str | None) -> str:
     """The README.md of the repository, with the YAML that the hub reads at its head."""
     run = Path(config.run)
     step = load_progress(checkpoint)["step"]
     facts = training_facts(run, step)
-    settings = {k: v for k, v in read_run_config(run).items() if k not in FREE_TO_CHANGE}
+    settings = read_run_config(run)
+    settings = {k: name_of(v) for k, v in settings.items() if k not in FREE_TO_CHANGE}
     data = ModelCardData(
         library_name="peft" if base else "transformers",
         base_model=base,

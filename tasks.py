@@ -179,8 +179,9 @@ def load_examples(
     if task == "text":
         if data is None:
             raise ValueError("--task text needs --data, a text to measure")
-        stride = min(stride or block_size, block_size)
-        return text_examples(data, block_size, stride, limit, skip_bad_rows)
+        if (stride or 1) > block_size:
+            raise ValueError(f"stride is {stride}, expected up to {block_size}, the model's window")
+        return text_examples(data, block_size, stride or block_size, limit, skip_bad_rows)
     source = data or HUB_ROWS[task][0]
     examples: list[Example] = []
     without_parts = 0

@@ -36,12 +36,12 @@ RUN = [
     "python finetune_lora.py --model_name_or_path runs/demo --data mine.jsonl --out_dir "
     "runs/mine_lora --epochs 3 --max_lr 1e-3 --merge_out merged",
     "python hellaswag.py --model runs/demo --data hellaswag_val.jsonl --out_dir results/demo",
-    "python hellaswag.py --model runs/demo --task text --data notes.txt --stride 512",
+    "python hellaswag.py --model runs/demo --task text --data notes.txt --stride 64",
     'python sample.py --model runs/demo --prompt "Return the" --num_return_sequences 5 --seed 42',
     "python plot.py runs/a runs/b",
     "python share.py --run runs/demo --repo_id me/my-gpt2 --dry_run true",
     "python -c \"from transformers import pipeline; print(pipeline('text-generation', "
-    "'runs/demo/checkpoints/step_000400')('Return the'))\"",
+    "'runs/demo/checkpoints/step_000400')('Return the', max_new_tokens=50))\",
 ]
 HUB = "reads from the hub"
 HOURS = "hours, or a GPU"

@@ -65,9 +65,9 @@ def adapter(run) -> Path:
     model = convert_linear_layer_to_lora(load_model(run), "h.", 4)
     for name, tensor in get_lora_state_dict(model).items():
         tensor.data.normal_(generator=torch.Generator().manual_seed(len(name)))
-    return save_run(
-        run.parent / "adapter", model, get_lora_state_dict(model), {"data": "mine.json"}
-    )
+    rows = run.parent / "mine.json"
+    rows.write_text("[]")
+    return save_run(run.parent / "adapter", model, get_lora_state_dict(model), {"data": str(rows)})
 
 
 def test_transformers_pipeline_writes_the_same_text(run, capsys):
@@ -166,7 +166,7 @@ def test_a_shared_model_is_whole_and_described(run, capsys):
 
 def test_a_shared_adapter_names_its_base_on_the_hub(run, adapter):
     """The dry run's folder opens in peft, with the logits that the adapter has here; its base is
-    one that others have, or the command says what to do.
+    one that others have, or the command says what to do; its card tells no path of this machine.
     """
     with pytest.raises(ValueError, match=r"which nobody else has.*--base_model USER/NAME"):
         share.main(ShareConfig(str(adapter), "me/lora", dry_run=True))
@@ -188,6 +188,9 @@ def test_a_shared_adapter_names_its_base_on_the_hub(run, adapter):
     )
     head = front_matter(folder)
     assert (head["library_name"], head["base_model"]) == ("peft", "me/my-gpt2")
+    card = (folder / "README.md").read_text()
+    assert "mine.json" in card
+    assert str(run.parent) not in card
     with pytest.raises(ValueError, match="--base_model is for adapters"):
         share.main(replace(config, run=str(run)))
 
