@@ -41,7 +41,7 @@ RUN = [
     "python plot.py runs/a runs/b",
     "python share.py --run runs/demo --repo_id me/my-gpt2 --dry_run true",
     "python -c \"from transformers import pipeline; print(pipeline('text-generation', "
-    "'runs/demo/checkpoints/step_000400')('Return the', max_new_tokens=50))\",
+    "'runs/demo/checkpoints/step_000400')('Return the', max_new_tokens=50))\"",
 ]
 HUB = "reads from the hub"
 HOURS = "hours, or a GPU"
