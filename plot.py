@@ -1,4 +1,4 @@
-"""A file of its own because it is also a command, `python plot.py RUN ...`: the curves of runs."""
+"""The curves of runs in one picture; training draws its own with it."""
 
 import itertools
 from pathlib import Path

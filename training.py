@@ -316,7 +316,8 @@ def train(
         report = Report(Path(config.out_dir), config.max_steps, dist, start, config.log)
         background = BackgroundSave()
         if start:
-            report.line(f"going on from step {start}")
+            finished = start == config.max_steps
+            report.line("finished before" if finished else f"going on from step {start}")
         else:
             record: dict = {"step": 0, "tokens": 0}
             report.step(record | measured(training_step, val, prompts, examples, 0))

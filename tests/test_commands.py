@@ -125,6 +125,7 @@ def test_finished_run_says_its_results_again(workplace, uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     result = run(*tiny_run(workplace, "whole"), cwd=workplace)
     assert result.returncode == 0, result.stderr
+    assert "finished before" in result.stdout
     summary = (workplace / "whole.out").read_text().split("validation loss")[1]
     assert result.stdout.split("validation loss")[1] == summary
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
