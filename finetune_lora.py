@@ -164,7 +164,7 @@ def main(config: FinetuneConfig) -> None:
             if dist.is_main and (run / "metrics.jsonl").exists():
                 write_train_data(run)
         if dist.is_main and config.merge_out:
-            # the base as it was loaded: a run's newest checkpoint may be another by now
+            # The base as it was loaded: a run's newest checkpoint may be another by now.
             source = base.name_or_path if config.use_lora else None
             tuned = load_model(source, run) if source else load_model(run)
             write_merged(tuned, config.merge_out)

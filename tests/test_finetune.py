@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune_lora
 import instructions
+import training
 from checkpoint import checkpoints, load_model, load_state, read_metrics, read_run_config
 from finetune_lora import FinetuneConfig
 from lora import lora_linears
@@ -90,6 +92,24 @@ def test_it_writes_what_it_promises(folder, capsys):
         assert (outs[0] - stock(idx).logits).abs().max() > 1e-3
     for out in outs[1:]:
         torch.testing.assert_close(out, outs[0], atol=1e-4, rtol=0)
+
+
+def test_it_merges_into_the_base_that_it_trained_on(folder, monkeypatch):
+    """A base run that gains a checkpoint meanwhile does not change what is merged."""
+    first, second = (Path(f"base_run/checkpoints/step_00000{n}") for n in (1, 2))
+    shutil.copytree("base", first)
+
+    def train(*args):
+        training.train(*args)
+        shape = GPTConfig(block_size=64, n_layer=12, n_head=2, n_embd=8)
+        GPT(shape).save_pretrained(second)
+
+    monkeypatch.setattr(finetune_lora, "train", train)
+    run_folder = finetune("runs/a", model_name_or_path="base_run", merge_out="merged")
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        merged, expected = load_model("merged")(idx), load_model(first, run_folder)(idx)
+    torch.testing.assert_close(merged, expected, atol=1e-4, rtol=0)
 
 
 def test_full_fine_tuning_by_the_same_code(folder):
