@@ -1,4 +1,4 @@
-"""The curves of runs in one picture; training draws its own with it."""
+"""A file of its own because it is also a command, `python plot.py RUN ...`: the curves of runs."""
 
 import itertools
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""A run's checkpoint or adapter to the Hugging Face hub, with a model card that says what it was
-made of. Only here does the project send something away.
+"""Only here something is sent away: a run's checkpoint or adapter goes to the Hugging Face hub,
+with a model card that says what it was made of.
 """
 
 import json

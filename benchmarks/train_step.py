@@ -182,11 +182,13 @@ def peer_gpt(folder: str, shape: tuple[int, ...]) -> Callable[[], dict[str, floa
     sys.path.insert(0, folder)
     module = importlib.import_module(found[0])
     n_layer, n_head, n_embd, _, T = shape
-    sizes: dict[str, float] = {"block_size": T, "n_layer": n_layer, "n_head": n_head}
-    sizes["n_embd"], sizes["vocab_size"] = (
-        n_embd,
-        GPTConfig(vocab_size=VOCAB_SIZE).padded_vocab_size,
-    )
+    sizes: dict[str, float] = {
+        "block_size": T,
+        "vocab_size": GPTConfig(vocab_size=VOCAB_SIZE).padded_vocab_size,
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "n_embd": n_embd,
+    }
     if "dropout" in inspect.signature(module.GPTConfig).parameters:
         sizes["dropout"] = 0.0
     model = module.GPT(module.GPTConfig(**sizes))
