@@ -1,7 +1,7 @@
-# Two commands do all the set-up: `make demo` and `make test`, each alone, on a fresh clone.
+# `make demo` and `make test` each work on a fresh clone; they install what they need into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# A process a core with a file of tests each, since several share a trained model.
+# One process per core. A test file stays in one process, because its tests share models.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 .PHONY: demo test test-all lint clean
@@ -25,7 +25,7 @@ lint: .venv/installed-dev
 clean:
 	rm -rf .venv
 
-# The stamps: an interrupted installation leaves none, so the next call starts it again.
+# Stamp files. An interrupted installation leaves none, so the next call repeats it.
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit( \
 	    "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.11 ..." % v[:2])'

@@ -1,178 +1,168 @@
-"""Fine-tune a GPT-2 on instructions, with LoRA or whole: python finetune_lora.py --lora_dim 8"""
+"""Fine-tune GPT-2 on instructions, with LoRA or all weights."""
 
 import json
-import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-import cli
-from checkpoint import (
+from engine.checkpoint import (
     check_same_run,
     check_vocabulary,
+    hash_weights,
+    latest_checkpoint,
+    load_latest,
     load_model,
-    load_newest,
-    lock_run,
-    newest,
-    read_metrics,
-    weights_sha256,
 )
-from data import write_atomically
-from instructions import (
+from engine.config import TrainConfig, flag, run_command
+from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
+from engine.files import lock_folder, write_atomically
+from engine.instructions import (
+    DEFAULT_DATA,
     InstructionData,
-    default_data,
     held_out_batches,
     read_examples,
     split_examples,
 )
-from lora import (
-    Settings,
+from engine.lora import (
+    LoRAConfig,
     convert_linear_layer_to_lora,
     load_adapter,
     lora_linears,
     merge_lora,
     only_optimize_lora_parameters,
 )
+from engine.metrics import read_metrics
+from engine.report import curve_points
+from engine.tokenizer import save_tokenizer
+from engine.training import Prompt, train
 from model import GPT
-from plot import points
-from runtime import Distributed, keep_freed_memory
-from tokenizer import save_tokenizer
-from training import Prompt, TrainConfig, train
 
-LORA_SETTINGS = ("lora_dim", "lora_alpha", "lora_dropout", "use_rslora")
-N_ANSWERS, ANSWER_TOKENS = 3, 64  # shown beside their references
+LORA_SETTINGS = tuple(f.name for f in fields(LoRAConfig))
+N_ANSWERS, ANSWER_TOKENS = 3, 64  # samples, each shown beside its reference
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
-    out_dir: str = "runs/lora"
-    """run folder: config, log, plot and checkpoints"""
-    model_name_or_path: str = "gpt2"
-    """base model: a hub name, a Hugging Face folder, a checkpoint or a run"""
-    data: str | None = None
-    """.json or .jsonl of instruction, input, output or of prompt, completion; a hub name; stdlib
-    (default: yahma/alpaca-cleaned from the hub, where there is no network stdlib)"""
-    use_lora: bool = True
-    """false: train all weights"""
-    lora_dim: int | None = None
-    """rank r (default: 8, or the loaded adapter's)"""
-    lora_alpha: float | None = None
-    """the term's scaling is lora_alpha / lora_dim (default: twice lora_dim, or the adapter's)"""
-    lora_dropout: float | None = None
-    """on the inputs of the term; with it the curve depends on batch_size and the number of devices
-    (default: 0, or the adapter's)"""
-    use_rslora: bool | None = None
-    """scaling lora_alpha / sqrt(lora_dim) (default: false, or the adapter's)"""
-    lora_module_name: str = "h."
-    """linears with one of these in their names get LoRA: h. is all; attn.c_attn,mlp some"""
-    lora_load_path: str | None = None
-    """adapter to start from: a PEFT folder, a run, or a lora.pt"""
-    merge_out: str | None = None
-    """folder for the fine-tuned model with the adapter merged, an ordinary checkpoint"""
-    base_sha256: str | None = None
-    """of the base model's weights; filled in, and compared when the run goes on"""
-    batch_size: int = 16
-    """examples per device and micro-step"""
-    examples_per_step: int = 64
-    """examples per optimizer step over all devices"""
-    epochs: int = 3
-    """times that every example is seen"""
-    max_steps: int | None = None  # type: ignore[assignment]  # filled in before training
-    """optimizer steps (default: as many as make the epochs)"""
-    val_fraction: float = 0.1
-    """part of the examples that is held out, drawn by seed"""
-    warmup_steps: int = 10
-    """steps of linear warm-up"""
-    max_lr: float | None = None  # type: ignore[assignment]  # filled in before training
-    """learning rate after the warm-up (default: 5e-4, with use_lora false a tenth)"""
-    min_lr: float = 0.0
-    """learning rate at max_steps, reached along a cosine"""
-    weight_decay: float = 0.0
-    """on tensors of two or more dimensions"""
-    eval_every: int = 20
-    """steps between evaluations"""
-    sample_every: int = 100
-    """steps between samples; 0 is never"""
-    save_every: int = 100
-    """steps between checkpoints"""
-    recompute: Literal["none", "light", "block"] = "light"
-    """what the backward pass computes again instead of keeping it: light, LayerNorm and GELU;
-    block, nearly everything (less memory, slower)"""
+    # Other defaults than in pretraining.
+    out_dir: str = flag("runs/lora")
+    batch_size: int = flag(16)
+    max_steps: int = flag(None, "optimizer steps (default: as many as make the epochs)")
+    warmup_steps: int = flag(10)
+    max_lr: float = flag(None, "peak learning rate (default: 5e-4, with --no-use_lora 5e-5)")
+    min_lr: float = flag(0.0)
+    weight_decay: float = flag(0.0)
+    eval_every: int = flag(20)
+    sample_every: int = flag(100)
+    save_every: int = flag(100)
+    recompute: Literal["none", "light", "block"] = flag("light")
+
+    model_name_or_path: str = flag(
+        "gpt2",
+        "base model: a hub name, Hugging Face folder, checkpoint or run",
+        group="model",
+        may_change=True,  # its weights are compared
+    )
+    base_sha256: str | None = flag(None, "hash of the base's weights; checked if given")
+    merge_out: str | None = flag(
+        None, "also save the fine-tuned model, adapter merged, in this folder", may_change=True
+    )
+
+    data: str = flag(
+        DEFAULT_DATA,
+        "instruction, input, output or prompt, completion: .json, .jsonl, a hub name, or stdlib",
+        group="data",
+    )
+    examples_per_step: int = flag(64, "examples per optimizer step over all devices")
+    epochs: int = flag(3, "passes over the examples")
+    val_fraction: float = flag(0.1, "fraction of the examples held out, drawn by seed")
+
+    use_lora: bool = flag(True, "no: train all weights", group="LoRA")
+    lora_dim: int = flag(None, "rank r (default: 8, or the loaded adapter's)")
+    lora_alpha: float = flag(
+        None, "scaling is lora_alpha / lora_dim (default: twice lora_dim, or the adapter's)"
+    )
+    lora_dropout: float = flag(
+        None,
+        "on LoRA's inputs; makes the curve depend on batch_size and devices (default: 0, or the "
+        "adapter's)",
+    )
+    use_rslora: bool = flag(
+        None, "scaling is lora_alpha / sqrt(lora_dim) (default: no, or as the adapter)"
+    )
+    lora_module_name: str = flag("h.", "linears with LoRA by parts of their names: attn.c_attn,mlp")
+    lora_load_path: str | None = flag(
+        None, "adapter to start from: a PEFT folder, a run, or a lora.pt"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_least(1, "examples_per_step", "epochs", "lora_dim")
+        self._check_at_least(1, "examples_per_step", "epochs")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction is {self.val_fraction}, expected between 0 and 1")
-        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout is {self.lora_dropout}, expected from 0 to below 1")
-        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
-            raise ValueError(f"lora_alpha is {self.lora_alpha}, expected above 0")
-        if not self.use_lora:
-            for name in ("lora_load_path", *LORA_SETTINGS):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} is given, which needs --use_lora true")
+        if self.use_lora:
+            new_lora_config(self)  # checks its values
+            return
+        for name in ("lora_load_path", *LORA_SETTINGS):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is given, which needs --use_lora")
 
 
 def main(config: FinetuneConfig) -> None:
     dist = Distributed.start(config.device)
     keep_freed_memory(dist)
     run = Path(config.out_dir)
-    merged = Path(config.merge_out) if config.merge_out else None
-    if merged and merged.exists() and not (merged.is_dir() and not any(merged.iterdir())):
-        raise ValueError(f"merge_out {merged} is there already; choose another folder")
-    with lock_run(run) if dist.is_main else nullcontext():
-        with dist.main_first():
+    check_merge_out(config)
+    with lock_folder(run) if dist.is_main else nullcontext():
+        with dist.main_process_first():
             base = load_model(config.model_name_or_path)
             config = replace(config, base_sha256=check_base(base, config))
             config = replace(config, **check_same_run(run, config))
             torch.manual_seed(config.seed)
-            name = config.model_name_or_path if config.use_lora else None
-            model, resumed = load_newest(run, name) or (add_lora(base, config), None)
-            data_name = config.data or default_data()
-            examples = read_examples(data_name, base.config.block_size)
-        config = replace(resolve(config, model), data=data_name).on(dist.device)
+            adapter_base = config.model_name_or_path if config.use_lora else None
+            model, resumed = load_latest(run, adapter_base) or (build_model(base, config), None)
+            examples = read_examples(config.data, base.config.block_size)
+        examples, held_out = split_examples(examples, config.val_fraction, config.seed)
+        config = resolve_config(config, model, len(examples), dist)
         if config.use_lora:
             only_optimize_lora_parameters(model)
-        examples, held_out = split_examples(examples, config.val_fraction, config.seed)
+        sizes: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "rank": dist.rank,
+            "world_size": dist.world_size,
+        }
         data = InstructionData(
-            examples,
-            config.batch_size,
-            config.examples_per_step,
-            config.seed,
-            dist.rank,
-            dist.world_size,
+            examples, examples_per_step=config.examples_per_step, seed=config.seed, **sizes
         )
-        steps = config.max_steps or -(-config.epochs * len(examples) // config.examples_per_step)
-        config = replace(config, max_steps=steps)
-        if config.warmup_steps >= steps and dist.is_main:
-            print(
-                f"warmup_steps {config.warmup_steps} is all of max_steps {steps}: the "
-                f"learning rate never reaches max_lr {config.max_lr}"
-            )
-        val = partial(held_out_batches, held_out, config.batch_size, dist.rank, dist.world_size)
+        val = partial(held_out_batches, held_out, **sizes)
         prompts = [Prompt(e.prompt, ANSWER_TOKENS, 1, e.completion) for e in held_out[:N_ANSWERS]]
-        if dist.is_main and config.use_lora:
-            print(describe_lora(model))
+        if dist.is_main:
+            announce_finetuning(model, config)
         try:
             train(model, data, val, prompts, config, dist, resumed)
         finally:
             if dist.is_main and (run / "metrics.jsonl").exists():
                 write_train_data(run)
         if dist.is_main and config.merge_out:
-            # The base as it was loaded: a run's newest checkpoint may be another by now.
+            # The base as loaded above: a run may have a later checkpoint by now.
             source = base.name_or_path if config.use_lora else None
             tuned = load_model(source, run) if source else load_model(run)
-            write_merged(tuned, config.merge_out)
+            save_merged(tuned, config.merge_out)
     dist.stop()
 
 
+def check_merge_out(config: FinetuneConfig) -> None:
+    """ValueError if merge_out is not a new or empty folder."""
+    merged = Path(config.merge_out or "")
+    if config.merge_out and merged.exists() and not (merged.is_dir() and not any(merged.iterdir())):
+        raise ValueError(f"merge_out {merged} already exists; choose another folder")
+
+
 def check_base(base: GPT, config: FinetuneConfig) -> str:
-    """The weights' sha256; ValueError for a model that cannot be the base of this run."""
+    """The hash of the base's weights; ValueError if it cannot be the base of this run."""
     name = config.model_name_or_path
     if lora_linears(base):
         raise ValueError(
@@ -180,65 +170,76 @@ def check_base(base: GPT, config: FinetuneConfig) -> str:
             "and the adapter as --lora_load_path"
         )
     check_vocabulary(base, name)
-    found = weights_sha256(base)
+    found = hash_weights(base)
     if config.base_sha256 not in (None, found):
         raise ValueError(f"{name} has weights of sha256 {found}, expected {config.base_sha256}")
     return found
 
 
-def lora_settings(config: FinetuneConfig) -> Settings:
-    """lora_dim, lora_alpha, lora_dropout and use_rslora of a new adapter."""
-    lora_dim = config.lora_dim or 8
+def new_lora_config(config: FinetuneConfig) -> LoRAConfig:
+    """The settings of a new adapter."""
+    lora_dim = 8 if config.lora_dim is None else config.lora_dim
     lora_alpha = 2.0 * lora_dim if config.lora_alpha is None else config.lora_alpha
-    return lora_dim, lora_alpha, config.lora_dropout or 0.0, bool(config.use_rslora)
+    return LoRAConfig(lora_dim, lora_alpha, config.lora_dropout or 0.0, bool(config.use_rslora))
 
 
-def add_lora(base: GPT, config: FinetuneConfig) -> GPT:
-    """The model to start with: the base, with a new adapter or the one to go on from."""
+def build_model(base: GPT, config: FinetuneConfig) -> GPT:
+    """The model to start from: the base, with a new adapter or the one of lora_load_path."""
     if not config.use_lora:
         return base
+    lora_config = new_lora_config(config)
     if config.lora_load_path is None:
-        return convert_linear_layer_to_lora(base, config.lora_module_name, *lora_settings(config))
-    return load_adapter(base, newest(config.lora_load_path), lora_settings(config))
+        return convert_linear_layer_to_lora(base, config.lora_module_name, lora_config)
+    return load_adapter(base, latest_checkpoint(config.lora_load_path), lora_config)
 
 
-def resolve(config: FinetuneConfig, model: GPT) -> FinetuneConfig:
-    """`config` with a value for everything that was left to the adapter; ValueError where the two
-    contradict each other.
+def resolve_config(
+    config: FinetuneConfig, model: GPT, n_examples: int, dist: Distributed
+) -> FinetuneConfig:
+    """The config with a value for everything that was left to the adapter, the data or the device.
+    ValueError if it contradicts the adapter.
     """
-    chosen: dict[str, Any] = (
-        {} if config.max_lr is not None else {"max_lr": 5e-4 if config.use_lora else 5e-5}
-    )
+    resolved: dict[str, Any] = {}
+    if config.max_lr is None:
+        resolved["max_lr"] = 5e-4 if config.use_lora else 5e-5
+    if config.max_steps is None:
+        resolved["max_steps"] = -(-config.epochs * n_examples // config.examples_per_step)
     for linear in lora_linears(model).values():
-        for name in LORA_SETTINGS:
-            asked, chosen[name] = getattr(config, name), getattr(linear, name)
-            if asked not in (None, chosen[name]):
+        for name, found in asdict(linear.config).items():
+            if getattr(config, name) not in (None, found):
                 raise ValueError(
-                    f"{name} is {asked}, but the adapter of {config.lora_load_path} has "
-                    f"{chosen[name]}"
+                    f"{name} is {getattr(config, name)}, but the adapter of "
+                    f"{config.lora_load_path} has {found}"
                 )
-    return replace(config, **chosen)
+            resolved[name] = found
+    return resolve_device_settings(replace(config, **resolved), dist.device)
 
 
-def describe_lora(model: GPT) -> str:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    n, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
-    return (
-        f"LoRA: {len(lora_linears(model))} linears, {len(trained)} trainable tensors with {n:,} "
-        f"parameters, {n / total:.2%} of all; adapter {4 * n / 1e6:.2f} MB"
-    )
+def announce_finetuning(model: GPT, config: FinetuneConfig) -> None:
+    if config.warmup_steps >= config.max_steps:
+        print(
+            f"warmup_steps is {config.warmup_steps} and max_steps {config.max_steps}, so the "
+            f"learning rate never reaches max_lr {config.max_lr}"
+        )
+    if config.use_lora:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        n, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
+        print(
+            f"LoRA: {len(lora_linears(model))} linears, {len(trained)} trainable tensors with "
+            f"{n:,} parameters, {n / total:.2%} of all; adapter {4 * n / 1e6:.2f} MB"
+        )
 
 
 def write_train_data(run: Path) -> None:
-    """train_data.json: the losses and their steps, as lists to be plotted."""
+    """train_data.json: the losses and their steps, as lists to plot."""
     data, records = {}, read_metrics(run)
     for name, key in (("train", "train_loss"), ("eval", "val_loss")):
-        data[f"{name}_steps"], data[f"{name}_loss"] = points(records, key, "step")
+        data[f"{name}_steps"], data[f"{name}_loss"] = curve_points(records, key, "step")
     write_atomically(run / "train_data.json", (json.dumps(data) + "\n").encode())
 
 
-def write_merged(model: GPT, folder: str) -> None:
-    """Write the model as an ordinary checkpoint, its adapter merged."""
+def save_merged(model: GPT, folder: str) -> None:
+    """Save the model as an ordinary checkpoint, with its adapter merged."""
     if lora_linears(model):
         merge_lora(model)
     model.save_pretrained(folder)
@@ -247,4 +248,4 @@ def write_merged(model: GPT, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, FinetuneConfig, __doc__)
+    run_command(main, FinetuneConfig, __doc__)

@@ -1,36 +1,32 @@
-"""Only here something is sent away: a run's checkpoint or adapter goes to the Hugging Face hub,
-with a model card that says what it was made of.
-"""
+"""Upload a run's checkpoint or adapter, with a model card, to the Hugging Face hub."""
 
-import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import yaml
-from huggingface_hub import HfApi, ModelCardData, get_token
-from huggingface_hub.errors import HTTPError
-from huggingface_hub.utils import validate_repo_id
 
-import cli
-from checkpoint import (
-    FREE_TO_CHANGE,
-    best_checkpoint,
-    checkpoints,
-    load_progress,
-    read_metrics,
-    read_run_config,
-)
-from data import read_manifest, tokens_in
-from lora import CONFIG_FILE, PLAIN_FILE, read_adapter_config
-from plot import plot_runs
+from engine.checkpoint import best_checkpoint, latest_checkpoint, read_progress, read_run_config
+from engine.config import REMOVED_SETTINGS, TrainConfig, fixed_settings, flag, run_command
+from engine.data import count_tokens, read_manifest
+from engine.files import naming_file, read_json, write_json
+from engine.lora import ADAPTER_CONFIG_FILE, LORA_STATE_FILE, is_adapter, read_adapter_config
+from engine.metrics import read_metrics
+from engine.report import plot_runs
 
-# Of use to this project alone; lora.pt holds what adapter_model.safetensors holds.
-LEFT_OUT = ("state.pt", "progress.json", PLAIN_FILE)
+# Only this project reads them; lora.pt repeats adapter_model.safetensors.
+NOT_UPLOADED = ("state.pt", "progress.json", LORA_STATE_FILE)
+# Settings of the training commands that do not shape the curve, besides those of TrainConfig.
+FREE_SETTINGS = {"data_dir", "model_name_or_path", "merge_out", *REMOVED_SETTINGS}
+LOGGED = {
+    "train_loss": "training loss of the last step",
+    "val_loss": "validation loss",
+    "hellaswag_acc_norm": "HellaSwag acc_norm (lm-eval's)",
+}
 CARD = """
 # {repo_id}
 
-{kind}, {loss} after step {step}.
+{kind}, validation loss {loss} after step {step:,}.
 
 ![Loss over the steps of the run](loss.png)
 
@@ -62,165 +58,29 @@ model = PeftModel.from_pretrained(base, "{repo_id}")"""
 
 @dataclass(frozen=True)
 class ShareConfig:
-    run: str = ""
-    """run folder whose checkpoint or adapter is shared"""
-    repo_id: str = ""
-    """where to on the hub: NAME or USER/NAME"""
-    base_model: str | None = None
-    """an adapter's base on the hub (default: the hub name it was trained from)"""
-    best: bool = False
-    """the checkpoint with the lowest validation loss instead of the newest"""
-    license: str | None = None
-    """as the hub abbreviates it, such as mit (default: none is named)"""
-    private: bool = False
-    """a new repository is seen by you only"""
-    dry_run: bool = False
-    """stop when RUN/share holds what would be uploaded"""
+    run: str = flag("", "run folder whose checkpoint or adapter is uploaded")
+    repo_id: str = flag("", "repository on the hub: NAME or USER/NAME")
+    base_model: str | None = flag(None, "an adapter's base on the hub (default: as trained from)")
+    best: bool = flag(False, "upload the checkpoint with the lowest validation loss")
+    license: str | None = flag(None, "the hub's identifier of a license, such as mit")
+    private: bool = flag(False, "make a new repository private")
+    dry_run: bool = flag(False, "write RUN/share, the files to upload, and stop")
 
     def __post_init__(self) -> None:
-        for name in ("run", "repo_id"):
-            if not getattr(self, name):
-                raise ValueError(
-                    f"--{name} is missing; for example --run runs/demo --repo_id me/demo"
-                )
-        for name in ("repo_id", "base_model"):
-            if (value := getattr(self, name)) is not None:
-                check_repo_id(name, value)
-
-
-def check_repo_id(what: str, repo_id: str) -> None:
-    """ValueError if the hub knows no such names."""
-    try:
-        validate_repo_id(repo_id)
-    except ValueError as error:
-        raise ValueError(
-            f"{what} is {repo_id}, expected NAME or USER/NAME as on the hub ({error})"
-        ) from error
-
-
-def base_on_hub(adapter: Path, base_model: str | None) -> str:
-    """The hub name of the adapter's base; ValueError if that is a folder of this machine."""
-    base = base_model or read_adapter_config(adapter).get("base_model_name_or_path") or ""
-    try:
-        check_repo_id("the adapter's base", base)
-    except ValueError as error:
-        raise ValueError(
-            f"the adapter's base is {base or 'not named'}, which nobody else has; share that "
-            "first, and name it with --base_model USER/NAME"
-        ) from error
-    return base
-
-
-def training_facts(run: Path, step: int) -> dict[str, str]:
-    """What the log, the config and the data's manifest say of the run up to a step."""
-    config = read_run_config(run)
-    records = [r for r in read_metrics(run) if r["step"] <= step]
-    facts = {}
-    if "data_dir" in config:
-        manifest = read_manifest(Path(config["data_dir"]))
-        facts["training data"] = str(manifest.get("dataset", config["data_dir"]))
-        if manifest["shards"]:
-            train, val = (tokens_in(manifest, split) for split in ("train", "val"))
-            facts["training data"] += f", {train:,} tokens, and {val:,} for validation"
-        else:
-            print(f"{config['data_dir']} has no manifest.json here; the card does not say its size")
-    else:
-        facts["training data"] = f"{name_of(config.get('data')) or 'not noted'} (instructions)"
-    facts["tokens"] = f"{records[-1]['tokens']:,} in {step:,} steps" if records else "none logged"
-    for key, label in (
-        ("train_loss", "training loss of the last step"),
-        ("val_loss", "validation loss"),
-        ("hellaswag_acc_norm", "HellaSwag acc_norm (lm-eval's)"),
-    ):
-        if values := [r[key] for r in records if r.get(key) is not None]:
-            facts[label] = f"{values[-1]:.4f}"
-    return facts
-
-
-def name_of(setting: object) -> object:
-    """A setting as others may read it: of a path on this machine only the last part."""
-    return Path(setting).name if isinstance(setting, str) and Path(setting).exists() else setting
-
-
-def card(config: ShareConfig, checkpoint: Path, base: str | None) -> str:
-    """The README.md of the repository, with the YAML that the hub reads at its head."""
-    run = Path(config.run)
-    step = load_progress(checkpoint)["step"]
-    facts = training_facts(run, step)
-    settings = read_run_config(run)
-    settings = {k: name_of(v) for k, v in settings.items() if k not in FREE_TO_CHANGE}
-    data = ModelCardData(
-        library_name="peft" if base else "transformers",
-        base_model=base,
-        pipeline_tag="text-generation",
-        license=config.license,
-        tags=["gpt2"],
-    )
-    text = CARD.format(
-        repo_id=config.repo_id,
-        kind=f"A LoRA adapter for [{base}](https://huggingface.co/{base})" if base else "A GPT-2",
-        loss=f"validation loss {facts.get('validation loss', 'not measured')}",
-        step=f"{step:,}",
-        use=(USE_ADAPTER if base else USE_MODEL).format(repo_id=config.repo_id, base=base),
-        facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
-        settings=yaml.safe_dump(settings, sort_keys=False),
-    )
-    return f"---\n{data.to_yaml()}\n---\n{text}"
-
-
-def prepare(config: ShareConfig) -> Path:
-    """RUN/share, made anew: the files as they are to be on the hub."""
-    run = Path(config.run)
-    found = best_checkpoint(run) if config.best else next(reversed(checkpoints(run)), None)
-    if found is None:
-        measured = " with a validation loss" if config.best else ""
-        raise FileNotFoundError(
-            f"{run} holds no checkpoint{measured}; expected a run folder, the --out_dir of training"
-        )
-    is_adapter = (found / CONFIG_FILE).is_file()
-    if config.base_model is not None and not is_adapter:
-        raise ValueError(f"--base_model is for adapters, and {found} is a whole model")
-    base = base_on_hub(found, config.base_model) if is_adapter else None
-    readme = card(config, found, base)
-    folder = run / "share"
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        shutil.copytree(found, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
-    except shutil.Error as error:  # a list of all files
-        raise OSError(f"{folder} could not be written: {error.args[0][0][2]}; make room") from error
-    (folder / "README.md").write_text(readme, encoding="utf-8")
-    plot_runs([run], folder / "loss.png")
-    if is_adapter:
-        settings = json.loads((folder / CONFIG_FILE).read_text())
-        settings["base_model_name_or_path"] = base
-        (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-    return folder
-
-
-def upload(config: ShareConfig, folder: Path) -> str:
-    """Create the repository where it does not exist, and upload the folder as one commit."""
-    api = HfApi()
-    try:
-        repo = api.create_repo(config.repo_id, private=config.private or None, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo.repo_id, folder_path=folder, commit_message=f"Upload {folder.parent.name}"
-        )
-    except (HTTPError, OSError) as error:
-        raise OSError(
-            f"the hub did not take {config.repo_id}: {' '.join(str(error).split())}. "
-            f"Nothing is lost: {folder} holds what was to be uploaded. Run the same command again "
-            "with a network, and a token that may write there (hf auth login)"
-        ) from error
-    return str(repo)
+        if not self.run:
+            raise ValueError("run is missing, expected a run folder such as --run runs/demo")
+        check_repo_id("repo_id", self.repo_id)
 
 
 def main(config: ShareConfig) -> None:
+    from huggingface_hub import get_token
+
     if not config.dry_run and get_token() is None:
         raise ValueError(
-            "not logged in to the Hugging Face hub; run `hf auth login` or set HF_TOKEN to a token "
-            "that may write, or look at what would be uploaded with --dry_run true"
+            "not logged in to the Hugging Face hub; run `hf auth login`, set HF_TOKEN to a token "
+            "that can write, or see the files first with --dry_run"
         )
-    folder = prepare(config)
+    folder = write_files(config)
     for file in sorted(folder.iterdir()):
         print(f"{file.name:<28}{file.stat().st_size:>15,} bytes")
     if config.dry_run:
@@ -229,5 +89,124 @@ def main(config: ShareConfig) -> None:
         print(f"uploaded to {upload(config, folder)}")
 
 
+def check_repo_id(name: str, repo_id: str, remedy: str = "choose another name") -> None:
+    """ValueError with the remedy if the hub would refuse the name."""
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is {repo_id or 'missing'}, expected NAME or USER/NAME ({error}); {remedy}"
+        ) from error
+
+
+def find_base(checkpoint: Path, base_model: str | None) -> str | None:
+    """The hub name of an adapter's base, None for a full model; ValueError for a local base."""
+    if is_adapter(checkpoint):
+        base = base_model or read_adapter_config(checkpoint).base_model or ""
+        remedy = "upload the base first, and name it with --base_model USER/NAME"
+        check_repo_id("the adapter's base", base, remedy)
+        return base
+    if base_model is not None:
+        raise ValueError(f"--base_model is for adapters, but {checkpoint} is a full model")
+    return None
+
+
+def write_files(config: ShareConfig) -> Path:
+    """Write RUN/share, the folder to upload, anew."""
+    run = Path(config.run)
+    checkpoint = best_checkpoint(run) if config.best else latest_checkpoint(run)
+    if checkpoint is None or checkpoint == run:
+        wanted = "checkpoint with a validation loss" if config.best else "checkpoint"
+        raise FileNotFoundError(f"{run} holds no {wanted}; expected an --out_dir of training")
+    base = find_base(checkpoint, config.base_model)
+    card = render_card(config, checkpoint, base)
+    folder = run / "share"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        if file.name not in NOT_UPLOADED:
+            with naming_file(folder / file.name):
+                shutil.copy(file, folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    plot_runs([run], folder / "loss.png")
+    if base is not None:
+        file = folder / ADAPTER_CONFIG_FILE
+        write_json(file, read_json(file, "repair it") | {"base_model_name_or_path": base})
+    return folder
+
+
+def render_card(config: ShareConfig, checkpoint: Path, base: str | None) -> str:
+    """The README.md of the repository. It starts with the YAML that the hub reads."""
+    run, step = Path(config.run), read_progress(checkpoint)["step"]
+    settings = read_run_config(run)
+    facts = collect_facts(run, settings, step)
+    free = {f.name for f in fields(TrainConfig)} - fixed_settings(TrainConfig) | FREE_SETTINGS
+    shown = {name: hide_folder(value) for name, value in settings.items() if name not in free}
+    library = "peft" if base else "transformers"
+    head: dict = {"library_name": library, "base_model": base, "license": config.license}
+    head = {key: value for key, value in head.items() if value is not None}
+    head |= {"pipeline_tag": "text-generation", "tags": ["gpt2"]}
+    text = CARD.format(
+        repo_id=config.repo_id,
+        kind=f"A LoRA adapter for [{base}](https://huggingface.co/{base})" if base else "A GPT-2",
+        loss=facts.get("validation loss", "not measured"),
+        step=step,
+        use=(USE_ADAPTER if base else USE_MODEL).format(repo_id=config.repo_id, base=base),
+        facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        settings=yaml.safe_dump(shown, sort_keys=False),
+    )
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n{text}"
+
+
+def collect_facts(run: Path, settings: dict, step: int) -> dict[str, str]:
+    """Data and results of the run up to the step."""
+    log = [record for record in read_metrics(run) if record["step"] <= step]
+    tokens = f"{log[-1]['tokens']:,} in {step:,} steps" if log else "none logged"
+    facts = {"training data": summarize_data(settings), "tokens": tokens}
+    for key, label in LOGGED.items():
+        if values := [record[key] for record in log if record.get(key) is not None]:
+            facts[label] = f"{values[-1]:.4f}"
+    return facts
+
+
+def summarize_data(settings: dict) -> str:
+    """The training data, with its size from the manifest of the shards."""
+    folder = settings.get("data_dir")
+    if folder is None:
+        return f"{hide_folder(settings.get('data')) or 'not noted'} (instructions)"
+    manifest = read_manifest(Path(folder))
+    name = str(manifest.get("dataset") or hide_folder(folder))
+    if not manifest["shards"]:
+        print(f"{folder} has no manifest.json; the card omits the number of tokens")
+        return name
+    train, val = (count_tokens(manifest, split) for split in ("train", "val"))
+    return f"{name}, {train:,} tokens, and {val:,} for validation"
+
+
+def hide_folder(setting: object) -> object:
+    """The setting, but of a local path only the last part."""
+    return Path(setting).name if isinstance(setting, str) and Path(setting).exists() else setting
+
+
+def upload(config: ShareConfig, folder: Path) -> str:
+    """Upload the folder as one commit, to a new repository if there is none; returns its URL."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    api = HfApi()
+    try:
+        repo = api.create_repo(config.repo_id, private=config.private or None, exist_ok=True)
+        message = f"Upload {folder.parent.name}"
+        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message)
+    except (HTTPError, OSError) as error:
+        raise OSError(
+            f"the hub did not accept {config.repo_id}: {error}. {folder} holds the files; run the "
+            "same command again with a network and a token that can write (hf auth login)"
+        ) from error
+    return str(repo)
+
+
 if __name__ == "__main__":
-    cli.run(main, ShareConfig, __doc__)
+    run_command(main, ShareConfig, __doc__)

@@ -1,53 +1,47 @@
-"""Pretrain a GPT-2. On N devices: torchrun --standalone --nproc_per_node=N train_gpt2.py"""
+"""Pretrain GPT-2. On N devices: torchrun --standalone --nproc_per_node=N train_gpt2.py"""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-import cli
-from checkpoint import check_same_run, load_model, load_newest, lock_run
-from data import PretrainingData, TokenShards, evaluation_batches
+from engine.checkpoint import check_same_run, load_latest, load_model
+from engine.config import TrainConfig, flag, run_command
+from engine.data import PretrainingData, TokenShards, validation_batches
+from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
+from engine.files import lock_folder
+from engine.training import Prompt, train
 from model import GPT, GPTConfig
-from runtime import Distributed, keep_freed_memory
-from step import find_batch_size
-from training import Prompt, TrainConfig, train
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
 
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig):
-    data_dir: str = "data/fineweb-edu"
-    """folder of token shards, made by fineweb.py"""
-    total_batch_size: int = 524_288
-    """tokens per optimizer step over all devices"""
-    find_batch_size: bool = False
-    """on CUDA: before the run, find the largest power of two for batch_size that fits; the curve
-    stays the same"""
-    eval_tokens: int = 10_485_760
-    """validation tokens of an evaluation, always the same first ones"""
-    init_from: str = "scratch"
-    """scratch, or the model to start from: a hub name, a folder, a checkpoint or a run"""
-    zero_residual: bool = False
-    """from scratch, start with blocks that add nothing: their c_proj weights are zero"""
-    n_layer: int | None = None
-    """blocks (default: 12, or what init_from has)"""
-    n_head: int | None = None
-    """attention heads (default: 12, or what init_from has)"""
-    n_embd: int | None = None
-    """width (default: 768, or what init_from has)"""
-    block_size: int | None = None
-    """tokens in a sequence (default: 1024, or what init_from has)"""
+    data_dir: str = flag(
+        "data/fineweb-edu", "token shards, made by fineweb.py", group="data", may_change=True
+    )  # the data themselves are compared
+    total_batch_size: int = flag(524_288, "tokens per optimizer step over all devices")
+    eval_tokens: int = flag(10_485_760, "validation tokens of an evaluation, always the first ones")
+
+    init_from: str = flag(
+        "scratch", "scratch, or a model: a hub name, folder, checkpoint or run", group="model"
+    )
+    zero_residual: bool = flag(False, "from scratch: start with c_proj weights of zero")
+    n_layer: int | None = flag(None, "blocks (default: 12, or those of init_from)")
+    n_head: int | None = flag(None, "attention heads (default: 12, or those of init_from)")
+    n_embd: int | None = flag(None, "width (default: 768, or that of init_from)")
+    block_size: int | None = flag(None, "tokens per sequence (default: 1024, or init_from's)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_least(1, "total_batch_size", "eval_tokens")
+        self._check_at_least(1, "total_batch_size", "eval_tokens")
         if self.zero_residual and self.init_from != "scratch":
-            raise ValueError(f"zero_residual does not go with init_from {self.init_from}")
+            raise ValueError(f"zero_residual does not work with init_from {self.init_from}")
 
 
 def main(config: PretrainConfig) -> None:
@@ -58,53 +52,60 @@ def main(config: PretrainConfig) -> None:
     )
     if (config.block_size or 0) >= len(train_shards):
         raise ValueError(
-            f"block_size is {config.block_size}, but {config.data_dir} holds {len(train_shards)} "
-            "tokens to train on; lower it, or prepare more"
+            f"block_size is {config.block_size}, but {config.data_dir} has {len(train_shards)} "
+            "training tokens; lower it, or prepare more text"
         )
     run = Path(config.out_dir)
-    with lock_run(run) if dist.is_main else nullcontext():
-        with dist.main_first():
+    with lock_folder(run) if dist.is_main else nullcontext():
+        with dist.main_process_first():
             config = replace(config, **check_same_run(run, config))
-            model, resumed = load_newest(run) or (new_model(config), None)
+            model, resumed = load_latest(run) or (build_model(config), None)
         shape = {name: getattr(model.config, name) for name in SHAPE}
-        given = {name: getattr(config, name) for name in SHAPE}
-        shape |= {name: value for name, value in given.items() if value is not None}
-        config = replace(config, **shape).on(dist.device)
-        ranks = dist.rank, dist.world_size
-        if config.find_batch_size:
-            smallest = shape["block_size"], 1, config.total_batch_size
-            data = PretrainingData(train_shards, *smallest, config.seed, *ranks)
-            config = replace(config, batch_size=find_batch_size(model, data, config, dist))
-        sizes = shape["block_size"], config.batch_size
-        data = PretrainingData(train_shards, *sizes, config.total_batch_size, config.seed, *ranks)
-        val = partial(evaluation_batches, val_shards, *sizes, config.eval_tokens, *ranks)
+        shape |= select_shape(config)  # a shorter block_size than the model's
+        config = resolve_device_settings(replace(config, **shape), dist.device)
+        sizes: dict[str, Any] = {
+            "block_size": config.block_size,
+            "batch_size": config.batch_size,
+            "rank": dist.rank,
+            "world_size": dist.world_size,
+        }
+        data = PretrainingData(
+            train_shards, total_batch_size=config.total_batch_size, seed=config.seed, **sizes
+        )
+        val = partial(validation_batches, val_shards, eval_tokens=config.eval_tokens, **sizes)
         train(model, data, val, [Prompt()], config, dist, resumed)
     dist.stop()
 
 
-def new_model(config: PretrainConfig) -> GPT:
-    """The model to start with: new, or that of init_from."""
-    asked = {name: getattr(config, name) for name in SHAPE if getattr(config, name) is not None}
+def select_shape(config: PretrainConfig) -> dict[str, Any]:
+    """The part of the shape that the config gives."""
+    return {name: getattr(config, name) for name in SHAPE if getattr(config, name) is not None}
+
+
+def build_model(config: PretrainConfig) -> GPT:
+    """A new model, or that of init_from."""
+    shape = select_shape(config)
     if config.init_from == "scratch":
         torch.manual_seed(config.seed)
-        model = GPT(GPTConfig(**asked))
+        model = GPT(GPTConfig(**shape))
         if config.zero_residual:
             zero_residual_projections(model)
         return model
     model = load_model(config.init_from)
-    for name, value in asked.items():
+    for name, value in shape.items():
         found = getattr(model.config, name)
-        if value > found or (value != found and name != "block_size"):  # a shorter window is fine
+        # A shorter block_size than the model's is fine.
+        if value > found or (value != found and name != "block_size"):
             raise ValueError(f"{name} is {value}, but {config.init_from} has {found}")
     return model
 
 
 def zero_residual_projections(model: GPT) -> None:
-    """Make blocks add nothing at first: what they learn is then not disturbed by random parts."""
+    """Make all blocks the identity at first, so that random outputs do not disturb learning."""
     for name, param in model.named_parameters():
         if name.endswith("c_proj.weight"):
             nn.init.zeros_(param)
 
 
 if __name__ == "__main__":
-    cli.run(main, PretrainConfig, __doc__)
+    run_command(main, PretrainConfig, __doc__)

@@ -1,86 +1,84 @@
-"""Milliseconds a generated token at GPT-2 124M, side by side: this project, transformers with its
-cache, and recomputing the prefix for each token as nanoGPT does.
+"""Milliseconds per generated token at GPT-2 124M: this project, transformers with its cache, and
+recomputing the prefix for every token as nanoGPT does.
 
-    python benchmarks/generate.py [--device cuda]
+    python benchmarks/generate.py                 # fp32 on two CPU threads: 4 minutes
+    python benchmarks/generate.py --device cuda
 
-Random weights, greedy, fp32; the three take turns, and the medians over the rounds are compared.
+Equal random weights, greedy. The three take turns, each in a process of its own, and their tokens
+are compared.
 """
 
-import statistics
 import sys
-import tempfile
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cli
+from benchmarks import harness
+from benchmarks.harness import BenchmarkConfig, Result, Size, Step
+from engine.config import flag, run_command
+from engine.decode import speed_up_decoding
+from engine.tokenizer import END_OF_TEXT_ID
 from model import GPT, GPTConfig
+
+OURS, TRANSFORMERS, PREFIX = "this project", "transformers, cached", "prefix recomputed"
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
-    rounds: int = 5
-    """times that each contender is measured"""
-    new_tokens: int = 100
-    """tokens to generate"""
-    prompt_tokens: int = 32
-    """length of the prompt"""
-    device: str = "cpu"
-    """cpu or cuda"""
+class GenerateBenchmarkConfig(BenchmarkConfig):
+    new_tokens: int = flag(100, "tokens to generate")
+    prompt_tokens: int = flag(32, "tokens of the prompt")
+    n_layer: int = flag(12, "blocks of the model; its width is 768")
 
 
-@torch.no_grad()
-def recompute(model: GPT, idx: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """nanoGPT's way: all positions for every token, but logits for the last one only."""
-    for _ in range(new_tokens):
-        logits = model.lm_head(model.hidden(idx)[:, -1])[:, : model.config.vocab_size]
-        idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], dim=1)
-    return idx
+def make_contender(size: Size, config: BenchmarkConfig, name: str, n: int) -> Step:
+    """Generates `n` tokens after a random prompt of `size.T` tokens."""
+    device, shape = config.open_device(), size.config
+    idx = size.random_ids(device)
+    model: Any = GPT(GPTConfig(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd))
+    if name == TRANSFORMERS:
+        model = harness.transformers_copy(model)
+    model.eval().to(device)
+    if name == OURS:
+        speed_up_decoding(model)  # as sample.py does
+
+    @torch.no_grad()
+    def step() -> Result:
+        with config.autocast():
+            if name == OURS:
+                out = model.generate(idx, n, temperature=0)
+            elif name == TRANSFORMERS:
+                options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False}
+                options |= {"attention_mask": torch.ones_like(idx), "pad_token_id": END_OF_TEXT_ID}
+                out = model.generate(idx, **options)
+            else:  # nanoGPT's way: all positions for every token, but logits of the last one only
+                out = idx
+                for _ in range(n):
+                    next_id = model.logits(model.hidden(out)[:, -1]).argmax(-1, keepdim=True)
+                    out = torch.cat([out, next_id], dim=1)
+        return {"tokens": out[:, idx.size(1) :].flatten().tolist()}
+
+    return step
 
 
-def main(config: BenchmarkConfig) -> None:
-    torch.manual_seed(0)
-    ours = GPT(GPTConfig()).to(config.device)
-    with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder)
-        theirs = GPT2LMHeadModel.from_pretrained(folder).eval().to(config.device)
-    n = config.new_tokens
-    contenders = {
-        "this project": lambda idx: ours.generate(idx, n, temperature=0),
-        "transformers, cached": lambda idx: theirs.generate(
-            idx,
-            attention_mask=torch.ones_like(idx),
-            max_new_tokens=n,
-            min_new_tokens=n,
-            do_sample=False,
-            pad_token_id=50256,
-        ),
-        "prefix recomputed": lambda idx: recompute(ours, idx, n),
-    }
-    print(
-        f"{torch.get_num_threads()} threads, {config.device}, {config.prompt_tokens} + {n} tokens"
-    )
+def main(config: GenerateBenchmarkConfig) -> None:
+    n, names = config.new_tokens, (OURS, TRANSFORMERS, PREFIX)
+    makers = {name: partial(make_contender, name=name, n=n) for name in names}
     for batch_size in (1, 5):
-        idx = torch.randint(0, 50257, (batch_size, config.prompt_tokens), device=config.device)
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        outs = {}
-        for _ in range(config.rounds):
-            for name, generate in contenders.items():
-                started = time.perf_counter()
-                outs[name] = generate(idx).cpu()
-                times[name].append((time.perf_counter() - started) / n * 1e3)
-        ours_ms = statistics.median(times["this project"])
-        print(f"\nbatch {batch_size}              ms a token   times ours   same tokens as ours")
-        for name, values in times.items():
-            ms = statistics.median(values)
-            same = (outs[name] == outs["this project"]).float().mean().item()
-            print(f"{name:<22}{ms:>9.1f}{ms / ours_ms:>13.2f}{same:>20.0%}")
+        size = Size(config.n_layer, 768, batch_size, config.prompt_tokens)
+        results = harness.measure_in_workers(makers, size, config)
+        columns = "ms per token", "/ ours", "tokens equal to ours"
+        harness.print_header(f"{batch_size} x {size.T} + {n} tokens", *columns)
+        for name, turns in results.items():
+            pairs = list(zip(turns[0]["tokens"], results[OURS][0]["tokens"], strict=True))
+            equal = sum(theirs == ours for theirs, ours in pairs) / len(pairs)
+            ms, ratio = harness.median(turns) / n * 1e3, harness.compare(results, name, OURS)
+            harness.print_row(name, f"{ms:.1f}", ratio, f"{equal:.0%}")
 
 
 if __name__ == "__main__":
-    cli.run(main, BenchmarkConfig, __doc__)
+    run_command(main, GenerateBenchmarkConfig, __doc__)

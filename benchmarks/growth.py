@@ -1,12 +1,11 @@
-"""How time and memory of a training step grow with layers, width, T and batch, on a CPU.
+"""How time and memory of a training step grow with layers, width, sequence length and batch.
 
-    python benchmarks/growth.py    # two threads, fp32: 4 minutes; draws docs/growth.png
+    python benchmarks/growth.py   # on two CPU threads, fp32: 4 minutes; draws docs/growth.png
 
-One of the four is varied at a time, from a small base; every size runs the real `TrainingStep` in a
-process of its own, as the training commands run it. Beside the measured time stand the FLOPs of the
-step, beside the measured peak what the memory model of `scale.py` says. A slope is that of a
-straight line through the logarithms: 1 is proportional, 2 quadratic. The table over 50,304 tokens
-is part of all sizes, so that most slopes are below 1.
+One of the four varies at a time, from a small base. Every size runs the real training step in a
+process of its own. The time is compared with the FLOPs of the step, peak memory with the memory
+model of scale.py. A slope is that of a least-squares line through the logarithms: 1 is
+proportional, 2 quadratic. Most are below 1, because every size contains the table of 50,304 tokens.
 """
 
 import sys
@@ -18,131 +17,106 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cli
-from benchmarks.scale import meta, peak
-from benchmarks.train_step import Contender, StepBenchmarkConfig
-from model import GPTConfig
-from report import flops_per_token
+from benchmarks.harness import Size, print_header, print_row, take_turns_in_workers
+from benchmarks.scale import Setup, predict_peak
+from benchmarks.train_step import make_ours
+from engine.config import flag, run_command
 
-HEAD_SIZE = 64  # of all GPT-2s
-GROWTH = {  # what is varied, and over which values
+BASE = Size(n_layer=4, n_embd=256, batch_size=4, T=256)
+VARIED = {
     "n_layer": (2, 4, 8, 16),
     "n_embd": (128, 256, 512, 1024),
     "T": (128, 256, 512, 1024),
     "batch_size": (2, 4, 8, 16),
 }
-TOLERANCE = 0.05  # of a measured slope over its formula's
+TOLERANCE = 0.05  # of a measured slope over that of its formula
+# A row of the figure: what is measured, its formula, what that is called, the unit, the label.
+ROWS = (
+    ("seconds", "flops", "FLOPs", 1.0, "step, s"),
+    ("bytes", "predicted", "memory model", 1e9, "peak memory, GB"),
+)
+Measured = dict[str, float]  # seconds, flops, bytes, predicted
 
 
 @dataclass(frozen=True)
-class GrowthConfig:
-    rounds: int = 5
-    """steps of each size that count; one more comes first"""
-    threads: int = 2
-    """CPU threads"""
-    plot: str = "docs/growth.png"
-    """the picture to write"""
+class GrowthBenchmarkConfig:
+    rounds: int = flag(5, "measured steps of each size, after one that warms up")
+    threads: int = flag(2, "CPU threads")
+    values: int = flag(4, "values of each that varies, the first ones, 2 to 4")
+    plot: str = flag("docs/growth.png", "the figure to write")
 
 
-@dataclass(frozen=True)
-class Size:
-    """The base, from which one field is varied at a time."""
-
-    n_layer: int = 4
-    n_embd: int = 256
-    T: int = 256
-    batch_size: int = 4
-
-    @property
-    def model(self) -> GPTConfig:
-        n_head = self.n_embd // HEAD_SIZE
-        return GPTConfig(self.T, n_layer=self.n_layer, n_head=n_head, n_embd=self.n_embd)
-
-
-def measure(size: Size, config: GrowthConfig) -> dict[str, float]:
-    """Seconds of the fastest step, FLOPs, peak and predicted peak in bytes."""
-    shape = (size.n_layer, size.model.n_head, size.n_embd, size.batch_size, size.T)
-    contender = Contender("ours", shape, StepBenchmarkConfig(threads=config.threads))
-    try:
-        steps = [contender.step() for _ in range(config.rounds + 1)][1:]
-    finally:
-        contender.stop()
-    tokens = size.batch_size * size.T
-    how = {"half": False, "device_type": "cpu", "accumulate": False}
+def measure(size: Size, config: GrowthBenchmarkConfig) -> Measured:
+    """Seconds of the fastest step, its FLOPs, peak and predicted peak in bytes."""
+    steps = take_turns_in_workers(
+        {"ours": make_ours}, size, rounds=config.rounds, warmup=1, threads=config.threads
+    )["ours"]
+    setup = Setup(half=False, device_type="cpu")
     return {
         "seconds": min(step["step"] for step in steps),
-        "flops": flops_per_token(meta(size.model), size.T) * tokens,
-        "bytes": steps[-1]["mb"] * 2**20,
-        "predicted": peak(size.model, size.batch_size, **how),
+        "flops": size.flops,
+        "bytes": steps[-1]["peak_bytes"],
+        "predicted": predict_peak(size.config, size.batch_size, setup, accumulate=False),
     }
 
 
-def slope(values: tuple[int, ...], results: list[dict[str, float]], key: str) -> float:
-    """Of a least-squares line through the logarithms."""
-    return float(np.polyfit(np.log(values), np.log([r[key] for r in results]), 1)[0])
+def fit_slope(results: dict[int, Measured], key: str) -> float:
+    values = [r[key] for r in results.values()]
+    return float(np.polyfit(np.log(list(results)), np.log(values), 1)[0])
 
 
-def draw(measured: dict[str, list[dict[str, float]]], file: Path) -> None:
-    """Time above, memory below, a column for each that is varied; dashed what the formula says."""
+def draw(measured: dict[str, dict[int, Measured]], file: Path) -> None:
+    """Time above, memory below, a column for each that varies; formulas are dashed."""
     figure = Figure(figsize=(12, 6), layout="constrained")
-    axes = figure.subplots(2, len(GROWTH), sharey="row", sharex="col")
-    for column, (name, values) in enumerate(GROWTH.items()):
-        results = measured[name]
-        for row, (key, formula, unit, label) in enumerate(
-            (("seconds", "flops", 1.0, "step, s"), ("bytes", "predicted", 1e9, "peak memory, GB"))
-        ):
-            one = axes[row, column]
-            # FLOPs have no unit in common with seconds: drawn through the largest size's time.
-            per = results[-1]["flops"] / results[-1]["seconds"] if row == 0 else unit
-            slopes = [slope(values, results, k) for k in (key, formula)]
-            one.plot(values, [r[key] / unit for r in results], "o-", label=f"slope {slopes[0]:.2f}")
-            name_of_formula = "FLOPs" if row == 0 else "memory model"
-            dashed = [r[formula] / per for r in results]
-            one.plot(values, dashed, "k--", label=f"{name_of_formula}, slope {slopes[1]:.2f}")
-            one.set_xscale("log", base=2)
-            one.set_yscale("log")
-            one.set_xticks(values, [str(value) for value in values])
-            one.grid(alpha=0.3, which="both")
-            one.legend(fontsize=8)
-            if row == 1:
-                one.set_xlabel(name)
+    axes = figure.subplots(2, len(measured), sharey="row", sharex="col")
+    for column, (name, results) in enumerate(measured.items()):
+        last = list(results.values())[-1]
+        for row, (key, formula, formula_name, unit, label) in enumerate(ROWS):
+            panel = axes[row, column]
+            # FLOPs are drawn through the time of the largest size.
+            scale = last["flops"] / last["seconds"] if formula == "flops" else unit
+            slopes = [fit_slope(results, k) for k in (key, formula)]
+            values = [r[key] / unit for r in results.values()]
+            panel.plot(list(results), values, "o-", label=f"slope {slopes[0]:.2f}")
+            values = [r[formula] / scale for r in results.values()]
+            panel.plot(list(results), values, "k--", label=f"{formula_name}, slope {slopes[1]:.2f}")
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log")
+            panel.set_xticks(list(results), [str(value) for value in results])
+            panel.grid(alpha=0.3, which="both")
+            panel.legend(fontsize=8)
             if column == 0:
-                one.set_ylabel(label)
-    base = Size()
-    figure.suptitle(
-        f"From {base.n_layer} layers x {base.n_embd}, {base.batch_size} x {base.T} tokens, "
-        "one varied at a time"
-    )
+                panel.set_ylabel(label)
+        axes[-1, column].set_xlabel(name)
+    figure.suptitle(f"From {BASE} (layers x width, batch x tokens), one varied at a time")
     figure.savefig(file, dpi=110)
 
 
-def main(config: GrowthConfig) -> None:
-    base = Size()
-    known: dict[Size, dict[str, float]] = {}
-    measured = {}
-    print("| varied | step, s | GFLOP | peak, GB | predicted, GB |\n|---|---|---|---|---|")
-    for name, values in GROWTH.items():
-        for value in values:
-            size = replace(base, **{name: value})
+def main(config: GrowthBenchmarkConfig) -> None:
+    known: dict[Size, Measured] = {}
+    measured: dict[str, dict[int, Measured]] = {}
+    print_header("varied", "step, s", "GFLOP", "peak, GB", "predicted, GB")
+    for name, values in VARIED.items():
+        measured[name] = {}
+        for value in values[: config.values]:
+            size = replace(BASE, **{name: value})
             known[size] = r = known.get(size) or measure(size, config)
-            print(
-                f"| {name} {value} | {r['seconds']:.2f} | {r['flops'] / 1e9:.0f} "
-                f"| {r['bytes'] / 1e9:.2f} | {r['predicted'] / 1e9:.2f} |",
-                flush=True,
+            measured[name][value] = r
+            gigabytes = [f"{r[key] / 1e9:.2f}" for key in ("bytes", "predicted")]
+            print_row(
+                f"{name} {value}", f"{r['seconds']:.2f}", f"{r['flops'] / 1e9:.0f}", *gigabytes
             )
-        measured[name] = [known[replace(base, **{name: value})] for value in values]
-    keys = ("seconds", "flops", "bytes", "predicted")
-    print("\n| slope against | time | FLOPs | memory | memory model | faster than its formula |")
-    print("|---|---|---|---|---|---|")
-    for name, values in GROWTH.items():
-        time, flops, memory, model = (slope(values, measured[name], key) for key in keys)
-        pairs = (("time", time, flops), ("memory", memory, model))
-        over = ", ".join(what for what, own, formula in pairs if own > formula + TOLERANCE)
-        cells = " | ".join(f"{number:.2f}" for number in (time, flops, memory, model))
-        print(f"| {name} | {cells} | {over or 'none'} |", flush=True)
+    print()
+    columns = "time", "FLOPs", "memory", "memory model", "grows faster than its formula"
+    print_header("slope against", *columns)
+    for name, results in measured.items():
+        slopes = [fit_slope(results, key) for row in ROWS for key in row[:2]]
+        pairs = ("time", *slopes[:2]), ("memory", *slopes[2:])
+        faster = [what for what, own, formula in pairs if own > formula + TOLERANCE]
+        print_row(name, *(f"{slope:.2f}" for slope in slopes), ", ".join(faster) or "none")
     draw(measured, Path(config.plot))
-    print(f"\ndrawn into {config.plot}")
+    print(f"\nfigure in {config.plot}")
 
 
 if __name__ == "__main__":
-    cli.run(main, GrowthConfig, __doc__)
+    run_command(main, GrowthBenchmarkConfig, __doc__)

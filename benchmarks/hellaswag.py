@@ -1,158 +1,174 @@
-"""HellaSwag examples a second at GPT-2 124M, side by side: this project, lm-evaluation-harness, and
-build-nanogpt's loop, which is transformers' model in its hellaswag.py and its own in training.
+"""HellaSwag examples per second at GPT-2 124M: this project, lm-evaluation-harness, build-nanogpt.
 
-    python benchmarks/hellaswag.py --data hellaswag_val.jsonl
+    python benchmarks/hellaswag.py --data hellaswag_val.jsonl   # fp32 on a CPU thread: 12 minutes
+    python benchmarks/hellaswag.py --data FILE --rows 500 --device cuda --precision bf16
 
-Random weights, fp32 on a CPU. In each round all take turns on the same new rows, tokenisation
-included; the medians over the rounds are compared, and all predictions.
+Equal random weights, each contender in a process of its own. In every round all take turns on the
+same new rows, including tokenization; their predictions are compared. build-nanogpt's loop runs on
+transformers' model in its hellaswag.py, and on its own model in training.
 """
 
 import json
 import os
 import random
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
-from transformers import GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cli
+from benchmarks import harness
+from benchmarks.harness import BenchmarkConfig, Result, Size, Step
+from engine.config import flag, run_command
+from engine.scoring import encode, score
+from engine.tasks import load_examples, make_record, predict, read_rows
+from engine.tokenizer import save_tokenizer
 from model import GPT, GPTConfig
-from scoring import encode, score
-from tasks import clean, hellaswag_example, predictions, read_rows
-from tokenizer import save_tokenizer
 
-Predictions = list[tuple[int, int]]
-CPU = torch.device("cpu")
+Predictions = list[tuple[int, int]]  # the most likely ending, summed and normalized
+OURS, OURS_RAW = "this project", "this project, raw text"
+LM_EVAL, LOOP, LOOP_OURS = "lm-eval, batch", "build-nanogpt's loop", "the same on our model"
+BATCH_SIZES = {"cpu": (1, 16), "cuda": (16, 64)}  # of lm-eval
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
-    data: str | None = None
-    """HellaSwag's rows, .jsonl or .jsonl.gz (default: the validation set from the hub)"""
-    rounds: int = 3
-    """times that each contender is measured"""
-    rows: int = 30
-    """examples in a round"""
-    threads: int = 1
-    """threads of the CPU"""
-    seed: int = 0
-    """which rows, in which order"""
+class HellaSwagBenchmarkConfig(BenchmarkConfig):
+    data: str | None = flag(None, "HellaSwag rows, .jsonl or .jsonl.gz (default: from the hub)")
+    rounds: int = flag(3, "measured rounds, after one that warms up")
+    rows: int = flag(30, "examples per round")
+    seed: int = flag(0, "of the order of the rows")
+    n_layer: int = flag(12, "blocks of the model; its width is 768")
+    threads: int = flag(1, "CPU threads of each contender")
 
 
-def hellaswag_rows(data: str | None, limit: int | None = None) -> list[dict]:
-    """The first `limit` rows, or all, of a file or of the hub."""
-    rows = [row for _, row in islice(read_rows("hellaswag", data), limit)]
-    return [json.loads(row) if isinstance(row, bytes) else row for row in rows]
-
-
-def this_project(
-    model: GPT, rows: list[dict], text: str = "lm-eval", device: torch.device = CPU
+def predict_with_this_project(
+    model: GPT, device: torch.device, text: str, file: Path
 ) -> Predictions:
-    examples = [hellaswag_example(row, text) for row in rows]
-    found = {}
-    for batch in score(model, [e.request for e in examples], device):
-        for i, scores in batch:
-            found[i] = predictions([s.log_prob for s in scores], examples[i].facts["lengths"])
-    return [found[i] for i in range(len(rows))]
+    examples = load_examples("hellaswag", str(file), model.config.block_size, text=text)
+    batches = score(model, [example.request for example in examples], device)
+    scores = dict(pair for batch in batches for pair in batch)
+    records = [make_record("hellaswag", e, scores[i]) for i, e in enumerate(examples)]
+    return [(record["pred"], record["pred_norm"]) for record in records]
 
 
-def lm_evaluation_harness(lm: HFLM, rows: list[dict]) -> Predictions:
+def predict_with_lm_eval(lm: Any, file: Path) -> Predictions:
+    from lm_eval.api.instance import Instance
+    from lm_eval.tasks.hellaswag.utils import preprocess
+
     requests, lengths = [], []
-    for row in rows:
+    for row in map(json.loads, file.read_text().splitlines()):
         context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}" if "ctx_a" in row else row["ctx"]
-        choices = [clean(ending) for ending in row["endings"]]
-        query = clean(f"{row['activity_label']}: {context}")
-        requests += [
-            Instance("loglikelihood", {}, (query, f" {choice}"), i)
-            for i, choice in enumerate(choices)
-        ]
+        query = preprocess(f"{row['activity_label']}: {context}")
+        choices = [preprocess(ending) for ending in row["endings"]]
+        pairs = [(query, f" {choice}") for choice in choices]
+        requests += [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
         lengths.append([len(choice) for choice in choices])
     answers = iter(lm.loglikelihood(requests, disable_tqdm=True))
-    return [predictions([next(answers)[0] for _ in each], each) for each in lengths]
+    return [predict([next(answers)[0] for _ in each], each) for each in lengths]
 
 
-@torch.no_grad()
-def build_nanogpt(
-    logits_of: Callable[[torch.Tensor], torch.Tensor], rows: list[dict]
+def predict_with_loop(
+    logits_of: Callable[[torch.Tensor], torch.Tensor], device: torch.device, file: Path
 ) -> Predictions:
-    """One example at a time as four padded rows, logits of all positions (its hellaswag.py)."""
+    """build-nanogpt's hellaswag.py: an example at a time as padded rows, all logits."""
     found = []
-    for row in rows:
-        context = encode(row["ctx"])
-        endings = [encode(" " + ending) for ending in row["endings"]]
-        tokens = torch.zeros(4, len(context) + max(map(len, endings)), dtype=torch.long)
+    for row in map(json.loads, file.read_text().splitlines()):
+        context, endings = encode(row["ctx"]), [encode(" " + e) for e in row["endings"]]
+        tokens = torch.zeros(len(endings), len(context) + max(map(len, endings)), dtype=torch.long)
         mask = torch.zeros_like(tokens)
         for i, ending in enumerate(endings):
             n = len(context) + len(ending)
             tokens[i, :n] = torch.tensor(context + ending)
             mask[i, len(context) : n] = 1
-        shift_logits = logits_of(tokens)[..., :-1, :].contiguous()
-        shift_tokens = tokens[..., 1:].contiguous()
-        losses = F.cross_entropy(
-            shift_logits.view(-1, shift_logits.size(-1)), shift_tokens.view(-1), reduction="none"
-        )
-        shift_mask = mask[..., 1:]
-        sums = (losses.view(4, -1) * shift_mask).sum(dim=1)
-        found.append((int(sums.argmin()), int((sums / shift_mask.sum(dim=1)).argmin())))
+        tokens, mask = tokens.to(device), mask[:, 1:].to(device)
+        logits, targets = logits_of(tokens)[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        sums = (losses.view_as(mask) * mask).sum(dim=1)
+        found.append((int(sums.argmin()), int((sums / mask.sum(dim=1)).argmin())))
     return found
 
 
-def main(config: BenchmarkConfig) -> None:
-    torch.set_num_threads(config.threads)
-    found = hellaswag_rows(config.data)
-    random.Random(config.seed).shuffle(found)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig())
+def make_predictor(name: str, size: Size, device: torch.device) -> Callable[[Path], Predictions]:
+    shape = size.config
+    model = GPT(GPTConfig(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)).eval()
+    if name.startswith(LM_EVAL):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # all that it needs is in the folder
+        from lm_eval.models.huggingface import HFLM
+
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            save_tokenizer(folder)
+            batch_size = int(name.rsplit(maxsplit=1)[-1])
+            lm = HFLM(pretrained=folder, device=str(device), batch_size=batch_size)
+        return partial(predict_with_lm_eval, lm)
+    if name == LOOP:
+        peer = harness.transformers_copy(model).to(device)
+        return partial(predict_with_loop, lambda idx: peer(idx).logits, device)
+    model.to(device)
+    if name == LOOP_OURS:
+        return partial(predict_with_loop, model, device)
+    text = "raw" if name == OURS_RAW else "lm-eval"
+    return partial(predict_with_this_project, model, device, text)
+
+
+def make_contender(size: Size, config: BenchmarkConfig, name: str, files: list[Path]) -> Step:
+    """Each step predicts the endings of the next file."""
+    predictor, rounds = make_predictor(name, size, config.open_device()), iter(files)
+
+    @torch.no_grad()
+    def step() -> Result:
+        with config.autocast():
+            return {"predictions": predictor(next(rounds))}
+
+    return step
+
+
+def write_rounds(config: HellaSwagBenchmarkConfig, folder: str) -> list[Path]:
+    """Write random rows into a file per round."""
+    rows = [row for _, row in read_rows("hellaswag", config.data)]
+    lines = [row.decode() if isinstance(row, bytes) else json.dumps(row) + "\n" for row in rows]
+    n = (config.rounds + 1) * config.rows
+    if len(lines) < n:
+        raise ValueError(f"data has {len(lines)} rows, expected at least {n}; lower --rows")
+    random.Random(config.seed).shuffle(lines)
+    files = [Path(folder) / f"round_{i}.jsonl" for i in range(config.rounds + 1)]
+    for i, file in enumerate(files):
+        file.write_text("".join(lines[i * config.rows : (i + 1) * config.rows]))
+    return files
+
+
+def main(config: HellaSwagBenchmarkConfig) -> None:
+    lm_eval = [f"{LM_EVAL} {n}" for n in BATCH_SIZES[config.open_device().type]]
+    names = OURS, *lm_eval, OURS_RAW, LOOP, LOOP_OURS
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        save_tokenizer(folder)
-        theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
-        one, sixteen = (HFLM(pretrained=folder, device="cpu", batch_size=n) for n in (1, 16))
-    contenders = {
-        "this project": lambda rows: this_project(model, rows),
-        "lm-eval, batch 1": lambda rows: lm_evaluation_harness(one, rows),
-        "lm-eval, batch 16": lambda rows: lm_evaluation_harness(sixteen, rows),
-        "this project, raw text": lambda rows: this_project(model, rows, "raw"),
-        "build-nanogpt": lambda rows: build_nanogpt(lambda idx: theirs(idx).logits, rows),
-        "same, with our model": lambda rows: build_nanogpt(model, rows),
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    answers: dict[str, Predictions] = {name: [] for name in contenders}
-    rows = iter(found)
-    for _ in tqdm(range(config.rounds), unit=" rounds", disable=None):
-        chosen = list(islice(rows, config.rows))
-        for name, contender in contenders.items():
-            started = time.perf_counter()
-            answers[name] += contender(chosen)
-            speeds[name].append(len(chosen) / (time.perf_counter() - started))
-    n = len(answers["this project"])
-    print(f"{config.threads} threads, fp32, {n} rows in {config.rounds} rounds")
-    print(f"{'':<24}examples/s   ours is   same predictions as ours (summed, normalised)")
-    ours = ""
-    for name, values in speeds.items():
-        speed = statistics.median(values)
-        ours = name if name.startswith("this project") else ours
-        times = statistics.median(speeds[ours]) / speed
-        same = [
-            sum(a[i] == b[i] for a, b in zip(answers[name], answers[ours], strict=True))
-            for i in range(2)
+        files = write_rounds(config, folder)
+        makers = {name: partial(make_contender, name=name, files=files) for name in names}
+        size = Size(config.n_layer, 768, batch_size=1, T=1024)
+        results = harness.measure_in_workers(makers, size, config)
+    columns = "ours is", "equal predictions: summed", "normalized"
+    harness.print_header("contender", "examples/s", *columns)
+    for name, turns in results.items():
+        ours = OURS_RAW if name in (OURS_RAW, LOOP, LOOP_OURS) else OURS
+        pairs = [
+            pair
+            for turn, our_turn in zip(turns, results.get(ours, []), strict=False)
+            for pair in zip(turn["predictions"], our_turn["predictions"], strict=True)
         ]
-        print(f"{name:<24}{speed:>10.2f}{times:>8.2f} x   {same[0]} and {same[1]} of {n}")
+        equal = [sum(a[i] == b[i] for a, b in pairs) for i in (0, 1)]
+        harness.print_row(
+            name,
+            f"{config.rows / harness.median(turns):.2f}",
+            f"{harness.compare(results, name, ours)} x",
+            *(f"{n} of {len(pairs)}" for n in equal),
+        )
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    cli.run(main, BenchmarkConfig, __doc__)
+    run_command(main, HellaSwagBenchmarkConfig, __doc__)

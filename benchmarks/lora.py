@@ -1,65 +1,66 @@
-"""LoRA at GPT-2 124M against full fine-tuning and against peft, side by side: time and memory.
+"""LoRA at GPT-2 124M beside full fine-tuning and PEFT: time and memory of a step.
 
-    python benchmarks/lora.py                   # the comparison, one thread, fp32: 20 minutes
-    python benchmarks/lora.py --table true      # ranks 1 to 64, merged, full: times and memory
-    python benchmarks/lora.py --table true --device cuda --precision bf16 --batch_size 16
+    python benchmarks/lora.py           # the comparison, one CPU thread, fp32: 25 minutes
+    python benchmarks/lora.py --table   # ranks 1 to 64, merged and full: 8 minutes
+    python benchmarks/lora.py --table --device cuda --precision bf16 --size 12x768:16x1024
 
-Forward and backward are timed together, because a chunked loss does gradient work in its forward
-pass. The contenders take turns; medians are compared. Memory on a CPU is the sum of all tensors
-that are alive, counted at every operation; on CUDA what the allocator says.
+Contenders take turns, each in a process of its own; on CUDA they run one after another. Compare the
+sum of forward and backward, because this project's loss computes its gradient in the forward pass.
+Memory on a CPU is that of all live tensors, counted at every operation of one more step; on CUDA it
+is the allocator's figure.
 """
 
-import statistics
 import sys
-import tempfile
-import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import peft
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cli
-from lora import convert_linear_layer_to_lora, merge_lora, only_optimize_lora_parameters
-from model import GPT, Block, GPTConfig
-from runtime import autocast_dtype
-from step import BETAS
+from benchmarks import harness
+from benchmarks.harness import BenchmarkConfig, Result, Size, Step
+from engine import lora
+from engine.config import flag, run_command
+from engine.data import Batch
+from engine.loss import SummedLoss
+from engine.optim import BETAS
+from engine.step import apply_recompute
+from model import GPT
 
-LORA_TARGETS = ["c_attn", "c_proj", "c_fc"]
+RANK, RANKS = 8, (1, 8, 16, 32, 64)
+# Contenders: what is trained, and what is recomputed. transformers' model trains all weights.
+OWN = "full none", "full light", "lora none", "lora light"
+BLOCK = "full block", "lora block"
+PEERS = "transformers none", "peft none", "peft checkpointing"
+COMPARED = {  # by batch size and length
+    (4, 128): (*OWN, *BLOCK, "peft none"),
+    (2, 512): OWN,
+    (16, 139): (*OWN, *BLOCK, *PEERS),
+}
+OTHERS = "lora none", "merged none", *PEERS[:2]  # beside the ranks
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
-    table: bool = False
-    """print time and memory of ranks 1 to 64, merged and full"""
-    rounds: int = 3
-    """times that each contender is measured"""
-    n_layer: int = 12
-    """of the model; the width is 768"""
-    batch_size: int = 4
-    """sequences, for --table"""
-    length: int = 128
-    """tokens in each, for --table"""
-    recompute: Literal["none", "light", "block"] = "light"
-    """of our LoRA, for --table"""
-    threads: int = 1
-    """CPU threads"""
-    device: str = "cpu"
-    """cpu or cuda"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast"""
+class LoRABenchmarkConfig(BenchmarkConfig):
+    table: bool = flag(False, "measure ranks 1 to 64, merged and full instead")
+    size: str = flag(
+        "12x768:4x128", "LAYERSxWIDTH:BATCHxTOKENS; the batch of the comparison is given"
+    )
+    recompute: Literal["none", "light", "block"] = flag("light", "of LoRA, with --table")
+    rounds: int = flag(3, "measured steps of each contender, after one that warms up")
+    threads: int = flag(1, "CPU threads of each contender")
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make while it is on, as long as they live."""
+    """Counts the bytes of the tensors `before` and of all that operations make while it is on, as
+    long as they live.
+    """
 
     def __init__(self, *before: torch.Tensor):
         super().__init__()
@@ -79,181 +80,122 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.sizes or not storage.nbytes():
-            return
-        self.sizes[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key)
+        key, n_bytes = storage._cdata, storage.nbytes()
+        if key not in self.sizes and n_bytes:
+            self.sizes[key] = n_bytes
+            self.now += n_bytes
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
         self.now -= self.sizes.pop(key)
 
 
-class Contender:
-    """A model, its loss, and the optimizer of what it trains."""
-
-    def __init__(self, model: torch.nn.Module, config: BenchmarkConfig):
-        self.model, self.device = model.train().to(config.device), config.device
-        self.dtype = autocast_dtype(config.precision, torch.device(config.device))
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, betas=BETAS, fused=True)
-
-    def loss(self, idx: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self.device, self.dtype, enabled=self.dtype is not None):
-            if isinstance(self.model, GPT):
-                return self.model.loss(idx, idx)
-            return self.model(idx, labels=idx).loss
-
-    def forward_backward(self, idx: torch.Tensor) -> tuple[float, float]:
-        """Seconds of each. The gradients are gone afterwards."""
-        started = self._now()
-        loss = self.loss(idx)
-        between = self._now()
-        loss.backward()
-        ended = self._now()
-        self.optimizer.zero_grad()
-        return between - started, ended - between
-
-    def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def memory(self, idx: torch.Tensor) -> tuple[int, int]:
-        """Bytes alive at the peak of a step, optimizer state included; and of these, what a forward
-        pass keeps for its backward pass.
-        """
-        self.loss(idx).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            loss = self.loss(idx)
-            kept = torch.cuda.memory_allocated() - before
-            loss.backward()
-            self.optimizer.step()
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            states = [t for s in self.optimizer.state.values() for t in s.values()]
-            with LiveBytes(*self.model.parameters(), *self.model.buffers(), *states) as live:
-                before = live.now
-                loss = self.loss(idx)
-                kept = live.now - before
-                loss.backward()
-                self.optimizer.step()
-            peak = live.peak
-        self.optimizer.zero_grad()
-        return peak, kept
-
-
-def ours(kind: str, config: BenchmarkConfig, lora_dim: int = 8) -> Contender:
-    """`kind` is what is trained and what is recomputed, as in "lora light"."""
+def make_model(kind: str, size: Size, rank: int) -> Any:
+    """A model of this project, transformers or PEFT."""
     what, recompute = kind.split()
-    model = GPT(GPTConfig(n_layer=config.n_layer))
+    if what == "transformers":
+        return harness.transformers_gpt2(size.config)
+    if what == "peft":
+        import peft
+
+        model = harness.transformers_gpt2(size.config)
+        if recompute == "checkpointing":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        targets = ["c_attn", "c_proj", "c_fc"]
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=targets, fan_in_fan_out=True
+        )
+        return peft.get_peft_model(model, config)
+    model = GPT(size.config)
     if what != "full":
-        convert_linear_layer_to_lora(model, lora_dim=lora_dim)
-        only_optimize_lora_parameters(model)
-    if what == "merged":  # nothing is left to train; wpe gets a gradient so that one goes through
-        merge_lora(model)
+        lora_config = lora.LoRAConfig(lora_dim=rank, lora_alpha=2 * rank)
+        lora.convert_linear_layer_to_lora(model, config=lora_config)
+        lora.only_optimize_lora_parameters(model)
+    if what == "merged":  # trains nothing but wpe, which lets gradients flow through all blocks
+        lora.merge_lora(model)
         model.transformer.wpe.weight.requires_grad_()
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.recompute = recompute
-    return Contender(model, config)
+    apply_recompute(model, recompute)
+    return model
 
 
-def theirs(kind: str, config: BenchmarkConfig) -> Contender:
-    """transformers' model, whole or with peft's LoRA of rank 8 on all linears of the blocks."""
-    with tempfile.TemporaryDirectory() as folder:
-        GPT(GPTConfig(n_layer=config.n_layer)).save_pretrained(folder)
-        model = GPT2LMHeadModel.from_pretrained(folder)
-    if kind == "transformers full":
-        return Contender(model, config)
-    lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=LORA_TARGETS, fan_in_fan_out=True)
-    if kind == "peft checkpointing":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    return Contender(peft.get_peft_model(model, lora), config)
+def make_step(size: Size, config: BenchmarkConfig, kind: str, rank: int = RANK) -> Step:
+    device = config.open_device()
+    model, idx = make_model(kind, size, rank).train().to(device), size.random_ids(device)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-4, betas=BETAS, fused=True)
+
+    def loss() -> torch.Tensor:
+        with config.autocast():
+            if isinstance(model, GPT):
+                return SummedLoss(model)(Batch(idx, idx)) / idx.numel()
+            return model(idx, labels=idx).loss
+
+    def update(live_bytes: Callable[[], int]) -> int:
+        """Do a step; return the bytes that its forward pass keeps for the backward pass."""
+        before = live_bytes()
+        mean_loss = loss()
+        kept = live_bytes() - before
+        mean_loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return kept
+
+    update(lambda: 0)  # now the optimizer has its state
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        kept = update(torch.cuda.memory_allocated)
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        states = [t for state in optimizer.state.values() for t in state.values()]
+        with LiveBytes(*model.parameters(), *model.buffers(), *states) as live:
+            kept = update(lambda: live.now)
+        peak = live.peak
+
+    def step() -> Result:
+        times = [harness.read_clock(device)]
+        mean_loss = loss()
+        times.append(harness.read_clock(device))
+        mean_loss.backward()
+        times.append(harness.read_clock(device))
+        optimizer.zero_grad()
+        forward, backward = times[1] - times[0], times[2] - times[1]
+        figures = {"forward": forward, "backward": backward, "sum": forward + backward}
+        return figures | {"peak": peak, "kept": kept / idx.numel()}
+
+    return step
 
 
-def random_ids(B: int, T: int, config: BenchmarkConfig) -> torch.Tensor:
-    return torch.randint(GPTConfig.vocab_size, (B, T), device=config.device)
-
-
-def compare_times(
-    kinds: dict[str, Callable[[], Contender]], B: int, T: int, config: BenchmarkConfig
-) -> None:
-    idx = random_ids(B, T, config)
-    contenders = {kind: make() for kind, make in kinds.items()}
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for number in range(config.rounds + 1):
-        for kind, contender in contenders.items():
-            time_taken = sum(contender.forward_backward(idx))
-            if number:  # the first round warms up
-                seconds[kind].append(time_taken)
-    full = statistics.median(seconds["full none"])
-    print(f"\n| step {B} x {T} | s | / full | / full, same recomputation |\n|---|---|---|---|")
-    for kind, times in seconds.items():
-        same = statistics.median(seconds.get(f"full {kind.split()[1]}", seconds["full none"]))
-        median = statistics.median(times)
-        print(f"| {kind} | {median:.2f} | {median / full:.3f} | {median / same:.3f} |", flush=True)
-
-
-def compare_memory(
-    kinds: dict[str, Callable[[], Contender]], B: int, T: int, config: BenchmarkConfig
-) -> None:
-    idx = random_ids(B, T, config)
-    print(f"\n| memory {B} x {T} | peak of a step, GB | kept for backward, kB a token |")
-    print("|---|---|---|")
-    for kind, make in kinds.items():
-        peak, kept = make().memory(idx)
-        print(f"| {kind} | {peak / 1e9:.2f} | {kept / idx.numel() / 1e3:.0f} |", flush=True)
-
-
-def comparison(config: BenchmarkConfig) -> None:
-    def make(*kinds: str) -> dict[str, Callable[[], Contender]]:
-        peers = ("transformers full", "peft none", "peft checkpointing")
-        return {k: partial(theirs if k in peers else ours, k, config) for k in kinds}
-
-    own = ("full none", "full light", "lora none", "lora light")
-    compare_times(make(*own, "full block", "lora block", "peft none"), 4, 128, config)
-    compare_times(make(*own), 2, 512, config)
-    long = ("full none", "full block", "lora light", "lora block")
-    compare_times(make(*long), 16, 139, config)
-    peers = ("transformers full", "peft none", "peft checkpointing")
-    compare_memory(make(*own, "full block", "lora block", *peers), 16, 139, config)
-
-
-def table(config: BenchmarkConfig) -> None:
-    idx = random_ids(config.batch_size, config.length, config)
-    makers: dict[str, Callable[[], Contender]] = {
-        f"rank {r}": partial(ours, f"lora {config.recompute}", config, r)
-        for r in (1, 8, 16, 32, 64)
-    }
-    makers["merged, all frozen but wpe"] = lambda: ours("merged none", config)
-    makers["full"] = lambda: ours("full none", config)
-    print(f"{config.device}, {config.precision}, {tuple(idx.shape)}, LoRA: {config.recompute}\n")
-    print("| what | forward ms | backward ms | sum | memory GB |\n|---|---|---|---|---|")
-    for name, make in makers.items():
-        contender = make()
-        times = [contender.forward_backward(idx) for _ in range(config.rounds + 1)][1:]
-        forward, backward = (statistics.median(t) * 1e3 for t in zip(*times, strict=True))
-        peak, _ = contender.memory(idx)
-        print(
-            f"| {name} | {forward:.1f} | {backward:.1f} | {forward + backward:.1f} "
-            f"| {peak / 1e9:.2f} |",
-            flush=True,
+def print_table(makers: dict[str, Any], size: Size, config: LoRABenchmarkConfig) -> None:
+    """Measure the contenders; those called "full ..." are what others are compared with."""
+    results = harness.measure_in_workers(makers, size, config)
+    times = "forward ms", "backward ms", "sum", "/ full", "/ full with the same recomputation"
+    harness.print_header(str(size), *times, "peak memory, GB", "kept for backward, kB per token")
+    for name, steps in results.items():
+        milliseconds = [harness.median(steps, key) * 1e3 for key in ("forward", "backward", "sum")]
+        same = f"full {name.split()[1]}"
+        harness.print_row(
+            name,
+            *(f"{value:.0f}" for value in milliseconds),
+            *(harness.compare(results, name, full, "sum") for full in ("full none", same)),
+            f"{steps[0]['peak'] / 1e9:.2f}",
+            f"{steps[0]['kept'] / 1e3:.0f}",
         )
 
 
-def main(config: BenchmarkConfig) -> None:
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(0)
-    (table if config.table else comparison)(config)
+def main(config: LoRABenchmarkConfig) -> None:
+    size = Size.parse(config.size)
+    if config.table:
+        light = f"lora {config.recompute}"
+        makers = {f"rank {r}": partial(make_step, kind=light, rank=r) for r in RANKS}
+        makers |= {kind: partial(make_step, kind=kind) for kind in ("full none", *OTHERS)}
+        print_table(makers, size, config)
+        return
+    for (batch_size, T), kinds in COMPARED.items():
+        makers = {kind: partial(make_step, kind=kind) for kind in kinds}
+        print_table(makers, replace(size, batch_size=batch_size, T=T), config)
 
 
 if __name__ == "__main__":
-    cli.run(main, BenchmarkConfig, __doc__)
+    run_command(main, LoRABenchmarkConfig, __doc__)

@@ -1,70 +1,59 @@
-"""How long a save holds up training at GPT-2 124M: taking the snapshot that a thread then writes,
-against a save that training waits for.
+"""How long a checkpoint of GPT-2 124M interrupts training: taking a snapshot, which a thread then
+writes, beside waiting until it is saved.
 
-    python benchmarks/save.py
+    python benchmarks/save.py   # 1 minute
 
-The two take turns in one process; the medians over the rounds are compared.
+The two take turns in one process.
 """
 
-import shutil
-import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cli
-from benchmarks.data import random_shards
-from checkpoint import BackgroundSave, save_checkpoint
-from data import PretrainingData
-from model import GPT, GPTConfig
-from runtime import Distributed
-from step import TrainingStep
-from train_gpt2 import PretrainConfig
+from benchmarks import harness
+from engine.checkpoint import BackgroundSave, Resumed, save_checkpoint
+from engine.config import flag, run_command
 
 
 @dataclass(frozen=True)
-class SaveConfig:
-    rounds: int = 5
-    """times that each way is measured"""
-    folder: str = ""
-    """where to write (default: a temporary folder)"""
+class SaveBenchmarkConfig(harness.BenchmarkConfig):
+    folder: str | None = flag(None, "where to write (default: a temporary folder)")
+    n_layer: int = flag(12, "blocks of the model; its width is 768")
 
 
-def main(config: SaveConfig) -> None:
-    folder = Path(tempfile.mkdtemp(dir=config.folder or None))
-    model = GPT(GPTConfig())
-    train_config = PretrainConfig(
-        batch_size=1, total_batch_size=64, precision="fp32", compile=False
-    )
-    data = PretrainingData(random_shards(folder, 4096), 64, 1, 64, seed=0)
-    step = TrainingStep(model, data, train_config, Distributed(0, 1, torch.device("cpu")))
-    step(1)  # the optimizer has its state after a step
+def main(config: SaveBenchmarkConfig) -> None:
+    size = harness.Size(config.n_layer, 768, batch_size=1, T=64)
+    training_step = harness.random_training_step(size, config)
+    training_step(1)  # now the optimizer has its state
     background = BackgroundSave()
-    waiting: dict[str, list[float]] = {"synchronous": [], "snapshot": []}
-    for number in range(1, 2 * config.rounds + 1):
-        way = "synchronous" if number % 2 else "snapshot"
-        started = time.perf_counter()
-        params, state = step.snapshot()
-        progress = {"step": number, "val_loss": None}
-        background.start(partial(save_checkpoint, folder, model, params, progress, state, 1))
-        if way == "synchronous":
+    with tempfile.TemporaryDirectory(dir=config.folder) as folder:
+        save = partial(save_checkpoint, Path(folder), training_step.model)
+
+        def take_snapshot(step: int) -> None:
+            params, state = training_step.snapshot()
+            resumed = Resumed({"step": step, "val_loss": None}, state)
+            background.start(partial(save, params, resumed, keep=1))
+
+        def save_and_wait(step: int) -> None:
+            take_snapshot(step)
             background.wait()
-        waiting[way].append(time.perf_counter() - started)
-        background.wait()
-    synchronous, snapshot = (statistics.median(times) for times in waiting.values())
-    shutil.rmtree(folder)
+
+        contenders = {
+            "wait": save_and_wait,
+            "snapshot": take_snapshot,
+            "rest": lambda _: background.wait(),  # the write is not part of the next turn
+        }
+        turns = harness.take_turns(contenders, range(1, config.rounds + 2))
+    wait, snapshot = (harness.median_seconds(turns[name]) for name in ("wait", "snapshot"))
     print(
-        f"training waits {synchronous:.2f} s for a synchronous save of 124M, {snapshot:.2f} s for "
-        f"the snapshot: {snapshot / synchronous:.0%}"
+        f"training waits {snapshot:.2f} s for a snapshot, {snapshot / wait:.0%} of the {wait:.2f} s"
     )
+    print("that it would wait for the complete save")
 
 
 if __name__ == "__main__":
-    cli.run(main, SaveConfig, __doc__)
+    run_command(main, SaveBenchmarkConfig, __doc__)

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Pretraining on several nodes of a Slurm cluster: sbatch configs/slurm.sh [flags of train_gpt2.py]
-# The run folder must be on a file system that all nodes see. A job that is requeued, or sent again,
-# goes on from its last checkpoint; SIGTERM before the time limit has it save first.
+# Pretrain on several nodes of a Slurm cluster: sbatch configs/slurm.sh [flags of train_gpt2.py]
+# The run folder must be on a file system that all nodes share. A job that is requeued or submitted
+# again resumes from its latest checkpoint. SIGTERM before the time limit makes it save first.
 #SBATCH --job-name=gpt2
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -1,15 +1,28 @@
-"""Fixtures shared by the tests: real text that is always there, tiny models, tiny data."""
+"""Shared by the tests: real text, tiny models and data, and commands run as processes."""
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from data import write_manifest, write_shard
+from engine.data import PretrainingData, TokenShards, write_manifest, write_shard
+from engine.distributed import Distributed
+from engine.step import TrainingStep
 from model import GPT, GPTConfig
+from train_gpt2 import PretrainConfig
 
+ROOT = Path(__file__).parents[1]
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+WORKERS = Path(__file__).parent / "workers"  # programs that tests run as processes
+CPU = Distributed(rank=0, world_size=1, device=torch.device("cpu"))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 NASTY_TEXT = (
     "Hello, I'm a language model,\n\n\n  naïve café — “quotes” … 日本語 العربية ﷺ 😀👨‍👩‍👧‍👦 \n"
@@ -17,13 +30,73 @@ NASTY_TEXT = (
     "1234567 3.14e-10 <|endoftext|> they'll we've I'd   'S  \x00\x1c\x85 \u2028\u00a0\u3000end   "
 )
 
+# A model that trains 60 steps in seconds, for --config.
+TINY = """
+n_layer: 2
+n_head: 2
+n_embd: 32
+block_size: 32
+batch_size: 4
+total_batch_size: 256
+warmup_steps: 4
+max_lr: 1.0e-2
+min_lr: 1.0e-3
+eval_tokens: 512
+sample_every: 20
+device: cpu
+"""
 
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """A folder of larger real texts that not every machine has."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip(f"{SHARED_DATA} is not on this machine")
-    return SHARED_DATA
+
+def command(script: str, *args: object) -> list[str]:
+    """The command line of one of the project's scripts."""
+    return [sys.executable, str(ROOT / script), *map(str, args)]
+
+
+def run_script(script: str, *args: object, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(script, *args),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **env},
+    )
+
+
+def worker_env() -> dict[str, str]:
+    """The environment of programs in tests/workers, which import the project."""
+    return {**ONE_THREAD, "PYTHONPATH": str(ROOT)}
+
+
+def expect_error(script: str, *args: object, cwd: Path, **env: str) -> str:
+    """The one-line error that the command prints, with exit code 2."""
+    result = run_script(script, *args, cwd=cwd, **env)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    return result.stderr
+
+
+def wait_for_steps(run: Path, steps: int, process: subprocess.Popen | None = None) -> None:
+    """Wait until the run has logged more than `steps` lines; fail if its process ends before."""
+    log, deadline = run / "metrics.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and (process is None or process.poll() is None):
+        if log.exists() and log.read_bytes().count(b"\n") > steps:
+            return
+        time.sleep(0.005)
+    pytest.fail(f"{run} ended, or did not reach step {steps} within a minute")
+
+
+def small_transformers_gpt2(**options: object) -> GPT2LMHeadModel:
+    """transformers' GPT-2 with random weights, in eval mode."""
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 48, "vocab_size": 1000}
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(1)
+    return GPT2LMHeadModel(GPT2Config(**{**shape, **ends, **options})).eval()
+
+
+def random_ids(*shape: int, vocab_size: int = 1000) -> torch.Tensor:
+    return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(2))
 
 
 def talkative_model(block_size: int) -> GPT:
@@ -33,6 +106,14 @@ def talkative_model(block_size: int) -> GPT:
     for param in model.parameters():
         param.data.mul_(8)
     return model
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """A folder of larger real texts that not every machine has."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA} is not on this machine")
+    return SHARED_DATA
 
 
 @pytest.fixture
@@ -60,3 +141,31 @@ def make_shards(tmp_path: Path):
         return folder
 
     return make
+
+
+SMALL = GPTConfig(block_size=16, vocab_size=1000, n_layer=2, n_head=2, n_embd=32)
+
+
+def new_model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(SMALL)
+
+
+def make_data(shards: TokenShards, batch_size: int = 4, seed: int = 1337) -> PretrainingData:
+    """Windows of 16 tokens, 12 to a step."""
+    return PretrainingData(
+        shards, block_size=16, batch_size=batch_size, total_batch_size=192, seed=seed
+    )
+
+
+def make_step(model: GPT, shards: TokenShards, batch_size: int = 4, **options) -> TrainingStep:
+    """A training step on `make_data`, with settings that let a loss fall in a few steps."""
+    options = {"precision": "fp32", "total_batch_size": 192, "max_steps": 20, **options}
+    options = {"warmup_steps": 3, "max_lr": 1e-2, "min_lr": 1e-3, "compile": False, **options}
+    config = PretrainConfig(batch_size=batch_size, **options)
+    return TrainingStep(model, make_data(shards, batch_size, config.seed), config, CPU)
+
+
+@pytest.fixture
+def shards(make_shards) -> TokenShards:
+    return TokenShards(make_shards(300, 390), "train")

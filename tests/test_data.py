@@ -6,53 +6,58 @@ import struct
 import numpy as np
 import pytest
 
-from data import (
+from engine.data import (
     PretrainingData,
     TokenShards,
-    evaluation_batches,
     open_shard,
-    write_atomically,
+    validation_batches,
     write_manifest,
     write_shard,
 )
+from engine.files import write_atomically
+
+
+def make_data(
+    shards: TokenShards, batch_size: int, total_batch_size: int, **options: int
+) -> PretrainingData:
+    sizes = {"batch_size": batch_size, "total_batch_size": total_batch_size}
+    return PretrainingData(shards, block_size=8, **sizes, **options)
 
 
 def predicted(data: PretrainingData, steps: range) -> np.ndarray:
-    """All targets of one rank's steps, in order."""
+    """All targets of one rank in these steps, in order."""
     batches = [
         data.micro_batch(step, micro_step)
         for step in steps
         for micro_step in range(1, data.grad_accum_steps + 1)
     ]
-    targets = np.concatenate([targets.ravel() for _, targets in batches])
+    targets = np.concatenate([targets.numpy().ravel() for _, targets, _ in batches])
     return targets[targets != -100]
 
 
 @pytest.mark.parametrize("n_tokens", [2, 7, 8, 9, 10, 16, 17, 18, 100, 129, 1000])
 def test_each_token_once_per_epoch(make_shards, n_tokens):
-    """Whatever the number of tokens, two epochs predict each token but the first exactly twice,
-    with no window left over and none counted double.
-    """
+    """For any number of tokens, two epochs predict each token but the first exactly twice."""
     shards = TokenShards(make_shards(*[n_tokens // 2, n_tokens - n_tokens // 2]), "train")
-    data = PretrainingData(shards, block_size=8, batch_size=1, total_batch_size=8, seed=3)
+    data = make_data(shards, 1, 8, seed=3)
     for epochs in (1, 2):
         counts = np.bincount(predicted(data, range(1, epochs * data.n_windows + 1)))
         assert counts.tolist() == [0] + [epochs] * (n_tokens - 1)
 
 
 def test_targets_follow_their_inputs(make_shards):
-    """In a window each target is the token after its input, across the borders of shards."""
-    data = PretrainingData(TokenShards(make_shards(5, 1, 30, 64), "train"), 8, 2, 32, seed=0)
+    """Each target is the token after its input, also across shard borders."""
+    data = make_data(TokenShards(make_shards(5, 1, 30, 64), "train"), 2, 32, seed=0)
     for step in range(1, 9):
         for micro_step in (1, 2):
-            idx, targets = data.micro_batch(step, micro_step)
+            idx, targets, _ = data.micro_batch(step, micro_step)
             valid = targets != -100
             assert (targets[valid] == idx[valid] + 1).all()
 
 
 def test_global_step_does_not_depend_on_the_machine(make_shards):
-    """For 1, 2, 3 and 4 ranks and any batch_size that divides, a step is the same windows in the
-    same order, and knows the same number of targets.
+    """For 1 to 4 ranks and every batch_size that divides, a step has the same windows in the same
+    order, and the same number of targets.
     """
     shards = TokenShards(make_shards(400, 601), "train")
     seen = set()
@@ -60,7 +65,7 @@ def test_global_step_does_not_depend_on_the_machine(make_shards):
         if 24 % (world_size * batch_size):
             continue
         ranks = [
-            PretrainingData(shards, 8, batch_size, 24 * 8, 5, rank, world_size)
+            make_data(shards, batch_size, 24 * 8, seed=5, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
         ids = [
@@ -75,19 +80,22 @@ def test_global_step_does_not_depend_on_the_machine(make_shards):
 
 
 def test_targets_in_step_are_counted(make_shards):
-    """targets_in_step is the number of targets that the step's batches hold."""
-    data = PretrainingData(TokenShards(make_shards(77), "train"), 8, 3, 48, seed=1)
+    """targets_in_step equals the number of targets in the step's batches."""
+    data = make_data(TokenShards(make_shards(77), "train"), 3, 48, seed=1)
     for step in range(1, 12):
         assert data.targets_in_step(step) == len(predicted(data, range(step, step + 1)))
 
 
 def test_order_is_seeded_and_new_each_epoch(make_shards):
-    """The order follows from the seed, differs between epochs and is no plain sequence."""
+    """The order depends on the seed, differs between epochs and is shuffled."""
     shards = TokenShards(make_shards(801), "train")
 
     def order(seed: int, epoch: int) -> list[int]:
-        data = PretrainingData(shards, 8, 1, 8, seed)
-        return [data.micro_batch(s, 1)[0][0, 0] for s in range(epoch * 100 + 1, epoch * 100 + 101)]
+        data = make_data(shards, 1, 8, seed=seed)
+        return [
+            data.micro_batch(s, 1)[0][0, 0].item()
+            for s in range(epoch * 100 + 1, epoch * 100 + 101)
+        ]
 
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(2, 0)
@@ -97,29 +105,38 @@ def test_order_is_seeded_and_new_each_epoch(make_shards):
 
 def test_a_data_set_smaller_than_a_batch(make_shards):
     """A tiny data set fills a large step with several epochs instead of hanging."""
-    data = PretrainingData(TokenShards(make_shards(9), "train"), 8, 16, 256, seed=0)
-    assert (data.micro_batch(1, 2)[0] == np.arange(8)).all()
+    data = make_data(TokenShards(make_shards(9), "train"), 16, 256, seed=0)
+    assert (data.micro_batch(1, 2).idx.numpy() == np.arange(8)).all()
 
 
 @pytest.mark.parametrize("eval_tokens", [1, 50, 64, 199, 10_000])
 def test_evaluation_is_the_same_tokens_on_any_machine(make_shards, eval_tokens):
-    """The first eval_tokens are predicted once each, whatever ranks and batch size; ranks get the
-    same number of batches.
+    """The first eval_tokens are predicted once each, for any number of ranks and any batch size;
+    ranks get equally many batches.
     """
     shards = TokenShards(make_shards(200), "train")
     for world_size, batch_size in itertools.product((1, 2, 3), (1, 4, 7)):
         batches = [
-            list(evaluation_batches(shards, 8, batch_size, eval_tokens, rank, world_size))
+            list(
+                validation_batches(
+                    shards,
+                    block_size=8,
+                    batch_size=batch_size,
+                    eval_tokens=eval_tokens,
+                    rank=rank,
+                    world_size=world_size,
+                )
+            )
             for rank in range(world_size)
         ]
         assert len({len(b) for b in batches}) == 1
-        targets = np.concatenate([t.ravel() for b in batches for _, t in b])
+        targets = np.concatenate([t.numpy().ravel() for b in batches for _, t, _ in b])
         expected = np.arange(1, min(eval_tokens, 199) + 1)
         assert sorted(targets[targets != -100]) == expected.tolist()
 
 
 def test_reads_llmc_shards(tmp_path):
-    """An llm.c .bin, written here field by field, reads as its tokens; damage is named."""
+    """An llm.c .bin, written here field by field, reads as its tokens; damage is reported."""
     tokens = np.array([50256, 1, 2, 65535], dtype=np.uint16)
     header = struct.pack("<256i", 20240520, 1, 4, *[0] * 253)
     file = tmp_path / "fineweb_train_000001.bin"
@@ -135,14 +152,14 @@ def test_reads_llmc_shards(tmp_path):
 
 
 def test_shards_are_plain_npy(tmp_path):
-    """Our shards are NumPy files that a one-liner reads, with the layout of build-nanogpt."""
+    """Shards are plain NumPy files of uint16, as in build-nanogpt."""
     entry = write_shard(tmp_path / "edu_train_000000.npy", np.array([50256, 7]))
     tokens = np.load(tmp_path / "edu_train_000000.npy")
     assert (tokens.dtype, tokens.tolist(), entry["tokens"]) == (np.uint16, [50256, 7], 2)
 
 
 def test_damaged_and_missing_shards_are_named(make_shards):
-    """A truncated, exchanged or missing shard ends in an error with its name and the remedy."""
+    """A truncated, replaced or missing shard ends in an error with its name and the remedy."""
     folder = make_shards(50, 50)
     file = folder / "x_train_000001.npy"
     whole = file.read_bytes()
@@ -155,7 +172,7 @@ def test_damaged_and_missing_shards_are_named(make_shards):
     with pytest.raises(ValueError, match=r"holds 49 tokens, manifest\.json says 50"):
         TokenShards(folder, "train")
     np.save(file, np.zeros(50, dtype=np.int64))
-    with pytest.raises(ValueError, match="expected a row of uint16"):
+    with pytest.raises(ValueError, match="expected one dimension of uint16"):
         TokenShards(folder, "train")
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"x_train_000001\.npy is missing"):
@@ -165,9 +182,9 @@ def test_damaged_and_missing_shards_are_named(make_shards):
         TokenShards(folder, "train")
 
 
-def test_splits_are_told_apart_whatever_the_folder_is_called(make_shards, tmp_path):
-    """The word val in another place of a file's name does not make it validation data, with a
-    manifest or without one.
+def test_splits_are_recognized_by_the_end_of_the_name(make_shards, tmp_path):
+    """The word val elsewhere in a file name does not make it validation data, with or without a
+    manifest.
     """
     folder = make_shards(40)
     (folder / "x_train_000000.npy").rename(folder / "my_val_set_train_000000.npy")
@@ -184,8 +201,8 @@ def test_splits_are_told_apart_whatever_the_folder_is_called(make_shards, tmp_pa
 
 
 def test_every_byte_is_checked_before_a_run(make_shards):
-    """A flipped bit, a token that GPT-2 does not have, and a preparation that has not ended, are
-    errors; other shards have another fingerprint.
+    """A flipped bit, a token that GPT-2 does not have and an incomplete preparation are errors;
+    other shards have another fingerprint.
     """
     folder = make_shards(50, 50)
     fingerprint = TokenShards(folder, "train", verify=True).fingerprint
@@ -200,26 +217,26 @@ def test_every_byte_is_checked_before_a_run(make_shards):
         TokenShards(folder, "train", verify=True)
     assert TokenShards(folder, "train").fingerprint != fingerprint
     write_manifest(folder, {"complete": False, "shards": []})
-    with pytest.raises(ValueError, match="has not come to its end"):
+    with pytest.raises(ValueError, match="is incomplete"):
         TokenShards(folder, "train")
 
 
 def test_no_data_says_how_to_get_some(tmp_path):
-    """Without shards the error has the two commands that make some."""
+    """Without shards, the error names two commands that make some."""
     with pytest.raises(FileNotFoundError) as error:
         TokenShards(tmp_path, "val")
     assert str(error.value).count("python fineweb.py --dataset") == 2
 
 
 def test_batch_sizes_that_do_not_divide(make_shards):
-    """Where the sizes do not divide, the error names the nearest total_batch_size that does."""
+    """If the sizes do not divide, the error names the nearest total_batch_size that does."""
     shards = TokenShards(make_shards(100), "train")
     with pytest.raises(ValueError, match="= 96; the nearest are 960 or 1056"):
-        PretrainingData(shards, 8, 3, 1000, seed=0, world_size=4)
+        make_data(shards, 3, 1000, seed=0, world_size=4)
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    """A write that fails half-way leaves what was there."""
+    """A write that fails halfway leaves the old file."""
     file = tmp_path / "manifest.json"
     file.write_text("old")
 

@@ -1,4 +1,8 @@
-"""What the documentation tells a user to type, open and read, held against the project itself."""
+"""The commands, code, files and links in the documentation, checked against the project itself.
+
+Directly before each ```sh block stands a comment like `<!-- test: run parse skip - why -->`, with
+one word per command: run it as it stands, only parse its flags, or skip it.
+"""
 
 import contextlib
 import dataclasses
@@ -11,151 +15,117 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import yaml
-from test_commands import ROOT, TINY, run
+from conftest import ROOT, TINY, run_script
 
-import cli
 import finetune_lora
 import fineweb
 import hellaswag
 import sample
 import share
 import train_gpt2
-from checkpoint import checkpoints, load_progress, load_state
-from data import TokenShards, read_manifest
+from engine.checkpoint import list_checkpoints, read_progress, read_state
+from engine.config import parse_flags
+from engine.data import TokenShards, read_manifest
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROW = {"ctx_a": "A man", "ctx_b": "he", "endings": ["sits.", "runs.", "is.", "eats."], "label": 0}
-
-# Run as they stand, in this order, on tiny files and a tiny model in the place of what they name.
-RUN = [
-    "python fineweb.py --dataset notes.txt corpus/ 'more/*.jsonl.gz' --out_dir data/mine",
-    "python finetune_lora.py --model_name_or_path runs/demo --data mine.jsonl --out_dir "
-    "runs/mine_lora --epochs 3 --max_lr 1e-3 --merge_out merged",
-    "python hellaswag.py --model runs/demo --data hellaswag_val.jsonl --out_dir results/demo",
-    "python hellaswag.py --model runs/demo --task text --data notes.txt --stride 64",
-    'python sample.py --model runs/demo --prompt "Return the" --num_return_sequences 5 --seed 42',
-    "python plot.py runs/a runs/b",
-    "python share.py --run runs/demo --repo_id me/my-gpt2 --dry_run true",
-    "python -c \"from transformers import pipeline; print(pipeline('text-generation', "
-    "'runs/demo/checkpoints/step_000400')('Return the', max_new_tokens=50))\"",
-]
-HUB = "reads from the hub"
-HOURS = "hours, or a GPU"
-TERMINAL = "waits for prompts on a terminal: test_sample.py has one"
-NODES = "8 devices or 2 nodes: test_distributed.py starts ranks"
-MAKE = "makes an environment of its own; what it calls is tested here"
-# Only parsed, by the parser of their script and with their config.
-NOT_RUN = {
-    "make demo": MAKE,
-    "make test": MAKE,
-    "python fineweb.py": HUB,
-    "python fineweb.py --dataset stdlib": "test_fineweb.py has it",
-    "python train_gpt2.py": HOURS,
-    "python train_gpt2.py --config configs/gpt2_124m_fast.yaml": HOURS,
-    "torchrun --standalone --nproc_per_node=8 train_gpt2.py": NODES,
-    "python train_gpt2.py --init_from gpt2 --data_dir data/mine --out_dir runs/mine "
-    "--max_steps 200 --warmup_steps 20 --batch_size 4 --total_batch_size 32768 "
-    "--max_lr 1e-4 --min_lr 1e-5": HUB,
-    "torchrun --nnodes=2 --nproc_per_node=8 --max_restarts=3 --rdzv_backend=c10d "
-    "--rdzv_id=gpt2 --rdzv_endpoint=FIRST_NODE:29500 train_gpt2.py": NODES,
-    "python finetune_lora.py --lora_dim 8": HUB,
-    "python sample.py --model runs/demo": TERMINAL,
-    "python hellaswag.py --model gpt2": HUB,
-    "for m in gpt2 gpt2-medium gpt2-large gpt2-xl; do for t in lm-eval raw; do "
-    "python hellaswag.py --model $m --text $t --precision fp32 --out_dir results/$m-$t; "
-    "done; done": HUB,
-    "lm_eval --model hf --model_args pretrained=runs/demo/checkpoints/step_000400 "
-    "--tasks hellaswag": "reads from the hub; test_interop.py has it on local rows",
+CONFIGS = {
+    "fineweb": fineweb.PrepareConfig,
+    "train_gpt2": train_gpt2.PretrainConfig,
+    "finetune_lora": finetune_lora.FinetuneConfig,
+    "hellaswag": hellaswag.EvalConfig,
+    "sample": sample.SampleConfig,
+    "share": share.ShareConfig,
 }
-# Flags in the text that belong to others than the commands here.
-FOREIGN_FLAGS = {
-    "lm_eval": {"model", "model_args", "tasks"},
-    "torchrun": {"standalone", "nproc_per_node", "nnodes", "max_restarts"}
-    | {"rdzv_backend", "rdzv_id", "rdzv_endpoint"},
-    "plot.py": {"out", "x"},
-    "cli.py": {"config", "debug", "print_config"},
-}
+# Flags in the text that belong to other commands, to every command, or to plot.py.
+OTHER_FLAGS = {"model_args", "tasks", "standalone", "nproc_per_node", "nnodes", "max_restarts"}
+OTHER_FLAGS |= {"rdzv_backend", "rdzv_id", "rdzv_endpoint", "config", "debug", "out", "x"}
+WORDS = ("run", "parse", "skip")
+BLOCK = re.compile(r"^(<!-- test: ([^>]*) -->\n)?```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def documented() -> list[str]:
-    """The commands in the sh blocks of the pages: comments away, lines that belong together one."""
+class Command(NamedTuple):
+    line: str
+    word: str  # one of WORDS, or what is wrong with the comment
+
+
+def collect_commands(pages: list[Path]) -> list[Command]:
+    """The commands in the sh blocks of the pages, in order, without comments."""
     found = []
-    for page in PAGES:
-        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+    for page in pages:
+        for _, comment, block in BLOCK.findall(page.read_text()):
             lines = re.sub(r"[ \t]+#.*$|^#.*$", "", block.replace("\\\n", " "), flags=re.MULTILINE)
-            lines = re.sub(r"\bdo\n", "do ", lines)  # a loop goes on in the next line
-            found += [" ".join(line.split()) for line in lines.splitlines() if line.strip()]
+            commands = [" ".join(line.split()) for line in lines.splitlines() if line.strip()]
+            words = comment.partition(" - ")[0].split()
+            if len(words) != len(commands):
+                words = [f"{len(words)} words for {len(commands)} commands"] * len(commands)
+            found += [Command(*pair) for pair in zip(commands, words, strict=True)]
     return found
 
 
-COMMANDS = documented()
+COMMANDS = collect_commands(PAGES)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_run_or_has_a_reason(command):
-    """No command is documented that nobody looks at."""
-    assert command in RUN or command in NOT_RUN, f"in neither table of test_docs.py: {command}"
+def test_every_command_has_a_word():
+    """Each block of commands says what the test does with each of them, and skips have a reason."""
+    assert len(COMMANDS) > 15
+    assert not [command for command in COMMANDS if command.word not in WORDS]
+    for page in PAGES:
+        for _, comment, _ in BLOCK.findall(page.read_text()):
+            assert "skip" not in comment or " - " in comment, comment
 
 
-def test_the_tables_hold_nothing_else():
-    """Every command of the two tables is documented, so that none is tested for nobody."""
-    assert {*RUN, *NOT_RUN} <= set(COMMANDS)
+def test_a_block_without_its_comment_is_found(tmp_path):
+    """A block without a comment, or with too few words, is noticed."""
+    page = tmp_path / "page.md"
+    page.write_text("```sh\nls\n```\n<!-- test: run -->\n```sh\nls  # here\npwd\n```\n")
+    words = [command.word for command in collect_commands([page])]
+    assert words == ["0 words for 1 commands", *["1 words for 2 commands"] * 2]
 
 
 def test_every_flag_exists():
-    """A flag that the text speaks of is one of some command."""
-    configs = (
-        fineweb.PrepareConfig,
-        train_gpt2.PretrainConfig,
-        finetune_lora.FinetuneConfig,
-        hellaswag.EvalConfig,
-        sample.SampleConfig,
-        share.ShareConfig,
-    )
-    known = {f.name for config in configs for f in dataclasses.fields(config)}
-    known |= set().union(*FOREIGN_FLAGS.values())
+    """Every flag in the text belongs to some command."""
+    known = {f.name for config in CONFIGS.values() for f in dataclasses.fields(config)}
+    known |= {f"no-{name}" for name in known} | OTHER_FLAGS
     for page in PAGES:
         # Benchmarks have flags of their own.
-        text = re.sub(r"python benchmarks/[^`]*`(; `--\w+)?", "", page.read_text())
-        unknown = set(re.findall(r"(?<![\w-])--(\w+)", text)) - known
+        text = re.sub(r"python benchmarks/[^`]*`((;|,| or) `--\w+`?)?", "", page.read_text())
+        unknown = set(re.findall(r"(?<![\w-])--(\w[\w-]*)", text)) - known
         assert not unknown, f"{page.name}: {unknown}"
 
 
-def type_in(command: str, patch: pytest.MonkeyPatch) -> None:
+def execute(line: str, patch: pytest.MonkeyPatch) -> None:
     """Do what a command line does, without the seconds that a process takes."""
-    words = shlex.split(command)
+    words = shlex.split(line)
     if words[1] == "-c":
         exec(words[2], {})
         return
-    start = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    script = ROOT / words[start]
-    patch.setattr(sys, "argv", words[start:])
-    if script.name == "plot.py":  # alone without a config
+    patch.setattr(sys, "argv", words[1:])
+    script = ROOT / words[1]
+    if script.name == "plot.py":
         runpy.run_path(str(script), run_name="__main__")
         return
-    config_class = re.search(r"cli\.run\(main, (\w+)", script.read_text())[1]
-    module = importlib.import_module(script.stem)
-    cli.run(module.main, getattr(module, config_class), "")
+    values, _ = parse_flags(CONFIGS[script.stem], "")
+    importlib.import_module(script.stem).main(CONFIGS[script.stem](**values))
 
 
-@pytest.mark.parametrize("command", [c for c in NOT_RUN if ".py" in c])
-def test_every_command_parses(command, monkeypatch, capsys):
-    """Flags, values and config files of what is not run are accepted by their own script."""
-    for name, value in re.findall(r"for (\w) in (\S+)", command):
-        command = command.replace(f"${name}", value)
+@pytest.mark.parametrize("line", [c.line for c in COMMANDS if c.word == "parse"])
+def test_every_command_parses(line, monkeypatch):
+    """The flags, values and config files of what is not run are accepted by their own script."""
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as exit_:
-        type_in(re.split(r"; done", command)[0] + " --print_config", monkeypatch)
-    assert exit_.value.code == 0, capsys.readouterr().err
+    _, script, *args = shlex.split(line)
+    values, _ = parse_flags(CONFIGS[Path(script).stem], "", args)
+    CONFIGS[Path(script).stem](**values)
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """A folder with the files that the documentation speaks of, and a tiny model as runs/demo."""
+    """A folder with the files that the documentation names, and a tiny model as runs/demo."""
     folder = tmp_path_factory.mktemp("docs")
     text = Path(__file__).read_text()
     (folder / "notes.txt").write_text(text)
@@ -171,7 +141,7 @@ def workplace(tmp_path_factory) -> Path:
     tokens = np.array([50256, 15496, 13], dtype="<u2")
     (folder / "data" / "others" / "tiny_val.bin").write_bytes(header.tobytes() + tokens.tobytes())
     (folder / "hellaswag_val.jsonl").write_text(json.dumps({**ROW, "activity_label": "x"}) + "\n")
-    prepared = run("fineweb.py", "--dataset", "notes.txt", "--val_tokens", "600", cwd=folder)
+    prepared = run_script("fineweb.py", "--dataset", "notes.txt", "--val_tokens", "600", cwd=folder)
     assert prepared.returncode == 0, prepared.stderr
     sizes = {"block_size": 512, "batch_size": 1, "total_batch_size": 512, "max_steps": 2}
     settings = yaml.safe_load(TINY) | sizes | {"warmup_steps": 1}
@@ -188,15 +158,16 @@ def workplace(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def used(workplace) -> Path:
-    """The same folder after all commands that are run."""
+    """The same folder after all commands marked run."""
     with contextlib.chdir(workplace), pytest.MonkeyPatch.context() as patch:
-        for command in RUN:
-            type_in(command, patch)
+        for command in COMMANDS:
+            if command.word == "run":
+                execute(command.line, patch)
     return workplace
 
 
 def test_commands_run_as_they_stand(used):
-    """What can be run here, typed as the documentation has it, leaves what that speaks of."""
+    """The commands marked run, as they stand, leave the files that the documentation names."""
     for file in (
         "data/mine/manifest.json",
         "runs/mine_lora/report.html",
@@ -209,8 +180,8 @@ def test_commands_run_as_they_stand(used):
 
 
 def test_python_blocks_run(used):
-    """The Python in the pages runs as it stands, and shards of either kind come out as data.py
-    reads them.
+    """The Python in the pages runs as it stands, and reads both kinds of shards as engine/data.py
+    does.
     """
     block = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
     names: dict = {}
@@ -237,9 +208,9 @@ def test_formats_are_what_is_written(used):
     there = keys("runs/mine_lora/train_data.json") | keys("results/demo/rows.jsonl")
     for name in ("demo", "mine_lora"):
         run_folder = used / "runs" / name
-        checkpoint = checkpoints(run_folder)[-1]
-        there |= keys(f"runs/{name}/metrics.jsonl") | load_state(checkpoint).keys()
-        there |= load_progress(checkpoint).keys()
+        checkpoint = list_checkpoints(run_folder)[-1]
+        there |= keys(f"runs/{name}/metrics.jsonl") | read_state(checkpoint).keys()
+        there |= read_progress(checkpoint).keys()
         there |= {file.name for file in checkpoint.iterdir()}
         there |= {file.name for file in run_folder.iterdir()} - {"checkpoints"}
     manifest = read_manifest(used / "data" / "mine")
@@ -249,24 +220,25 @@ def test_formats_are_what_is_written(used):
     assert there <= named, sorted(there - named)
 
 
-def test_the_file_table_is_the_project():
-    """Every script and folder at the top has its row in README's table, and no row has gone."""
-    section = (ROOT / "README.md").read_text().split("\n## Files\n")[1].split("\n## ")[0]
-    cells = re.findall(r"^\|([^|]*`[^|]*)\|", section, re.MULTILINE)
-    named = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+def test_the_tree_is_the_project():
+    """The tree in the README lists every script, module and folder, and nothing else."""
+    section = (ROOT / "README.md").read_text().split("\n## The code\n")[1].split("\n## ")[0]
+    lines = section.split("```")[1].splitlines()[1:]
+    named = [line.split()[0] for line in lines]
     made = {"data", "runs", "results", "__pycache__"}  # by the commands
     folders = {f"{f.name}/" for f in ROOT.iterdir() if f.is_dir() and f.name[0] != "."}
     there = {f.name for f in ROOT.glob("*.py")} | folders - {f"{name}/" for name in made}
+    there |= {f.name for f in (ROOT / "engine").glob("*.py")} - {"__init__.py"}
     assert sorted(named) == sorted(there)
 
 
 def test_links_resolve():
-    """Every relative link of the documentation leads to a file of the project."""
+    """Every relative link in the documentation leads to a file of the project."""
     for page in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
         for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
             assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_readme_is_short():
-    """The README stays under 250 lines."""
-    assert len((ROOT / "README.md").read_text().splitlines()) < 250
+    """The README has at most 150 lines."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

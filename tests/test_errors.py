@@ -1,4 +1,4 @@
-"""What the commands say of wrong input, in-process: each a line, exit code 2, no traceback."""
+"""Wrong input to the commands ends in one line and exit code 2, without a traceback."""
 
 import json
 import os
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import cli
 import finetune_lora
 import fineweb
 import hellaswag
@@ -19,10 +18,13 @@ import plot
 import sample
 import share
 import train_gpt2
-from checkpoint import MetricsLog
-from data import write_shard
+from engine.config import run_command
+from engine.data import write_shard
+from engine.errors import with_reported_errors
+from engine.metrics import MetricsLog
+from engine.report import plot_runs
+from engine.tokenizer import save_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import save_tokenizer
 
 CONFIGS = {
     "train_gpt2": (train_gpt2.main, train_gpt2.PretrainConfig),
@@ -36,21 +38,24 @@ NOISE = bytes(range(256)) * 4
 
 # The command line and a part of what it must say, which names the value or the file.
 WRONG = [
-    ("train_gpt2 --config nothing.yaml", "nothing.yaml: no such file, expected one of YAML"),
-    ("train_gpt2 --config empty", "empty: no such file, expected one of YAML"),
-    ("train_gpt2 --config noise.yaml", "noise.yaml: no YAML"),
-    ("train_gpt2 --config list.yaml", "list.yaml: holds ['a'], expected lines of NAME: VALUE"),
-    ("train_gpt2 --config file", "file: holds None, expected lines of NAME: VALUE"),
+    (
+        "train_gpt2 --config nothing.yaml",
+        "nothing.yaml: no such file; --config expects a YAML file",
+    ),
+    ("train_gpt2 --config empty", "empty: no such file; --config expects a YAML file"),
+    ("train_gpt2 --config noise.yaml", "noise.yaml is not YAML"),
+    ("train_gpt2 --config list.yaml", "list.yaml holds ['a'], expected lines of NAME: VALUE"),
+    ("train_gpt2 --config file", "file holds None, expected lines of NAME: VALUE"),
     ("train_gpt2 --config syntax.yaml", 'in "syntax.yaml", line 1'),
-    ("train_gpt2 --config key.yaml", "key.yaml: max_stepz is none of the settings"),
+    ("train_gpt2 --config key.yaml", "key.yaml: max_stepz is not a setting of this command"),
     ("train_gpt2 --config choice.yaml", "choice.yaml: optimizer is sgd, expected adamw or muon"),
     ("train_gpt2 --config null.yaml", "batch_size is null"),
-    ("train_gpt2 --config nan.yaml", "weight_decay is nan, expected a finite number"),
-    ("train_gpt2 --n_layer two", "n_layer is two, expected a whole number or null"),
-    ("train_gpt2 --precision fp8", "precision is fp8, expected fp32 or bf16 or fp16 or null"),
+    ("train_gpt2 --config nan.yaml", "weight_decay is nan, expected a number"),
+    ("train_gpt2 --n_layer two", "n_layer is two, expected a whole number"),
+    ("train_gpt2 --precision fp8", "precision is fp8, expected fp32 or bf16 or fp16"),
     ("train_gpt2 --data_dir empty", "no train shards in empty"),
     ("train_gpt2 --data_dir half", "half/manifest.json is damaged"),
-    ("train_gpt2 --data_dir few --block_size 9", "block_size is 9, but few holds 9 tokens"),
+    ("train_gpt2 --data_dir few --block_size 9", "block_size is 9, but few has 9 training tokens"),
     ("train_gpt2 --max_lr nan", "nan"),
     ("train_gpt2 surplus", "surplus"),
     ("train_gpt2 --seed 99999999999999999999999", "expected less than 2**63"),
@@ -58,9 +63,9 @@ WRONG = [
     ("finetune_lora --model_name_or_path slack", "slack/config.json: layer_norm_epsilon is 'x'"),
     ("finetune_lora --model_name_or_path tiny --data rows.json --lora_dim 33", "expected up to 32"),
     ("finetune_lora --model_name_or_path tiny --lora_load_path noise.pt", "noise.pt"),
-    ("finetune_lora --model_name_or_path tiny --data noise.json", "noise.json is damaged"),
+    ("finetune_lora --model_name_or_path tiny --data noise.json", "noise.json is not JSON"),
     ("finetune_lora --model_name_or_path tiny --data empty", "empty: Is a directory"),
-    ("finetune_lora --model_name_or_path tiny --merge_out file", "merge_out file is there"),
+    ("finetune_lora --model_name_or_path tiny --merge_out file", "merge_out file already exists"),
     ("hellaswag --model tiny --data nothing.jsonl", "nothing.jsonl: No such file"),
     ("hellaswag --model tiny --data noise.jsonl.gz", "noise.jsonl.gz is truncated or damaged"),
     ("hellaswag --model tiny --data row.jsonl --out_dir torn", "torn/settings.json is damaged"),
@@ -69,10 +74,10 @@ WRONG = [
     ("sample --model gpt2-nowhere --prompt x", "Without a network, name a folder"),
     ("sample --model tiny --top_p 2", "top_p is 2.0, expected above 0"),
     ("sample --model slack --prompt x", "slack/config.json: layer_norm_epsilon is 'x'"),
-    ("sample --model broken --prompt x", "broken has weights that are no finite numbers"),
+    ("sample --model broken --prompt x", "broken has weights that are not finite"),
     ("fineweb --dataset empty", "empty is neither a data set"),
     ("fineweb --dataset text.txt --out_dir file", "file"),
-    ("plot nothing", "nothing/metrics.jsonl does not exist; expected nothing to be an --out_dir"),
+    ("plot nothing", "nothing/metrics.jsonl does not exist; expected the --out_dir"),
     ("plot word_run", "word_run/metrics.jsonl is damaged"),
     ("plot syntax_run", "syntax_run/config.yaml is damaged"),
     ("plot noise_run", "noise_run/metrics.jsonl is damaged"),
@@ -84,7 +89,7 @@ WRONG = [
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """A folder with a tiny model and with everything that is wrong."""
+    """A folder with a tiny model and all kinds of wrong input."""
     folder = tmp_path_factory.mktemp("errors")
     model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32))
     for name, wrong in (
@@ -137,12 +142,12 @@ def command(name: str) -> None:
     if name == "plot":
         runpy.run_path(plot.__file__, run_name="__main__")
     else:
-        cli.run(*CONFIGS[name], "")
+        run_command(*CONFIGS[name], "")
 
 
 @pytest.mark.parametrize(("line", "expected"), WRONG, ids=[line for line, _ in WRONG])
-def test_wrong_input_is_told_in_a_line(workplace, monkeypatch, capsys, line, expected):
-    """One statement on stderr that names what is wrong, exit code 2, and no traceback."""
+def test_wrong_input_ends_in_one_line(workplace, monkeypatch, capsys, line, expected):
+    """One line on stderr that names what is wrong, exit code 2, no traceback."""
     name, *args = line.split()
     device = [] if name in ("fineweb", "plot", "share") else ["--device", "cpu"]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -159,32 +164,32 @@ def test_wrong_input_is_told_in_a_line(workplace, monkeypatch, capsys, line, exp
 
 
 def test_damaged_rows_of_an_evaluation_are_named(tmp_path):
-    """An evaluation does not go on from a rows.jsonl that is none."""
+    """An evaluation does not resume from a damaged rows.jsonl."""
     (tmp_path / "settings.json").write_text("{}")
     for content in ("{\n", "[1]\n", "{}\n"):
         (tmp_path / "rows.jsonl").write_text(content)
         with pytest.raises(ValueError, match=r"rows.jsonl is damaged.* choose another folder"):
-            hellaswag.RowsLog(tmp_path, {})
+            hellaswag.open_rows_log(tmp_path, {})
 
 
-def test_what_a_user_can_mend_is_told_and_a_fault_is_not(capsys):
-    """An error of the system that names no file, and too little memory on either kind of device,
+def test_user_errors_are_one_line_and_bugs_are_not(capsys):
+    """An error of the system that names no file, and not enough memory on either kind of device,
     are told in plain words; a fault of the program, and any with --debug, keeps its traceback.
     """
     full = OSError(28, os.strerror(28))
-    for error, told in (
+    for error, expected in (
         (full, "the output: No space left on device; check"),
-        (MemoryError("Unable to allocate 1 TiB"), "too little memory: Unable to allocate 1 TiB"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "too little memory"),
-        (torch.OutOfMemoryError("CUDA out of memory."), "too little memory: CUDA out of memory"),
+        (MemoryError("Unable to allocate 1 TiB"), "not enough memory: Unable to allocate 1 TiB"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "not enough memory: CUDA out of memory"),
     ):
         with pytest.raises(SystemExit):
-            cli.tell_errors(raiser(error))
-        assert told in capsys.readouterr().err
+            with_reported_errors(raiser(error))
+        assert expected in capsys.readouterr().err
         with pytest.raises(type(error)):
-            cli.tell_errors(raiser(error), debug=True)
-    with pytest.raises(RuntimeError, match="a fault"):
-        cli.tell_errors(raiser(RuntimeError("a fault")))
+            with_reported_errors(raiser(error), debug=True)
+    with pytest.raises(RuntimeError, match="a bug"):
+        with_reported_errors(raiser(RuntimeError("a bug")))
 
 
 def raiser(error: Exception):
@@ -201,7 +206,7 @@ def raiser(error: Exception):
         (lambda: GPT(GPTConfig(64, 1000, 1, 1, 8)).save_pretrained("model"), "model"),
         (lambda: save_tokenizer("run"), "run"),
         (lambda: MetricsLog(Path("run")).write({"step": 2, "x": "x" * 300}), "run/metrics.jsonl"),
-        (lambda: plot.plot_runs([Path("run")], Path("loss.png")), "loss.png"),
+        (lambda: plot_runs([Path("run")], Path("loss.png")), "loss.png"),
     ],
     ids=["shard", "model", "tokenizer", "log", "plot"],
 )

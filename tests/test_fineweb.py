@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -14,15 +13,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import NASTY_TEXT
+from conftest import NASTY_TEXT, ROOT, WORKERS
 
 import fineweb
-import text
-from data import TokenShards, open_shard, read_manifest
+from engine.config import parse_flags
+from engine.data import TokenShards, open_shard, read_manifest
+from engine.tokenizer import get_tokenizer
 from fineweb import PrepareConfig, main
-from tokenizer import get_tokenizer
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = [NASTY_TEXT, "One.\n", "  two  ", "Three and\n\n\nthree. " * 40, NASTY_TEXT[::-1]] * 6
 
 
@@ -45,6 +43,10 @@ def prepare(folder: Path, *dataset: object, **options) -> dict:
     return read_manifest(folder)
 
 
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in folder.iterdir()}
+
+
 @pytest.fixture
 def jsonl(tmp_path):
     file = tmp_path / "documents.jsonl"
@@ -53,8 +55,8 @@ def jsonl(tmp_path):
 
 
 def test_every_format_gives_the_same_tokens(tmp_path, jsonl):
-    """.jsonl, .jsonl.gz and .parquet, and one .txt a document, become exactly the documents'
-    tokens, each after <|endoftext|>; val comes first and has the size asked for.
+    """.jsonl, .jsonl.gz, .parquet and one .txt a document become exactly the documents' tokens,
+    each after <|endoftext|>. The validation shard comes first and has the requested size.
     """
     with gzip.open(tmp_path / "documents.jsonl.gz", "wb") as file:
         file.write(jsonl.read_bytes())
@@ -78,75 +80,62 @@ def test_every_format_gives_the_same_tokens(tmp_path, jsonl):
     assert len(TokenShards(tmp_path / "out0", "train")) == len(expected) - 100
 
 
-def test_separators_in_a_txt(tmp_path):
-    """A .txt with <|endoftext|> lines is several documents, wherever the reader's blocks end."""
-    documents = ["First one.", " second\n", "third " * 9]
-    (tmp_path / "a.txt").write_text("<|endoftext|>".join(documents))
-    for size in (1, 3, 10, 1000):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(text, "PIECE_CHARS", size)
-            pieces = list(text.read_file(tmp_path / "a.txt", "text", Counter()))
-        rows = fineweb.encode(pieces)
-        assert np.concatenate(rows).tolist() == expected_tokens(documents)
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 50])
-def test_pieces_of_a_document_have_its_tokens(size, monkeypatch):
-    """A long document cut into pieces gives the tokens of the whole: blank runs, numbers, accents,
-    emoji and code included.
-    """
-    monkeypatch.setattr(text, "PIECE_CHARS", size)
-    for document in (NASTY_TEXT, "a " * 30 + "\n\n\n  b", Path(__file__).read_text()):
-        blocks = [document[i : i + size] for i in range(0, len(document), size)]
-        pieces = list(text.in_pieces(blocks))
-        assert "".join(piece for piece, _ in pieces) == document
-        assert [starts for _, starts in pieces] == [True] + [False] * (len(pieces) - 1)
-        assert np.concatenate(fineweb.encode(pieces)).tolist() == expected_tokens([document])
-        assert len(pieces) >= 2
-
-
-def test_a_text_without_any_space_is_cut_all_the_same(monkeypatch):
-    """Memory stays bounded by MAX_PIECE_CHARS where a text offers no place to cut."""
-    monkeypatch.setattr(text, "PIECE_CHARS", 10)
-    monkeypatch.setattr(text, "MAX_PIECE_CHARS", 40)
-    pieces = [piece for piece, _ in text.in_pieces("ab" * 5 for _ in range(20))]
-    assert "".join(pieces) == "ab" * 100
-    assert max(map(len, pieces)) == 40
-
-
-def test_a_long_blank_run_is_tokenised():
-    """A document of a million spaces neither crashes the tokeniser nor takes for ever."""
-    (row,) = fineweb.encode([("x" + " " * 1_000_000, True)])
+def test_a_long_blank_run_is_tokenized():
+    """A document of a million spaces neither crashes the tokenizer nor takes minutes."""
+    (row,) = fineweb.tokenize_pieces([("x" + " " * 1_000_000, True)])
     assert get_tokenizer().decode(row[1:].tolist()) == "x" + " " * 1_000_000
 
 
 def test_bad_input_is_handled_and_counted(tmp_path, capsys):
-    """Empty documents, bytes that are no UTF-8, bad rows and a truncated .gz cost nothing else and
-    stand in the summary; the first bad row is named by its line.
+    """Empty documents, bytes that are not UTF-8, bad rows and a truncated .gz affect nothing else
+    and are counted in the summary; the first bad row is named by its line.
     """
     good = [json.dumps({"text": f"number {i} " * 50}) for i in range(20)]
     rows = [*good, '{"text": ""}', '{"text": "  \\n"}', "{broken", '{"other": 1}', '{"text": 5}']
     (tmp_path / "a.jsonl").write_bytes(
         "\n".join(rows).encode() + b'\n{"text": "caf\xe9 au lait"}\n'
     )
-    whole = gzip.compress(os.urandom(200_000).hex().encode())
+    whole = gzip.compress(os.urandom(20_000).hex().encode())
     (tmp_path / "b.txt.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "c.jsonl").write_text('{"text": "lone \\ud800 surrogate"}\n')
     manifest = prepare(tmp_path / "out", tmp_path)
-    summary = manifest["summary"]
-    assert summary["documents"] == 25
-    assert summary["empty documents"] == 2
-    assert summary["bad rows"] == 3
-    assert summary["truncated files"] == 1
-    assert summary["pieces with undecodable bytes"] == 1
+    assert manifest["summary"] == {
+        "documents": 25,
+        "val tokens": 100,
+        "train tokens": sum(s["tokens"] for s in manifest["shards"]) - 100,
+        "empty documents": 2,
+        "pieces with undecodable bytes": 2,
+        "bad rows": 3,
+        "truncated files": 1,
+    }
     out = capsys.readouterr().out
     assert "a.jsonl line 23" in out
     assert "b.txt.gz is truncated" in out
     assert "3 bad rows" in out
 
 
+def test_genuine_u_fffd_is_not_undecodable(tmp_path):
+    """U+FFFD in valid UTF-8, as a character or as an escape of JSON, is text like any other; the
+    count is of pieces with bytes that are not UTF-8. Both give the tokens of U+FFFD.
+    """
+    text = "a genuine \ufffd stays " * 40
+    escaped = json.dumps({"text": text})
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(f'{escaped}\n{{"text": "{text}"}}\n', encoding="utf-8")
+    manifest = prepare(tmp_path / "valid", tmp_path / "a.txt", tmp_path / "b.jsonl")
+    assert manifest["summary"]["pieces with undecodable bytes"] == 0
+    expected = expected_tokens([text] * 3)
+    assert all_tokens(tmp_path / "valid") == expected
+    bad = text.encode().replace(b"\xef\xbf\xbd", b"\xef\xbf")
+    (tmp_path / "a.txt").write_bytes(bad)
+    (tmp_path / "b.jsonl").write_bytes(escaped.encode() + b'\n{"text": "' + bad + b'"}\n')
+    manifest = prepare(tmp_path / "invalid", tmp_path / "a.txt", tmp_path / "b.jsonl")
+    assert manifest["summary"]["pieces with undecodable bytes"] == 2
+    assert all_tokens(tmp_path / "invalid") == expected
+
+
 def test_documents_longer_than_a_shard(tmp_path):
-    """A document may span many shards; no shard is longer than asked and none is lost."""
+    """A document may span many shards; no shard is too long and no token is lost."""
     (tmp_path / "long.txt").write_text("All work and no play. " * 1000)
     manifest = prepare(tmp_path / "out", tmp_path / "long.txt", shard_size=77)
     sizes = [s["tokens"] for s in manifest["shards"] if s["split"] == "train"]
@@ -158,22 +147,20 @@ def test_max_tokens_is_exact(tmp_path, jsonl):
     """The first max_tokens tokens are written and no others."""
     prepare(tmp_path / "out", jsonl, max_tokens=1234)
     assert all_tokens(tmp_path / "out") == expected_tokens(DOCUMENTS)[:1234]
+    with pytest.raises(ValueError, match=r"max_tokens is 101, expected val_tokens \+ 2 = 102"):
+        prepare(tmp_path / "out2", jsonl, max_tokens=101)
 
 
-def cmdline(file: Path) -> bytes:
+def read_command_line(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError:  # the process has just ended
         return b""
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in folder.iterdir()}
-
-
-def test_killed_preparation_goes_on_byte_identical(tmp_path):
-    """kill -9 at several moments and the same command again: in the end every file is the one of an
-    uninterrupted run.
+def test_a_killed_preparation_resumes_byte_identically(tmp_path):
+    """After kill -9 at several moments the same command completes the same files as a run without
+    interruption, and no worker survives its parent.
     """
     rng = np.random.default_rng(0)
     lines = [json.dumps({"text": f"{rng.integers(1e9)} words " * 200}) for _ in range(3000)]
@@ -194,16 +181,38 @@ def test_killed_preparation_goes_on_byte_identical(tmp_path):
         process.wait()
     assert kills >= 2
     time.sleep(1)
-    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(killed).encode() in cmdline(p)]
+    processes = Path("/proc").glob("[0-9]*/cmdline")
+    left = [p for p in processes if str(killed).encode() in read_command_line(p)]
     assert not left, "workers outlived their parent"
     assert not read_manifest(killed)["complete"]
     prepare(killed, tmp_path / "big.jsonl", **options)
     assert snapshot(killed) == snapshot(tmp_path / "whole" / "out")
 
 
-def test_a_damaged_shard_is_made_again(tmp_path, jsonl):
-    """The same command checks what is there: from a shard that is gone or has another sha256 on,
-    all is made anew.
+def test_any_shard_is_a_place_to_resume(tmp_path, jsonl):
+    """From the manifest after any shard the same command completes the same files, with max_tokens
+    as without. The cursor keeps the names that earlier versions wrote.
+    """
+    for name, options in (("all", {}), ("some", {"max_tokens": 2500})):
+        folder = tmp_path / name
+        prepare(folder, jsonl, **options)
+        before = snapshot(folder)
+        manifest = json.loads(before["manifest.json"])
+        names = {"pieces", "tokens", "documents", "empty", "undecodable"}
+        assert all(shard["cursor"].keys() == names for shard in manifest["shards"])
+        del manifest["summary"]
+        for n in range(0, len(manifest["shards"]), 3):
+            for shard in manifest["shards"][n:]:
+                (folder / shard["name"]).unlink()
+            unfinished = {**manifest, "complete": False, "shards": manifest["shards"][:n]}
+            (folder / "manifest.json").write_text(json.dumps(unfinished))
+            prepare(folder, jsonl, **options)
+            assert snapshot(folder) == before
+
+
+def test_a_damaged_shard_is_written_again(tmp_path, jsonl):
+    """The same command checks the shards, and writes again the first that is missing or has
+    another sha256 and all after it.
     """
     prepare(tmp_path / "out", jsonl)
     before = snapshot(tmp_path / "out")
@@ -216,18 +225,20 @@ def test_a_damaged_shard_is_made_again(tmp_path, jsonl):
 
 
 def test_complete_and_changed_preparations(tmp_path, jsonl, capsys):
-    """A second call says that all is there; one with other options is refused and harms nothing."""
+    """A second call reports that the folder is complete; one with other options is refused and
+    changes nothing.
+    """
     prepare(tmp_path / "out", jsonl)
     before = snapshot(tmp_path / "out")
     capsys.readouterr()
     prepare(tmp_path / "out", jsonl)
-    assert "is complete" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="another shard_size"):
+    assert "is complete: 30 documents" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"another shard_size: .*300.* before, .*400.* now"):
         prepare(tmp_path / "out", jsonl, shard_size=400)
     assert snapshot(tmp_path / "out") == before
 
 
-def test_too_little_text_says_so_and_can_be_mended(tmp_path, jsonl):
+def test_too_little_text_is_an_error_with_a_remedy(tmp_path, jsonl):
     """val_tokens that leave nothing for training are an error; a smaller number then works."""
     with pytest.raises(ValueError, match="lower --val_tokens"):
         prepare(tmp_path / "out", jsonl, val_tokens=10**6, shard_size=10**6)
@@ -235,58 +246,42 @@ def test_too_little_text_says_so_and_can_be_mended(tmp_path, jsonl):
     assert all_tokens(tmp_path / "out") == expected_tokens(DOCUMENTS)
 
 
-def test_wrong_sources_are_named(tmp_path):
-    """A path that is nothing, of another type, or without the column, is an error that names it."""
-    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl is neither a data set"):
-        prepare(tmp_path / "out", tmp_path / "nothing.jsonl")
-    (tmp_path / "image.png").write_bytes(b"?")
-    with pytest.raises(ValueError, match=r"image.png is none of .txt"):
-        prepare(tmp_path / "out", tmp_path / "image.png")
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="no column 'text'; --text_field may be one of body"):
-        prepare(tmp_path / "out", tmp_path / "a.parquet")
-    (tmp_path / "b.parquet").write_bytes(b"PAR1?")
-    with pytest.raises(ValueError, match=r"b.parquet is damaged"):
-        prepare(tmp_path / "out", tmp_path / "b.parquet")
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"] * 9}), tmp_path / "c.parquet")
-    whole = (tmp_path / "c.parquet").read_bytes()  # its pages come first, its schema last
-    (tmp_path / "c.parquet").write_bytes(whole[:4] + b"\xff" * 40 + whole[44:])
-    with pytest.raises(ValueError, match=r"c.parquet is damaged"):
-        prepare(tmp_path / "out", tmp_path / "c.parquet")
+def test_settings_are_checked(tmp_path):
+    """Sizes out of range, an empty data set, and a data set that is not a list are errors."""
+    for name, value in (("num_proc", 0), ("shard_size", 10**9 + 1), ("val_tokens", -1)):
+        with pytest.raises(ValueError, match=f"{name} is {value}, expected 1 to 1,000,"):
+            PrepareConfig(**{name: value})
+    with pytest.raises(ValueError, match="dataset is empty"):
+        PrepareConfig(dataset=[])
+    (tmp_path / "a.yaml").write_text("dataset: text.txt\n")
+    with pytest.raises(SystemExit):
+        parse_flags(PrepareConfig, "", ["--config", str(tmp_path / "a.yaml")])
 
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_all_start_methods_give_the_same(tmp_path, jsonl, method):
-    """Tokenisation works where processes fork and where they spawn (Windows, macOS)."""
-    program = (
-        f"import multiprocessing; multiprocessing.set_start_method({method!r})\n"
-        f"import fineweb; fineweb.main(fineweb.PrepareConfig(dataset=[{str(jsonl)!r}], "
-        f"out_dir={str(tmp_path / 'out')!r}, val_tokens=100, num_proc=2))"
-    )
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
+    """Tokenization works where processes fork and where they spawn (Windows, macOS)."""
+    command = [sys.executable, WORKERS / "prepare.py", method, jsonl, tmp_path / "out"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=120)
     assert all_tokens(tmp_path / "out") == expected_tokens(DOCUMENTS)
 
 
-def test_a_killed_worker_ends_in_a_line(tmp_path, jsonl, monkeypatch):
+def test_a_killed_worker_is_an_error_with_a_remedy(monkeypatch):
     """A worker that the system kills ends the preparation with the remedy instead of a hang."""
     monkeypatch.setattr(fineweb, "get_tokenizer", lambda: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ChildProcessError, match="smaller --num_proc"):
         list(fineweb.tokenize(lambda: iter([("text", True)]), 1))
 
 
-def test_hub_sets_stream_and_go_on(tmp_path, monkeypatch):
-    """A hub data set is streamed row by row, and an interrupted preparation goes on at its row."""
-    read = []
-
-    def rows():
-        for i, document in enumerate(DOCUMENTS):
-            read.append(i)
-            yield {"text": document, "url": "?"}
+def test_hub_data_streams_and_resumes(tmp_path, monkeypatch):
+    """A hub data set is streamed row by row; an interrupted preparation resumes at its row."""
 
     def load_dataset(repo, name, split, streaming):
         assert (repo, name, split) == ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train")
         assert streaming
-        return datasets.IterableDataset.from_generator(rows)
+        rows = [{"text": document, "url": "?"} for document in DOCUMENTS]
+        return datasets.IterableDataset.from_generator(lambda: iter(rows))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     prepare(tmp_path / "out", "fineweb-edu")
@@ -299,19 +294,26 @@ def test_hub_sets_stream_and_go_on(tmp_path, monkeypatch):
     assert snapshot(tmp_path / "out") == before
 
 
-def test_an_unreachable_hub_says_what_works_without(tmp_path, monkeypatch):
-    """Without a network the error says what failed and what needs none."""
+def test_an_unreachable_hub_names_what_works_without(tmp_path, monkeypatch):
+    """Without a network the error says what failed and what needs none, for text and for ready-made
+    shards.
+    """
 
-    def load_dataset(*_, **__):
+    def fail(*_, **__):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(ConnectionError, match=r"no route.*--dataset stdlib"):
         prepare(tmp_path / "out", "fineweb-edu")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(ConnectionError, match=r"fineweb_val_000000.bin of kjj0.*no route.*stdlib"):
+        prepare(tmp_path / "out2", "fineweb10B-gpt2")
 
 
-def test_ready_made_shards(tmp_path, monkeypatch):
-    """Ready-made shards are fetched until there are enough, and read as they are."""
+def test_ready_made_shards(tmp_path, jsonl, monkeypatch):
+    """Ready-made shards are downloaded until there are enough, and are read as they are. A folder
+    with shards of other text is refused.
+    """
 
     def hf_hub_download(repo, name, repo_type, local_dir):
         assert (repo, repo_type) == ("kjj0/fineweb10B-gpt2", "dataset")
@@ -322,23 +324,30 @@ def test_ready_made_shards(tmp_path, monkeypatch):
         file.write_bytes(header.tobytes() + np.full(1000, 7, dtype="<u2").tobytes())
         return str(file)
 
-    monkeypatch.setattr(fineweb, "hf_hub_download", hf_hub_download)
-    prepare(tmp_path / "out", "fineweb10B-gpt2", max_tokens=2500)
-    assert len(TokenShards(tmp_path / "out", "train")) == 3000
-    assert len(TokenShards(tmp_path / "out", "val")) == 1000
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    for _ in range(2):
+        prepare(tmp_path / "out", "fineweb10B-gpt2", max_tokens=2500)
+        assert len(TokenShards(tmp_path / "out", "train")) == 3000
+        assert len(TokenShards(tmp_path / "out", "val")) == 1000
+    prepare(tmp_path / "other", jsonl)
+    with pytest.raises(ValueError, match="holds shards of other text; choose another --out_dir"):
+        prepare(tmp_path / "other", "fineweb10B-gpt2")
 
 
-def test_stdlib_is_a_deterministic_corpus(tmp_path):
-    """Python's own documentation: no duplicates, the same order every time, about half a million
-    tokens, and neither tests nor installed packages.
-    """
-    documents = text.stdlib_documents()
-    assert documents == text.stdlib_documents()
-    assert len(set(documents)) == len(documents) > 5000
-    assert 350_000 < len(expected_tokens(documents)) < 900_000
-    sentence = "statement is used to iterate over the elements of a sequence"
-    assert any(sentence in " ".join(document.split()) for document in documents)
-    assert not any("transformers" in d and "tokenizer" in d for d in documents)
+def test_stdlib_becomes_shards(tmp_path, monkeypatch, capsys):
+    """stdlib needs no network; about 5 % are for validation; the summary has all counts."""
+    texts = [f"Document {i}. " * 20 for i in range(50)]
+    monkeypatch.setattr("engine.sources.stdlib_documents", lambda: texts)
+    main(PrepareConfig(dataset=["stdlib"], out_dir=str(tmp_path / "out"), num_proc=1))
+    val = int(sum(map(len, texts)) / 4.4 / 20)
+    tokens = expected_tokens(texts)
+    assert all_tokens(tmp_path / "out") == tokens
+    assert len(TokenShards(tmp_path / "out", "val")) == val
+    expected = (
+        f"out: 50 documents, {val:,} val tokens, {len(tokens) - val:,} train tokens, 0 empty "
+        "documents, 0 pieces with undecodable bytes, 0 bad rows, 0 truncated files, 2 shards"
+    )
+    assert expected in capsys.readouterr().out
 
 
 def test_real_text_has_the_tokens_of_tiktoken(shared_data, tmp_path):

@@ -1,22 +1,25 @@
 import gzip
+import hashlib
 import json
 from itertools import chain
 
+import datasets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-import instructions
-from instructions import (
-    Example,
+from engine.data import IGNORE_INDEX
+from engine.instructions import (
+    DEFAULT_DATA,
     InstructionData,
-    default_data,
+    PromptCompletion,
     held_out_batches,
     pad,
     read_examples,
     split_examples,
 )
-from tokenizer import END_OF_TEXT_ID, IGNORE_INDEX, get_tokenizer
+from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 
 ROWS = [
     {"instruction": "Say hello.", "input": "", "output": "Hello!"},
@@ -44,8 +47,8 @@ def examples(write):
 
 
 def test_rows_become_prompts_and_completions(write):
-    """Alpaca's rows get Alpaca's prompt, with and without input; prompts and completions are taken
-    as they are. An example ends with <|endoftext|>; an empty prompt is one.
+    """Alpaca rows get Alpaca's prompt, with and without input; prompt-completion rows are used
+    unchanged. An example ends with <|endoftext|>, which also stands for an empty prompt.
     """
     tokenizer = get_tokenizer()
     examples = read_examples(write(ROWS), 1024)
@@ -64,19 +67,21 @@ def test_rows_become_prompts_and_completions(write):
         assert completion == example.completion + "<|endoftext|>"
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.jsonl.gz"])
-def test_file_formats(write, tmp_path, name):
-    """JSON, JSONL and gzip of it hold the same."""
-    path = write(ROWS, name)
-    if name.endswith(".gz"):
-        with gzip.open(path, "wt") as file:
-            file.write("\n".join(map(json.dumps, ROWS)) + "\n\n")
-    prompts = [e.prompt for e in read_examples(path, 1024)]
+@pytest.mark.parametrize("name", ["rows.json", "rows.json.gz", "rows.jsonl", "rows.jsonl.gz"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_file_formats(write, tmp_path, name, mark):
+    """JSON and JSON lines, plain and gzipped, with and without a byte order mark, read the same."""
+    lines = "\n\n".join(map(json.dumps, ROWS)) + "\n\n"
+    text = mark + (lines if "jsonl" in name else json.dumps(ROWS, indent=1))
+    opener = gzip.open if name.endswith(".gz") else open
+    with opener(tmp_path / name, "wt", encoding="utf-8") as file:
+        file.write(text)
+    prompts = [e.prompt for e in read_examples(str(tmp_path / name), 1024)]
     assert prompts == [e.prompt for e in read_examples(write(ROWS, "other.jsonl"), 1024)]
 
 
 def test_line_separators_inside_strings(tmp_path):
-    """Characters that Unicode counts as line ends do not end a line of JSONL."""
+    """Unicode line separators inside a string do not end a line of JSON lines."""
     rows = [{"prompt": f"a{c}b", "completion": "x"} for c in "\u2028\u2029\x85"]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
@@ -86,23 +91,24 @@ def test_line_separators_inside_strings(tmp_path):
 
 
 def test_rows_fit_any_window(write):
-    """Padding to a multiple of 8 never makes a row longer than the model's window."""
+    """Padding to a multiple of 8 never makes a row longer than block_size."""
     for block_size in (17, 60, 64):
         rows = [{"prompt": "a", "completion": " b" * n} for n in (5, 200)]
         examples = read_examples(write(rows), block_size)
         longest = max(examples, key=lambda example: len(example.tokens))
-        assert block_size - 8 < pad([longest])[0].shape[1] <= block_size
+        assert block_size - 8 < pad([longest]).idx.shape[1] <= block_size
 
 
 def test_only_completions_are_targets(write):
-    """The loss counts the completion and its end, each from the token before; no padding token is a
-    target.
+    """Targets are the completion and its end, each predicted from the token before. Padding is
+    never a target, and `rows` lists the targets.
     """
     examples = read_examples(write(ROWS), 1024)
-    idx, targets = pad(examples)
+    idx, targets, rows = pad(examples)
+    assert torch.equal(rows, (targets.flatten() != IGNORE_INDEX).nonzero().flatten())
     assert idx.shape[1] % 8 == 0
     for row, example in enumerate(examples):
-        (where,) = np.nonzero(targets[row] != IGNORE_INDEX)
+        (where,) = torch.nonzero(targets[row] != IGNORE_INDEX, as_tuple=True)
         assert targets[row, where].tolist() == example.tokens[example.n_prompt :].tolist()
         assert idx[row, where].tolist() == example.tokens[example.n_prompt - 1 : -1].tolist()
         assert (idx[row, len(example.tokens) - 1 :] == END_OF_TEXT_ID).all()
@@ -111,19 +117,20 @@ def test_only_completions_are_targets(write):
 def test_examples_do_not_see_each_other(write, tiny_model):
     """An example's loss is the same alone and in a batch with others, longer ones included."""
     examples = read_examples(write(ROWS), 1024)
-    small = [Example("", "", e.tokens % 1000, e.n_prompt) for e in examples[2:]]
-    small.append(Example("", "", np.arange(40), 3))
+    small = [PromptCompletion("", "", e.tokens % 1000, e.n_prompt) for e in examples[2:]]
+    small.append(PromptCompletion("", "", np.arange(40), 3))
 
-    def loss(batch: list[Example]) -> float:
-        idx, targets = map(torch.from_numpy, pad(batch))
-        return tiny_model.loss(idx % 1000, targets, "sum").item()
+    def loss(batch: list[PromptCompletion]) -> float:
+        idx, targets, _ = pad(batch)
+        logits = tiny_model(idx % 1000)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
 
     assert loss(small) == pytest.approx(sum(loss([example]) for example in small), rel=1e-5)
 
 
 def test_long_and_empty_rows(write, capsys):
-    """A completion that does not fit is cut; a row without completion, or with too long a prompt,
-    is left out and counted.
+    """A completion that does not fit is cut; a row without a completion, or with too long a prompt,
+    is skipped and counted.
     """
     rows = [
         {"prompt": "a b c", "completion": " d" * 100},
@@ -133,11 +140,11 @@ def test_long_and_empty_rows(write, capsys):
     ]
     examples = read_examples(write(rows), 16)
     assert [len(e.tokens) for e in examples] == [17, 3]
-    assert "2 of 4 rows left out" in capsys.readouterr().out
+    assert "skipped 2 of 4 rows" in capsys.readouterr().out
 
 
 def test_bad_rows_are_named(write, tmp_path):
-    """A row of another form, a broken line and a file that is none are errors with their place."""
+    """Rows of another form, broken lines and damaged files are errors with their place."""
     for rows, match in (
         ([{"text": "x"}], "row 1 has text; expected instruction, input, output, or prompt"),
         ([*ROWS, "x"], "row 5 is a str, expected an object"),
@@ -147,47 +154,72 @@ def test_bad_rows_are_named(write, tmp_path):
         with pytest.raises(ValueError, match=match):
             read_examples(write(rows), 1024)
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prom')
-    with pytest.raises(ValueError, match=r"broken.jsonl line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"broken.jsonl line 2 is not JSON"):
         read_examples(str(tmp_path / "broken.jsonl"), 1024)
     (tmp_path / "object.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a dict, expected a list of rows"):
         read_examples(str(tmp_path / "object.json"), 1024)
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"x" * 1000)[:-4])
-    with pytest.raises(ValueError, match="is damaged or no text"):
+    with pytest.raises(ValueError, match=r"cut.jsonl.gz is truncated or damaged"):
         read_examples(str(tmp_path / "cut.jsonl.gz"), 1024)
+    (tmp_path / "latin.json").write_bytes(b'["caf\xe9"]')
+    with pytest.raises(ValueError, match=r"latin.json is not JSON: 'utf-8' codec"):
+        read_examples(str(tmp_path / "latin.json"), 1024)
 
 
-def test_without_a_hub(monkeypatch, capsys):
-    """Without data named and without a hub, pairs from Python's own docstrings stand in, with a
-    line that says so; a data set that was named is an error.
+def test_hub_rows(monkeypatch):
+    """Rows of a hub data set become examples. Without the hub the error names the data set, the
+    reason, and the flag that needs no network: no other data replace it.
     """
 
-    def unreachable(name):
-        raise ConnectionError(f"the hub did not give {name}")
+    def load_dataset(repo, name, split, streaming):
+        assert (repo, name, split, streaming) == ("yahma/alpaca-cleaned", None, "train", False)
+        return datasets.Dataset.from_list(ROWS[:2])
 
-    monkeypatch.setattr(instructions, "_hub_rows", unreachable)
-    assert default_data() == "stdlib"
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [e.completion for e in read_examples(DEFAULT_DATA, 1024)] == ["Hello!", "Hello — 你好"]
+
+    def fail(*_, **__):
+        raise FileNotFoundError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ConnectionError, match=r"yahma/alpaca-cleaned: no route\. .*--data stdlib"):
+        read_examples(DEFAULT_DATA, 1024)
+
+
+def test_stdlib_needs_no_network(monkeypatch):
+    """Signatures of Python's own functions prompt for their docstrings, in the same order every
+    time.
+    """
+    monkeypatch.setattr(datasets, "load_dataset", None)
     examples = read_examples("stdlib", 1024)
-    assert "did not give yahma/alpaca-cleaned; going on with --data stdlib" in (
-        capsys.readouterr().out
-    )
     assert len(examples) > 1000
-    assert any(e.prompt.startswith("def merge(*iterables, key=None, reverse") for e in examples)
-    with pytest.raises(ConnectionError, match="did not give some/data"):
-        read_examples("some/data", 1024)
+    (merge,) = (e for e in examples if e.prompt.startswith("def merge(*iterables, key=None, rev"))
+    assert merge.completion == "Merge multiple sorted inputs into a single sorted output."
+    prompts = [e.prompt for e in examples]
+    assert prompts == sorted(set(prompts), key=lambda p: hashlib.sha256(p.encode()).hexdigest())
 
 
 def test_every_example_once_an_epoch(examples):
-    """An epoch holds each example once; steps are the same set whatever ranks and batch size."""
+    """An epoch has each example once; a step has the same examples on any number of ranks and at
+    any batch size.
+    """
     expected = None
     for world_size, batch_size in ((1, 10), (1, 5), (2, 5), (5, 2), (10, 1)):
         steps = []
         for step in range(1, 11):  # two epochs
             rows = []
             for rank in range(world_size):
-                data = InstructionData(examples, batch_size, 10, 3, rank, world_size)
+                data = InstructionData(
+                    examples,
+                    batch_size=batch_size,
+                    examples_per_step=10,
+                    seed=3,
+                    rank=rank,
+                    world_size=world_size,
+                )
                 for micro_step in range(1, data.grad_accum_steps + 1):
-                    targets = data.micro_batch(step, micro_step)[1]
+                    targets = data.micro_batch(step, micro_step).targets
                     rows += [int((row != IGNORE_INDEX).sum()) for row in targets]
             assert sum(rows) == data.targets_in_step(step)
             steps.append(sorted(rows))
@@ -200,21 +232,36 @@ def test_every_example_once_an_epoch(examples):
     assert data.tokens_through(10) == 2 * data.tokens_through(5)
 
 
-def test_fingerprint_tells_data_apart(examples):
-    """Other examples, another order or another border of the prompt have another fingerprint."""
-    prints = {InstructionData(e, 1, 1, 0).fingerprint for e in (examples, examples[:-1])}
-    prints.add(InstructionData(examples[::-1], 1, 1, 0).fingerprint)
+def test_the_fingerprint_identifies_the_data(examples):
+    """Other examples, another order or another end of a prompt give another fingerprint."""
+
+    def data(examples: list[PromptCompletion], **sizes: int) -> InstructionData:
+        sizes = {"batch_size": 1, "examples_per_step": 1, "seed": 0, **sizes}
+        return InstructionData(examples, **sizes)
+
     first = examples[0]
-    moved = Example(first.prompt, first.completion, first.tokens, first.n_prompt + 1)
-    prints.add(InstructionData([moved, *examples[1:]], 1, 1, 0).fingerprint)
-    assert len(prints) == 4
-    with pytest.raises(ValueError, match="examples_per_step 10 is no multiple of batch_size 4"):
-        InstructionData(examples, 4, 10, 0)
+    moved = PromptCompletion(first.prompt, first.completion, first.tokens, first.n_prompt + 1)
+    variants = (examples, examples[:-1], examples[::-1], [moved, *examples[1:]])
+    assert len({data(variant).fingerprint for variant in variants}) == 4
+    with pytest.raises(ValueError, match="examples_per_step 10 is not a multiple of batch_size 4"):
+        data(examples, batch_size=4, examples_per_step=10)
+
+
+def test_summary(examples):
+    """The summary names the sizes of a step and of the data."""
+    data = InstructionData(examples, batch_size=5, examples_per_step=20, seed=0, world_size=2)
+    tokens = sum(len(e.tokens) - 1 for e in examples)
+    predicted = sum(len(e.tokens) - e.n_prompt for e in examples)
+    assert data.summary() == (
+        "examples per step: 20 = 5 x 2 ranks x grad_accum_steps 2\n"
+        f"data: 50 examples with {tokens:,} tokens, {predicted:,} of them predicted; the longest "
+        f"has {data.block_size}; an epoch is 2.5 steps"
+    )
 
 
 def test_held_out(examples):
-    """The split is disjoint, complete, and the seed's; evaluation covers each held-out example once
-    over all ranks, with as many batches on each.
+    """The split is disjoint, complete and seeded. Evaluation covers each held-out example once over
+    all ranks, with equally many batches on each.
     """
     train, held_out = split_examples(examples, 0.2, seed=1)
     assert (len(train), len(held_out)) == (40, 10)
@@ -226,7 +273,10 @@ def test_held_out(examples):
     assert len(split_examples(examples, 0.999, 1)[0]) == 1
     expected = sorted(len(e.tokens) - e.n_prompt for e in held_out)
     for world_size in (1, 2, 3, 4):
-        batches = [list(held_out_batches(held_out, 3, r, world_size)) for r in range(world_size)]
+        batches = [
+            list(held_out_batches(held_out, batch_size=3, rank=rank, world_size=world_size))
+            for rank in range(world_size)
+        ]
         assert len({len(b) for b in batches}) == 1
-        counts = [int((row != -100).sum()) for b in batches for _, t in b for row in t]
+        counts = [int((row != -100).sum()) for b in batches for batch in b for row in batch.targets]
         assert sorted(c for c in counts if c) == expected

@@ -1,30 +1,38 @@
 import json
 import math
 
-import numpy as np
 import peft
 import pytest
 import torch
+from conftest import random_ids
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from checkpoint import load_model
-from lora import (
+from engine.checkpoint import load_model
+from engine.data import Batch
+from engine.decode import speed_up_decoding
+from engine.lora import (
+    AdapterConfig,
+    LoRAConfig,
     convert_linear_layer_to_lora,
     get_lora_state_dict,
+    is_adapter,
     load_adapter,
     load_lora,
     lora_linears,
     merge_lora,
     only_optimize_lora_parameters,
+    read_adapter_config,
     save_adapter,
     unmerge_lora,
 )
+from engine.loss import SummedLoss
+from engine.step import apply_recompute
 from model import GPT, GPTConfig
 
 
-def randomise(model, seed: int = 0) -> None:
-    """lora_B starts at zero; a test wants a term that does something."""
+def randomize(model, seed: int = 0) -> None:
+    """Fill lora_A and lora_B; the latter starts at zero, which hides errors."""
     torch.manual_seed(seed)
     for tensor in get_lora_state_dict(model).values():
         tensor.normal_(std=0.1)
@@ -32,20 +40,26 @@ def randomise(model, seed: int = 0) -> None:
 
 @pytest.fixture
 def idx() -> torch.Tensor:
-    return torch.randint(0, 1000, (2, 30), generator=torch.Generator().manual_seed(1))
+    return random_ids(2, 30)
 
 
 @pytest.fixture
 def base(tiny_model, tmp_path):
-    """A folder with a small GPT-2."""
+    """The folder of a small GPT-2."""
     tiny_model.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
-def adapted(base, **settings) -> GPT:
-    model = convert_linear_layer_to_lora(GPT.from_pretrained(base), **settings)
-    randomise(model)
+def load_with_lora(base, part_module_name: str = "h.", **settings) -> GPT:
+    """The model in the folder, with random LoRA on the linears of the part."""
+    model = GPT.from_pretrained(base)
+    convert_linear_layer_to_lora(model, part_module_name, LoRAConfig(**settings))
+    randomize(model)
     return only_optimize_lora_parameters(model)
+
+
+def mean_loss(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    return SummedLoss(model)(Batch(idx, idx.roll(1), None)) / idx.numel()
 
 
 @torch.no_grad()
@@ -54,10 +68,10 @@ def logits(model, idx: torch.Tensor) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
-def test_sizes_at_124m():
-    """On all linears of 124M: 48 of them, 96 trainable tensors, at rank 8 1,179,648 parameters."""
+def test_number_of_parameters_at_124m():
+    """GPT-2 124M has LoRA on 48 linears: 96 trained tensors, at rank 8 1,179,648 parameters."""
     with torch.device("meta"):
-        model = convert_linear_layer_to_lora(GPT(GPTConfig()), lora_dim=8)
+        model = convert_linear_layer_to_lora(GPT(GPTConfig()), config=LoRAConfig(lora_dim=8))
     only_optimize_lora_parameters(model)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert len(lora_linears(model)) == 48
@@ -67,9 +81,9 @@ def test_sizes_at_124m():
     assert {n for n, _ in model.named_parameters()} == base_names | set(trained)
 
 
-def test_initialisation_is_pefts():
-    """A is uniform within 1 / sqrt(in), B zero, so that LoRA starts as the base model."""
-    model = convert_linear_layer_to_lora(GPT(GPTConfig(n_layer=2)), lora_dim=64)
+def test_initialization_is_pefts():
+    """A is uniform within 1 / sqrt(in) and B is zero, so that training starts at the base model."""
+    model = convert_linear_layer_to_lora(GPT(GPTConfig(n_layer=2)), config=LoRAConfig(lora_dim=64))
     for name, tensor in get_lora_state_dict(model).items():
         if name.endswith("lora_B"):
             assert (tensor == 0).all()
@@ -81,12 +95,12 @@ def test_initialisation_is_pefts():
 
 @pytest.mark.parametrize("recompute", ["none", "light", "block"])
 @pytest.mark.parametrize("trained", ["adapter", "everything"])
-def test_gradients_are_those_of_the_summed_weight(tiny_model, idx, recompute, trained):
-    """Loss and gradients equal autograd's through an ordinary model with W + scaling · B A for its
-    weights, with and without recomputation, the base frozen or not.
+def test_gradients_equal_those_of_the_summed_weight(tiny_model, idx, recompute, trained):
+    """Loss and gradients equal those of an ordinary model whose weights are W + scaling * B A, with
+    and without recomputation, with the base frozen or trained.
     """
-    convert_linear_layer_to_lora(tiny_model, lora_dim=4, lora_alpha=6)
-    randomise(tiny_model)
+    convert_linear_layer_to_lora(tiny_model, config=LoRAConfig(lora_dim=4, lora_alpha=6))
+    randomize(tiny_model)
     names = dict(tiny_model.named_parameters())
     values = {n: p.detach().clone().requires_grad_() for n, p in names.items()}
     summed = {n: v for n, v in values.items() if "lora_" not in n}
@@ -100,9 +114,8 @@ def test_gradients_are_those_of_the_summed_weight(tiny_model, idx, recompute, tr
     expected.backward()
     if trained == "adapter":
         only_optimize_lora_parameters(tiny_model)
-    for block in tiny_model.transformer.h:
-        block.recompute = recompute
-    loss = tiny_model.loss(idx, idx.roll(1))
+    apply_recompute(tiny_model, recompute)
+    loss = mean_loss(tiny_model, idx)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     for name, param in names.items():
@@ -115,18 +128,18 @@ def test_gradients_are_those_of_the_summed_weight(tiny_model, idx, recompute, tr
 
 @pytest.mark.parametrize("recompute", ["light", "block"])
 def test_dropout_survives_recomputation(tiny_model, idx, recompute):
-    """Recomputation draws the dropout that the forward pass drew: gradients to the bit; eval() has
-    none, and changes no weight.
+    """Recomputation repeats the dropout of the forward pass: gradients are equal to the bit. In
+    eval mode there is no dropout, and eval() changes no weight.
     """
-    only_optimize_lora_parameters(convert_linear_layer_to_lora(tiny_model, lora_dropout=0.5))
-    randomise(tiny_model)
+    convert_linear_layer_to_lora(tiny_model, config=LoRAConfig(lora_dropout=0.5))
+    only_optimize_lora_parameters(tiny_model)
+    randomize(tiny_model)
     gradients = []
     for mode in ("none", recompute):
-        for block in tiny_model.transformer.h:
-            block.recompute = mode
+        apply_recompute(tiny_model, mode)
         torch.manual_seed(7)
         tiny_model.zero_grad()
-        tiny_model.loss(idx, idx.roll(1)).backward()
+        mean_loss(tiny_model, idx).backward()
         gradients.append([p.grad for p in tiny_model.parameters() if p.requires_grad])
     assert all(map(torch.equal, *gradients))
     before = {n: p.clone() for n, p in tiny_model.named_parameters()}
@@ -139,14 +152,14 @@ def test_dropout_survives_recomputation(tiny_model, idx, recompute):
 
 
 def test_autocast(tiny_model, idx):
-    """Under bf16 autocast the gradients point where fp32's do, and weights stay fp32."""
+    """Under bf16 autocast, gradients are in fp32 and have the direction of those without it."""
     only_optimize_lora_parameters(convert_linear_layer_to_lora(tiny_model))
-    randomise(tiny_model)
+    randomize(tiny_model)
     flat = []
     for enabled in (False, True):
         tiny_model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            tiny_model.loss(idx, idx.roll(1)).backward()
+            mean_loss(tiny_model, idx).backward()
         grads = [p.grad for p in tiny_model.parameters() if p.requires_grad]
         assert {g.dtype for g in grads} == {torch.float32}
         flat.append(torch.cat([g.flatten() for g in grads]))
@@ -154,14 +167,14 @@ def test_autocast(tiny_model, idx):
 
 
 def test_base_weights_do_not_change(tiny_model, idx):
-    """Training the adapter leaves every base weight as it was, to the bit."""
+    """Training an adapter lowers the loss and leaves every base weight as it was, to the bit."""
     before = {n: p.clone() for n, p in tiny_model.named_parameters()}
     only_optimize_lora_parameters(convert_linear_layer_to_lora(tiny_model))
     trained = [p for p in tiny_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
     losses = []
     for _ in range(5):
-        loss = tiny_model.loss(idx, idx.roll(1))
+        loss = mean_loss(tiny_model, idx)
         losses.append(loss.item())
         loss.backward()
         optimizer.step()
@@ -174,13 +187,19 @@ def test_base_weights_do_not_change(tiny_model, idx):
 @pytest.mark.parametrize(
     ("part", "count"), [("h.", 8), ("attn.c_attn,mlp", 6), ("h.1.", 4), ("c_proj", 4)]
 )
-def test_adapter_loads_in_peft(base, idx, tmp_path, part, count):
-    """An adapter saved here has equal logits in PEFT on the stock model, wherever it sits."""
-    mine = adapted(base, part_module_name=part, lora_dim=4, lora_alpha=6, lora_dropout=0.1)
+def test_adapters_load_in_peft(base, idx, tmp_path, part, count):
+    """An adapter saved here has equal logits in PEFT on transformers' model, whatever its linears,
+    and its config reads back.
+    """
+    mine = load_with_lora(base, part, lora_dim=4, lora_alpha=6, lora_dropout=0.1)
     assert len(lora_linears(mine)) == count
     save_adapter(mine, tmp_path / "adapter", str(base))
     stock = GPT2LMHeadModel.from_pretrained(base)
     theirs = peft.PeftModel.from_pretrained(stock, tmp_path / "adapter")
+    targets = theirs.peft_config["default"].target_modules
+    config = read_adapter_config(tmp_path / "adapter")
+    assert config == AdapterConfig(str(base), config.target_modules, LoRAConfig(4, 6, 0.1))
+    assert set(config.target_modules) == set(targets)
     torch.testing.assert_close(logits(theirs, idx), logits(mine, idx), atol=1e-4, rtol=0)
     assert (logits(mine, idx) - logits(GPT.from_pretrained(base), idx)).abs().max() > 0.1
 
@@ -196,9 +215,7 @@ def test_adapter_loads_in_peft(base, idx, tmp_path, part, count):
     ],
 )
 def test_pefts_adapters_load_here(base, idx, tmp_path, options):
-    """PEFT's own adapters have equal logits here: on our model, and on transformers' converted by
-    this project.
-    """
+    """Adapters that PEFT wrote have equal logits here, on our model and on transformers'."""
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", fan_in_fan_out=True, **options)
     theirs = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(base), config)
@@ -213,15 +230,16 @@ def test_pefts_adapters_load_here(base, idx, tmp_path, options):
     assert load_model(tmp_path / "adapter").name_or_path == str(base)
 
 
-def test_transformers_model_trains_with_it(idx):
-    """On GPT2LMHeadModel, with its transposed weights, the adapter's gradients are PEFT's."""
+def test_gradients_on_transformers_model_are_pefts(idx):
+    """On transformers' GPT2LMHeadModel, whose weights are transposed, gradients equal PEFT's."""
     config = GPT2Config(n_positions=48, vocab_size=1000, n_layer=2, n_head=4, n_embd=64)
     config.attn_pdrop = config.embd_pdrop = config.resid_pdrop = 0.0
     torch.manual_seed(0)
     ours, stock = GPT2LMHeadModel(config), GPT2LMHeadModel(config)
     stock.load_state_dict(ours.state_dict())
-    only_optimize_lora_parameters(convert_linear_layer_to_lora(ours, lora_dim=4, lora_alpha=8))
-    randomise(ours)
+    convert_linear_layer_to_lora(ours, config=LoRAConfig(lora_dim=4, lora_alpha=8))
+    only_optimize_lora_parameters(ours)
+    randomize(ours)
     lora = peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True
     )
@@ -239,15 +257,15 @@ def test_transformers_model_trains_with_it(idx):
 
 
 def test_merging(base, idx, tmp_path):
-    """Merged logits equal the unmerged to 1e-5, unmerging is exact to the bit, and a merged model
-    is saved as an ordinary checkpoint. What makes no sense is an error.
+    """Merging keeps the logits within 1e-5, unmerging restores the weights to the bit, and a merged
+    model is saved as an ordinary checkpoint. Merging or saving at the wrong time is an error.
     """
-    model = adapted(base, lora_dim=4)
-    apart, weights = logits(model, idx), {n: p.clone() for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match="merge_lora or save_adapter come first"):
+    model = load_with_lora(base, lora_dim=4)
+    expected, weights = logits(model, idx), {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="call merge_lora or save_adapter first"):
         model.save_pretrained(tmp_path / "merged")
     merge_lora(model)
-    torch.testing.assert_close(logits(model, idx), apart, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(model, idx), expected, atol=1e-5, rtol=0)
     for wrong in (merge_lora, get_lora_state_dict, only_optimize_lora_parameters):
         with pytest.raises(ValueError, match="is merged into its weight"):
             wrong(model)
@@ -255,7 +273,7 @@ def test_merging(base, idx, tmp_path):
         save_adapter(model, tmp_path / "adapter")
     model.save_pretrained(tmp_path / "merged")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(theirs, idx), apart, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(theirs, idx), expected, atol=1e-4, rtol=0)
     unmerge_lora(model)
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], param) for name, param in weights.items())
@@ -263,14 +281,21 @@ def test_merging(base, idx, tmp_path):
         unmerge_lora(model)
 
 
-def test_a_part_that_matches_nothing(tiny_model):
-    """A part that is in no name is an error that lists what there is; so is converting twice."""
+def test_parts_that_match_no_name(tiny_model):
+    """A part that is in no name is an error that lists the names; so is converting twice. A rank
+    out of range is an error.
+    """
     for part in ("attn.c_atn", "mlp,q_proj", "", "lm_head"):
         with pytest.raises(ValueError, match=r"no linear has .* in its name; .*h.\*.mlp.c_fc"):
             convert_linear_layer_to_lora(tiny_model, part)
     assert not lora_linears(tiny_model)
     with pytest.raises(ValueError, match="lora_dim is 0, expected at least 1"):
-        convert_linear_layer_to_lora(tiny_model, lora_dim=0)
+        LoRAConfig(lora_dim=0)
+    with pytest.raises(
+        ValueError, match=r"lora_dim is 65, expected up to 64, the rank of .*c_attn"
+    ):
+        convert_linear_layer_to_lora(tiny_model, config=LoRAConfig(lora_dim=65))
+    assert not lora_linears(tiny_model)
     with pytest.raises(ValueError, match="the model has no LoRA"):
         only_optimize_lora_parameters(tiny_model)
     convert_linear_layer_to_lora(tiny_model)
@@ -278,36 +303,37 @@ def test_a_part_that_matches_nothing(tiny_model):
         convert_linear_layer_to_lora(tiny_model)
 
 
-def test_plain_file(base, idx, tmp_path):
-    """lora.pt is the plain state dict: it loads with its settings, with the adapter_config.json
-    beside it, and not without either.
+def test_lora_state_file(base, idx, tmp_path):
+    """lora.pt is the plain state dict. It loads with the adapter_config.json beside it, which wins,
+    or with the settings that are given, and not without either.
     """
-    mine = adapted(base, lora_dim=4, lora_alpha=6)
+    mine = load_with_lora(base, lora_dim=4, lora_alpha=6)
     save_adapter(mine, tmp_path / "a")
     plain = torch.load(tmp_path / "a" / "lora.pt", weights_only=True)
     assert plain.keys() == get_lora_state_dict(mine).keys()
     beside = load_model(base, tmp_path / "a" / "lora.pt")
     assert torch.equal(logits(beside, idx), logits(mine, idx))
-    other = (2, 1.0, 0.5, True)  # what lies beside it counts
+    assert is_adapter(tmp_path / "a")
+    other = LoRAConfig(2, 1.0, 0.5, use_rslora=True)
     described = load_adapter(GPT.from_pretrained(base), tmp_path / "a" / "lora.pt", other)
     assert torch.equal(logits(described, idx), logits(mine, idx))
     (tmp_path / "a" / "lora.pt").rename(tmp_path / "lora.pt")
-    alone = load_adapter(GPT.from_pretrained(base), tmp_path / "lora.pt", (4, 6.0, 0.0, False))
+    alone = load_adapter(GPT.from_pretrained(base), tmp_path / "lora.pt", LoRAConfig(4, 6.0))
     assert torch.equal(logits(alone, idx), logits(mine, idx))
     with pytest.raises(ValueError, match="holds no lora_alpha"):
         load_model(base, tmp_path / "lora.pt")
     with pytest.raises(ValueError, match=r"lora_A is \(4, 64\), the model has"):
-        load_adapter(GPT.from_pretrained(base), tmp_path / "lora.pt", (8, 6.0, 0.0, False))
+        load_adapter(GPT.from_pretrained(base), tmp_path / "lora.pt", LoRAConfig(8, 6.0))
 
 
-def test_bad_adapters_are_named(base, tmp_path):
-    """Missing, unexpected and misshapen tensors, options not supported, damaged and missing files:
-    each is an error that names it.
+def test_bad_adapters_are_errors(base, tmp_path):
+    """Missing, unexpected and misshapen tensors, unsupported options, damaged and missing files:
+    each is an error that names the cause.
     """
-    good = adapted(base, lora_dim=4)
+    good = load_with_lora(base, lora_dim=4)
     folder = tmp_path / "adapter"
 
-    def fails(match: str, change=None, config: dict | None = None) -> None:
+    def check_error(match: str, change=None, config: dict | None = None) -> None:
         save_adapter(good, folder)
         if config:
             file = folder / "adapter_config.json"
@@ -325,25 +351,31 @@ def test_bad_adapters_are_named(base, tmp_path):
         save_file(named, weights)
 
     without = {n: t for n, t in state.items() if n != name}
-    fails(f"missing tensors: {name}", lambda: rewrite(without))
-    fails("unexpected tensors: lm_head", lambda: rewrite({**state, "lm_head": torch.zeros(2)}))
-    fails(r"c_fc.lora_B is \(4, 256\)", lambda: rewrite({**state, name: state[name].t()}))
-    fails("is damaged", lambda: weights.write_bytes(weights.read_bytes()[:-100]))
-    fails("is missing", weights.unlink)
-    fails("is damaged", lambda: (folder / "adapter_config.json").write_text("{"))
-    fails("expected a folder with adapter_config.json", (folder / "adapter_config.json").unlink)
-    fails("use_dora True is not supported", config={"use_dora": True})
-    fails("bias 'all' is not supported", config={"bias": "all"})
-    fails("rank_pattern", config={"rank_pattern": {"c_fc": 2}})
-    fails("init_lora_weights 'pissa'", config={"init_lora_weights": "pissa"})
-    fails("peft_type is IA3", config={"peft_type": "IA3"})
-    fails("r is '8'", config={"r": "8"})
-    fails("lora_alpha is 0", config={"lora_alpha": 0})
-    fails("lora_dropout is 1.5", config={"lora_dropout": 1.5})
-    fails("use_rslora is 'false'", config={"use_rslora": "false"})
-    fails("target_modules is 5", config={"target_modules": 5})
-    fails("is damaged", config={"target_modules": "(["})
-    fails("LoRA for none of the model's linears", config={"target_modules": ["q_proj"]})
+    check_error(f"missing tensors: {name}", lambda: rewrite(without))
+    check_error(
+        "unexpected tensors: lm_head", lambda: rewrite({**state, "lm_head": torch.zeros(2)})
+    )
+    check_error(r"c_fc.lora_B is \(4, 256\)", lambda: rewrite({**state, name: state[name].t()}))
+    check_error("is damaged", lambda: weights.write_bytes(weights.read_bytes()[:-100]))
+    check_error("adapter_model.safetensors does not exist", weights.unlink)
+    check_error("is damaged", lambda: (folder / "adapter_config.json").write_text("{"))
+    check_error(
+        "expected a folder with adapter_config.json", (folder / "adapter_config.json").unlink
+    )
+    check_error("use_dora True is not supported", config={"use_dora": True})
+    check_error("bias 'all' is not supported", config={"bias": "all"})
+    check_error("rank_pattern", config={"rank_pattern": {"c_fc": 2}})
+    check_error("init_lora_weights 'pissa'", config={"init_lora_weights": "pissa"})
+    check_error("peft_type 'IA3' is not supported", config={"peft_type": "IA3"})
+    check_error("lora_dim is '8'", config={"r": "8"})
+    check_error("lora_alpha is 0", config={"lora_alpha": 0})
+    check_error("lora_dropout is 1.5", config={"lora_dropout": 1.5})
+    check_error("base_model_name_or_path is 5", config={"base_model_name_or_path": 5})
+    check_error("lora_alpha is None", config={"lora_alpha": None})
+    check_error("use_rslora is 'false'", config={"use_rslora": "false"})
+    check_error("target_modules is 5", config={"target_modules": 5})
+    check_error("is damaged", config={"target_modules": "(["})
+    check_error("LoRA for none of the model's linears", config={"target_modules": ["q_proj"]})
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_model(base, tmp_path / "nowhere")
     other = GPT(GPTConfig(block_size=48, vocab_size=1000, n_layer=2, n_head=4, n_embd=32))
@@ -355,17 +387,22 @@ def test_bad_adapters_are_named(base, tmp_path):
 
 
 @pytest.mark.parametrize("content", [[1], torch.zeros(2), {"a": 1}, b".", b"h", b"K"])
-def test_plain_file_of_something_else(base, tmp_path, content):
-    """A lora.pt that holds no tensors by name, or is no such file, is damaged."""
+def test_lora_state_files_with_other_contents(base, tmp_path, content):
+    """A lora.pt that does not hold named tensors is reported as damaged."""
     file = tmp_path / "lora.pt"
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
     with pytest.raises(ValueError, match=r"lora.pt is damaged"):
-        load_adapter(GPT.from_pretrained(base), file, (4, 6.0, 0.0, False))
+        load_adapter(GPT.from_pretrained(base), file, LoRAConfig(4, 6.0))
 
 
 def test_generation_uses_the_adapter(base, idx):
-    """With a KV cache and few rows, as without, generation is that of the merged model."""
-    model = adapted(base, lora_dim=4)
+    """Greedy tokens equal those of the merged model, with and without the fast decode path."""
+    model = load_with_lora(base, lora_dim=4)
     out = model.generate(idx[:1, :5], 20, temperature=0)
+    speed_up_decoding(model)  # leaves a LoRA that is not merged alone
+    assert torch.equal(out, model.generate(idx[:1, :5], 20, temperature=0))
     merge_lora(model)
-    assert np.array_equal(out, model.generate(idx[:1, :5], 20, temperature=0))
+    assert torch.equal(out, model.generate(idx[:1, :5], 20, temperature=0))
+    speed_up_decoding(model)
+    assert torch.equal(out, model.generate(idx[:1, :5], 20, temperature=0))
+    assert not torch.equal(out, GPT.from_pretrained(base).generate(idx[:1, :5], 20, temperature=0))

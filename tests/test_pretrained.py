@@ -2,28 +2,30 @@ import json
 
 import pytest
 import torch
+from conftest import random_ids, small_transformers_gpt2
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from test_model import hugging_face, random_ids
 
+from engine.pretrained import hf_tensors, save_pretrained
 from model import GPT
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A small GPT-2 as transformers saves it."""
-    hugging_face().save_pretrained(tmp_path)
+    small_transformers_gpt2().save_pretrained(tmp_path)
     return tmp_path
 
 
-def same_logits(folder) -> bool:
+@torch.no_grad()
+def has_expected_logits(folder) -> bool:
     idx = random_ids(2, 12)
-    with torch.no_grad():
-        difference = GPT.from_pretrained(folder)(idx) - hugging_face()(idx).logits
+    difference = GPT.from_pretrained(folder)(idx) - small_transformers_gpt2()(idx).logits
     return difference.abs().max().item() < 1e-4
 
 
-def test_reads_old_bin_files(folder):
-    """GPT2Model's pytorch_model.bin, without prefix, with masks and a tied head, as on the hub."""
+def test_old_bin_files_load(folder):
+    """GPT2Model's pytorch_model.bin loads: names without prefix, attention masks, the tied head."""
     file = folder / "model.safetensors"
     tensors = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
     tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 48, 48) for i in range(2)}
@@ -31,15 +33,15 @@ def test_reads_old_bin_files(folder):
     tensors["lm_head.weight"] = tensors["wte.weight"].clone()
     torch.save(tensors, folder / "pytorch_model.bin")
     file.unlink()
-    assert same_logits(folder)
+    assert has_expected_logits(folder)
 
 
-def test_reads_several_files(folder):
-    """A checkpoint that is split over several safetensors files."""
-    hugging_face().save_pretrained(folder, max_shard_size="200KB")
+def test_several_files_load(folder):
+    """A checkpoint that is split over several safetensors files has the same logits."""
+    small_transformers_gpt2().save_pretrained(folder, max_shard_size="200KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
-    assert same_logits(folder)
+    assert has_expected_logits(folder)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_reads_several_files(folder):
     ],
 )
 def test_wrong_tensors_are_named(folder, change, message):
-    """A missing, unexpected or misshapen tensor is an error that names it."""
+    """A missing, unexpected or misshapen tensor is an error with its name."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -79,16 +81,37 @@ def test_wrong_tensors_are_named(folder, change, message):
         ("model_type", "llama"),
     ],
 )
-def test_options_the_model_lacks_are_refused(folder, option, value):
+def test_unsupported_options_are_refused(folder, option, value):
     """An option that would change what the model computes is refused, not ignored."""
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {option: value}))
+    change_config(folder, {option: value})
     with pytest.raises(ValueError, match=f"{option} is .*{value}"):
         GPT.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("n_layer", "two", "config.json: n_layer is 'two', expected a whole number"),
+        ("n_positions", 0, "config.json: block_size is 0, expected at least 1"),
+        ("n_head", 3, "config.json: n_embd 64 is not divisible by n_head 3"),
+        ("layer_norm_epsilon", "x", "config.json: layer_norm_epsilon is 'x', expected a number"),
+        ("tie_word_embeddings", 1, "tie_word_embeddings is 1, expected true or false"),
+    ],
+)
+def test_wrong_values_are_named(folder, option, value, message):
+    """A value of the wrong type, or one that no GPT-2 can have, is an error with file and value."""
+    change_config(folder, {option: value})
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(folder)
+
+
+def change_config(folder, options: dict) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+
+
 def test_damaged_and_missing_files(folder):
-    """A damaged file, and a folder that is no model, are named."""
+    """A damaged or missing file, and a folder that is not a model, are errors with its name."""
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
@@ -96,6 +119,35 @@ def test_damaged_and_missing_files(folder):
     file.unlink()
     with pytest.raises(FileNotFoundError, match="holds none of"):
         GPT.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["n_head"]
+    for content, message in ((json.dumps(config), "lacks n_head"), ("[1", "json is damaged")):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            GPT.from_pretrained(folder)
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no config.json"):
         GPT.from_pretrained(folder)
+
+
+def test_unknown_name_without_a_network(monkeypatch):
+    """A name that is neither a folder nor in the cache ends in one line that says what to give."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    message = r"nowhere is not a local folder, .* hub did not provide it: .* name a folder with"
+    with pytest.raises(FileNotFoundError, match=message) as raised:
+        GPT.from_pretrained("nowhere")
+    assert "\n" not in str(raised.value)
+
+
+def test_copies_of_the_parameters_are_saved(tiny_model, tmp_path):
+    """Copies of the parameters can be saved instead of those in the model, as a background save
+    does; hf_tensors are views, so that writing to them loads a model.
+    """
+    copies = {name: param.detach() + 1 for name, param in tiny_model.named_parameters()}
+    save_pretrained(tiny_model, tmp_path, copies)
+    for name, tensor in hf_tensors(tiny_model).items():
+        tensor.add_(1)
+        assert torch.equal(load_file(tmp_path / "model.safetensors")[name], tensor), name
+    for name, param in GPT.from_pretrained(tmp_path).named_parameters():
+        rows = 1000 if name == "transformer.wte.weight" else None  # without padding
+        assert torch.equal(param[:rows], tiny_model.get_parameter(name)[:rows]), name

@@ -1,5 +1,3 @@
-"""What sample.py shows, token by token: against tiktoken's and str's own answers."""
-
 import codecs
 import io
 import os
@@ -13,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NASTY_TEXT, talkative_model
-from test_commands import command
+from conftest import NASTY_TEXT, command, talkative_model
 
+from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer, save_tokenizer
 from model import GPT
-from sample import Continuation, SampleConfig, write
-from tokenizer import END_OF_TEXT_ID, get_tokenizer, save_tokenizer
+from sample import Continuation, SampleConfig, print_continuations
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def pieces(tokens: list[int], stop: list[str]) -> list[str]:
+def add_all(tokens: list[int], stop: list[str]) -> list[str]:
     continuation = Continuation(stop)
     shown = [continuation.add(token) for token in tokens] + [continuation.finish()]
     assert "".join(shown) == continuation.text
@@ -37,7 +34,7 @@ def pieces(tokens: list[int], stop: list[str]) -> list[str]:
 
 
 def random_tokens(seed: int) -> list[int]:
-    """Bytes of the text one by one, or by tokens, or random ids whose bytes are no UTF-8."""
+    """The text byte by byte, or by tokens, or random ids whose bytes are not UTF-8."""
     rng, encoding = random.Random(seed), get_tokenizer()
     if seed % 3 == 0:
         return [encoding.encode_single_token(bytes([b])) for b in NASTY_TEXT.encode()]
@@ -48,23 +45,23 @@ def random_tokens(seed: int) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_streamed_text_is_the_decoded_text(seed):
-    """The pieces together are tiktoken's text; no piece tears a character, and none waits longer
-    than its bytes do.
+    """The pieces add up to tiktoken's text; none splits a character, and none comes later than its
+    last byte.
     """
     tokens = random_tokens(seed)
-    shown = pieces(tokens, [])
+    shown = add_all(tokens, [])
     assert "".join(shown) == get_tokenizer().decode(tokens)
     if seed % 3 < 2:
         assert "\ufffd" not in "".join(shown)
         for n in range(len(tokens)):
-            whole = codecs.getincrementaldecoder("utf-8")().decode(
+            complete = codecs.getincrementaldecoder("utf-8")().decode(
                 b"".join(get_tokenizer().decode_tokens_bytes(tokens[: n + 1]))
             )
-            assert "".join(shown[: n + 1]) == whole
+            assert "".join(shown[: n + 1]) == complete
 
 
 def first_complete(text: str, stop: list[str]) -> str:
-    """Character by character: cut before the stop text with which the text ends first."""
+    """Character by character: cut before the stop text that is the first to be complete."""
     for end in range(1, len(text) + 1):
         ending = [s for s in stop if text[:end].endswith(s)]
         if ending:
@@ -73,8 +70,8 @@ def first_complete(text: str, stop: list[str]) -> str:
 
 
 def test_stop_texts_cut_exactly_and_are_never_shown():
-    """However tokens and stop texts overlap, what is shown is the text before the stop text that
-    is complete first, and at no time more than that.
+    """However tokens and stop texts overlap, exactly the text before the first complete stop text
+    is printed.
     """
     rng, encoding, cut = random.Random(1), get_tokenizer(), 0
     for _ in range(3000):
@@ -82,7 +79,7 @@ def test_stop_texts_cut_exactly_and_are_never_shown():
         stop = ["".join(rng.choices("ab\né", k=rng.randrange(1, 5))) for _ in range(3)]
         stop = stop[: rng.randrange(4)]
         data, tokens = text.encode(), []
-        while data:  # any split into tokens, not only the encoder's
+        while data:  # any split into tokens, not only the tokenizer's
             n = rng.randrange(1, 4)
             try:
                 tokens.append(encoding.encode_single_token(data[:n]))
@@ -90,52 +87,54 @@ def test_stop_texts_cut_exactly_and_are_never_shown():
                 continue
             data = data[n:]
         expected = first_complete(text, stop)
-        assert "".join(pieces(tokens, stop)) == expected
+        assert "".join(add_all(tokens, stop)) == expected
         cut += expected != text
     assert cut > 500
     assert len(encoding.encode(" language")) == 1
-    assert pieces(encoding.encode(" language"), [" languag", "g"]) == [" lan", ""]
-    assert pieces(encoding.encode("One. Two"), [". Three"])[0] == "One"  # shown when it is certain
+    assert add_all(encoding.encode(" language"), [" languag", "g"]) == [" lan", ""]
+    assert (
+        add_all(encoding.encode("One. Two"), [". Three"])[0] == "One"
+    )  # printed once it is certain
 
 
-def test_a_character_cut_off_by_the_last_token():
-    """It shows as the one replacement character that tiktoken gives, and only at the end."""
+def test_an_incomplete_last_character():
+    """It is printed as tiktoken's replacement character, and only at the end."""
     tokens = [get_tokenizer().encode_single_token(bytes([b])) for b in b"a\xe6\x97"]
-    assert pieces(tokens, []) == ["a", "", "", get_tokenizer().decode(tokens[1:])]
+    assert add_all(tokens, []) == ["a", "", "", get_tokenizer().decode(tokens[1:])]
 
 
 def test_nothing_follows_the_end_of_a_document():
-    """What comes after <|endoftext|> is neither shown nor counted."""
+    """Tokens after <|endoftext|> are neither printed nor counted."""
     tokens = [*get_tokenizer().encode("Done"), END_OF_TEXT_ID, 50, END_OF_TEXT_ID, 51]
-    assert "".join(pieces(tokens, [])) == "Done"
+    assert "".join(add_all(tokens, [])) == "Done"
     continuation = Continuation([])
     for token in tokens:
         continuation.add(token)
     assert continuation.n_tokens == 1
 
 
-def test_streaming_is_generating(folder):
-    """The streamed ids are those of generate, and drawing stops where the reader stops."""
+def test_streaming_equals_generating(folder):
+    """The streamed ids are those of generate, and no more of them are computed than are read."""
     model, idx = GPT.from_pretrained(folder).eval(), torch.tensor([[1, 2], [3, 4]])
     passes, hidden = [], model.hidden
     model.hidden = lambda *args: passes.append(torch.is_grad_enabled()) or hidden(*args)
     stream = model.stream(idx, 100, generator=torch.Generator().manual_seed(3))
     ids = torch.cat([next(stream) for _ in range(5)], dim=1)
-    assert passes == [False] * 5  # gradients are off in the steps, and on again between them
+    assert passes == [False] * 5  # gradients are disabled within steps, and enabled between them
     assert torch.is_grad_enabled()
     expected = model.generate(idx, 5, generator=torch.Generator().manual_seed(3))
     assert torch.equal(torch.cat([idx, ids], dim=1), expected)
 
 
-def test_stopped_rows_end_the_work(folder, capsys):
-    """Every row is what it would be without stop texts, cut at its own; when all rows are cut no
-    more tokens are computed, and the same seed draws the same, another does not.
+def test_generation_ends_when_all_rows_stop(folder, capsys):
+    """Each row is what it is without stop texts, up to its first stop text. When all rows have
+    stopped no more tokens are computed. Equal seeds give equal texts, other seeds others.
     """
     model = GPT.from_pretrained(folder).eval()
     config = SampleConfig(num_return_sequences=3, max_new_tokens=10**6, stop=["e", "a"])
 
     def rows(seed: int) -> list[str]:
-        write(model, "Hello", config, torch.Generator().manual_seed(seed))
+        print_continuations(model, "Hello", config, torch.Generator().manual_seed(seed))
         texts, speed = capsys.readouterr()
         assert "tokens/s" in speed
         return [row.rstrip("\n") for row in texts.split("> Hello")[1:]]
@@ -148,8 +147,8 @@ def test_stopped_rows_end_the_work(folder, capsys):
 
 
 def test_stdout_is_the_text_alone(folder):
-    """A piped prompt gives the text that --prompt gives, and nothing else on stdout; bytes that
-    are no text are named.
+    """A piped prompt gives the same text as --prompt, and nothing else on stdout. Bytes that are
+    not UTF-8 are an error.
     """
 
     def sample(stdin: bytes, *args: object) -> tuple[int, bytes, bytes]:
@@ -169,19 +168,26 @@ def test_stdout_is_the_text_alone(folder):
     assert error.startswith(b"error: the prompt on stdin is not UTF-8")
 
 
-@pytest.mark.parametrize("stop", [[""], [5], 5, "the"])
-def test_wrong_settings_are_named(stop):
-    """A stop text that is empty would end every continuation before it begins, and a YAML file may
-    hold what is no list of texts.
-    """
-    with pytest.raises(ValueError, match="expected a list of texts that are not empty") as error:
-        SampleConfig(stop=stop)
-    assert str(error.value).startswith(f"stop is {stop}")
+@pytest.mark.parametrize("stop", ["[5]", "5", "the"])
+def test_stop_in_a_config_file_is_a_list_of_texts(tmp_path, capsys, stop):
+    """Anything else in a YAML file is an error."""
+    file = tmp_path / "sample.yaml"
+    file.write_text(f"stop: {stop}\n")
+    with pytest.raises(SystemExit):
+        parse_flags(SampleConfig, "", ["--config", str(file)])
+    assert f"stop is {stop}, expected a list of texts" in capsys.readouterr().err
 
 
-def test_talking_to_it_on_a_terminal(folder):
-    """Without a prompt on a terminal it asks; Ctrl-C ends the text and not the session, and an
-    empty line ends the session with exit code 0.
+def test_empty_stop_texts_are_refused():
+    """An empty stop text would end every continuation before it begins."""
+    for stop in ([""], ["the", ""]):
+        with pytest.raises(ValueError, match="expected texts that are not empty"):
+            SampleConfig(stop=stop)
+
+
+def test_prompts_on_a_terminal(folder):
+    """Without a prompt it asks for one on a terminal. Ctrl-C ends the text but not the session, and
+    an empty line ends the session with exit code 0.
     """
     ours, theirs = pty.openpty()
     arguments = ("--model", folder, "--device", "cpu", "--max_new_tokens", 10**6)
@@ -191,23 +197,23 @@ def test_talking_to_it_on_a_terminal(folder):
     os.close(theirs)
     seen = io.BytesIO()
 
-    def wait_for(text: bytes, again: Callable[[], None] = lambda: None) -> None:
-        start, begun, tried = seen.tell(), time.monotonic(), 0
+    def wait_for(text: bytes, retry: Callable[[], None] = lambda: None) -> None:
+        start, started, tries = seen.tell(), time.monotonic(), 0
         while text not in seen.getvalue()[start:]:
-            if time.monotonic() - begun > 20 * (tried + 1):
-                tried += 1
-                assert tried < 4, seen.getvalue()[-500:]
-                again()
+            if time.monotonic() - started > 20 * (tries + 1):
+                tries += 1
+                assert tries < 4, seen.getvalue()[-500:]
+                retry()
             seen.write(os.read(ours, 4096))
 
     try:
         wait_for(b"prompt: ")
         os.write(ours, b"Hello\n")
         wait_for(b"\nHello")
-        time.sleep(0.3)  # let it write
+        time.sleep(0.3)  # generate for a while
         process.send_signal(signal.SIGINT)
-        # Python drops one that comes while an object is finalised; a person presses again.
-        wait_for(b"prompt: ", again=lambda: process.send_signal(signal.SIGINT))
+        # Python ignores one that arrives while an object is finalized; a user presses again.
+        wait_for(b"prompt: ", retry=lambda: process.send_signal(signal.SIGINT))
         os.write(ours, b"\n")
         assert process.wait(30) == 0
     finally:

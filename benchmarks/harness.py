@@ -1,0 +1,297 @@
+"""What the benchmarks share: contenders that take turns, worker processes, tables, random data.
+
+Contenders take turns, so that a slow minute of the machine slows all of them. Compared are medians
+over the rounds, and ratios of medians.
+"""
+
+import gc
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.config import Precision, TrainConfig, flag
+from engine.data import PretrainingData, TokenShards, write_manifest, write_shard
+from engine.distributed import Distributed, autocast_dtype, open_device
+from engine.metrics import flops_per_token
+from engine.step import TrainingStep
+from engine.tokenizer import END_OF_TEXT_ID
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+HEAD_SIZE = 64  # of every GPT-2
+VOCAB_SIZE = GPTConfig().padded_vocab_size  # of the peers' models, as of this project's
+
+Result = dict[str, Any]  # figures of a step by name
+Step = Callable[[], Result]
+Maker = Callable[["Size", "BenchmarkConfig"], Step]
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """The flags of benchmarks whose contenders run in processes of their own."""
+
+    rounds: int = flag(5, "measured turns of each contender, after those that warm up")
+    threads: int = flag(2, "CPU threads of each contender")
+    device: str = flag("cpu", "cpu or cuda")
+    precision: Precision = flag("fp32", "bf16 and fp16: autocast")
+
+    def open_device(self) -> torch.device:
+        return open_device(self.device, local_rank=0)
+
+    def autocast(self) -> AbstractContextManager:
+        dtype = autocast_dtype(self.precision, torch.device(self.device))
+        return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype is not None)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A GPT-2 and the batch of a step: `batch_size` sequences of T tokens."""
+
+    n_layer: int
+    n_embd: int
+    batch_size: int
+    T: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Size":
+        numbers = text.replace(":", "x").split("x")
+        if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
+            raise ValueError(f"size is {text}, expected LAYERSxWIDTH:BATCHxTOKENS, 12x768:2x512")
+        return cls(*map(int, numbers))
+
+    def __str__(self) -> str:
+        return f"{self.n_layer} x {self.n_embd}, {self.batch_size} x {self.T}"
+
+    @property
+    def config(self) -> GPTConfig:
+        n_head = max(1, self.n_embd // HEAD_SIZE)
+        return GPTConfig(self.T, n_layer=self.n_layer, n_head=n_head, n_embd=self.n_embd)
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.T
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of a training step."""
+        return flops_per_token(meta_model(self.config), self.T) * self.tokens
+
+    def random_ids(self, device: torch.device) -> torch.Tensor:
+        return torch.randint(END_OF_TEXT_ID + 1, (self.batch_size, self.T), device=device)
+
+
+TINY = Size(n_layer=1, n_embd=64, batch_size=1, T=8)  # to load all code
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[Any], Any]], inputs: Iterable[Any], *, warmup: int = 1
+) -> dict[str, list[tuple[float, Any]]]:
+    """Call every contender with the first input, then every one with the second, and so on. Return
+    the seconds and the result of each call, without the first `warmup` rounds.
+    """
+    turns: dict[str, list[tuple[float, Any]]] = {name: [] for name in contenders}
+    for i, value in enumerate(inputs):
+        for name, contender in contenders.items():
+            started = time.perf_counter()
+            result = contender(value)
+            if i >= warmup:
+                turns[name].append((time.perf_counter() - started, result))
+    return turns
+
+
+def median_seconds(turns: list[tuple[float, Any]]) -> float:
+    return statistics.median(seconds for seconds, _ in turns)
+
+
+def measure_in_workers(
+    makers: Mapping[str, Maker], size: Size, config: BenchmarkConfig, *, warmup: int = 1
+) -> dict[str, list[Result]]:
+    """Run contenders in processes of their own; return what each measured in `config.rounds` steps.
+
+    A maker returns the contender, a function that does a step and returns figures by name. To these
+    are added `seconds`, and `peak_bytes`: on a CPU the highest resident memory so far over that
+    after a step of a tiny size, on CUDA the allocator's peak. On a CPU the contenders take turns.
+    On CUDA each needs the card for itself, so they run one after another; those that run out of
+    memory are reported and left out.
+    """
+    for name in [name for name in os.environ if name.startswith("OMP_")]:
+        del os.environ[name]  # config.threads decides, not the shell
+    results: dict[str, list[Result]] = {}
+    on_cuda = config.open_device().type == "cuda"
+    for group in [{name: makers[name]} for name in makers] if on_cuda else [makers]:
+        with ExitStack() as stack:
+            contenders = {
+                name: stack.enter_context(start_worker(name, make, size, config))
+                for name, make in group.items()
+            }
+            try:
+                turns = take_turns(contenders, range(warmup + config.rounds), warmup=warmup)
+            except torch.OutOfMemoryError:  # raised on CUDA only
+                print(f"{', '.join(group)}, {size}: out of memory", flush=True)
+            else:
+                results |= {name: [result for _, result in turns[name]] for name in group}
+    return results
+
+
+@contextmanager
+def start_worker(
+    name: str, make: Maker, size: Size, config: BenchmarkConfig
+) -> Iterator[Callable[[Any], Result]]:
+    """A function that asks a new process for a step, and raises what the process raised."""
+    context = multiprocessing.get_context("spawn")
+    pipe, other_end = context.Pipe()
+    arguments = other_end, make, size, config
+    process = context.Process(target=serve_steps, args=arguments, daemon=True)
+    process.start()
+    other_end.close()  # so that the end of the process ends the pipe
+
+    def ask(_: Any) -> Result:
+        with suppress(BrokenPipeError):  # its error may still be in the pipe
+            pipe.send("step")
+        try:
+            result = pipe.recv()
+        except EOFError as error:
+            raise ValueError(f"the process of {name} was killed; use a smaller size") from error
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    try:
+        yield ask
+    finally:
+        pipe.close()
+        process.join()
+
+
+def serve_steps(pipe: Any, make: Maker, size: Size, config: BenchmarkConfig) -> None:
+    """Run in the worker: answer each message with a step, until the pipe is closed."""
+    sys.stdout = sys.stderr  # what contenders print does not belong in the tables
+    torch.set_num_threads(config.threads)
+    try:
+        device = config.open_device()
+        make(TINY, config)()  # code that is loaded at first use is not memory of the step
+        gc.collect()
+        before = read_memory("VmRSS")
+        torch.manual_seed(0)
+        step = make(size, config)
+        with suppress(EOFError):
+            while pipe.recv():
+                started = read_clock(device)
+                result = step()
+                result["seconds"] = read_clock(device) - started
+                result["peak_bytes"] = read_memory("VmHWM") - before
+                if device.type == "cuda":
+                    result["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+                pipe.send(result)
+    except Exception as error:
+        if not isinstance(error, ValueError | torch.OutOfMemoryError):
+            traceback.print_exc()
+        pipe.send(error)
+
+
+def read_clock(device: torch.device) -> float:
+    """The time in seconds, after all work on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def read_memory(field: str) -> int:
+    """Bytes of this process: VmRSS, resident now, or VmHWM, their highest so far. Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def median(results: list[Result], name: str = "seconds") -> float:
+    return statistics.median(result[name] for result in results)
+
+
+def compare(
+    results: dict[str, list[Result]], name: str, reference: str, figure: str = "seconds"
+) -> str:
+    """The median of a contender over that of the reference, or nothing where that is missing."""
+    if reference not in results:
+        return ""
+    return f"{median(results[name], figure) / median(results[reference], figure):.2f}"
+
+
+def print_header(*columns: str) -> None:
+    """The head of a Markdown table; its rows follow with `print_row`."""
+    print()
+    print_row(*columns)
+    print(f"{'|---' * len(columns)}|", flush=True)
+
+
+def print_row(*cells: object) -> None:
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def meta_model(config: GPTConfig) -> GPT:
+    """A model without memory, to count its parameters."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def random_shards(folder: Path | str, n_tokens: int) -> TokenShards:
+    """The train split of a new data folder: one shard of random tokens."""
+    ids = np.random.default_rng(0).integers(END_OF_TEXT_ID + 1, size=n_tokens, dtype=np.uint16)
+    entry = write_shard(Path(folder) / "random_train_000000.npy", ids)
+    write_manifest(Path(folder), {"shards": [{**entry, "split": "train"}]})
+    return TokenShards(folder, "train")
+
+
+def random_training_step(
+    size: Size,
+    config: BenchmarkConfig,
+    step_class: type[TrainingStep] = TrainingStep,
+    *,
+    grad_accum_steps: int = 1,
+    **settings: Any,
+) -> Any:
+    """The real training step, a `step_class`, with a new model and random tokens."""
+    settings = {"precision": config.precision, "compile": False, **settings}
+    total_batch_size = size.tokens * grad_accum_steps
+    with tempfile.TemporaryDirectory() as folder:  # the shard stays open after it is deleted
+        data = PretrainingData(
+            random_shards(folder, 20 * total_batch_size + 1),
+            block_size=size.T,
+            batch_size=size.batch_size,
+            total_batch_size=total_batch_size,
+            seed=0,
+        )
+    dist = Distributed(rank=0, world_size=1, device=config.open_device())
+    return step_class(GPT(size.config).to(dist.device), data, TrainConfig(**settings), dist)
+
+
+def transformers_gpt2(config: GPTConfig) -> Any:
+    """transformers' model of this shape, without dropout, with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
+    shape |= {"n_positions": config.block_size, "vocab_size": VOCAB_SIZE}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return GPT2LMHeadModel(GPT2Config(use_cache=False, **shape, **dropout))
+
+
+def transformers_copy(model: GPT) -> Any:
+    """transformers' model with the same weights, in eval mode."""
+    from transformers import GPT2LMHeadModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return GPT2LMHeadModel.from_pretrained(folder).eval()

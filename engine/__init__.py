@@ -1,0 +1,1 @@
+"""What the commands share: data, training, checkpoints, LoRA, evaluation."""

@@ -1,0 +1,237 @@
+"""The run folder: checkpoints that are complete or absent, and how to load and resume them.
+
+RUN/config.yaml                    the settings of the run
+RUN/metrics.jsonl                  one line per step
+RUN/loss.png, report.html          the same as pictures
+RUN/checkpoints/step_000500/       a Hugging Face model and tokenizer, or a PEFT adapter, and
+    progress.json, state.pt        step and losses; optimizer and random number generators
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import yaml
+from safetensors import SafetensorError
+
+from engine.config import REMOVED_SETTINGS, fixed_settings
+from engine.files import TORCH_LOAD_ERRORS, fsync_folder, read_json
+from engine.lora import is_adapter, load_adapter, lora_linears, read_adapter_config, save_adapter
+from engine.pretrained import save_pretrained
+from engine.tokenizer import get_tokenizer, save_tokenizer
+from model import GPT
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+class Resumed(NamedTuple):
+    """What a checkpoint holds besides the weights."""
+
+    progress: dict  # step, val_loss, data fingerprint
+    state: dict  # optimizer, scaler, rng
+
+
+def list_checkpoints(run: Path | str) -> list[Path]:
+    """The run's complete checkpoints, oldest first."""
+    found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in Path(run).glob("checkpoints/*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def latest_checkpoint(name_or_path: str | Path) -> Path:
+    """A run's latest checkpoint; any other name or path as it is."""
+    return next(reversed(list_checkpoints(name_or_path)), Path(name_or_path))
+
+
+def best_checkpoint(run: Path | str) -> Path | None:
+    """The checkpoint with the lowest validation loss, among those where it was evaluated."""
+    losses = {}
+    for folder in list_checkpoints(run):
+        try:
+            loss = read_progress(folder).get("val_loss")
+        except (OSError, ValueError):  # a damaged one is reported when it is loaded
+            continue
+        if loss is not None:
+            losses[folder] = loss
+    return min(losses, key=lambda folder: losses[folder], default=None)
+
+
+def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = None) -> GPT:
+    """The model of a hub name, a Hugging Face folder, a checkpoint or a run, in eval mode. An
+    adapter's checkpoint loads its base model with LoRA. `lora_load_path`, an adapter's folder, run
+    or lora.pt, is loaded on top of a model without LoRA.
+    """
+    path = latest_checkpoint(name_or_path)
+    if is_adapter(path):
+        base = read_adapter_config(path).base_model
+        if lora_load_path is not None or not base:
+            raise ValueError(
+                f"{name_or_path} is an adapter; give its base model {base or '(not named)'}, and "
+                "the adapter as --lora_load_path"
+            )
+        return load_adapter(load_model(base), path).eval()
+    model = GPT.from_pretrained(path if path.exists() else name_or_path)
+    if lora_load_path is not None:
+        load_adapter(model, latest_checkpoint(lora_load_path))
+    return model.eval()
+
+
+def check_vocabulary(model: GPT, name: str) -> None:
+    """ValueError if the model called `name` lacks some of the tokenizer's tokens."""
+    n_vocab = get_tokenizer().n_vocab
+    if model.config.vocab_size < n_vocab:
+        raise ValueError(
+            f"{name} has {model.config.vocab_size} tokens, GPT-2's tokenizer has {n_vocab}; choose "
+            "a model with that tokenizer"
+        )
+
+
+def hash_weights(model: GPT) -> str:
+    """The sha256 of the shape and all weights."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, param in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_latest(run: Path | str, base: str | None = None) -> tuple[GPT, Resumed] | None:
+    """The run's latest intact checkpoint, or None if it has no checkpoint. Adapters are loaded onto
+    the model `base`.
+    """
+    folders = list_checkpoints(run)
+    for folder in reversed(folders):
+        try:
+            model = load_model(base, folder) if base else load_model(folder)
+            return model, Resumed(read_progress(folder), read_state(folder))
+        except (OSError, ValueError, *TORCH_LOAD_ERRORS) as error:
+            print(f"{folder} is damaged ({error}); falling back to the one before")
+    if folders:
+        raise ValueError(
+            f"none of the {len(folders)} checkpoints in {run} can be read; choose another --out_dir"
+        )
+    return None
+
+
+def save_checkpoint(run: Path, model: GPT, params: dict, resumed: Resumed, *, keep: int) -> None:
+    """Save a checkpoint of `params`, the parameters of `model` or copies of them; with LoRA only
+    the adapter. Then delete all but the latest `keep` and the best.
+
+    The folder gets its name when all of it is on the disk, so a crash leaves the earlier
+    checkpoints and never half of one.
+    """
+    step = resumed.progress["step"]
+    folder = run / "checkpoints" / f"step_{step:06d}"
+    temporary = folder.with_suffix(".tmp")
+    try:
+        for leftover in folder.parent.glob("*.tmp"):  # from interrupted saves
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+        if lora_linears(model):
+            save_adapter(model, temporary, model.name_or_path, params)
+        else:
+            save_pretrained(model, temporary, params)
+            save_tokenizer(temporary, model.config.block_size)
+        torch.save(resumed.state, temporary / "state.pt")
+        (temporary / "progress.json").write_text(json.dumps(resumed.progress) + "\n")
+        for file in [*temporary.iterdir(), *run.glob("metrics.jsonl")]:
+            with file.open("r+b") as stream:
+                os.fsync(stream.fileno())
+        fsync_folder(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        fsync_folder(folder.parent)
+    # On a full disk torch.save raises a RuntimeError, and safetensors its own error.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        earlier = list_checkpoints(run)
+        raise OSError(
+            f"step {step} could not be saved: {error}. Free some space and run the same command "
+            f"again; it resumes from {earlier[-1] if earlier else 'the start'}"
+        ) from error
+    checkpoints = list_checkpoints(run)
+    for old in set(checkpoints) - {best_checkpoint(run), *checkpoints[-keep:]}:
+        shutil.rmtree(old)
+
+
+class BackgroundSave:
+    """Saves in a thread while training continues, one at a time. The next call raises its error."""
+
+    def __init__(self) -> None:
+        self.executor = ThreadPoolExecutor(max_workers=1)
+        self.pending: Future | None = None
+
+    def start(self, save: Callable[[], object]) -> None:
+        self.wait()
+        self.pending = self.executor.submit(save)
+
+    def check(self) -> None:
+        """Raise the error of a save that has ended."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+
+def read_progress(checkpoint: Path) -> dict:
+    file = checkpoint / "progress.json"
+    progress = read_json(file, "delete the checkpoint")
+    if not isinstance(progress.get("step"), int):
+        raise ValueError(f"{file} is damaged: it has no step; delete the checkpoint")
+    return progress
+
+
+def read_state(checkpoint: Path) -> dict:
+    """Optimizer, scaler and random number generators, on the CPU."""
+    return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+
+
+def read_run_config(run: Path | str) -> dict:
+    """The settings of a run, from its config.yaml."""
+    file = Path(run) / "config.yaml"
+    try:
+        with file.open() as stream:  # an OSError then has the file's name
+            return dict(yaml.safe_load(stream))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}; repair it, or choose another run") from error
+
+
+def check_same_run(run: Path, config: "DataclassInstance") -> dict:
+    """The settings that are None in `config` and that the run in the folder has, if there is one. A
+    setting that its config.yaml lacks has its default. ValueError if `config` would not continue
+    the run exactly.
+    """
+    if not (run / "metrics.jsonl").exists() and not list_checkpoints(run):
+        return {}
+    now = asdict(config)
+    if now["resume"] == "never":
+        raise ValueError(
+            f"{run} already holds a run and --resume is never; choose another --out_dir, or use "
+            "--resume auto to resume it"
+        )
+    earlier = {f.name: f.default for f in fields(config)} | read_run_config(run)
+    removed = earlier.keys() - now.keys() - REMOVED_SETTINGS
+    names = sorted(fixed_settings(type(config)) | removed)
+    unset = {name: earlier[name] for name in names if name in now and now[name] is None}
+    changed = [
+        f"{name} was {earlier[name]}, is {now.get(name)}"
+        for name in names
+        if name not in unset and now.get(name) != earlier[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"{run} holds a run with other settings, so it cannot be resumed exactly: "
+            f"{'; '.join(changed)}. Choose another --out_dir, or the earlier settings"
+        )
+    return unset

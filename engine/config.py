@@ -1,0 +1,330 @@
+"""Command-line flags, YAML config files, and the settings of a training run."""
+
+import argparse
+import importlib.util
+import io
+import math
+import shutil
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+
+import yaml
+
+from engine.errors import BAD_INPUT, with_reported_errors
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
+Precision = Literal["fp32", "bf16", "fp16"]
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+HELP_COLUMN, HELP_WIDTH = 30, 100  # where the help text starts, and where its lines end
+# Settings of earlier versions that config files may still contain.
+REMOVED_SETTINGS = {"find_batch_size"}
+LOGGERS = ("tensorboard", "wandb")
+
+
+def flag(default: Any, help: str = "", *, group: str = "", may_change: bool = False) -> Any:  # noqa: A002
+    """A dataclass field that is also a command-line flag and a YAML key.
+
+    Its type gives the choices (`Literal`), several values (`list[str]`) or `--x / --no-x` (`bool`).
+    A default of None is replaced before training. `group` starts a group of the help;
+    `may_change` allows a resumed run another value. Without `help`, a field keeps the metadata of
+    the field it overrides.
+    """
+    metadata = {"help": help, "group": group, "may_change": may_change} if help else {}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What every training run needs. Defaults: GPT-3's for 124M, as in build-nanogpt."""
+
+    out_dir: str = flag("runs/gpt2_124m", "run folder", group="run", may_change=True)
+    resume: Literal["auto", "never"] = flag(
+        "auto", "auto: resume the run in out_dir, if there is one", may_change=True
+    )
+    seed: int = flag(1337, "seed of initialization, data order and samples")
+
+    batch_size: int = flag(
+        64, "sequences per device and micro-step", group="optimization", may_change=True
+    )
+    max_steps: int = flag(19_073, "optimizer steps; 19,073 of 524,288 tokens are 10 B")
+    warmup_steps: int = flag(715, "steps of linear warmup; 375 M tokens in GPT-3")
+    optimizer: Literal["adamw", "muon"] = flag(
+        "adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest"
+    )
+    schedule: Literal["cosine", "wsd"] = flag(
+        "cosine", "after warmup: cosine to min_lr, or constant, then linear to 0 (wsd)"
+    )
+    max_lr: float = flag(6e-4, "peak learning rate")
+    min_lr: float = flag(6e-5, "final learning rate of a cosine")
+    decay_fraction: float = flag(0.4, "fraction of the steps in which wsd decays to 0")
+    weight_decay: float = flag(0.1, "AdamW's, on tensors of two or more dimensions")
+    muon_lr: float = flag(0.02, "Muon's peak learning rate; it follows the same schedule")
+    muon_weight_decay: float = flag(0.0, "Muon's weight decay")
+    grad_clip: float = flag(1.0, "maximum gradient norm; 0 disables clipping")
+
+    eval_every: int = flag(250, "steps between evaluations", group="evaluation", may_change=True)
+    sample_every: int = flag(250, "steps between samples; 0 disables them", may_change=True)
+    hellaswag_every: int = flag(
+        0, "steps between HellaSwag evaluations, which are slow; 0 disables them", may_change=True
+    )
+    hellaswag_data: str | None = flag(
+        None, "HellaSwag rows, .jsonl or .jsonl.gz (default: from the hub)", may_change=True
+    )
+
+    log: str = flag(
+        "", "tensorboard, wandb, or tensorboard,wandb", group="logging", may_change=True
+    )
+    save_every: int = flag(1000, "steps between checkpoints", may_change=True)
+    keep: int = flag(2, "latest checkpoints to keep, besides the best", may_change=True)
+    profile: int = flag(
+        0, "steps to profile: writes a trace for chrome://tracing; 0 disables it", may_change=True
+    )
+
+    device: str = flag("auto", "auto, cpu, cuda or mps", group="system", may_change=True)
+    precision: Precision = flag(
+        None, "fp32, or autocast (default: bf16 on CUDA, fp16 on older cards, fp32 elsewhere)"
+    )
+    compile: bool = flag(
+        None, "torch.compile the training step (default: on CUDA)", may_change=True
+    )
+    parallel: Literal["ddp", "fsdp"] = flag(
+        "ddp", "on several devices: replicate the model, or shard it (FSDP2)", may_change=True
+    )
+    recompute: Literal["none", "light", "block"] = flag(
+        "none",
+        "activations that backward recomputes: light, LayerNorm and GELU (a third less memory, "
+        "almost free); block, nearly all (a seventh of the memory, slower)",
+        may_change=True,
+    )
+
+    def __post_init__(self) -> None:
+        self._check_at_least(1, "batch_size", "max_steps", "eval_every", "save_every", "keep")
+        self._check_at_least(0, "warmup_steps", "grad_clip", "sample_every", "weight_decay", "seed")
+        self._check_at_least(0, "hellaswag_every", "profile", "muon_lr", "muon_weight_decay")
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise ValueError(f"log is {self.log}, expected {', '.join(LOGGERS)}, or both")
+            spec = importlib.util.find_spec(name)
+            if spec is None or spec.origin is None:  # a plain folder of that name has no origin
+                raise ValueError(f"log is {self.log}, but {name} is missing: pip install {name}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}, expected less than 2**63")
+        if self.max_lr is not None and not 0 <= self.min_lr <= self.max_lr > 0:
+            raise ValueError(
+                f"min_lr {self.min_lr} and max_lr {self.max_lr}: expected 0 <= min <= max, max > 0"
+            )
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction is {self.decay_fraction}, expected 0 to 1")
+
+    def _check_at_least(self, minimum: int, *names: str) -> None:
+        for name in names:
+            if (value := getattr(self, name)) is not None and value < minimum:
+                raise ValueError(f"{name} is {value}, expected at least {minimum}")
+
+    @property
+    def loggers(self) -> list[str]:
+        return [name.strip() for name in self.log.split(",") if name.strip()]
+
+
+def run_command(main: Callable[[Config], None], config_class: type[Config], doc: str) -> None:
+    """Call `main` with a `config_class` built from the command line. Bad usage, a ValueError and an
+    OSError end in one line and exit code 2.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal can show every sample
+    values, debug = parse_flags(config_class, doc)
+    with_reported_errors(lambda: main(config_class(**values)), debug)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with this project's error format, and booleans as `--x / --no-x`."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {' '.join(message.split())} (-h lists the flags)", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        width = min(shutil.get_terminal_size().columns, HELP_WIDTH)
+        super().__init__(prog, max_help_position=HELP_COLUMN, width=width)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, BooleanFlag):
+            return " / ".join(action.option_strings)
+        return super()._format_action_invocation(action)
+
+
+class BooleanFlag(argparse.Action):
+    """--compile, --no-compile; --compile true and --compile false work as well."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, value: Any, option_string: str | None = None
+    ) -> None:
+        if option_string is not None and option_string.startswith("--no-"):
+            if value is not None:
+                parser.error(f"{option_string} takes no value, got {value}")
+            value = False
+        setattr(namespace, self.dest, True if value is None else value)
+
+
+def parse_flags(
+    config_class: type[Config], doc: str, argv: Sequence[str] | None = None
+) -> tuple[dict[str, Any], bool]:
+    """The values given on the command line or in the YAML file of --config, and whether --debug
+    was given. The command line wins over the file, later files over earlier ones.
+    """
+    parser = build_parser(config_class, doc)
+    namespace, unknown = parser.parse_known_args(argv)
+    given = vars(namespace)
+    files, debug = given.pop("config"), given.pop("debug")
+    names = [f.name for f in fields(config_class)]
+    if unknown:
+        near = get_close_matches(unknown[0].lstrip("-").partition("=")[0], names, n=1)
+        parser.error(f"unknown flag {unknown[0]}{f', did you mean --{near[0]}?' if near else ''}")
+    values: dict[str, Any] = {}
+    for file, content in [*((file, read_config_file(file, parser)) for file in files), ("", given)]:
+        source = f"{file}: " if file else ""
+        for name, value in content.items():
+            if name in REMOVED_SETTINGS:
+                continue
+            if name not in names:
+                parser.error(f"{source}{name} is not a setting of this command")
+            try:
+                values[name] = convert(value, config_class, name)
+            except ValueError as error:
+                parser.error(f"{source}{error}")
+    return values, debug
+
+
+def build_parser(config_class: type[Config], doc: str) -> Parser:
+    parser = Parser(
+        description=doc, usage="%(prog)s [flags]", allow_abbrev=False, formatter_class=HelpFormatter
+    )
+    config_help = "YAML file of these settings by name; flags override it"
+    parser.add_argument("--config", action="append", metavar="FILE", default=[], help=config_help)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    group: Any = parser
+    groups: dict[str, Any] = {}
+    for f in fields(config_class):
+        metadata = find_metadata(config_class, f.name)
+        if title := metadata["group"]:
+            groups[title] = groups.get(title) or parser.add_argument_group(title)
+            group = groups[title]
+        add_flag(group, f, metadata["help"])
+    return parser
+
+
+def add_flag(group: Any, f: Field, help_text: str) -> None:
+    kind = base_type(f.type)
+    default = f.default_factory() if f.default_factory is not MISSING else f.default
+    if default not in (None, "", []) and "(default" not in help_text:
+        shown = " ".join(default) if isinstance(default, list) else default
+        shown = str(shown).lower() if isinstance(shown, bool) else shown
+        help_text += (
+            f" (default: {shown:g})" if isinstance(shown, float) else f" (default: {shown})"
+        )
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text.replace("%", "%%")}
+    if kind is bool:
+        group.add_argument(
+            f"--{f.name}", f"--no-{f.name}", action=BooleanFlag, nargs="?", **options
+        )
+    elif typing.get_origin(kind) is list:
+        group.add_argument(f"--{f.name}", nargs="+", metavar="TEXT", **options)
+    elif typing.get_origin(kind) is Literal:
+        choices = "{" + ",".join(typing.get_args(kind)) + "}"
+        group.add_argument(f"--{f.name}", metavar=choices, **options)
+    else:
+        group.add_argument(f"--{f.name}", metavar=METAVARS[kind], **options)
+
+
+def find_metadata(config_class: type, name: str) -> typing.Mapping[str, Any]:
+    """The metadata of a flag: its own, or that of the field whose default it overrides."""
+    for cls in config_class.__mro__:
+        f = vars(cls).get("__dataclass_fields__", {}).get(name)
+        if f is not None and "help" in f.metadata:
+            return f.metadata
+    raise KeyError(f"{config_class.__name__}.{name} was not declared with flag()")
+
+
+def base_type(kind: Any) -> Any:
+    """The type without `| None`."""
+    inner = [t for t in typing.get_args(kind) if t is not type(None)]
+    return inner[0] if type(None) in typing.get_args(kind) else kind
+
+
+def convert(value: Any, config_class: type, name: str) -> Any:
+    """A command-line string or a YAML value as the type of the field `name`."""
+    f = next(f for f in fields(config_class) if f.name == name)
+    kind = base_type(f.type)
+    if value in (None, "null") and (f.default is None or kind is not f.type):
+        return None
+    try:
+        return convert_to(kind, value)
+    except (ValueError, OverflowError) as error:
+        shown = {"None": "null", "True": "true", "False": "false"}.get(repr(value), value)
+        expected = describe_type(kind) + (" or null" if kind is not f.type else "")
+        raise ValueError(f"{name} is {shown or repr(shown)}, expected {expected}") from error
+
+
+def convert_to(kind: Any, value: Any) -> Any:
+    """`value` as a `kind`; ValueError if it is none."""
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind in (int, float) and not isinstance(value, bool) and isinstance(value, str | kind | int):
+        number = kind(value)
+        if math.isfinite(number):
+            return number
+    if kind is str and isinstance(value, str):
+        return value
+    if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
+        return value
+    is_list = typing.get_origin(kind) is list and isinstance(value, list)
+    if is_list and all(isinstance(item, str) for item in value):
+        return value
+    raise ValueError(f"{value!r} is not {describe_type(kind)}")
+
+
+def describe_type(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(typing.get_args(kind))
+    return "a list of texts" if typing.get_origin(kind) is list else EXPECTED[kind]
+
+
+def read_config_file(file: str, parser: Parser) -> dict[str, Any]:
+    if not Path(file).is_file():
+        parser.error(f"{file}: no such file; --config expects a YAML file")
+    try:
+        with Path(file).open(encoding="utf-8") as stream:
+            content = yaml.safe_load(stream)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"{file} is not YAML: {error}")
+    if not isinstance(content, dict):
+        parser.error(f"{file} holds {content!r:.60}, expected lines of NAME: VALUE")
+    return content
+
+
+def to_yaml(config: "DataclassInstance") -> str:
+    """The config as YAML that `--config` reads back."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def fixed_settings(config_class: type) -> set[str]:
+    """The settings that a resumed run must not change, because its curve depends on them."""
+    names = {f.name for f in fields(config_class)}
+    return {name for name in names if not find_metadata(config_class, name)["may_change"]}

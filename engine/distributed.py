@@ -1,0 +1,164 @@
+"""Ranks, device and precision; DDP and FSDP2."""
+
+import ctypes
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Self, TypeVar
+
+import torch
+import torch.distributed
+
+from engine.config import Precision, TrainConfig
+from model import GPT
+
+Config = TypeVar("Config", bound=TrainConfig)
+DEVICE_TYPES = ("cpu", "cuda", "mps")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # for mallopt, from glibc's malloc.h
+MAX_C_INT = 2**31 - 1
+BARRIER_TIMEOUT = timedelta(minutes=30)  # enough to download 6 GB of GPT-2 1.5B
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process among all ranks of the run, as torchrun set it up, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    cpu_group: torch.distributed.ProcessGroup | None = None  # for barriers
+
+    @classmethod
+    def start(cls, device_name: str) -> Self:
+        """Join the other ranks, on `device_name`: auto, cpu, cuda, mps, or one like cuda:1."""
+        rank, world_size, local_rank = (
+            int(os.environ.get(variable, default))
+            for variable, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+        if world_size > 1 and ":" in device_name:
+            raise ValueError(f"device is {device_name}, but each of {world_size} ranks needs one")
+        device = open_device(device_name, local_rank)
+        if world_size == 1:
+            return cls(rank, world_size, device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(rank, world_size, device, torch.distributed.new_group(backend="gloo"))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all ranks."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.all_reduce(tensor).tolist()
+
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
+        """A tensor summed over all ranks, in place. On CUDA this does not wait for the result."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    @contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        """Run on rank 0 first, then on the others, which find its cache."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    def barrier(self, timeout: timedelta = BARRIER_TIMEOUT) -> None:
+        """Wait for all ranks. After `timeout`, an error names the ranks that are missing."""
+        if self.world_size > 1:
+            torch.distributed.monitored_barrier(self.cpu_group, timeout, wait_all_ranks=True)
+
+    def stop(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.destroy_process_group()
+
+
+def open_device(name: str, local_rank: int) -> torch.device:
+    """The device of that name; ValueError if it is not available."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = found.type if found and found.type in DEVICE_TYPES else "cpu"
+    if name.partition(":")[0] not in DEVICE_TYPES:
+        raise ValueError(f"device is {name}, expected auto, cpu, cuda or mps")
+    try:
+        device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(
+            f"device {name} is not available: {reason}; --device auto picks one that is"
+        ) from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def default_precision(device: torch.device) -> Precision:
+    """bf16 on CUDA, fp16 on cards that only emulate it, fp32 elsewhere."""
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def resolve_device_settings(config: Config, device: torch.device) -> Config:
+    """The config with precision and compile for this device, where they were left open."""
+    precision = config.precision or default_precision(device)
+    compile_step = device.type == "cuda" if config.compile is None else config.compile
+    return replace(config, precision=precision, compile=compile_step)
+
+
+def autocast_dtype(precision: Precision | None, device: torch.device) -> torch.dtype | None:
+    """The dtype of matrix products under this precision, or the device's default; None is fp32."""
+    dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return dtypes[precision or default_precision(device)]
+
+
+def shard_model(
+    model: GPT, dist: Distributed, dtype: torch.dtype | None, compile_blocks: bool
+) -> None:
+    """Shard the parameters over the ranks with FSDP2: one group per block, one for the rest.
+
+    The order is PyTorch's: recomputation inside the block, compilation around it, and around that
+    sharding, which gathers a block's parameters before it runs and frees them afterwards.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    mesh = init_device_mesh(dist.device.type, (dist.world_size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in model.transformer.h:
+        if compile_blocks:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # Training, evaluation and generation all enter here. The rest of the model, with the head, then
+    # stays gathered until backward.
+    register_fsdp_forward_method(model, "hidden")
+
+
+def keep_freed_memory(dist: Distributed) -> None:
+    """On a CPU, make glibc keep freed memory for the next allocation, for the rest of the process.
+
+    By default it returns every large tensor to the system, and the page faults of the next one cost
+    a few percent of a training step. The chunked loss keeps the peak where it was.
+    """
+    if dist.device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    kept = mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, MAX_C_INT)
+    if dist.is_main:
+        done = "keeps freed memory, to save page faults" if kept else "refused to keep freed memory"
+        print(f"allocator: glibc {done} (mallopt)", flush=True)

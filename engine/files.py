@@ -1,0 +1,185 @@
+"""Files: atomic writes, JSON and JSON lines, tensor files, locks."""
+
+import gzip
+import hashlib
+import json
+import os
+import pickle
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+# What torch.load raises for a damaged file, and what unexpected contents lead to.
+TORCH_LOAD_ERRORS = (
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    TypeError,
+)
+DAMAGED_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
+MAX_NAMES_SHOWN = 4  # in an error about tensors
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Add the file's name to system errors that lack it, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def write_atomically(path: Path, *content: bytes | memoryview) -> None:
+    """Write the file completely or not at all, even if interrupted."""
+    temporary = path.with_name(path.name + ".tmp")
+    with naming_file(path), temporary.open("wb") as file:
+        file.writelines(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make new names in the folder survive a power cut. Windows has no such call."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path, remedy: str) -> dict:
+    """The JSON object in a file; ValueError with the remedy if there is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; {remedy}") from error
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """A file opened for reading, decompressed if its name ends in .gz."""
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]  # GzipFile is one in all but name
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, plain or .gz, that are not blank, with their numbers from 1. ValueError
+    where the file is damaged.
+    """
+    try:
+        with open_binary(path) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except DAMAGED_GZIP as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+
+
+class JSONLinesLog:
+    """A file of JSON objects, one a line, that is only ever appended to. Each has a number under
+    `key`. A last line that a crash cut short counts as never written.
+    """
+
+    def __init__(self, path: Path, key: str):
+        self.path, self.key = path, key
+        self.records: list[dict] = []  # those from before
+        if path.exists():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+            self.records = self.read(path, key)
+
+    @staticmethod
+    def read(path: Path, key: str) -> list[dict]:
+        lines = path.read_bytes()
+        lines = lines[: lines.rfind(b"\n") + 1]
+        try:
+            records = [dict(json.loads(line)) for line in lines.splitlines()]
+            _ = [record[key] + 0 for record in records]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error!r}), expected a JSON object with a {key} on every "
+                "line; repair the line, or choose another folder"
+            ) from error
+        return records
+
+    def append(self, *records: dict) -> None:
+        with naming_file(self.path), self.path.open("a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the folder so that no other process writes into it. The lock ends with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"{folder} is in use by another process; wait until it ends, or choose another "
+            "--out_dir"
+        ) from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file or of one written by torch.save; ValueError if it is
+    damaged or holds anything else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, weights_only=True, map_location="cpu")
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise TypeError("it holds more than tensors")
+    except pickle.UnpicklingError as error:  # torch's message advises loading it unsafely
+        raise ValueError(f"{path} is damaged, or holds more than tensors; save it again") from error
+    except (SafetensorError, *TORCH_LOAD_ERRORS) as error:
+        raise ValueError(f"{path} is damaged: {error}; save or download it again") from error
+    return tensors
+
+
+def copy_tensors(
+    tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], source: str
+) -> None:
+    """Copy each tensor into the target of the same name. ValueError names what is missing,
+    unexpected or misshapen in `source`; then nothing is copied.
+    """
+    for problem, names in (
+        ("missing", targets.keys() - tensors.keys()),
+        ("unexpected", tensors.keys() - targets.keys()),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:MAX_NAMES_SHOWN])
+            more = len(names) - MAX_NAMES_SHOWN
+            raise ValueError(
+                f"{source}: {problem} tensors: {shown}{f' and {more} more' if more > 0 else ''}; "
+                "it belongs to a different model"
+            )
+    for name, target in targets.items():
+        if tensors[name].shape != target.shape:
+            raise ValueError(
+                f"{source}: {name} is {tuple(tensors[name].shape)}, the model has "
+                f"{tuple(target.shape)}; it belongs to a different model"
+            )
+    for name, target in targets.items():
+        target.copy_(tensors[name])

@@ -1,0 +1,235 @@
+"""Prompt-completion rows from files, the hub or Python itself, and the batches of a step."""
+
+import ast
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine.data import IGNORE_INDEX, Batch, epoch_entries, make_batch
+from engine.files import read_lines, sha256_text
+from engine.sources import load_hub_rows, stdlib_definitions
+from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
+
+DEFAULT_DATA = "yahma/alpaca-cleaned"
+# The prompts of Stanford Alpaca's train.py.
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+PROMPT_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+DOCSTRING_WORDS = range(5, 60)  # longer or shorter first paragraphs are left out
+PAD_MULTIPLE = 8  # tensor cores need sizes that are multiples of 8
+
+
+@dataclass(frozen=True)
+class PromptCompletion:
+    """A prompt and its completion, as text and as tokens, `n_prompt` of them the prompt's."""
+
+    prompt: str
+    completion: str
+    tokens: np.ndarray
+    n_prompt: int
+
+
+def read_examples(name: str, block_size: int) -> list[PromptCompletion]:
+    """The examples of a .json or .jsonl file, a hub data set, or "stdlib". Completions are cut to
+    fit block_size; rows without a completion, or with a prompt too long, are skipped and counted.
+    ValueError names a row of another form.
+    """
+    rows = list(read_rows(name))
+    examples, skipped, tokenizer = [], [], get_tokenizer()
+    block_size = max(1, block_size // PAD_MULTIPLE) * PAD_MULTIPLE  # batches are padded to it
+    for number, row in enumerate(rows, start=1):
+        prompt, completion = parse_row(row, f"{name} row {number}")
+        prompt_ids = tokenizer.encode_ordinary(prompt) or [END_OF_TEXT_ID]
+        ids = [*prompt_ids, *tokenizer.encode_ordinary(completion), END_OF_TEXT_ID]
+        if not completion.strip() or len(prompt_ids) > block_size:
+            skipped.append(number)
+            continue
+        tokens = np.array(ids[: block_size + 1])
+        examples.append(PromptCompletion(prompt, completion, tokens, len(prompt_ids)))
+    if skipped:
+        print(
+            f"{name}: skipped {len(skipped)} of {len(rows)} rows, which have no completion or a "
+            f"prompt of more than {block_size} tokens; the first is row {skipped[0]}"
+        )
+    if len(examples) < 2:
+        raise ValueError(f"{name} has {len(examples)} usable examples, expected at least 2")
+    return examples
+
+
+def read_rows(name: str) -> Iterable:
+    if name == "stdlib":
+        return stdlib_rows()
+    if not Path(name).exists():
+        return load_hub_rows(name, remedy="It is not a file either; --data stdlib needs no network")
+    lines = read_lines(Path(name))
+    if not name.removesuffix(".gz").endswith(".json"):
+        return [parse_json(line, f"{name} line {number}") for number, line in lines]
+    rows = parse_json(b"".join(line for _, line in lines), name)
+    if not isinstance(rows, list):
+        raise ValueError(f"{name} holds a {type(rows).__name__}, expected a list of rows")
+    return rows
+
+
+def parse_json(text: bytes, where: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+
+
+def stdlib_rows() -> list[dict]:
+    """Python functions and the first paragraphs of their docstrings, each function once."""
+    rows = {}
+    for node, docstring in stdlib_definitions():
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        paragraph = " ".join(docstring.split("\n\n")[0].split())
+        if len(paragraph.split()) in DOCSTRING_WORDS:
+            rows[f"def {node.name}({ast.unparse(node.args)}):\n"] = paragraph
+    return [{"prompt": p, "completion": rows[p]} for p in sorted(rows, key=sha256_text)]
+
+
+def parse_row(row: object, where: str) -> tuple[str, str]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is a {type(row).__name__}, expected an object")
+    if {"instruction", "output"} <= row.keys():
+        row = {**row, "input": "" if row.get("input") is None else row["input"]}
+        fields: tuple[str, ...] = ("instruction", "input", "output")
+    elif {"prompt", "completion"} <= row.keys():
+        fields = ("prompt", "completion")
+    else:
+        raise ValueError(
+            f"{where} has {', '.join(row) or 'nothing'}; expected instruction, input, output, or "
+            "prompt, completion"
+        )
+    for field in fields:
+        if not isinstance(row[field], str):
+            raise ValueError(f"{where}: {field} is {row[field]!r}, expected a string")
+    if "prompt" in fields:
+        return row["prompt"], row["completion"]
+    template = PROMPT_WITH_INPUT if row["input"].strip() else PROMPT_WITHOUT_INPUT
+    return template.format(instruction=row["instruction"], input=row["input"]), row["output"]
+
+
+def split_examples(
+    examples: list[PromptCompletion], val_fraction: float, seed: int
+) -> tuple[list[PromptCompletion], list[PromptCompletion]]:
+    """A random split into training and held-out examples, at least one of each."""
+    n_val = min(max(1, round(val_fraction * len(examples))), len(examples) - 1)
+    order = np.random.default_rng(seed).permutation(len(examples))
+    return [examples[i] for i in order[n_val:]], [examples[i] for i in order[:n_val]]
+
+
+def pad(examples: list[PromptCompletion]) -> Batch:
+    """A batch of one example a row, padded on the right with <|endoftext|>, which the causal mask
+    hides from real tokens. Only completions are targets.
+    """
+    longest = max(len(e.tokens) - 1 for e in examples)
+    shape = len(examples), -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    idx = np.full(shape, END_OF_TEXT_ID, dtype=np.int64)
+    targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    for row, example in enumerate(examples):
+        end = len(example.tokens) - 1
+        idx[row, :end] = example.tokens[:-1]
+        targets[row, example.n_prompt - 1 : end] = example.tokens[example.n_prompt :]
+    return make_batch(idx, targets)
+
+
+@dataclass(frozen=True)
+class InstructionData:
+    """Batches of examples, as `TrainingData` describes. Every epoch has its own seeded order. The
+    examples of a step are sorted by length before they are dealt out to micro-steps and ranks, so
+    that the rows of a batch need little padding.
+    """
+
+    examples: list[PromptCompletion]
+    _: KW_ONLY
+    batch_size: int
+    examples_per_step: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        micro = self.batch_size * self.world_size
+        if self.examples_per_step % micro:
+            raise ValueError(
+                f"examples_per_step {self.examples_per_step} is not a multiple of batch_size "
+                f"{self.batch_size} x {self.world_size} ranks = {micro}; change one of them"
+            )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(repr((example.n_prompt, example.tokens.tolist())).encode())
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Input tokens of each example."""
+        return np.array([len(example.tokens) - 1 for example in self.examples])
+
+    @property
+    def block_size(self) -> int:
+        return int(self.lengths.max())
+
+    @property
+    def grad_accum_steps(self) -> int:
+        return self.examples_per_step // (self.batch_size * self.world_size)
+
+    def _examples_in_step(self, step: int) -> list[PromptCompletion]:
+        n = self.examples_per_step
+        ids = epoch_entries((step - 1) * n, n, len(self.examples), self.seed)
+        return [self.examples[i] for i in sorted(ids, key=lambda i: (self.lengths[i], i))]
+
+    def micro_batch(self, step: int, micro_step: int) -> Batch:
+        first = ((micro_step - 1) * self.world_size + self.rank) * self.batch_size
+        return pad(self._examples_in_step(step)[first : first + self.batch_size])
+
+    def targets_in_step(self, step: int) -> int:
+        return count_targets(self._examples_in_step(step))
+
+    def tokens_through(self, step: int) -> int:
+        n = len(self.examples)
+        epochs, rest = divmod(step * self.examples_per_step, n)
+        ids = epoch_entries(epochs * n, rest, n, self.seed)
+        return int(epochs * self.lengths.sum() + self.lengths[ids].sum())
+
+    def summary(self) -> str:
+        n = len(self.examples)
+        return (
+            f"examples per step: {self.examples_per_step} = {self.batch_size} x {self.world_size} "
+            f"ranks x grad_accum_steps {self.grad_accum_steps}\n"
+            f"data: {n:,} examples with {self.lengths.sum():,} tokens, "
+            f"{count_targets(self.examples):,} of them predicted; the longest has "
+            f"{self.block_size}; an epoch is {n / self.examples_per_step:,.1f} steps"
+        )
+
+
+def count_targets(examples: list[PromptCompletion]) -> int:
+    return sum(len(example.tokens) - example.n_prompt for example in examples)
+
+
+def held_out_batches(
+    examples: list[PromptCompletion], *, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """This rank's share of the examples, by length. All ranks get equally many batches, some with
+    a row that predicts nothing.
+    """
+    examples = sorted(examples, key=lambda example: len(example.tokens))
+    nothing = PromptCompletion("", "", np.full(2, END_OF_TEXT_ID), n_prompt=2)
+    for first in range(0, len(examples), batch_size * world_size):
+        start = first + rank * batch_size
+        yield pad(examples[start : start + batch_size] or [nothing])

@@ -1,0 +1,342 @@
+"""Metrics of a run: tokens/s and MFU, metrics.jsonl, TensorBoard, W&B, terminal progress."""
+
+import math
+import re
+import secrets
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from engine.checkpoint import list_checkpoints, read_run_config
+from engine.config import TrainConfig
+from engine.data import TrainingData
+from engine.distributed import Distributed
+from engine.files import JSONLinesLog
+from engine.lora import is_adapter
+from model import GPT
+
+if sys.platform != "win32":
+    import resource
+
+PROGRESS_SECONDS = 10.0  # between two lines of progress where there is no terminal
+SUMMARY_COLUMN = 17
+# Dense peak FLOP/s of the matrix units in 16-bit floating point with fp32 accumulation, from the
+# vendors' data sheets. The first name that occurs in the device's name counts.
+PEAK_FLOPS = {
+    "GB300": 2500e12,
+    "GB200": 2500e12,
+    "B300": 2250e12,
+    "B200": 2250e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A40": 149.7e12,
+    "A10G": 70e12,
+    "RTX PRO 6000 Blackwell Workstation Edition": 503.8e12,
+    "RTX 6000 Ada": 364.2e12,
+    "RTX A6000": 154.8e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense 16-bit peak in FLOP/s, None if unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((f for card, f in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The peak of bytes in use: on CUDA by tensors, elsewhere by this process; 0 on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def flops_per_token(model: GPT, block_size: int) -> int:
+    """Forward and backward FLOPs, as in appendix B of the PaLM paper: 6 for each parameter of a
+    matrix product (4 if it is frozen), and 12 * n_layer * n_embd * T for attention.
+    """
+    positions = model.transformer.wpe.weight  # looked up, not multiplied
+    params = [p for p in model.parameters() if p is not positions]
+    products = sum((6 if p.requires_grad else 4) * p.numel() for p in params)
+    return products + 12 * model.config.n_layer * model.config.n_embd * block_size
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
+
+
+class Meter:
+    """Turns the results of steps into records for the log. On CUDA the results of a step are read
+    after the next one has been launched, so that the device never waits for the CPU.
+    """
+
+    def __init__(self, model: GPT, data: TrainingData, dist: Distributed):
+        peak = peak_flops(dist.device)
+        self.data, self.flops_per_token = data, flops_per_token(model, data.block_size)
+        self.peak, self.dist = peak and peak * dist.world_size, dist
+        self.pending: deque[tuple[int, float, torch.Tensor, torch.Tensor]] = deque()
+        self.max_pending = int(dist.device.type == "cuda")  # a CPU's step is over when it returns
+        self.last_read = -math.inf
+        self.skipped_in_a_row = 0  # steps whose gradient was not finite
+        self.stop_requested = False  # on any rank
+
+    def add(
+        self, step: int, started: float, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool
+    ) -> None:
+        """Take the results of a step launched at time `started`, and whether this rank should stop
+        after it.
+        """
+        # Ranks must agree on stopping, and asking together with the loss costs nothing.
+        sums = self.dist.all_reduce(torch.stack([loss, torch.full_like(loss, stop)]))
+        self.pending.append((step, started, sums, grad_norm))
+
+    def read(self, wait: bool) -> Iterator[dict]:
+        """The records of the steps that are done; with `wait`, of all steps."""
+        while len(self.pending) > (0 if wait or self.stop_requested else self.max_pending):
+            yield self._read_step()
+
+    def _read_step(self) -> dict:
+        step, started, sums, grad_norm = self.pending.popleft()
+        (loss, stops), norm = sums.tolist(), grad_norm.item()
+        now = time.perf_counter()
+        seconds, self.last_read = now - max(started, self.last_read), now
+        self.stop_requested |= stops > 0
+        self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
+        tokens = self.data.tokens_through(step)
+        speed = (tokens - self.data.tokens_through(step - 1)) / seconds
+        return {
+            "step": step,
+            "train_loss": finite_or_none(loss),
+            "grad_norm": finite_or_none(norm),
+            "tokens": tokens,
+            "tokens_per_s": round(speed, 1),
+            "step_ms": round(seconds * 1e3, 2),
+            "mfu": round(self.flops_per_token * speed / self.peak, 4) if self.peak else None,
+            "peak_memory_gb": round(peak_memory(self.dist.device) / 1e9, 3),
+        }
+
+
+def read_metrics(run: Path | str) -> list[dict]:
+    """The run's log, one dict per step."""
+    file = Path(run) / "metrics.jsonl"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist; expected the --out_dir of a training run")
+    return JSONLinesLog.read(file, "step")
+
+
+class MetricsLog(JSONLinesLog):
+    """metrics.jsonl, one line per step. A resumed run repeats some steps with the same results,
+    which are not written again.
+    """
+
+    def __init__(self, run: Path):
+        super().__init__(run / "metrics.jsonl", "step")
+        self.last_step = max((record["step"] for record in self.records), default=-1)
+
+    def write(self, record: dict) -> None:
+        if record["step"] > self.last_step:
+            self.append(record)
+
+
+class TensorBoardLogger:
+    """Event files in RUN/tensorboard. Steps that are only in metrics.jsonl are copied first."""
+
+    def __init__(self, run: Path, earlier: list[dict]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = run / "tensorboard"
+        is_resumed = bool(earlier) and any(folder.glob("events.*"))
+        # A step that is here but did not get into metrics.jsonl will come again.
+        purge_step = earlier[-1]["step"] + 1 if is_resumed else None
+        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+        for record in [] if is_resumed else earlier:
+            self.write(record)
+
+    def write(self, record: dict) -> None:
+        for name, value in select_numbers(record).items():
+            self.writer.add_scalar(name, value, record["step"], double_precision=True)
+        for i, sample in enumerate(record.get("samples", [])):
+            text = "\n".join("    " + line for line in sample.splitlines())  # as Markdown's code
+            self.writer.add_text(f"sample_{i + 1}", text, record["step"])
+        self.writer.flush()  # so that a killed run loses nothing
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbLogger:
+    """A run of Weights & Biases, continued by a resumed run. Its own environment variables apply
+    (WANDB_MODE=offline, WANDB_PROJECT).
+    """
+
+    def __init__(self, run: Path, earlier: list[dict]):  # noqa: ARG002  # it has the earlier steps
+        import wandb
+
+        id_file = run / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        self.wandb_run = wandb.init(
+            dir=run,
+            id=id_file.read_text(),
+            name=run.name,
+            resume="allow",
+            config=read_run_config(run),
+            settings=wandb.Settings(console="off"),  # it would capture stdout and the progress bar
+        )
+
+    def write(self, record: dict) -> None:
+        samples = {f"sample_{i + 1}": text for i, text in enumerate(record.get("samples", []))}
+        self.wandb_run.log(select_numbers(record) | samples, step=record["step"])
+
+    def close(self) -> None:
+        self.wandb_run.finish()
+
+
+def select_numbers(record: dict) -> dict[str, float]:
+    """What a logger draws over the step."""
+    return {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+
+
+Logger = TensorBoardLogger | WandbLogger
+LOGGER_CLASSES: dict[str, type[Logger]] = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
+
+
+class RunLogger:
+    """Logs a run from rank 0: to metrics.jsonl, the other loggers and the terminal, as a progress
+    bar or, where there is none, as lines.
+    """
+
+    def __init__(self, config: TrainConfig, dist: Distributed, start: int):
+        self.run, self.max_steps = Path(config.out_dir), config.max_steps
+        self.is_main, self.start = dist.is_main, start
+        self.started, self.last_line = time.perf_counter(), -math.inf
+        self.bar = tqdm(
+            desc=self.run.name,
+            initial=start,
+            total=self.max_steps,
+            unit=" steps",
+            disable=None if dist.is_main else True,
+        )
+        if self.is_main:
+            self.metrics = MetricsLog(self.run)
+            self.loggers: dict[str, Logger] = {}
+            for name in config.loggers:
+                self._call_safely(name, self._open, name)
+
+    def _open(self, name: str) -> None:
+        self.loggers[name] = LOGGER_CLASSES[name](self.run, self.metrics.records)
+
+    def _call_safely(self, name: str, call: Callable[..., None], *args: object) -> None:
+        """Call a logger. Whatever it raises (disk, network, bugs) turns off this logger only."""
+        try:
+            call(*args)
+        except Exception as error:
+            self.loggers.pop(name, None)
+            self.print(f"logging to {name} is off from here on: {type(error).__name__}: {error}")
+
+    def print(self, text: str) -> None:
+        if self.is_main:
+            self.bar.write(text)
+
+    def log(self, record: dict) -> None:
+        """Log a step. Print a line if it was evaluated, or if the last line is a while ago."""
+        if not self.is_main:
+            return
+        if record["step"] > self.metrics.last_step:
+            for name, logger in list(self.loggers.items()):
+                self._call_safely(name, logger.write, record)
+        self.metrics.write(record)
+        step = record["step"]
+        self.bar.update(step - self.bar.n if step else 0)
+        if record.get("train_loss") is not None:
+            speed = f"{record['tokens_per_s']:,.0f} tokens/s"
+            self.bar.set_postfix_str(f"loss {record['train_loss']:.4f}, {speed}")
+        was_evaluated = {"val_loss", "samples", "hellaswag_acc"} & record.keys()
+        is_silent = self.bar.disable and time.perf_counter() - self.last_line > PROGRESS_SECONDS
+        if was_evaluated or is_silent:
+            self._print_step(record)
+
+    def _print_step(self, record: dict) -> None:
+        step, self.last_line = record["step"], time.perf_counter()
+        parts = [f"step {step}/{self.max_steps}"]
+        for key, label, spec in (
+            ("train_loss", "loss", ".4f"),
+            ("val_loss", "val", ".4f"),
+            ("hellaswag_acc_norm", "HellaSwag acc_norm", ".4f"),
+            ("lr", "lr", ".2e"),
+            ("grad_norm", "norm", ".2f"),
+        ):
+            if record.get(key) is not None:
+                parts.append(f"{label} {record[key]:{spec}}")
+        if step > self.start:
+            seconds_per_step = (self.last_line - self.started) / (step - self.start)
+            left = timedelta(seconds=round(seconds_per_step * (self.max_steps - step)))
+            parts += [f"{record['tokens_per_s']:,.0f} tokens/s", f"{left} left"]
+        self.print(" | ".join(parts))
+        for sample in record.get("samples", []):
+            self.print("  sample: " + sample.replace("\n", "\n  "))
+
+    def finish(self) -> None:
+        """Close the loggers and print a summary from the log, the same for a run that was already
+        finished.
+        """
+        self.bar.close()
+        if not self.is_main:
+            return
+        for name, logger in list(self.loggers.items()):
+            self._call_safely(name, logger.close)
+        rows = summarize_run(self.run)
+        print("", *(f"{k:<{SUMMARY_COLUMN}}{v}" for k, v in rows.items()), sep="\n", flush=True)
+
+
+def summarize_run(run: Path) -> dict[str, str]:
+    """What the user wants to know at the end of a run."""
+    records = read_metrics(run)
+    losses = [f"{r['val_loss']:.4f}" for r in records if r.get("val_loss") is not None] or ["-"]
+    speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
+    peak = max((r["peak_memory_gb"] for r in records if "peak_memory_gb" in r), default=None)
+    samples = [repr(r["samples"][0]) for r in records if r.get("samples")]
+    samples = samples or ["none, --sample_every is 0"]
+    checkpoint = list_checkpoints(run)[-1]
+    library, model_class = "in transformers", "AutoModelForCausalLM"
+    if is_adapter(checkpoint):
+        library, model_class = "in peft", "AutoPeftModelForCausalLM"
+    return {
+        "validation loss": f"{losses[0]} at the start, {losses[-1]} at the end",
+        "speed": f"{statistics.median(speeds):,.0f} tokens/s",
+        "peak memory": f"{peak} GB" if peak else "not logged",
+        "sample before": samples[0],
+        "sample after": samples[-1],
+        "loss plot": str(run / "loss.png"),
+        "report": str(run / "report.html"),
+        "checkpoint": str(checkpoint),
+        library: f"{model_class}.from_pretrained({str(checkpoint)!r})",
+    }

@@ -1,0 +1,205 @@
+"""Learning-rate schedule, parameter groups, AdamW and Muon."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed
+from torch import nn
+
+from engine.config import TrainConfig
+from model import GPT
+
+BETAS, EPS = (0.9, 0.95), 1e-8  # GPT-3 paper, appendix B
+# Keller Jordan, "Muon: An optimizer for hidden layers in neural networks", as in torch.optim.Muon.
+NS_STEPS, NS_COEFFICIENTS, NS_EPS = 5, (3.4445, -4.7750, 2.0315), 1e-7
+# modded-nanogpt: the momentum rises over the first steps, when old gradients mean little.
+FIRST_MOMENTUM, MOMENTUM, MOMENTUM_WARMUP_STEPS = 0.85, 0.95, 300
+BATCH_ELEMENTS = 2**24  # of matrices orthogonalized at once: enough to fill a GPU, 64 MB in fp32
+
+Entry = tuple[dict, torch.Tensor, torch.Tensor]  # parameter group, parameter, gradient
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of a step counted from 1: linear warmup, then a cosine to min_lr (cosine), or
+    constant and then linear, to 0 at the step after the last (wsd). Step s has build-nanogpt's rate
+    for its step s - 1, so that no step has a rate of 0.
+    """
+    done = step - 1
+    if done < config.warmup_steps:
+        return config.max_lr * step / config.warmup_steps
+    if config.schedule == "wsd":
+        decay_steps = max(1.0, config.decay_fraction * config.max_steps)
+        return config.max_lr * min(1.0, (config.max_steps - done) / decay_steps)
+    progress = (done - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + cosine * (config.max_lr - config.min_lr)
+
+
+def muon_momentum(step: int) -> float:
+    """Muon's momentum at a step counted from 1."""
+    warmed_up = min(1.0, (step - 1) / MOMENTUM_WARMUP_STEPS)
+    return FIRST_MOMENTUM + warmed_up * (MOMENTUM - FIRST_MOMENTUM)
+
+
+def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConfig) -> None:
+    """Give the optimizers the learning rates and the momentum of a step."""
+    rate = learning_rate(step, config)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if isinstance(optimizer, Muon):
+                group["lr"] = rate * (config.muon_lr / config.max_lr)
+                group["momentum"] = muon_momentum(step)
+            else:
+                group["lr"] = rate
+
+
+def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
+    """The trainable parameters in two groups: tensors of two or more dimensions, with weight decay,
+    and all others, without.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all trainable parameters, or Muon for the matrices of the blocks and AdamW for the
+    rest.
+    """
+    matrices: dict[int, list[nn.Parameter]] = {1: [], 3: []}  # by the matrices in each parameter
+    if config.optimizer == "muon":
+        for name, param in model.transformer.h.named_parameters():
+            if param.requires_grad and name.endswith(".weight") and param.dim() == 2:
+                matrices[3 if name.endswith("c_attn.weight") else 1].append(param)
+        if not any(matrices.values()):
+            raise ValueError(
+                "optimizer is muon, which trains the matrices of the blocks, but they are frozen; "
+                "use adamw, or train all weights"
+            )
+    in_muon = {id(param) for params in matrices.values() for param in params}
+    groups = parameter_groups(model, config.weight_decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in in_muon]
+    adamw = torch.optim.AdamW(groups, lr=config.max_lr, betas=BETAS, eps=EPS, fused=True)
+    if not in_muon:
+        return [adamw]
+    muon_groups = [{"params": params, "parts": n} for n, params in matrices.items() if params]
+    return [adamw, Muon(muon_groups, config.muon_lr, config.muon_weight_decay)]
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update is orthogonalized.
+
+    A parameter in a group with `parts` n is n matrices stacked on top of each other (c_attn is q, k
+    and v). Each rank orthogonalizes a share of the matrices; parameters may be replicated or
+    sharded by FSDP2. As with PyTorch's fused optimizers, a step whose `found_inf` is 1 changes
+    nothing. PyTorch's own Muon iterates in bf16 on any device and does not know ranks.
+    """
+
+    found_inf: torch.Tensor | None = None  # a scalar on the device, so that nothing waits for it
+
+    def __init__(self, groups: Iterable[dict], lr: float, weight_decay: float):
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM, "parts": 1}
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
+        if closure is not None:
+            raise ValueError("Muon takes no closure; call backward before the step")
+        by_shape: dict[tuple, list[Entry]] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    rows, cols = param.shape
+                    shape = group["parts"], rows // group["parts"], cols
+                    by_shape.setdefault(shape, []).append((group, param, param.grad))
+        for shape, entries in by_shape.items():
+            at_once = max(1, BATCH_ELEMENTS // math.prod(shape))
+            for start in range(0, len(entries), at_once):
+                self._update(entries[start : start + at_once], shape)
+
+    def _update(self, entries: list[Entry], shape: tuple) -> None:
+        """Update parameters of `shape` (parts, rows, cols)."""
+        parts, rows, cols = shape
+        momenta = [full_tensor(self._update_momentum(*entry)).view(shape) for entry in entries]
+        stacked = torch.cat(momenta)
+        updates = distributed_newton_schulz(stacked.to(newton_schulz_dtype(stacked.device)))
+        for (group, param, _), update in zip(entries, updates.split(parts), strict=True):
+            # Jordan's factor: a tall matrix changes its outputs as much as a square one.
+            rate = group["lr"] * max(1.0, rows / cols) ** 0.5
+            change = shard_like(param, update.reshape(param.shape).to(param.dtype)).mul_(-rate)
+            change.sub_(param, alpha=group["lr"] * group["weight_decay"])
+            param.add_(change if self.found_inf is None else change * (1 - self.found_inf))
+
+    def _update_momentum(
+        self, group: dict, param: torch.Tensor, grad: torch.Tensor
+    ) -> torch.Tensor:
+        """Update the running mean of the gradients; return its Nesterov lookahead."""
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        mean = state["momentum_buffer"]
+        if self.found_inf is not None:  # averaging the mean with itself leaves it as it is
+            grad = torch.where(self.found_inf.bool(), mean, grad)
+        mean.lerp_(grad, 1 - group["momentum"])
+        return grad.lerp(mean, group["momentum"])
+
+
+def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
+    """Matrices (n, rows, cols) with their singular values replaced by values near 1, by Jordan's
+    quintic Newton-Schulz iteration, in their own dtype. Singular values from 0.002 of the
+    Frobenius norm end between 0.7 and 1.2; smaller ones stay smaller.
+    """
+    a, b, c = NS_COEFFICIENTS
+    is_tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if is_tall else matrices
+    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    x = x / norm.clamp(min=NS_EPS).to(x.dtype)
+    for _ in range(NS_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+def distributed_newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
+    """`newton_schulz`, where each rank computes an equal share and gathers the others'."""
+    dist = torch.distributed
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size == 1:
+        return newton_schulz(matrices)
+    share = -(-len(matrices) // world_size)
+    start = dist.get_rank() * share
+    result = matrices.new_zeros(share, *matrices.shape[1:])
+    mine = matrices[start : start + share]  # the last ranks may have fewer, or none
+    if len(mine):
+        result[: len(mine)] = newton_schulz(mine)
+    gathered = matrices.new_empty(world_size * share, *matrices.shape[1:])
+    dist.all_gather_single(gathered, result)
+    return gathered[: len(matrices)]
+
+
+def newton_schulz_dtype(device: torch.device) -> torch.dtype:
+    """bf16, which Newton-Schulz tolerates, where CUDA has units for it. A CPU without them would
+    take hundreds of times as long as in fp32.
+    """
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered from all ranks; any other as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(param: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of `full`, which all ranks have, if `param` is sharded; else `full`."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(param, DTensor):
+        return full
+    return distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)

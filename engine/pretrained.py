@@ -1,0 +1,177 @@
+"""Hugging Face checkpoints: find, load, save.
+
+A checkpoint is a folder, here or on the hub, with config.json and model.safetensors or
+pytorch_model.bin, in one file or several.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from engine.files import copy_tensors, read_json, read_tensors, write_json
+from engine.tokenizer import END_OF_TEXT_ID
+from model import GPT, GPTConfig
+
+WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference
+# Options of config.json that change what a GPT-2 computes: their default in transformers, and the
+# values that mean what model.py computes (gelu_pytorch_tanh is another name of gelu_new).
+OPTIONS = {
+    "model_type": ("gpt2", ("gpt2",)),
+    "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
+    "scale_attn_weights": (True, (True,)),
+    "scale_attn_by_inverse_layer_idx": (False, (False,)),
+    "reorder_and_upcast_attn": (False, (False,)),
+    "add_cross_attention": (False, (False,)),
+    "quantization_config": (None, (None,)),
+}
+# The fields of GPTConfig and their names in config.json.
+CONFIG_KEYS = {
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "layer_norm_epsilon": "layer_norm_epsilon",
+    "tie_weights": "tie_word_embeddings",
+}
+REQUIRED_KEYS = ("n_positions", "n_layer", "n_head", "n_embd")
+KINDS = {"layer_norm_epsilon": (float, "a number"), "tie_weights": (bool, "true or false")}
+
+
+def load_pretrained(name_or_path: str | Path) -> GPT:
+    """Load a Hugging Face folder or hub name (`gpt2`, `gpt2-xl`, ...) in fp32. ValueError names an
+    option that the model does not have, or a tensor that is missing, unexpected or misshapen.
+    """
+    folder = find_pretrained(name_or_path)
+    config = read_config(folder / "config.json")
+    with torch.device("meta"):  # no memory or random numbers for weights that are replaced
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    model.zero_vocab_padding()
+    tensors = read_weights(folder)
+    if config.tie_weights:  # old files repeat the embedding as the head
+        head = tensors.pop("lm_head.weight", None)
+        wte = tensors.get("transformer.wte.weight")
+        if head is not None and wte is not None and not torch.equal(head, wte):
+            raise ValueError(
+                f"{folder}: lm_head.weight differs from wte, but config.json ties them; "
+                "set tie_word_embeddings to false there"
+            )
+    copy_tensors(tensors, hf_tensors(model), str(folder))
+    is_local = Path(name_or_path).exists()
+    model.name_or_path = str(Path(name_or_path).resolve() if is_local else name_or_path)
+    return model
+
+
+def find_pretrained(name_or_path: str | Path) -> Path:
+    """The local folder of a model: the given one, or the hub's files, downloaded and cached."""
+    from huggingface_hub import snapshot_download
+
+    if (Path(name_or_path) / "config.json").is_file():
+        return Path(name_or_path)
+    if Path(name_or_path).exists():
+        raise FileNotFoundError(
+            f"{name_or_path} holds no config.json, expected a model, a checkpoint or a run"
+        )
+    try:
+        for weights in WEIGHT_FILES:
+            folder = snapshot_download(str(name_or_path), allow_patterns=["config.json", weights])
+            if any(Path(folder).glob(weights)):
+                return Path(folder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{name_or_path} is not a local folder, and the Hugging Face hub did not provide it: "
+            f"{reason} Without a network, name a folder with config.json and model.safetensors"
+        ) from error
+    raise FileNotFoundError(f"{name_or_path} on the hub holds none of {', '.join(WEIGHT_FILES)}")
+
+
+def read_config(path: Path) -> GPTConfig:
+    """The shape in a config.json; ValueError for an option that the model does not have."""
+    hf = read_json(path, "save or download it again")
+    for option, (default, accepted) in OPTIONS.items():
+        if (value := hf.get(option, default)) not in accepted:
+            expected = " or ".join(map(repr, accepted))
+            raise ValueError(f"{path}: {option} is {value!r}, this model has only {expected}")
+    if missing := [key for key in REQUIRED_KEYS if key not in hf]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; save or download it again")
+    shape = {field: hf[key] for field, key in CONFIG_KEYS.items() if key in hf}
+    for field, value in shape.items():
+        kind, expected = KINDS.get(field, (int, "a whole number"))
+        if type(value) is not kind:
+            raise ValueError(f"{path}: {CONFIG_KEYS[field]} is {value!r}, expected {expected}")
+    if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
+        raise ValueError(f"{path}: n_inner is {hf['n_inner']}, this model has only 4 * n_embd")
+    try:
+        return GPTConfig(**shape)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors under the names of GPT2LMHeadModel (files of GPT2Model lack the prefix), without
+    the attention masks in old files.
+    """
+    files = next((f for pattern in WEIGHT_FILES if (f := sorted(folder.glob(pattern)))), None)
+    if files is None:
+        raise FileNotFoundError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}")
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    return {
+        name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
+        for name, tensor in tensors.items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))
+    }
+
+
+def hf_tensors(
+    model: GPT, params: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Views of the parameters, or of `params`, copies of them by name, as Hugging Face stores them:
+    the linears of the blocks transposed (its Conv1D), no vocabulary padding.
+    """
+    tensors = {}
+    for name, param in model.named_parameters():
+        if not name.endswith((".weight", ".bias")):
+            raise ValueError(
+                f"{name} is not a parameter of GPT-2; call merge_lora or save_adapter first"
+            )
+        tensor = params[name] if params else param.data
+        if name in ("transformer.wte.weight", "lm_head.weight"):
+            tensor = tensor[: model.config.vocab_size]
+        elif name.startswith("transformer.h.") and tensor.dim() == 2:
+            tensor = tensor.t()
+        tensors[name] = tensor
+    return tensors
+
+
+def save_pretrained(
+    model: GPT, folder: Path, params: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write config.json and model.safetensors, which transformers opens as GPT2LMHeadModel. With
+    `params`, copies of the parameters by name, these are written.
+    """
+    config = model.config
+    end_of_text = END_OF_TEXT_ID if config.vocab_size > END_OF_TEXT_ID else None
+    hf = {
+        "architectures": ["GPT2LMHeadModel"],
+        **{option: default for option, (default, _) in OPTIONS.items() if default is not None},
+        **{CONFIG_KEYS[field]: value for field, value in asdict(config).items()},
+        "n_ctx": config.block_size,
+        "n_inner": None,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),  # trained without
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "dtype": "float32",
+    }
+    tensors = {name: t.cpu().contiguous() for name, t in hf_tensors(model, params).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        write_json(folder / "config.json", hf)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder} could not be written, is the disk full? {error}") from error

@@ -1,0 +1,268 @@
+"""loss.png and report.html of a run."""
+
+import importlib.metadata
+import io
+import itertools
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.checkpoint import read_run_config
+from engine.data import read_manifest
+from engine.distributed import Distributed
+from engine.files import naming_file, write_atomically
+from engine.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Logs = list[tuple[str, list[dict]]]  # the names of runs, and their records
+
+# Validation losses of OpenAI's GPT-2 124M, from llm.c (FineWeb) and build-nanogpt (FineWeb-Edu).
+# The two sets differ, so a run is compared only with the loss on its own.
+GPT2_VAL_LOSS = dict.fromkeys(("fineweb", "fineweb10B-gpt2", "fineweb100B-gpt2"), 3.4250)
+GPT2_VAL_LOSS |= dict.fromkeys(("fineweb-edu", "finewebedu10B-gpt2"), 3.2924)
+# Published HellaSwag accuracies with their metric, since only equal metrics compare. 124M and 125M.
+HELLASWAG = (
+    ("GPT-2 124M, lm-eval acc_norm 0.3114", 0.3114, "--"),
+    ("GPT-2 124M, token-normalised 0.2955", 0.2955, ":"),
+    ("GPT-3 Small, token-normalised 0.337", 0.337, "-."),
+)
+# The label and the style of a curve, by its key in the log.
+CURVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "train_loss": ("{} train {:.3f}", {"alpha": 0.4, "linewidth": 0.8}),
+    "val_loss": ("{} val {:.3f}", {"marker": "o", "markersize": 3}),
+    "hellaswag_acc_norm": ("{}, lm-eval acc_norm {:.4f}", {"marker": "o"}),
+}
+X_AXES = ("step", "tokens", "seconds")
+LOSS_HEIGHT, HELLASWAG_HEIGHT, EXTRA_HEIGHT, WIDTH = 5.0, 4.0, 2.2, 9.0  # of panels, in inches
+REPORT_PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
+PACKAGES = ("torch", "numpy", "transformers", "tiktoken")
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2024; --paper: #ffffff; --soft: #f2f4f6;
+  --faint: #5d6670; --line: #d9dee3; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e7ea; --paper: #15181b; --soft: #1f2428; --faint: #9aa4ad; --line: #353c43; } }
+body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; background: var(--paper);
+  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
+h1 { margin: 0; } h2 { margin: 2.5rem 0 .75rem; font-size: 1.25rem; }
+p { margin: .25rem 0; } .faint, th, dt { color: var(--faint); }
+dl { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.5rem 0; }
+dl div { flex: 1 1 9rem; }
+dl div, pre { padding: .6rem .9rem; border-radius: .4rem; background: var(--soft); }
+dt { font-size: .85rem; } dd { margin: 0; font-size: 1.1rem; font-weight: 600; }
+table { border-collapse: collapse; width: 100%; } tr { border-bottom: 1px solid var(--line); }
+th, td { padding: .3rem .75rem .3rem 0; text-align: left; vertical-align: top; font-weight: 400;
+  overflow-wrap: anywhere; } th { width: 14rem; }
+pre { margin: .25rem 0 1rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
+svg { width: 100%; height: auto; } svg text { fill: currentColor; }
+"""
+ROOT = Path(__file__).parents[1]
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # the browser blocks scripts and requests
+
+
+def curve_points(records: list[dict], key: str, x: str) -> tuple[list[float], list[float]]:
+    """The steps, tokens or seconds of training (`x`) at which `key` was logged, and its values."""
+    seconds = itertools.accumulate(r.get("step_ms", 0) / 1e3 for r in records)
+    positions = seconds if x == "seconds" else [r[x] for r in records]
+    pairs = zip(positions, [r.get(key) for r in records], strict=True)
+    points = [(position, value) for position, value in pairs if value is not None]
+    return [position for position, _ in points], [value for _, value in points]
+
+
+def plot_runs(runs: list[Path], path: Path, x: str = "step") -> None:
+    """Draw the runs into an image, whose format follows from the name of `path`."""
+    figure = draw_runs(runs, x)
+    with naming_file(path):
+        figure.savefig(path, dpi=150)
+
+
+def draw_runs(runs: list[Path], x: str = "step", more: dict[str, str] | None = None) -> "Figure":
+    """Draw the losses of the runs over one of X_AXES. Panels below show HellaSwag accuracy, if it
+    was logged, and each key of `more`, which maps keys of the log to labels.
+    """
+    from matplotlib.figure import Figure
+
+    more = more or {}
+    logs = [(Path(run).name, read_metrics(run)) for run in runs]
+    has_hellaswag = any("hellaswag_acc_norm" in record for _, log in logs for record in log)
+    heights = [LOSS_HEIGHT] + [HELLASWAG_HEIGHT] * has_hellaswag + [EXTRA_HEIGHT] * len(more)
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)
+    losses, *below = grid[:, 0]
+    plot_curves(losses, logs, ("train_loss", "val_loss"), x=x)
+    gpt2 = sorted({loss for run in runs if (loss := find_gpt2_loss(run)) is not None})
+    plot_quoted(losses, [(f"GPT-2 124M val {loss:.3f}", loss, "--") for loss in gpt2])
+    losses.set_ylabel("loss, nats per token")
+    if has_hellaswag:
+        plot_curves(below[0], logs, ("hellaswag_acc_norm",), x=x)
+        plot_quoted(below[0], HELLASWAG)
+        below[0].set_ylabel("HellaSwag accuracy")
+    for panel, (key, label) in zip(below[has_hellaswag:], more.items(), strict=True):
+        plot_curves(panel, logs, (key,), x=x)
+        panel.set(ylabel=label, ylim=(0, None))
+    for panel in (losses, *below):
+        panel.grid(alpha=0.3)
+    grid[-1, 0].set_xlabel("seconds of training" if x == "seconds" else x)
+    # A second axis needs steps of one size.
+    tokens_per_step = {r["tokens"] / r["step"] for _, log in logs for r in log if r["step"]}
+    if x == "step" and len(tokens_per_step) == 1:
+        factor = tokens_per_step.pop() / 1e6
+        convert = (lambda step: step * factor, lambda tokens: tokens / factor)
+        losses.secondary_xaxis("top", functions=convert).set_xlabel("million tokens")
+    return figure
+
+
+def plot_curves(axes: "Axes", logs: Logs, keys: Iterable[str], *, x: str) -> None:
+    """Draw what the runs logged under the keys, with the last values in the labels."""
+    for i, (name, log) in enumerate(logs):
+        for key in keys:
+            label, style = CURVES.get(key, ("", {"linewidth": 0.8}))
+            positions, values = curve_points(log, key, x)
+            if values:
+                label = label.format(name, values[-1])
+                axes.plot(positions, values, color=f"C{i}", label=label, **style)
+
+
+def plot_quoted(axes: "Axes", quoted: Iterable[tuple[str, float, str]]) -> None:
+    """Draw published values as horizontal lines, and the legend."""
+    for label, value, style in quoted:
+        axes.axhline(value, color="gray", linestyle=style, label=f"{label} (quoted)")
+    axes.legend()
+
+
+def find_gpt2_loss(run: Path | str) -> float | None:
+    """The validation loss of GPT-2 124M on the run's data, where it is published."""
+    data_dir = read_run_config(run).get("data_dir", "")
+    return GPT2_VAL_LOSS.get(read_manifest(Path(data_dir)).get("dataset", ""))
+
+
+def write_report(run: Path, dist: Distributed) -> None:
+    """Write RUN/report.html. A failure is printed; it never ends the run."""
+    path = run / "report.html"
+    try:
+        write_atomically(path, render_report(run, collect_environment(dist)).encode())
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        print(f"{path} is not written: {type(error).__name__}: {error}", flush=True)
+
+
+def collect_environment(dist: Distributed) -> dict[str, str]:
+    """The command, hardware and versions of this process."""
+    if dist.device.type == "cuda":
+        device = torch.cuda.get_device_name(dist.device)
+    else:
+        device = f"{dist.device.type}, {platform.machine()}, {os.cpu_count()} cores"
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "devices": f"{dist.world_size} x {device}",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "git commit": read_git_commit(),
+    }
+
+
+def read_git_commit() -> str:
+    """This project's commit, with -dirty if tracked files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.check_output(
+            command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "none: not a git checkout"
+
+
+def render_report(run: Path, environment: dict[str, str]) -> str:
+    """The report as one self-contained HTML file. All text from the run is escaped."""
+    log, config = read_metrics(run), read_run_config(run)
+    name = escape(run.resolve().name)
+    note = '<p class="faint">The environment of the process that wrote this report.</p>'
+    body = ""
+    for title, content in (
+        ("Curves", render_curves(run)),
+        ("HellaSwag", render_table(compare_hellaswag(log))),
+        ("Samples", render_samples(log)),
+        ("Config", render_table(config)),
+        ("Environment", render_table(environment) + note),
+    ):
+        body += f'<section id="{title.lower()}"><h2>{title}</h2>{content}</section>'
+    progress = f"step {log[-1]['step']:,} of {config.get('max_steps'):,}"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head><body><h1>{name}</h1>"
+        f'<p class="faint">{progress}</p>{render_facts(log)}{body}</body></html>\n'
+    )
+
+
+def render_facts(log: list[dict]) -> str:
+    """The main figures of the run."""
+    keys = ("val_loss", "tokens_per_s", "mfu", "step_ms", "peak_memory_gb")
+    losses, speeds, mfu, step_ms, peak_gb = (curve_points(log, key, "step")[1] for key in keys)
+    facts = {
+        "validation loss": f"{losses[0]:.4f} to {losses[-1]:.4f}" if losses else "-",
+        "tokens": f"{log[-1]['tokens']:,}",
+        "throughput, median": f"{statistics.median(speeds):,.0f} tokens/s" if speeds else "-",
+    }
+    if mfu:
+        facts["model FLOPs utilization, median"] = f"{statistics.median(mfu):.1%}"
+    facts["time in training steps"] = str(timedelta(seconds=round(sum(step_ms) / 1e3)))
+    facts["peak memory"] = f"{max(peak_gb):.2f} GB" if peak_gb else "not logged"
+    pairs = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
+    return f"<dl>{''.join(pairs)}</dl>"
+
+
+def compare_hellaswag(log: list[dict]) -> dict[str, str]:
+    """The run's last HellaSwag accuracy beside the quoted ones of other models."""
+    rows = {"this run": "not measured (--hellaswag_every)"}
+    for r in log:
+        if "hellaswag_acc_norm" in r:
+            accuracies = f"acc_norm {r['hellaswag_acc_norm']:.4f}, acc {r['hellaswag_acc']:.4f}"
+            rows["this run"] = f"lm-eval {accuracies} (measured at step {r['step']:,})"
+    for label, _, _ in HELLASWAG:
+        model, figure = label.split(", ")
+        rows[model] = f"{rows[model]}; {figure} (quoted)" if model in rows else f"{figure} (quoted)"
+    return rows
+
+
+def render_samples(log: list[dict]) -> str:
+    """All samples, below the steps they come from."""
+    html = ""
+    for record in log:
+        if samples := record.get("samples"):
+            html += f'<p class="faint">step {record["step"]:,}</p>'
+            html += "".join(f"<pre>{escape(sample)}</pre>" for sample in samples)
+    return html or '<p class="faint">none: --sample_every is 0</p>'
+
+
+def render_table(rows: dict) -> str:
+    cells = (f"<th>{escape(str(k))}</th><td>{escape(str(v))}</td>" for k, v in rows.items())
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def render_curves(run: Path) -> str:
+    """The curves as an SVG element with real text, in the light or dark colors of the report."""
+    import matplotlib as mpl
+
+    stream = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        figure = draw_runs([run], more=REPORT_PANELS)
+        figure.savefig(stream, format="svg", transparent=True, metadata=metadata)
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return svg.replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")

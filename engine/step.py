@@ -1,0 +1,256 @@
+"""One optimizer step: micro-batches, gradient sync, clipping, update; snapshot and restore."""
+
+import copy
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from engine.config import TrainConfig
+from engine.data import Batch, TrainingData
+from engine.distributed import Distributed, autocast_dtype, shard_model
+from engine.loss import SummedLoss
+from engine.optim import build_optimizers, full_tensor, set_schedule
+from model import GPT, Block
+
+COMPILERS = ("gcc", "g++", "clang", "clang++", "cl")  # that torch.compile looks for
+
+
+class TrainingStep:
+    """One optimizer step: gradients of all micro-steps and ranks, clipped and applied."""
+
+    def __init__(self, model: GPT, data: TrainingData, config: TrainConfig, dist: Distributed):
+        self.model, self.data, self.config, self.dist = model.train(), data, config, dist
+        self.dtype = autocast_dtype(config.precision, dist.device)
+        if self.dtype is not None and dist.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == torch.float16)
+        self.batches = Prefetcher(data, dist.device)
+        self.is_sharded = config.parallel == "fsdp" and dist.world_size > 1
+        self.loss = self._wrap_model()
+        self.optimizers = build_optimizers(model, config)
+        self.host_copy: dict | None = None  # memory of the last snapshot
+
+    def _wrap_model(self) -> nn.Module:
+        """The module that computes the loss. Wrapped in PyTorch's order: recomputation, then
+        compilation, then DDP or FSDP2.
+        """
+        config, dist = self.config, self.dist
+        if config.compile:
+            check_compiler()
+        apply_recompute(self.model, config.recompute)
+        if self.is_sharded:
+            if self.scaler.is_enabled():
+                raise ValueError(
+                    "precision fp16 does not work with parallel fsdp; use bf16 or fp32"
+                )
+            shard_model(self.model, dist, self.dtype, compile_blocks=config.compile)
+            return SummedLoss(self.model)
+        loss = SummedLoss(self.model, compile_trunk=config.compile)
+        if dist.world_size > 1:
+            return DistributedDataParallel(loss, gradient_as_bucket_view=True)
+        return loss
+
+    def autocast(self) -> AbstractContextManager:
+        enabled = self.dtype is not None
+        return torch.autocast(self.dist.device.type, self.dtype, enabled=enabled)
+
+    @contextmanager
+    def eval_mode(self) -> Iterator[None]:
+        """For evaluation and samples: training's precision, nothing compiled, no dropout."""
+        self.model.eval()
+        with torch.compiler.set_stance("force_eager"), self.autocast():
+            yield
+        self.model.train()
+
+    def _sync_gradients(self, is_last: bool) -> AbstractContextManager:
+        """Average gradients over ranks only in the backward pass of the last micro-step."""
+        if self.is_sharded:
+            self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]  # FSDP2's
+        elif isinstance(self.loss, DistributedDataParallel) and not is_last:
+            return self.loss.no_sync()
+        return nullcontext()
+
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do step `step`, counted from 1. Return this rank's share of the mean loss and the
+        gradient norm, on the device, without waiting for them. If the norm is not finite, nothing
+        is updated.
+        """
+        set_schedule(self.optimizers, step, self.config)
+        n_targets = self.data.targets_in_step(step)
+        total = torch.zeros((), device=self.dist.device)
+        for micro_step in range(1, self.data.grad_accum_steps + 1):
+            batch = self.batches(step, micro_step)
+            self._seed_dropout(step, micro_step)
+            with self._sync_gradients(is_last=micro_step == self.data.grad_accum_steps):
+                with self.autocast():
+                    loss = self.loss(batch) / n_targets
+                # Ranks average gradients, and their sum is wanted.
+                self.scaler.scale(loss * self.dist.world_size).backward()
+            total += loss.detach()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = self._clip_gradients()
+        is_not_finite = 1 - norm.isfinite().float()
+        for optimizer in self.optimizers:
+            # As GradScaler does: the optimizer skips the update on the device, without a sync.
+            optimizer.found_inf = is_not_finite  # type: ignore[attr-defined]  # torch declares none
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return total, norm
+
+    def _seed_dropout(self, step: int, micro_step: int) -> None:
+        """Dropout depends on step, micro-step and rank alone, so that a resumed run repeats it."""
+        number = micro_step * self.dist.world_size + self.dist.rank
+        torch.manual_seed((self.config.seed + (step << 24) + (number << 8)) % 2**63)
+
+    def _clip_gradients(self) -> torch.Tensor:
+        """Scale gradients down to grad_clip; return the norm that they had."""
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in params if p.grad is not None]
+        # Rows first: over a whole table, fp32 on a CPU would lose four digits, and different ones
+        # for each number of ranks.
+        norms = [torch.linalg.vector_norm(g, dim=-1) if g.dim() > 1 else g for g in grads]
+        norm = nn.utils.get_total_norm(norms)
+        nn.utils.clip_grads_with_norm_(params, self.config.grad_clip or math.inf, norm)
+        return full_tensor(norm)
+
+    def snapshot(self) -> tuple[dict, dict]:
+        """Copies on the CPU of the trained parameters by name, and of the rest of the training
+        state. Nothing in them is sharded, so any number of ranks can load them. All ranks call
+        this; rank 0 gets complete copies, which are valid until its next call.
+        """
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            get_model_state_dict,
+            get_optimizer_state_dict,
+        )
+
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
+        )
+        names = {name for name, param in self.model.named_parameters() if param.requires_grad}
+        params = get_model_state_dict(self.model, options=options)
+        params = {name: t for name, t in params.items() if name in names}  # a tied head only once
+        optimizer = get_optimizer_state_dict(self.model, self.optimizers, options=options)
+        if self.dist.device.type == "cpu":  # these are not copies yet
+            self.host_copy = host = copy_tree(
+                {"params": params, "optimizer": optimizer}, self.host_copy
+            )
+            params, optimizer = host["params"], host["optimizer"]
+        cuda = torch.cuda.get_rng_state() if self.dist.device.type == "cuda" else None
+        return params, {
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        }
+
+    def restore(self, state: dict) -> None:
+        """Load the second part of a snapshot, made on this or another number of ranks."""
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_optimizer_state_dict,
+        )
+
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=options)
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.dist.device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
+
+
+def apply_recompute(model: GPT, mode: str) -> None:
+    """Make backward recompute activations instead of storing them.
+
+    none stores all of them; light recomputes the outputs of LayerNorm and GELU, which cost almost
+    nothing; block stores only the inputs of attention and MLP.
+    """
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        attn, mlp = block.attn, block.mlp
+        if mode == "light":
+            recompute_together(block.ln_1, attn.c_attn)
+            recompute_together(block.ln_2, mlp.c_fc)
+            recompute_together(mlp.gelu, mlp.c_proj)
+        elif mode == "block":
+            recompute_together(block.ln_1, attn)
+            recompute_together(block.ln_2, mlp)
+
+
+def recompute_together(first: nn.Module, second: nn.Module) -> None:
+    """Make backward recompute `first` and its only consumer `second` from the input of `first`:
+    `second` now calls `first`, whose own forward passes its input on. Recomputation ends before the
+    last matrix product of `second`, because nothing needs its output.
+    """
+    first_forward, second_forward = first.forward, second.forward
+
+    def forward_both(x: torch.Tensor, *args: object) -> torch.Tensor:
+        return second_forward(first_forward(x), *args)
+
+    def forward(x: torch.Tensor, *args: object) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return checkpoint(forward_both, x, *args, use_reentrant=False)
+        return forward_both(x, *args)
+
+    first.forward = lambda x: x
+    second.forward = forward
+
+
+def check_compiler() -> None:
+    """ValueError where torch.compile would not find a C compiler."""
+    names = (os.environ.get("CC"), os.environ.get("CXX"), *COMPILERS)
+    if not any(name and shutil.which(name) for name in names):
+        raise ValueError(
+            "--compile needs a C compiler, and none of gcc, clang and cl is on the path; install "
+            "one (apt install build-essential), or use --no-compile"
+        )
+
+
+def copy_tree(source: Any, previous: Any = None) -> Any:
+    """A copy of nested dicts with tensors, in the memory of a previous one if there is one, because
+    allocating would take several times as long as copying.
+    """
+    if isinstance(source, dict):
+        return {key: copy_tree(value, (previous or {}).get(key)) for key, value in source.items()}
+    if isinstance(source, torch.Tensor):
+        return source.detach().clone() if previous is None else previous.copy_(source.detach())
+    return copy.deepcopy(source)
+
+
+class Prefetcher:
+    """Gives a rank's micro-batches on its device. A thread prepares each while the one before it is
+    computed; since data are a function of the step, this changes nothing but the waiting.
+    """
+
+    def __init__(self, data: TrainingData, device: torch.device):
+        self.data, self.device = data, device
+        # Without this, a new thread would pin memory for the first card on every rank.
+        on_card = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self.thread = ThreadPoolExecutor(1, "prefetch", *on_card)
+        self.ahead: tuple[tuple[int, int], Future[Batch]] | None = None
+
+    def __call__(self, step: int, micro_step: int) -> Batch:
+        """The batch of a micro-step. Raises what preparing it raised."""
+        if self.ahead is None or self.ahead[0] != (step, micro_step):
+            self.ahead = self._start(step, micro_step)
+        batch = self.ahead[1].result()
+        is_last = micro_step == self.data.grad_accum_steps
+        self.ahead = self._start(step + 1, 1) if is_last else self._start(step, micro_step + 1)
+        # On the stream of the computation: copying 1 MB takes 40 us, not worth a stream of its own.
+        return batch.to(self.device)
+
+    def _start(self, step: int, micro_step: int) -> tuple[tuple[int, int], Future[Batch]]:
+        def prepare() -> Batch:
+            batch = self.data.micro_batch(step, micro_step)
+            return batch.pin_memory() if self.device.type == "cuda" else batch
+
+        return (step, micro_step), self.thread.submit(prepare)

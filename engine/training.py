@@ -1,0 +1,308 @@
+"""The training loop, and what it evaluates."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+import torch
+
+from engine.checkpoint import BackgroundSave, Resumed, save_checkpoint
+from engine.config import TrainConfig, to_yaml
+from engine.data import IGNORE_INDEX, Batch, TrainingData
+from engine.distributed import Distributed
+from engine.files import write_atomically
+from engine.loss import SummedLoss
+from engine.metrics import Meter, RunLogger, finite_or_none
+from engine.optim import learning_rate, parameter_groups
+from engine.report import plot_runs, write_report
+from engine.step import TrainingStep
+from engine.tasks import Example, count_correct, load_examples
+from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
+from model import GPT
+
+ValidationBatches = Callable[[], Iterable[Batch]]  # this rank's share, the same at every call
+MAX_SKIPPED_IN_A_ROW = 5  # steps whose gradient is not finite
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue as a sample, and the continuation that is expected, if there is one."""
+
+    text: str = "Hello, I'm a language model,"  # build-nanogpt's
+    max_new_tokens: int = 32
+    top_k: int = 50
+    reference: str | None = None
+
+
+def train(
+    model: GPT,
+    data: TrainingData,
+    val: ValidationBatches,
+    prompts: list[Prompt],
+    config: TrainConfig,
+    dist: Distributed,
+    resumed: Resumed | None = None,
+) -> None:
+    """Train `model` to max_steps, from the start, or from a checkpoint whose weights it has."""
+    if resumed and resumed.progress["data"] != data.fingerprint:
+        raise ValueError(
+            f"{config.out_dir} was trained on different data; it resumes exactly only with the same"
+        )
+    examples: list[Example] = []
+    if config.hellaswag_every:
+        with dist.main_process_first():
+            examples = load_examples("hellaswag", config.hellaswag_data, model.config.block_size)
+    if dist.is_main:
+        announce_run(model, data, config)
+    with (
+        explaining_out_of_memory(config, dist.device),
+        Interrupt() as interrupt,
+        profile_steps(config, dist) as profiler,
+    ):
+        training_step = TrainingStep(model.to(dist.device), data, config, dist)
+        start = restore_step(training_step, resumed)
+        evaluation = Evaluation(training_step, val, prompts, examples)
+        logger = RunLogger(config, dist, start)
+        if start:
+            is_finished = start == config.max_steps
+            logger.print("already finished" if is_finished else f"resuming from step {start}")
+        else:
+            logger.log({"step": 0, "tokens": 0} | evaluation.evaluate_step(0))
+        train_steps(start + 1, training_step, evaluation, logger, interrupt, profiler)
+        logger.finish()
+
+
+def train_steps(
+    first: int,
+    training_step: TrainingStep,
+    evaluation: "Evaluation",
+    logger: RunLogger,
+    interrupt: "Interrupt",
+    profiler: Any,
+) -> None:
+    """The loop, from step `first` to max_steps."""
+    config, dist = training_step.config, training_step.dist
+    meter, save = Meter(training_step.model, training_step.data, dist), BackgroundSave()
+    for step in range(first, config.max_steps + 1):
+        started = time.perf_counter()
+        loss, grad_norm = training_step(step)
+        meter.add(step, started, loss, grad_norm, interrupt.is_requested)
+        is_last, is_save_due = step == config.max_steps, is_due(config.save_every, step, config)
+        for record in meter.read(wait=is_save_due or evaluation.is_due(step)):
+            record["lr"] = learning_rate(record["step"], config)
+            if record["step"] == step:
+                record.update(evaluation.evaluate_step(step))
+            logger.log(record)
+            check_skipped(meter, record["step"], config, logger)
+        profiler.step()
+        save.check()
+        if is_save_due or meter.stop_requested:
+            start_save(training_step, record, save)
+        if is_last or meter.stop_requested:
+            save.wait()
+            dist.barrier()  # if a rank left early, torchrun would stop the one that saves
+        if meter.stop_requested and not is_last:
+            logger.print(f"stopped after step {step}, saved; the same command resumes")
+            sys.exit(128 + (interrupt.signum or signal.SIGTERM))  # as a shell reports it
+
+
+def announce_run(model: GPT, data: TrainingData, config: TrainConfig) -> None:
+    """Print the settings and sizes of the run, and write config.yaml."""
+    text = to_yaml(config)
+    decayed, others = (group["params"] for group in parameter_groups(model))
+    print(
+        f"{text}\nparameters: {len(decayed)} tensors with weight decay, "
+        f"{sum(p.numel() for p in decayed):,} parameters; {len(others)} without, "
+        f"{sum(p.numel() for p in others):,}\n{data.summary()}",
+        flush=True,
+    )
+    write_atomically(Path(config.out_dir) / "config.yaml", text.encode())
+
+
+def restore_step(training_step: TrainingStep, resumed: Resumed | None) -> int:
+    """Restore the state of a checkpoint, if there is one; return its step, or 0."""
+    if resumed is None:
+        return 0
+    training_step.restore(resumed.state)
+    resumed.state.clear()  # gigabytes that are not needed any more
+    return resumed.progress["step"]
+
+
+def is_due(every: int, step: int, config: TrainConfig) -> bool:
+    return every > 0 and (step % every == 0 or step == config.max_steps)
+
+
+def check_skipped(meter: Meter, step: int, config: TrainConfig, logger: RunLogger) -> None:
+    """Report a skipped step. ValueError after too many in a row."""
+    if not meter.skipped_in_a_row:
+        return
+    logger.print(
+        f"step {step} skipped: its gradient is not finite ({meter.skipped_in_a_row} in a row)"
+    )
+    if meter.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise ValueError(
+            f"the gradient was not finite in {meter.skipped_in_a_row} steps in a row; the "
+            f"checkpoints in {config.out_dir} are good. Lower --max_lr, or use --precision fp32"
+        )
+
+
+def start_save(training_step: TrainingStep, record: dict, save: BackgroundSave) -> None:
+    """Start to save the checkpoint, plot and report of the step that `record` is about."""
+    save.wait()  # it reads the last snapshot, which the next one overwrites
+    params, state = training_step.snapshot()
+    dist, config = training_step.dist, training_step.config
+    if not dist.is_main:
+        return
+    run = Path(config.out_dir)
+    progress = {
+        "step": record["step"],
+        "val_loss": record.get("val_loss"),
+        "data": training_step.data.fingerprint,
+    }
+
+    def write() -> None:
+        resumed = Resumed(progress, state)
+        save_checkpoint(run, training_step.model, params, resumed, keep=config.keep)
+        plot_runs([run], run / "loss.png")
+        write_report(run, dist)
+
+    save.start(write)
+
+
+@dataclass
+class Evaluation:
+    """What is evaluated during training, each rank doing its share."""
+
+    training_step: TrainingStep
+    val: ValidationBatches
+    prompts: list[Prompt]
+    examples: list[Example]  # of HellaSwag
+
+    def is_due(self, step: int) -> bool:
+        config = self.training_step.config
+        intervals = config.eval_every, config.sample_every, config.hellaswag_every
+        return any(is_due(every, step, config) for every in intervals)
+
+    def evaluate_step(self, step: int) -> dict:
+        """The part of the step's record that is due: validation loss, samples, HellaSwag."""
+        model, config = self.training_step.model, self.training_step.config
+        dist = self.training_step.dist
+        record: dict[str, Any] = {}
+        if not self.is_due(step):
+            return {}
+        with self.training_step.eval_mode():
+            if is_due(config.eval_every, step, config):
+                record["val_loss"] = finite_or_none(evaluate_loss(model, self.val(), dist))
+            if is_due(config.sample_every, step, config):
+                record["samples"] = generate_samples(
+                    model, self.prompts, config.seed + step, dist.device
+                )
+            if is_due(config.hellaswag_every, step, config) and step:
+                record |= evaluate_hellaswag(model, self.examples, dist)
+        return record
+
+
+@torch.no_grad()
+def evaluate_loss(model: GPT, batches: Iterable[Batch], dist: Distributed) -> float:
+    """The mean loss in nats over all targets in the batches of all ranks."""
+    summed_loss, loss_sum, n_targets = SummedLoss(model), 0.0, 0
+    for batch in batches:
+        loss_sum += summed_loss(batch.to(dist.device)).item()
+        n_targets += int((batch.targets != IGNORE_INDEX).sum())
+    total, n = dist.sum(loss_sum, n_targets)
+    return total / n
+
+
+def evaluate_hellaswag(model: GPT, examples: list[Example], dist: Distributed) -> dict[str, float]:
+    """lm-eval's acc and acc_norm."""
+    counts = count_correct(model, examples, dist.device, rank=dist.rank, world_size=dist.world_size)
+    correct, correct_norm, n = dist.sum(*counts)
+    return {"hellaswag_acc": correct / n, "hellaswag_acc_norm": correct_norm / n}
+
+
+def generate_samples(
+    model: GPT, prompts: list[Prompt], seed: int, device: torch.device
+) -> list[str]:
+    """Each prompt with the model's continuation, and with its reference if it has one."""
+    tokenizer, samples = get_tokenizer(), []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt.text, disallowed_special=()) or [END_OF_TEXT_ID]
+        out = model.generate(
+            torch.tensor([ids], device=device),
+            prompt.max_new_tokens,
+            top_k=prompt.top_k,
+            eos=None if prompt.reference is None else END_OF_TEXT_ID,
+            generator=torch.Generator(device).manual_seed(seed),
+        )
+        new_ids = out[0, len(ids) :].tolist()
+        if prompt.reference is None:
+            samples.append(prompt.text + tokenizer.decode(new_ids))
+        else:
+            answer = tokenizer.decode([i for i in new_ids if i != END_OF_TEXT_ID])
+            samples.append(f"{prompt.text}{answer}\n[reference] {prompt.reference}")
+    return samples
+
+
+@contextmanager
+def explaining_out_of_memory(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{device} ran out of memory with batch_size {config.batch_size}; halve it (the curve "
+            "stays the same), or add --recompute block"
+        ) from error
+
+
+def profile_steps(config: TrainConfig, dist: Distributed) -> AbstractContextManager:
+    """On rank 0, a profiler of the first `profile` steps after two, told of each step by its
+    `step()`. A run that ends earlier writes a trace of what it has done.
+    """
+
+    def write(profiler: torch.profiler.profile) -> None:
+        file = Path(config.out_dir) / "profile.json.gz"
+        profiler.export_chrome_trace(str(file))
+        kind = "cuda" if dist.device.type == "cuda" else "cpu"
+        table = profiler.key_averages().table(f"self_{kind}_time_total", 10, 200, 40)
+        print(
+            f"{table}\nprofiled {config.profile} steps: open {file} in chrome://tracing", flush=True
+        )
+
+    if not config.profile or not dist.is_main:
+        return nullcontext(SimpleNamespace(step=lambda: None))
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=config.profile, repeat=1)
+    return torch.profiler.profile(schedule=schedule, on_trace_ready=write)
+
+
+class Interrupt:
+    """Turns Ctrl-C and SIGTERM into a request to stop after the step; a second stops at once."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    @property
+    def is_requested(self) -> bool:
+        return self.signum is not None
+
+    def __enter__(self) -> Self:
+        signals = signal.SIGINT, signal.SIGTERM
+        self.previous = {s: signal.signal(s, self._handle) for s in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _: object) -> None:
+        if self.signum is not None:
+            raise KeyboardInterrupt
+        self.signum = signum
+        text = f"\n{signal.Signals(signum).name}: saving after this step (again: stop at once)\n"
+        os.write(2, text.encode())  # print must not interrupt another print

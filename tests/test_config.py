@@ -1,0 +1,492 @@
+"""Flags, YAML config files and help of all commands, and the checks of TrainConfig."""
+
+import os
+import re
+import subprocess
+import sys
+import typing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from conftest import ROOT
+
+from engine.config import (
+    TrainConfig,
+    base_type,
+    build_parser,
+    fixed_settings,
+    flag,
+    parse_flags,
+    to_yaml,
+)
+from finetune_lora import FinetuneConfig
+from fineweb import PrepareConfig
+from hellaswag import EvalConfig
+from model import GPTConfig
+from sample import SampleConfig
+from share import ShareConfig
+from train_gpt2 import PretrainConfig
+
+CONFIGS = [PretrainConfig, FinetuneConfig, EvalConfig, SampleConfig, PrepareConfig, ShareConfig]
+# Settings that a resumed run may change, because its curve does not depend on them but for the
+# order of floating-point sums, or because what they lead to is compared by its hash.
+FREE_TO_CHANGE = {
+    "out_dir",
+    "data_dir",
+    "resume",
+    "device",
+    "compile",
+    "batch_size",
+    "profile",
+    "parallel",
+    "recompute",
+    "keep",
+    "merge_out",
+    "model_name_or_path",
+    "eval_every",
+    "sample_every",
+    "hellaswag_every",
+    "hellaswag_data",
+    "log",
+    "save_every",
+}
+GROUPS = {
+    "run": {"out_dir", "resume", "seed"},
+    "optimization": {"batch_size", "max_steps", "optimizer", "max_lr", "min_lr", "grad_clip"},
+    "evaluation": {"eval_every", "sample_every", "hellaswag_every", "hellaswag_data"},
+    "logging": {"log", "save_every", "keep", "profile"},
+    "system": {"device", "precision", "compile", "parallel", "recompute"},
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """One setting of each kind."""
+
+    number: int = flag(3, "a count of 100%", group="numbers", may_change=True)
+    rate: float = flag(1e-5, "a rate")
+    name: str = flag("x", "a name", group="texts")
+    names: list[str] = flag(["a", "b"], "several names")
+    option: Literal["red", "green"] = flag("red", "a color", may_change=True)
+    switch: bool = flag(False, "a switch")
+    optional: int | None = flag(None, "a count, or none")
+
+
+@dataclass(frozen=True)
+class Derived(Base):
+    """Overrides defaults, in one case with another help."""
+
+    number: int = flag(5)
+    rate: float = flag(2.0, "another rate")
+    option: Literal["red", "green"] = flag("green")
+
+
+def parse(config_class: type, *argv: object) -> dict:
+    """The settings that the command line gives."""
+    return parse_flags(config_class, "", [str(arg) for arg in argv])[0]
+
+
+def parsing_error(capsys, config_class: type, *argv: object) -> str:
+    """The one-line error of a wrong command line, which ends the command with exit code 2."""
+    with pytest.raises(SystemExit) as exit_:
+        parse(config_class, *argv)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def flags_of(kind: object) -> list:
+    """Every command's flags of a type, as pairs of config class and name."""
+    return [
+        pytest.param(config_class, f.name, id=f"{config_class.__name__}.{f.name}")
+        for config_class in CONFIGS
+        for f in fields(config_class)
+        if kind in (base_type(f.type), typing.get_origin(base_type(f.type)))
+    ]
+
+
+@pytest.mark.parametrize(("config_class", "name"), flags_of(bool))
+def test_boolean_flags(capsys, config_class, name):
+    """A boolean is set by --x or --x true and unset by --no-x or --x false; the last one counts."""
+    for argv, expected in (
+        ([f"--{name}"], True),
+        ([f"--no-{name}"], False),
+        ([f"--{name}", "true"], True),
+        ([f"--{name}", "false"], False),
+        ([f"--{name}=True"], True),
+        ([f"--{name}", f"--no-{name}"], False),
+        ([f"--no-{name}", f"--{name}"], True),
+    ):
+        assert parse(config_class, *argv)[name] is expected, argv
+    wrong = parsing_error(capsys, config_class, f"--{name}", "maybe")
+    assert f"{name} is maybe, expected true or false" in wrong
+    assert "takes no value" in parsing_error(capsys, config_class, f"--no-{name}", "true")
+
+
+@pytest.mark.parametrize(("config_class", "name"), flags_of(Literal))
+def test_choices(capsys, config_class, name):
+    """A flag with choices takes each of them, and its error for anything else lists them."""
+    kind = next(base_type(f.type) for f in fields(config_class) if f.name == name)
+    choices = typing.get_args(kind)
+    for choice in choices:
+        assert parse(config_class, f"--{name}", choice) == {name: choice}
+    error = parsing_error(capsys, config_class, f"--{name}", "none-of-them")
+    assert f"{name} is none-of-them, expected {' or '.join(choices)}" in error
+
+
+@pytest.mark.parametrize(("config_class", "name"), flags_of(list))
+def test_lists(config_class, name):
+    """A list takes one value or several up to the next flag."""
+    assert parse(config_class, f"--{name}", "a") == {name: ["a"]}
+    assert parse(config_class, f"--{name}", "a", "b c") == {name: ["a", "b c"]}
+    assert parse(config_class, f"--{name}", "a", "b", "--debug") == {name: ["a", "b"]}
+
+
+def test_values_have_their_types():
+    """Numbers come as int or float as declared, text stays as typed, and what is not given is
+    absent.
+    """
+    assert parse(Base) == {}
+    values = parse(Base, "--number", "12", "--rate", "3", "--name", "12", "--optional", "null")
+    assert values == {"number": 12, "rate": 3.0, "name": "12", "optional": None}
+    assert [type(value) for value in values.values()] == [int, float, str, type(None)]
+    assert parse(Base, "--name=-x") == {"name": "-x"}
+
+
+WRONG_VALUES = [
+    ("number: many", "number is many, expected a whole number"),
+    ("number: 1.5", "number is 1.5, expected a whole number"),
+    ("number: true", "number is true, expected a whole number"),
+    ("number: [1]", "number is [1], expected a whole number"),
+    ("number: null", "number is null, expected a whole number"),
+    ("number: ''", "number is '', expected a whole number"),
+    ("rate: fast", "rate is fast, expected a number"),
+    ("rate: .nan", "rate is nan, expected a number"),
+    ("rate: -.inf", "rate is -inf, expected a number"),
+    ("rate: 1" + "0" * 400, "expected a number"),
+    ("rate: false", "rate is false, expected a number"),
+    ("rate: null", "rate is null, expected a number"),
+    ("name: 5", "name is 5, expected text"),
+    ("name: null", "name is null, expected text"),
+    ("name: {a: b}", "name is {'a': 'b'}, expected text"),
+    ("names: a", "names is a, expected a list of texts"),
+    ("names: [a, 1]", "names is ['a', 1], expected a list of texts"),
+    ("option: blue", "option is blue, expected red or green"),
+    ("option: [red]", "option is ['red'], expected red or green"),
+    ("option: null", "option is null, expected red or green"),
+    ("switch: maybe", "switch is maybe, expected true or false"),
+    ("switch: 1", "switch is 1, expected true or false"),
+    ("optional: half", "optional is half, expected a whole number or null"),
+    ("numbr: 3", "numbr is not a setting of this command"),
+    ("1: 3", "1 is not a setting of this command"),
+    ("- number", "holds ['number'], expected lines of NAME: VALUE"),
+    ("number", "holds 'number', expected lines of NAME: VALUE"),
+    ("", "holds None, expected lines of NAME: VALUE"),
+    ("number: [1", "is not YAML"),
+    ("name: !!python/object:os.system x", "is not YAML"),
+]
+
+
+@pytest.mark.parametrize(("content", "expected"), WRONG_VALUES, ids=[c for c, _ in WRONG_VALUES])
+def test_yaml_is_checked_like_flags(tmp_path, capsys, content, expected):
+    """A value of the wrong type, an unknown key, and a file that holds no settings end in one line
+    with the file's name, the value, and what is expected.
+    """
+    file = tmp_path / "wrong.yaml"
+    file.write_text(content)
+    error = parsing_error(capsys, Base, "--config", file)
+    assert f"{file}" in error
+    assert expected in error
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("rate: 1e-3", 1e-3),  # YAML 1.1 takes it for a text
+        ("rate: 2", 2.0),
+        ("number: 7", 7),
+        ("switch: yes", True),
+        ("switch: 'false'", False),
+        ("optional: null", None),
+        ("optional: 4", 4),
+        ("names: []", []),
+        ("names: [a, b]", ["a", "b"]),
+        ("name: ''", ""),
+        ("option: green", "green"),
+    ],
+)
+def test_yaml_values(tmp_path, content, expected):
+    """What means a value of the setting's type is converted to that type."""
+    file = tmp_path / "right.yaml"
+    file.write_text(content)
+    (value,) = parse(Base, "--config", file).values()
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_null_is_accepted_where_none_is_a_value(tmp_path, capsys):
+    """Over all commands, YAML's null is accepted by just the settings whose type or default allows
+    None.
+    """
+    file = tmp_path / "null.yaml"
+    for config_class in CONFIGS:
+        for f in fields(config_class):
+            file.write_text(f"{f.name}: null\n")
+            if f.default is None or type(None) in typing.get_args(f.type):
+                assert parse(config_class, "--config", file) == {f.name: None}
+            else:
+                error = parsing_error(capsys, config_class, "--config", file)
+                assert f"{f.name} is null, expected" in error
+
+
+def test_files_that_cannot_be_read(tmp_path, capsys):
+    """A missing file, a folder and bytes that are not UTF-8 are named."""
+    (tmp_path / "latin1.yaml").write_bytes("name: café".encode("latin-1"))
+    for name, expected in (
+        ("nothing.yaml", "no such file; --config expects a YAML file"),
+        ("", "no such file; --config expects a YAML file"),
+        ("latin1.yaml", "is not YAML"),
+    ):
+        error = parsing_error(capsys, Base, "--config", tmp_path / name)
+        assert f"{tmp_path / name}" in error
+        assert expected in error
+
+
+def test_yaml_is_utf8_on_any_machine(tmp_path):
+    """A config file is read as UTF-8 whatever the encoding of the machine's locale."""
+    (tmp_path / "utf8.yaml").write_bytes("name: café 日本\n".encode())
+    program = (
+        "from engine.config import parse_flags, flag; from dataclasses import make_dataclass\n"
+        "Config = make_dataclass('Config', [('name', str, flag('', 'a name'))])\n"
+        "print(ascii(parse_flags(Config, '', ['--config', 'utf8.yaml'])[0]['name']))"
+    )
+    # Python warns where it would fall back on the locale's encoding.
+    options = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning"]
+    result = subprocess.run(
+        [sys.executable, *options, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ascii("café 日本")
+
+
+def test_the_command_line_wins(tmp_path):
+    """A flag wins over the files wherever it stands, and a later file over an earlier one; what
+    only one of them gives is kept.
+    """
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("number: 1\nrate: 0.5\nname: first\n")
+    second.write_text("rate: 0.25\nname: second\n")
+    files = ["--config", first, "--config", second]
+    expected = {"number": 1, "rate": 0.25, "name": "flag"}
+    assert parse(Base, *files, "--name", "flag") == expected
+    assert parse(Base, "--name", "flag", *files) == expected
+
+
+def test_debug_is_no_setting():
+    """--debug is reported apart from the settings."""
+    assert parse_flags(Base, "", ["--debug", "--number", "1"]) == ({"number": 1}, True)
+    assert parse_flags(Base, "", []) == ({}, False)
+
+
+def test_unknown_flags_suggest_a_near_one(capsys):
+    """A misspelled flag is refused with the flag it resembles; so is a word that belongs to no
+    flag.
+    """
+    error = parsing_error(capsys, PretrainConfig, "--max_stepz", "3")
+    assert "unknown flag --max_stepz, did you mean --max_steps?" in error
+    error = parsing_error(capsys, PretrainConfig, "--warmup_step=3")
+    assert "unknown flag --warmup_step=3, did you mean --warmup_steps?" in error
+    error = parsing_error(capsys, PretrainConfig, "--qqqq")
+    assert "unknown flag --qqqq (-h lists the flags)" in error
+    assert "unknown flag surplus" in parsing_error(capsys, PretrainConfig, "surplus")
+    assert "expected one argument" in parsing_error(capsys, PretrainConfig, "--max_steps")
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_abbreviations_are_refused(capsys, config_class):
+    """A flag without its last letter is unknown, so that a new flag never changes an old script."""
+    names = {f.name for f in fields(config_class)}
+    for short in {name[:-1] for name in names} - names:
+        for value in (["1"], []):
+            error = parsing_error(capsys, config_class, f"--{short}", *value)
+            assert f"unknown flag --{short}" in error
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+@pytest.mark.parametrize("columns", [60, 100, 240])
+def test_help(monkeypatch, config_class, columns):
+    """The help has every flag with a description and its default, and no line is wider than the
+    terminal or 100 columns.
+    """
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = build_parser(config_class, "What it does.").format_help()
+    assert max(map(len, text.splitlines())) <= min(columns, 100)
+    words = " ".join(text.split())
+    assert "What it does." in words
+    assert "--config FILE" in words
+    assert "--debug" in words
+    for action in build_parser(config_class, "")._actions:
+        assert len(action.help) > 5
+        assert " ".join(action.help.replace("%%", "%").split()) in words
+    for f in fields(config_class):
+        assert re.search(rf"--{f.name}\b", words)
+        if isinstance(f.default, (int, float)) and not isinstance(f.default, bool):
+            assert f"(default: {f.default:g})" in words or f"(default: {f.default})" in words
+
+
+@pytest.mark.parametrize("config_class", [PretrainConfig, FinetuneConfig])
+def test_help_is_grouped(config_class):
+    """A training command's help has groups; a field that overrides a default stays in its group."""
+    groups = {group.title: group for group in build_parser(config_class, "")._action_groups}
+    flags = {
+        title: {action.dest for action in group._group_actions} for title, group in groups.items()
+    }
+    for title, names in GROUPS.items():
+        assert names <= flags[title], title
+    own = {"data": {"data_dir"}, "model": {"init_from", "n_layer", "block_size"}}
+    if config_class is FinetuneConfig:
+        own = {"data": {"data"}, "model": {"model_name_or_path"}, "LoRA": {"lora_dim", "use_lora"}}
+    for title, names in own.items():
+        assert names <= flags[title], title
+    assert flags["options"] == {"help", "config", "debug"}
+    help_text = build_parser(config_class, "").format_help()
+    assert all(f"\n{title}:\n" in help_text for title in [*GROUPS, *own])
+
+
+def test_overriding_a_default_keeps_the_rest():
+    """A field that only overrides a default keeps its help, its group and whether it may change;
+    with a help of its own it says all of these anew.
+    """
+    assert fixed_settings(Base) == {"rate", "name", "names", "switch", "optional"}
+    assert fixed_settings(Derived) == fixed_settings(Base)
+    words = " ".join(build_parser(Derived, "").format_help().split())
+    assert "a count of 100% (default: 5)" in words
+    assert "another rate (default: 2)" in words
+    assert "a color (default: green)" in words
+    assert "several names (default: a b)" in words
+    assert "a switch (default: false)" in words
+    assert words.count("numbers:") == words.count("texts:") == 1
+    assert (Derived().number, Derived().rate, Derived().option) == (5, 2.0, "green")
+    assert Base().names is not Base().names
+
+
+def test_a_field_without_flag_is_refused():
+    """A config's field that was not declared with flag() is an error in the program."""
+
+    @dataclass(frozen=True)
+    class Undeclared(Base):
+        extra: int = 3
+
+    with pytest.raises(KeyError, match=r"Undeclared\.extra was not declared with flag"):
+        build_parser(Undeclared, "")
+
+
+def test_what_a_resumed_run_may_change():
+    """The settings that may change are the ones on which the curve does not depend, in both
+    training commands.
+    """
+    free = {}
+    for config_class in (TrainConfig, PretrainConfig, FinetuneConfig):
+        names = {f.name for f in fields(config_class)}
+        free[config_class] = names - fixed_settings(config_class)
+        assert free[config_class] == FREE_TO_CHANGE & names
+    assert free[PretrainConfig] | free[FinetuneConfig] == FREE_TO_CHANGE
+
+
+def test_removed_settings_are_ignored(tmp_path, capsys):
+    """A config file of an earlier version may hold find_batch_size; as a flag it is unknown."""
+    file = tmp_path / "old.yaml"
+    file.write_text("find_batch_size: true\nmax_steps: 3\n")
+    assert parse(PretrainConfig, "--config", file) == {"max_steps": 3}
+    error = parsing_error(capsys, PretrainConfig, "--find_batch_size", "true")
+    assert "unknown flag --find_batch_size" in error
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PretrainConfig(),
+        PretrainConfig(out_dir="läufe/日本: # 1", max_lr=1e-3, compile=False, n_layer=3),
+        PretrainConfig(precision="bf16", hellaswag_data="null.jsonl", zero_residual=True),
+        FinetuneConfig(),
+        FinetuneConfig(use_lora=False, max_lr=1e-5, weight_decay=1e-20),
+        FinetuneConfig(lora_dim=4, lora_alpha=1.5, use_rslora=True, data="yes", merge_out="3"),
+        EvalConfig(limit=3, skip_bad_rows=True),
+        SampleConfig(stop=["\n", "é", "- a"], top_k=None, prompt="\ttab"),
+        PrepareConfig(dataset=["a.txt", "b.txt"]),
+        ShareConfig(run="runs/x", repo_id="me/x", license="mit", best=True),
+        Base(),
+    ],
+)
+def test_yaml_reads_back(tmp_path, config):
+    """A config written as YAML and read back by --config is the same config."""
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    values = parse(type(config), "--config", file)
+    assert type(config)(**values) == config
+    assert values.keys() == {f.name for f in fields(config)}
+
+
+def test_presets_are_complete_and_right():
+    """Every preset parses, and gpt2_124m is what the defaults are."""
+    presets = sorted((ROOT / "configs").glob("*.yaml"))
+    assert len(presets) >= 5
+    for preset in presets:
+        config_class = FinetuneConfig if preset.stem.endswith("_lora") else PretrainConfig
+        config = config_class(**parse(config_class, "--config", preset))
+        if preset.stem == "gpt2_124m":
+            names = ("n_layer", "n_head", "n_embd", "block_size")
+            shape = {name: getattr(GPTConfig(), name) for name in names}
+            assert config == PretrainConfig(**shape)
+
+
+WRONG_SETTINGS = [
+    ({"max_steps": 0}, "max_steps is 0, expected at least 1"),
+    ({"batch_size": -1}, "batch_size is -1, expected at least 1"),
+    ({"keep": 0}, "keep is 0, expected at least 1"),
+    ({"warmup_steps": -1}, "warmup_steps is -1, expected at least 0"),
+    ({"muon_weight_decay": -0.5}, "muon_weight_decay is -0.5, expected at least 0"),
+    ({"seed": 2**63}, "expected less than 2**63"),
+    ({"min_lr": 0.1, "max_lr": 0.01}, "min_lr 0.1 and max_lr 0.01: expected 0 <= min <= max"),
+    ({"min_lr": 0.0, "max_lr": 0.0}, "max > 0"),
+    ({"decay_fraction": 1.5}, "decay_fraction is 1.5, expected 0 to 1"),
+    ({"log": "tensorbord"}, "log is tensorbord, expected tensorboard, wandb, or both"),
+    ({"eval_tokens": 0}, "eval_tokens is 0, expected at least 1"),
+    ({"total_batch_size": 0}, "total_batch_size is 0, expected at least 1"),
+    ({"zero_residual": True, "init_from": "gpt2"}, "zero_residual does not work with init_from"),
+]
+
+
+@pytest.mark.parametrize(("settings", "expected"), WRONG_SETTINGS)
+def test_settings_that_cannot_be(settings, expected):
+    """A setting out of its range, and settings that contradict each other, are refused with the
+    value.
+    """
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        PretrainConfig(**settings)
+
+
+def test_a_missing_logger_names_the_line_that_installs_it(tmp_path, monkeypatch):
+    """A package that is not there is refused before a run begins; a plain folder of its name does
+    not count as the package.
+    """
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ValueError, match="log is wandb, but wandb is missing: pip install wandb"):
+        PretrainConfig(log="wandb")
+    assert PretrainConfig(log="").loggers == []
+
+
+def test_config_imports_no_torch():
+    """Flags are parsed without torch, so that help and errors could come at once."""
+    program = "import engine.config, engine.errors, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=Path(ROOT), check=True)

@@ -1,0 +1,46 @@
+"""The fast decode path equals F.linear, and is taken only for few rows on a CPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_ids
+from torch import nn
+
+from engine import decode
+from engine.decode import FEW_ROWS, linear_few_rows, speed_up_decoding
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (3, 2, 24), (8, 24), (0, 24)])
+def test_few_rows_equal_linear(monkeypatch, threads, bias, shape):
+    """For every number of threads the result is that of F.linear, up to rounding."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    layer, x = nn.Linear(24, 36, bias=bias), torch.randn(shape)
+    with torch.no_grad():
+        found = linear_few_rows(x, layer.weight, layer.bias)
+        torch.testing.assert_close(found, F.linear(x, layer.weight, layer.bias))
+
+
+def test_other_inputs_take_linear(monkeypatch):
+    """More rows, and inputs with gradients, take F.linear itself."""
+    layer = nn.Linear(24, 36)
+    speed_up_decoding(layer)
+    monkeypatch.setattr(torch, "bmm", pytest.fail)
+    many = torch.randn(FEW_ROWS + 1, 24)
+    with torch.no_grad():
+        assert torch.equal(layer(many), F.linear(many, layer.weight, layer.bias))
+    layer(many[:FEW_ROWS]).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_generation_takes_the_fast_path(tiny_model, monkeypatch):
+    """Every linear of a decoding step, and the head, takes the fast path; the text is the same."""
+    calls, bmm = [], torch.bmm
+    expected = tiny_model.generate(random_ids(1, 12), 20, temperature=0)
+    speed_up_decoding(tiny_model)
+    monkeypatch.setattr(decode.torch, "bmm", lambda *args: calls.append(1) or bmm(*args))
+    found = tiny_model.generate(random_ids(1, 12), 20, temperature=0)
+    assert torch.equal(found, expected)
+    n_linears = 4 * tiny_model.config.n_layer
+    assert len(calls) == 19 * n_linears + 20  # the prompt has 12 rows in the blocks, 1 in the head

@@ -1,0 +1,250 @@
+"""Fine-tuning as a user runs it: the command's main(), and processes that are killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from conftest import ONE_THREAD, ROOT, TORCHRUN, command, expect_error, run_script
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import finetune_lora
+from engine import training
+from engine.checkpoint import list_checkpoints, load_model, read_run_config, read_state
+from engine.lora import lora_linears
+from engine.metrics import read_metrics
+from finetune_lora import FinetuneConfig
+from model import GPT, GPTConfig
+
+SETTINGS = {
+    "model_name_or_path": "base",
+    "data": "rows.jsonl",
+    "examples_per_step": 12,
+    "batch_size": 6,
+    "max_steps": 8,
+    "warmup_steps": 2,
+    "max_lr": 1e-2,
+    "eval_every": 4,
+    "sample_every": 4,
+    "save_every": 4,
+    "val_fraction": 0.2,
+    "device": "cpu",
+}
+SHAPE = GPTConfig(block_size=64, n_layer=12, n_head=2, n_embd=8)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The current directory, with a small GPT-2 called base and 40 rows."""
+    torch.manual_seed(0)
+    GPT(SHAPE).save_pretrained(tmp_path / "base")
+    words = ROOT.joinpath("README.md").read_text().split()
+    prompts = [" ".join(words[i : i + i % 9 + 2]) for i in range(36)] + [""] * 4
+    rows = [{"prompt": prompt, "completion": " yes"} for prompt in prompts]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def finetune(out_dir: str, **settings: object) -> Path:
+    finetune_lora.main(FinetuneConfig(**{**SETTINGS, "out_dir": out_dir, **settings}))
+    return Path(out_dir)
+
+
+def as_flags(settings: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items() if value is not None]
+
+
+def read_losses(run: Path) -> list[tuple]:
+    return [(r["step"], r.get("train_loss"), r.get("val_loss")) for r in read_metrics(run)]
+
+
+def test_a_run_writes_what_is_documented(folder, capsys):
+    """A run lowers the loss and leaves an adapter that PEFT loads, a merged model that transformers
+    loads with the same logits, train_data.json with all losses, and samples with references.
+    """
+    run = finetune("runs/a", merge_out="merged")
+    out = capsys.readouterr().out
+    assert "48 linears, 96 trainable tensors" in out
+    assert "[reference]  yes" in out
+    metrics = read_metrics(run)
+    assert metrics[-1]["val_loss"] < metrics[0]["val_loss"]
+    assert len(metrics[-1]["samples"]) == 3
+    data = json.loads((run / "train_data.json").read_text())
+    assert (data["train_steps"], data["eval_steps"]) == (list(range(1, 9)), [0, 4, 8])
+    assert data["train_loss"] == [r["train_loss"] for r in metrics[1:]]
+    assert data["eval_loss"] == [r["val_loss"] for r in metrics if "val_loss" in r]
+    assert (run / "loss.png").exists()
+    latest = list_checkpoints(run)[-1]
+    assert (latest / "adapter_model.safetensors").stat().st_size < 150_000
+    idx = torch.tensor([AutoTokenizer.from_pretrained("merged").encode("To be, or not")])
+    stock = AutoModelForCausalLM.from_pretrained("base")
+    models = [
+        load_model(run),
+        load_model("base", run),
+        peft.AutoPeftModelForCausalLM.from_pretrained(latest),
+        AutoModelForCausalLM.from_pretrained("merged"),
+        GPT.from_pretrained("merged"),
+    ]
+    with torch.no_grad():
+        outs = [getattr(out, "logits", out) for out in (m.eval()(idx) for m in models)]
+        assert (outs[0] - stock(idx).logits).abs().max() > 1e-3
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], atol=1e-4, rtol=0)
+
+
+def test_the_adapter_is_merged_into_the_base_it_was_trained_on(folder, monkeypatch):
+    """A base run that gains a checkpoint during training does not change what is merged."""
+    first, second = (Path(f"base_run/checkpoints/step_00000{n}") for n in (1, 2))
+    shutil.copytree("base", first)
+
+    def train(*args):
+        training.train(*args)
+        GPT(SHAPE).save_pretrained(second)
+
+    monkeypatch.setattr(finetune_lora, "train", train)
+    run = finetune("runs/a", model_name_or_path="base_run", merge_out="merged")
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        merged, expected = load_model("merged")(idx), load_model(first, run)(idx)
+    torch.testing.assert_close(merged, expected, atol=1e-4, rtol=0)
+
+
+def test_training_all_weights(folder):
+    """--no-use_lora trains every weight, and the run's checkpoint is an ordinary model."""
+    run = finetune("runs/full", use_lora=False, merge_out="merged")
+    base, tuned = GPT.from_pretrained("base"), load_model(run)
+    assert not lora_linears(tuned)
+    assert all(
+        not torch.equal(a, b) for a, b in zip(base.parameters(), tuned.parameters(), strict=True)
+    )
+    AutoModelForCausalLM.from_pretrained(list_checkpoints(run)[-1])
+    assert torch.equal(load_model("merged").lm_head.weight, tuned.lm_head.weight)
+
+
+@pytest.mark.parametrize("use_lora", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_to_the_bit(folder, use_lora):
+    """After kill -9 the same command gives the losses and weights of an uninterrupted run, dropout
+    included; the optimizer has a state for each trained tensor.
+    """
+    settings = {"lora_dropout": 0.2 if use_lora else None, "use_lora": use_lora, "max_steps": 12}
+    whole = finetune("runs/whole", **settings)
+    flags = as_flags({**SETTINGS, **settings, "out_dir": "runs/killed"})
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(command("finetune_lora.py", *flags), env=env) as process:
+        deadline = time.monotonic() + 100
+        while not list_checkpoints("runs/killed") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    killed = finetune("runs/killed", **settings)
+    assert read_losses(killed) == read_losses(whole)
+    a, b = load_model(killed), load_model(whole)
+    assert all(map(torch.equal, a.parameters(), b.parameters()))
+    state = read_state(list_checkpoints(killed)[-1])["optimizer"]["state"]
+    assert len(state) == (96 if use_lora else 148)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_ranks_do_not_change_the_curve(folder, parallel):
+    """Two ranks have the losses of one process, and one process resumes their run."""
+    single = finetune("runs/single")
+    flags = as_flags({**SETTINGS, "out_dir": "runs/two", "parallel": parallel})
+    torchrun = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
+    torchrun += [str(ROOT / "finetune_lora.py"), *flags]
+    result = subprocess.run(torchrun, capture_output=True, text=True, timeout=120, env=ONE_THREAD)
+    assert result.returncode == 0, result.stderr
+    for ours, expected in zip(read_losses(Path("runs/two")), read_losses(single), strict=True):
+        pairs = [(a, b) for a, b in zip(ours, expected, strict=True) if (a, b) != (None, None)]
+        assert all(a == pytest.approx(b, rel=1e-4) for a, b in pairs)
+    finetune("runs/two")  # already finished
+
+
+def test_starting_from_an_adapter(folder):
+    """--lora_load_path takes a run, a PEFT folder or a lora.pt, keeps its settings and refuses
+    others; the base stays --model_name_or_path.
+    """
+    first = finetune("runs/first", lora_dim=2, lora_alpha=3.0, max_steps=4)
+    before = read_metrics(first)[-1]["val_loss"]
+    latest = list_checkpoints(first)[-1]
+    for name, path in (("b", first), ("c", latest), ("d", latest / "lora.pt")):
+        settings = {"lora_dim": 2, "lora_alpha": 3.0} if name == "d" else {}
+        second = finetune(f"runs/{name}", lora_load_path=str(path), max_steps=1, **settings)
+        assert read_metrics(second)[0]["val_loss"] == pytest.approx(before, rel=1e-6)
+        assert next(iter(lora_linears(load_model(second)).values())).config.lora_alpha == 3.0
+        assert read_run_config(second)["lora_dim"] == 2
+    with pytest.raises(ValueError, match=r"lora_dim is 4, but the adapter of .* has 2"):
+        finetune("runs/e", lora_load_path=str(first), lora_dim=4)
+    with pytest.raises(ValueError, match="is an adapter; give its base model"):
+        finetune("runs/f", model_name_or_path=str(first))
+
+
+def test_default_data_never_change_silently(folder):
+    """Without a hub the default data are an error that names --data stdlib, and no run begins."""
+    flags = as_flags({**SETTINGS, "data": None, "out_dir": "runs/a"})
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
+    error = expect_error("finetune_lora.py", *flags, cwd=folder, **offline)
+    assert "the Hugging Face hub did not provide yahma/alpaca-cleaned" in error
+    assert "--data stdlib" in error
+    assert error.count("\n") == 1
+    assert not Path("runs/a/metrics.jsonl").exists()
+
+
+def test_another_base_is_refused(folder):
+    """A run resumes with the base weights it started from, wherever they are, and no others."""
+    finetune("runs/a", max_steps=4)
+    Path("base").rename("moved")
+    torch.manual_seed(1)
+    GPT(SHAPE).save_pretrained("base")
+    with pytest.raises(ValueError, match=r"base_sha256 was \w+, is \w+"):
+        finetune("runs/a", max_steps=4)
+    assert finetune("runs/a", model_name_or_path="moved", max_steps=4)
+    with pytest.raises(ValueError, match="has weights of sha256"):
+        finetune("runs/b", base_sha256="0" * 64)
+
+
+WRONG_SETTINGS = [
+    ({"lora_dim": 0}, "lora_dim is 0, expected at least 1"),
+    ({"lora_module_name": "q_proj"}, "no linear has 'q_proj' in its name"),
+    ({"model_name_or_path": "other_vocab"}, "has 1000 tokens, GPT-2's tokenizer has 50257"),
+    ({"lora_load_path": "nowhere"}, "nowhere does not exist"),
+    ({"max_lr": -1.0}, "expected 0 <= min <= max"),
+    ({"merge_out": "base"}, "merge_out base already exists"),
+    ({"val_fraction": 1.0}, "val_fraction is 1.0, expected between 0 and 1"),
+    ({"lora_dropout": 1.0}, "lora_dropout is 1.0, expected 0 to below 1"),
+    ({"use_lora": False, "lora_load_path": "x"}, "lora_load_path is given, which needs --use_lora"),
+    ({"use_lora": False, "lora_dim": 4}, "lora_dim is given, which needs --use_lora"),
+    ({"lora_alpha": 0.0}, "lora_alpha is 0.0, expected above 0"),
+    ({"examples_per_step": 0}, "examples_per_step is 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "expected"), WRONG_SETTINGS, ids=str)
+def test_wrong_settings_are_named(folder, settings, expected):
+    """What is impossible is an error with the value, and no run begins."""
+    GPT(GPTConfig(vocab_size=1000, n_layer=1, n_head=1, n_embd=8)).save_pretrained("other_vocab")
+    with pytest.raises((ValueError, OSError), match=expected):
+        finetune("runs/a", **settings)
+    assert not list(folder.glob("runs/*/metrics.jsonl"))
+
+
+def test_missing_data_are_named(folder):
+    """Data that are neither a file nor on the hub end in one line with their name."""
+    flags = as_flags({**SETTINGS, "data": "nothing.jsonl"})
+    error = expect_error("finetune_lora.py", *flags, cwd=folder, HF_HUB_OFFLINE="1")
+    assert "nothing.jsonl" in error
+    assert "not a file either" in error
+    assert not list(folder.glob("runs/*/metrics.jsonl"))
+
+
+def test_help_shows_loras_settings(folder):
+    """-h lists the settings of LoRA."""
+    help_text = run_script("finetune_lora.py", "-h", cwd=folder).stdout
+    assert "\nLoRA:\n" in help_text
+    assert "--lora_alpha" in help_text

@@ -1,0 +1,146 @@
+"""Metrics: FLOPs, MFU's peaks and memory, and loggers that agree with metrics.jsonl."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU
+
+from engine import metrics
+from engine.config import TrainConfig
+from engine.metrics import RunLogger, flops_per_token, peak_flops, peak_memory, read_metrics
+from model import GPT, GPTConfig
+
+SAMPLE = "</pre><script>&amp;"  # text that must not be interpreted
+
+
+def record(step: int) -> dict:
+    result = {"step": step, "tokens": step * 64, "val_loss": 9.0 - step / 10}
+    if step:
+        result |= {"train_loss": 9.5 - step / 10, "grad_norm": 1.5, "lr": step * 1e-3, "mfu": None}
+        result |= {"tokens_per_s": 128.0, "step_ms": 500.0, "peak_memory_gb": 0.5 + step / 100}
+    return result | ({"samples": [f"{SAMPLE} at {step}"]} if step % 10 == 0 else {})
+
+
+def log_steps(run: Path, log: str, steps: range, start: int = 0) -> RunLogger:
+    logger = RunLogger(TrainConfig(out_dir=str(run), max_steps=20, log=log), CPU, start)
+    for step in steps:
+        logger.log(record(step))
+    for each in logger.loggers.values():
+        each.close()
+    return logger
+
+
+@pytest.mark.parametrize("earlier_log", ["tensorboard", ""])
+def test_tensorboard_equals_metrics_jsonl(tmp_path, earlier_log):
+    """TensorBoard's own reader finds each number of metrics.jsonl once, in a run that was killed
+    and resumed from an earlier step, also if the logger is only turned on when resuming.
+    """
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
+    )
+    (tmp_path / "config.yaml").write_text("max_steps: 20\n")
+    log_steps(tmp_path, earlier_log, range(13))
+    log = tmp_path / "metrics.jsonl"  # killed between the logger and the log: step 12 repeats
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    log_steps(tmp_path, "tensorboard", range(11, 21), start=10)
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    for key in ("train_loss", "val_loss", "grad_norm", "lr", "tokens", "tokens_per_s"):
+        expected = [(r["step"], r[key]) for r in read_metrics(tmp_path) if r.get(key) is not None]
+        if key in tags["scalars"]:
+            found = [(e.step, e.value) for e in events.Scalars(key)]
+        else:
+            found = [(e.step, read_double(e.tensor_proto)) for e in events.Tensors(key)]
+        assert [step for step, _ in found] == [step for step, _ in expected], key
+        assert [v for _, v in found] == pytest.approx([v for _, v in expected], rel=1e-6)
+    texts = events.Tensors("sample_1/text_summary")
+    assert [e.step for e in texts] == [0, 10, 20]
+    assert SAMPLE in texts[0].tensor_proto.string_val[0].decode()
+
+
+def read_double(tensor) -> float:
+    """The value of TensorBoard's protobuf of one double."""
+    return float([*tensor.double_val, *np.frombuffer(tensor.tensor_content)][0])
+
+
+def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
+    """Offline, a resumed run keeps its id."""
+    pytest.importorskip("wandb", reason="needs wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "config.yaml").write_text("max_steps: 20\n")
+    log_steps(tmp_path, "wandb", range(3))
+    run_id = (tmp_path / "wandb_id").read_text()
+    log_steps(tmp_path, "wandb", range(2, 5), start=1)
+    assert (tmp_path / "wandb_id").read_text() == run_id
+    assert {f.name for f in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {f"run-{run_id}.wandb"}
+
+
+def test_failing_logger_is_turned_off(tmp_path, monkeypatch, capsys):
+    """An exception in a logger is printed once, and metrics.jsonl continues without that logger."""
+
+    class Failing:
+        def __init__(self, run, earlier):
+            pass
+
+        def write(self, record):
+            raise ConnectionError("no route")
+
+    monkeypatch.setitem(metrics.LOGGER_CLASSES, "tensorboard", Failing)
+    monkeypatch.setattr(TrainConfig, "loggers", ["tensorboard"])
+    assert log_steps(tmp_path, "", range(4)).loggers == {}
+    assert capsys.readouterr().out.count("logging to tensorboard is off from here on") == 1
+    assert [r["step"] for r in read_metrics(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_unknown_or_missing_logger(tmp_path, monkeypatch):
+    """An unknown logger, and one whose package is not installed (a folder of its name does not
+    count), are refused by the config; the latter with the command that installs it.
+    """
+    with pytest.raises(ValueError, match="log is tensorbord, expected tensorboard, wandb"):
+        TrainConfig(log="tensorbord")
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        TrainConfig(log="wandb")
+
+
+def test_peak_memory_is_the_kernels():
+    """The peak memory of this process is the kernel's figure, in bytes."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except FileNotFoundError:
+        pytest.skip("needs /proc")
+    kib = int(text.split("VmHWM:")[1].split()[0])
+    assert peak_memory(CPU.device) == pytest.approx(kib * 1024, rel=0.05)
+
+
+def test_flops_at_124m():
+    """6 FLOPs per token and parameter of a matrix product, plus attention, computed by hand."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert flops_per_token(model, 1024) == 6 * (124_475_904 - 786_432) + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2e12),
+        ("NVIDIA RTX A6000", 154.8e12),
+        ("NVIDIA GeForce RTX 5090", 209.5e12),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_peak_flops_belong_to_the_card(monkeypatch, name, peak):
+    """Names as drivers report them find their own card's peak, not that of a similar card."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda")) == peak

@@ -1,0 +1,184 @@
+import functools
+import math
+import subprocess
+
+import pytest
+import torch
+import torch.optim._muon as torchs
+from conftest import SMALL, TORCHRUN, WORKERS, make_step, new_model, worker_env
+
+from engine import optim
+from engine.optim import Muon, learning_rate, newton_schulz, parameter_groups
+from model import GPT, GPTConfig
+from train_gpt2 import PretrainConfig, build_model
+
+PYTORCHS_ITERATION = torchs._zeropower_via_newtonschulz
+
+
+def test_schedule_is_build_nanogpts():
+    """Step s has the rate that build-nanogpt computes for its step s - 1."""
+
+    def get_lr(it, max_lr=6e-4, min_lr=6e-5, warmup_steps=715, max_steps=19073):
+        if it < warmup_steps:
+            return max_lr * (it + 1) / warmup_steps
+        ratio = (it - warmup_steps) / (max_steps - warmup_steps)
+        return min_lr + (1.0 + math.cos(math.pi * ratio)) / 2 * (max_lr - min_lr)
+
+    config = PretrainConfig()
+    for step in (1, 2, 714, 715, 716, 717, 5000, 10_000, 19_072, 19_073):
+        assert learning_rate(step, config) == pytest.approx(get_lr(step - 1), rel=1e-12)
+    assert learning_rate(1, PretrainConfig(warmup_steps=0)) == 6e-4
+
+
+def test_wsd_schedule():
+    """Warmup, a constant rate, then linear decay that would reach 0 one step after the last."""
+    sizes = {"max_steps": 100, "warmup_steps": 10, "max_lr": 1.0, "decay_fraction": 0.2}
+    config = PretrainConfig(schedule="wsd", **sizes)
+    rates = [learning_rate(s, config) for s in range(1, 102)]
+    assert rates[:10] == pytest.approx([s / 10 for s in range(1, 11)])
+    assert rates[10:81] == [1.0] * 71
+    assert rates[80:] == pytest.approx([s / 20 for s in range(20, -1, -1)])
+    with pytest.raises(ValueError, match=r"decay_fraction is 1.5, expected 0 to 1"):
+        PretrainConfig(decay_fraction=1.5)
+
+
+def test_parameter_groups_at_124m():
+    """At 124M, 50 tensors with 124,354,560 parameters have weight decay, 98 with 121,344 do not."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    groups = parameter_groups(model, 0.1)
+    sizes = [(len(g["params"]), sum(p.numel() for p in g["params"])) for g in groups]
+    assert sizes == [(50, 124_354_560), (98, 121_344)]
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+
+
+class Kept(torch.Tensor):
+    """A tensor that stays in fp32 when it is cast to bf16."""
+
+    def bfloat16(self):
+        return self.as_subclass(torch.Tensor).clone()
+
+
+def in_fp32(gradient: torch.Tensor, *how: object) -> torch.Tensor:
+    """PyTorch's iteration without its one cast to bf16."""
+    return PYTORCHS_ITERATION(gradient.as_subclass(Kept), *how)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (96, 24), (24, 96)])
+def test_orthogonal_as_pytorchs_in_fp32(shape):
+    """Each matrix of a batch, wide, tall or square, equals PyTorch's iteration in fp32, with
+    singular values in the known band of the quintic.
+    """
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape)
+    ours = newton_schulz(matrices)
+    for mine, matrix in zip(ours, matrices, strict=True):
+        theirs = in_fp32(matrix, optim.NS_COEFFICIENTS, optim.NS_STEPS, optim.NS_EPS)
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+        values = torch.linalg.svdvals(mine)
+        assert 0.3 < values[-1] <= values[0] < 1.3
+        # The singular vectors of the matrix are kept: U S' V', not just any orthogonal matrix.
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        inner = u.T @ mine @ v.T
+        off = inner - torch.diag(inner.diagonal())
+        assert off.abs().max() < 1e-3
+
+
+def test_zero_gradient_is_no_nan():
+    """A gradient of zero, as zero-initialized projections give, changes nothing."""
+    assert torch.equal(newton_schulz(torch.zeros(2, 8, 4)), torch.zeros(2, 8, 4))
+
+
+def test_steps_equal_pytorchs_muon(monkeypatch):
+    """Five steps on two shapes equal those of torch.optim.Muon with its iteration in fp32, c_attn
+    as three matrices.
+    """
+    monkeypatch.setattr(torchs, "_zeropower_via_newtonschulz", in_fp32)
+    torch.manual_seed(0)
+    qkv, proj = torch.randn(72, 24), torch.randn(24, 96)
+    mine = [torch.nn.Parameter(qkv.clone()), torch.nn.Parameter(proj.clone())]
+    theirs = [torch.nn.Parameter(t.clone()) for t in (*qkv.chunk(3), proj)]
+    groups = [{"params": [mine[0]], "parts": 3}, {"params": [mine[1]]}]
+    ours = Muon(groups, lr=0.02, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
+    for _ in range(5):
+        a, b = torch.randn(72, 24), torch.randn(24, 96)
+        for param, grad in zip([*mine, *theirs], [a, b, *a.chunk(3), b], strict=True):
+            param.grad = grad.clone()
+        ours.step()
+        reference.step()
+    torch.testing.assert_close(mine[0], torch.cat(theirs[:3]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mine[1], theirs[3], atol=1e-5, rtol=1e-4)
+
+
+def test_batches_do_not_matter(monkeypatch, shards):
+    """The number of matrices in a batch changes nothing but the order of sums."""
+    losses = []
+    for at_once in (optim.BATCH_ELEMENTS, 1):
+        monkeypatch.setattr(optim, "BATCH_ELEMENTS", at_once)
+        step = make_step(new_model(), shards, optimizer="muon")
+        losses.append([step(s)[0].item() for s in range(1, 6)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_muon_gets_the_matrices(shards):
+    """Muon gets the matrices of the blocks, c_attn as three; AdamW all other parameters once."""
+    model = new_model()
+    adamw, ours = make_step(model, shards, optimizer="muon", muon_lr=0.5).optimizers
+    names = {id(p): n for n, p in model.named_parameters()}
+    parts = {names[id(p)]: g["parts"] for g in ours.param_groups for p in g["params"]}
+    expected = {
+        f"transformer.h.{i}.{n}.weight": 3 if n == "attn.c_attn" else 1
+        for i in range(SMALL.n_layer)
+        for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+    assert parts == expected
+    others = [names[id(p)] for g in adamw.param_groups for p in g["params"]]
+    assert sorted([*others, *parts]) == sorted(names.values())
+
+
+def test_rates_and_momentum_follow_the_step(shards):
+    """Muon's rate follows the schedule from its own peak; its momentum rises from 0.85 to 0.95 over
+    300 steps.
+    """
+    step = make_step(new_model(), shards, optimizer="muon", muon_lr=0.02)
+    for s in (1, 2, 3, 10):
+        step(s)
+        adamw, ours = step.optimizers
+        assert adamw.param_groups[0]["lr"] == learning_rate(s, step.config)
+        assert ours.param_groups[0]["lr"] == pytest.approx(2 * learning_rate(s, step.config))
+        assert ours.param_groups[0]["momentum"] == pytest.approx(0.85 + 0.1 * (s - 1) / 300)
+    assert optim.muon_momentum(301) == optim.muon_momentum(9999) == 0.95
+
+
+def test_zero_residual_blocks_add_nothing():
+    """With zero_residual a new model's blocks are the identity; all other weights are unchanged."""
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
+    make = functools.partial(PretrainConfig, **sizes)
+    zeroed, plain = (build_model(make(zero_residual=flag)) for flag in (True, False))
+    x = torch.randn(1, 16, 32)
+    for block in zeroed.transformer.h:
+        assert torch.equal(block(x), x)
+    for (name, a), b in zip(zeroed.named_parameters(), plain.parameters(), strict=True):
+        assert name.endswith("c_proj.weight") or torch.equal(a, b)
+    with pytest.raises(ValueError, match="does not work with init_from gpt2"):
+        make(zero_residual=True, init_from="gpt2")
+
+
+def test_muon_needs_trainable_matrices(shards):
+    """Muon is refused with the remedy where the matrices are frozen."""
+    model = new_model()
+    model.transformer.h.requires_grad_(False)
+    with pytest.raises(ValueError, match="use adamw, or train all weights"):
+        make_step(model, shards, optimizer="muon")
+
+
+def test_ranks_share_the_work(tmp_path):
+    """On two ranks, with replicated and sharded parameters, each rank orthogonalizes a share of the
+    matrices, and steps, one of them skipped, equal those of one process.
+    """
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", str(WORKERS / "muon_ranks.py")]
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=worker_env(), timeout=120
+    )
+    assert result.returncode == 0, result.stderr

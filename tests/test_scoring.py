@@ -1,0 +1,205 @@
+"""Packed continuations score as each does alone in transformers, on any number of ranks."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_transformers_gpt2
+from transformers import GPT2LMHeadModel
+
+from engine import scoring
+from engine.scoring import (
+    Request,
+    Score,
+    collate,
+    encode_request,
+    pack_continuations,
+    pack_request,
+    plan_batches,
+    score,
+)
+from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
+from model import GPT
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 128
+CAUSAL = torch.ones(1, 1, BLOCK_SIZE, BLOCK_SIZE, dtype=torch.bool).tril()
+
+
+@pytest.fixture(scope="module")
+def theirs() -> GPT2LMHeadModel:
+    """With weights so large that continuations differ by nats, and a vocabulary that takes several
+    matrix products.
+    """
+    model = small_transformers_gpt2(n_positions=BLOCK_SIZE, vocab_size=5000)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() == 2:
+                param.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(theirs, tmp_path_factory) -> GPT:
+    folder: Path = tmp_path_factory.mktemp("gpt2")
+    theirs.save_pretrained(folder)
+    return GPT.from_pretrained(folder).eval()
+
+
+def random_requests(n: int) -> list[Request]:
+    """Of few different tokens, so that continuations share prefixes and occur twice."""
+    rng = np.random.default_rng(0)
+
+    def ids(high: int) -> list[int]:
+        return rng.integers(0, 50, rng.integers(1, high)).tolist()
+
+    return [Request(ids(BLOCK_SIZE), [ids(40) for _ in range(4)]) for _ in range(n)]
+
+
+def score_all(model: GPT, requests: list[Request], **options) -> list[tuple[int, list[Score]]]:
+    return [pair for batch in score(model, requests, CPU, **options) for pair in batch]
+
+
+def test_a_token_attends_to_its_own_past():
+    """In a packed row a token attends to the context and the prefix of its own continuation, at
+    the positions that they have in a text of their own. Each shared prefix is stored once.
+    """
+    context, continuations = [9, 8], [[1, 2, 3], [1, 2], [4], [1, 5, 6, 7], [1, 2]]
+    row = pack_continuations(context, dict(enumerate(continuations)))
+    seen = [
+        [row.tokens[j] for j in range(i + 1) if i < row.ends[j]] for i in range(len(row.tokens))
+    ]
+    assert sorted(seen) == [[9], [9, 8], [9, 8, 1], [9, 8, 1, 2], [9, 8, 1, 5], [9, 8, 1, 5, 6]]
+    assert [len(past) - 1 for past in seen] == row.positions
+    assert sorted(row.members) == list(range(len(continuations)))
+    for i, ids in enumerate(continuations):
+        assert [row.targets[p] for p in row.members[i]] == ids
+        pasts = [seen[row.previous[p]] for p in row.members[i]]
+        assert pasts == [context + ids[:n] for n in range(len(ids))]
+    assert row.members[1] == row.members[4]
+    assert len(set(zip(row.previous, row.targets, strict=True))) == len(row.targets)
+
+
+@torch.no_grad()
+def test_scores_equal_transformers_one_by_one(theirs, model):
+    """Packed or truncated on the left, a continuation has the log-probability and the greediness
+    that it has alone in transformers.
+    """
+    requests = random_requests(12)
+    best = theirs(torch.tensor([requests[0].context])).logits[0, -1].argmax().item()
+    requests[0].continuations[2:] = [[best], [best, 7]]  # greedy all along, and at first
+    requests[1].continuations[3] = [4999, 2047, 2048, 0]  # ends of the parts of the vocabulary
+    greedy = []
+    for i, scores in score_all(model, requests):
+        for ids, found in zip(requests[i].continuations, scores, strict=True):
+            text = [*requests[i].context, *ids][-BLOCK_SIZE - 1 :]
+            logits = theirs(torch.tensor([text[:-1]])).logits[0, -len(ids) :]
+            expected = logits.log_softmax(-1)[range(len(ids)), ids].sum().item()
+            assert found.log_prob == pytest.approx(expected, abs=1e-4, rel=1e-6)
+            assert found.greedy == (logits.argmax(-1).tolist() == ids)
+            greedy.append(found.greedy)
+    assert len(greedy) == 48
+    assert sum(greedy) == 1
+
+
+def test_equal_continuations_score_equally(model):
+    """To the bit, so that ties between them are ties; each of them may be the whole row."""
+    ids = [[3, 4, 5], [3, 4], [3, 4, 5], [3, 9]]
+    ((_, scores),) = score_all(model, [Request([1, 2], ids)])
+    assert scores[0] == scores[2] != scores[1]
+
+
+def test_autocast_does_not_round_logits(model):
+    """Under bf16 autocast the head still computes in fp32, from bf16's hidden states."""
+    request = random_requests(1)[0]
+    context, first = request.context, request.continuations[0][:1]
+    with torch.autocast("cpu", torch.bfloat16):
+        ((_, (found,)),) = score_all(model, [Request(context, [first])])
+        hidden = model.hidden(
+            torch.tensor([context]), mask=CAUSAL[..., : len(context), : len(context)]
+        )
+    logits = hidden[0, -1].float() @ model.lm_head.weight.t()
+    expected = logits[: model.config.vocab_size].log_softmax(-1)[first].item()
+    assert found.log_prob == pytest.approx(expected, abs=1e-5)
+    assert found.log_prob != pytest.approx(
+        logits.bfloat16().float().log_softmax(-1)[first].item(), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_ranks_share_the_batches(model, world_size, monkeypatch):
+    """Over all ranks each request is scored once, with the same result, and every rank calls the
+    model equally often.
+    """
+    requests = random_requests(10)
+    calls, original = [], scoring.compute_log_probs
+    monkeypatch.setattr(
+        scoring, "compute_log_probs", lambda *args: (calls.append(rank), original(*args))[1]
+    )
+    rank = 0
+    single = score_all(model, requests)
+    calls.clear()
+    shared = []
+    for rank in range(world_size):
+        shared += score_all(model, requests, rank=rank, world_size=world_size)
+    assert sorted(shared) == sorted(single)
+    assert len(shared) == 10
+    assert len({calls.count(r) for r in range(world_size)}) == 1
+
+
+def test_done_batches_are_skipped(model):
+    """A batch is skipped when all its requests are done, and recomputed as a whole otherwise."""
+    requests = random_requests(10)
+    batches = list(score(model, requests, CPU))
+    done = frozenset(i for batch in batches[:2] for i, _ in batch)
+    assert len(batches) > 3
+    assert list(score(model, requests, CPU, done=done)) == batches[2:]
+    not_quite = done - {batches[0][-1][0]}
+    assert next(score(model, requests, CPU, done=not_quite)) == batches[0]
+
+
+def test_batches_fit_and_are_sorted():
+    """Each request is in one batch, longest first. A batch has at most the given number of tokens
+    unless it is a single request.
+    """
+    requests = random_requests(200)
+    batches = plan_batches(requests, BLOCK_SIZE, batch_tokens=1000, multiple=16)
+    assert sorted(i for batch in batches for i in batch) == list(range(200))
+    lengths = []
+    for batch in batches:
+        rows = [row for i in batch for row in pack_request(requests[i], BLOCK_SIZE)]
+        idx = collate(rows, 16).idx
+        assert len(batch) == 1 or idx.numel() <= 1000
+        lengths.append(idx.size(1))
+    assert lengths[0] > 2 * lengths[-1]
+    # Lengths are planned before shared prefixes are merged; random texts have short ones.
+    assert all(a >= b - 16 for a, b in itertools.pairwise(lengths))
+
+
+def test_padding_changes_nothing(model, monkeypatch):
+    """Rows padded to a multiple, as on an accelerator, have the scores of rows without padding."""
+    requests = random_requests(6)
+    plain = sorted(score_all(model, requests))
+    monkeypatch.setattr(scoring, "BATCH_SHAPE", {"cpu": (4096, 32)})
+    padded = sorted(score_all(model, requests))
+    for (i, scores), (j, same) in zip(plain, padded, strict=True):
+        assert i == j
+        assert [s.log_prob for s in scores] == pytest.approx([s.log_prob for s in same], abs=1e-4)
+
+
+def test_request_is_the_text_split_in_two():
+    """Context and continuation together are the tokens of the joined text. Whitespace goes to the
+    continuation, and a continuation without tokens is refused.
+    """
+    encode = get_tokenizer().encode
+    request = encode_request("One two ", ["three", " four"])
+    assert request.context == encode("One two")
+    assert [[*request.context, *ids] for ids in request.continuations] == [
+        encode("One two three"),
+        encode("One two  four"),
+    ]
+    assert encode_request("", [" a"]) == Request([END_OF_TEXT_ID], [encode(" a")])
+    with pytest.raises(ValueError, match="'' adds no tokens"):
+        encode_request("One", [" two", ""])

@@ -1,0 +1,230 @@
+import copy
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CPU, WORKERS, make_data, make_step, new_model, random_ids, worker_env
+from transformers import GPT2LMHeadModel
+
+from engine.data import Batch, PretrainingData
+from engine.loss import SummedLoss
+from engine.optim import learning_rate
+from engine.step import Prefetcher, TrainingStep, apply_recompute, copy_tree
+
+
+def test_steps_equal_a_plain_loop_in_transformers(shards, tmp_path):
+    """Five steps of 12 micro-batches equal five steps of a plain loop that trains transformers'
+    model on the whole batch at once, with unfused AdamW and hand-written clipping.
+    """
+    model = new_model()
+    model.save_pretrained(tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path)
+    decayed = [p for p in theirs.parameters() if p.dim() >= 2]
+    others = [p for p in theirs.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        foreach=False,
+    )
+    step = make_step(model, shards, batch_size=1, grad_clip=0.5)
+    whole = make_data(shards, 12)
+    for s in range(1, 6):
+        idx, targets, _ = whole.micro_batch(s, 1)
+        logits = theirs(idx).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        norm = sum(p.grad.double().square().sum() for p in theirs.parameters()).sqrt().item()
+        for p in theirs.parameters():
+            p.grad *= min(1.0, 0.5 / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(s, step.config)
+        optimizer.step()
+        optimizer.zero_grad()
+        my_loss, my_norm = (figure.item() for figure in step(s))
+        assert my_loss == pytest.approx(loss.item(), rel=1e-5)
+        assert my_norm == pytest.approx(norm, rel=1e-6)
+    model.save_pretrained(tmp_path)
+    mine = GPT2LMHeadModel.from_pretrained(tmp_path)
+    for (name, a), b in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4, msg=lambda m, name=name: name + m)
+
+
+def test_micro_batch_size_does_not_change_the_curve(shards):
+    """1, 2, 4 and 12 sequences per micro-step give the same losses up to summation order, also with
+    the short window at the end of an epoch.
+    """
+    curves = []
+    for batch_size in (1, 2, 4, 12):
+        step = make_step(new_model(), shards, batch_size)
+        curves.append([step(s)[0].item() for s in range(1, 9)])
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_state_continues_to_the_bit(shards):
+    """Weights and state after 3 steps, in a new model, give exactly the same steps 4 to 6."""
+    model = new_model()
+    step = make_step(model, shards)
+    for s in (1, 2, 3):
+        step(s)
+    weights, state = step.snapshot()
+    expected = [step(s) for s in (4, 5, 6)]
+    model = new_model()
+    model.load_state_dict(weights, strict=False)  # a tied head has two names
+    step = make_step(model, shards)
+    step.restore(state)
+    assert [step(s) for s in (4, 5, 6)] == expected
+
+
+def test_prefetched_batches_are_the_ones_asked_for(shards):
+    """In order, out of order and repeated, a prefetched batch is the data's own, prepared by
+    another thread in advance, and the data's errors reach the caller.
+    """
+    makers = []
+
+    class Watched(PretrainingData):
+        def micro_batch(self, step, micro_step):
+            makers.append((step, micro_step, threading.current_thread()))
+            if step == 9:
+                raise OSError("the disk is gone")
+            return super().micro_batch(step, micro_step)
+
+    data = Watched(shards, block_size=16, batch_size=4, total_batch_size=192, seed=1)
+    batches = Prefetcher(data, CPU.device)
+    for asked in [(1, 1), (1, 2), (1, 3), (2, 1), (7, 2), (7, 2)]:
+        idx, targets, rows = batches(*asked)
+        expected = PretrainingData.micro_batch(data, *asked)
+        assert torch.equal(idx, expected.idx)
+        assert torch.equal(targets, expected.targets)
+        counted = (targets != -100).flatten()
+        assert (rows is None) == bool(counted.all())
+        assert rows is None or torch.equal(rows, counted.nonzero()[:, 0])
+    made = [maker[:2] for maker in makers]
+    assert made[:5] == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
+    assert threading.main_thread() not in [thread for *_, thread in makers]
+    with pytest.raises(OSError, match="the disk is gone"):
+        batches(9, 1)
+    batches(1, 1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bit_training_follows_fp32(shards, precision):
+    """Under autocast, also in fp16 with its scaler, the curve stays near that of fp32, and the
+    weights stay fp32.
+    """
+    exact = make_step(new_model(), shards)
+    model = new_model()
+    rounded = make_step(model, shards, precision=precision)
+    for s in range(1, 9):
+        assert rounded(s)[0].item() == pytest.approx(exact(s)[0].item(), rel=5e-3)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert rounded.scaler.is_enabled() == (precision == "fp16")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_is_skipped(shards, optimizer):
+    """NaN in a gradient leaves weights and optimizer unchanged to the bit, including weight decay
+    and step counters.
+    """
+    model = new_model()
+    step = make_step(model, shards, optimizer=optimizer, muon_weight_decay=0.1)
+    step(1)
+    state = copy.deepcopy(step.snapshot()[1]["optimizer"]["state"])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    handle = model.transformer.ln_f.bias.register_hook(lambda grad: grad * math.nan)
+    step(2)
+    step(3)
+    handle.remove()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    after = step.snapshot()[1]["optimizer"]["state"]
+    for name, tensors in state.items():
+        assert all(torch.equal(tensor, after[name][key]) for key, tensor in tensors.items())
+    assert step(4)[1].isfinite()
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile on a CPU needs gcc")
+def test_compiled_step_equals_the_raw_one(shards):
+    """The compiled loss has the loss and gradients of the eager one, and the model keeps its
+    parameter names.
+    """
+    raw, compiled = new_model(), new_model()
+    batch = make_data(shards, 12, 0).micro_batch(1, 1)
+    losses = []
+    for model, flag in ((raw, False), (compiled, True)):
+        loss = SummedLoss(model, compile_trunk=flag)(batch)
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for (name, a), b in zip(compiled.named_parameters(), raw.parameters(), strict=True):
+        assert "_orig_mod" not in name
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_compiling_without_a_compiler_is_refused(shards, monkeypatch):
+    """Without a C compiler, --compile is refused with the flag that turns it off."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    config = replace(make_step(new_model(), shards).config, compile=True)
+    data = make_data(shards)
+    with pytest.raises(ValueError, match=r"--compile needs a C compiler.*--no-compile"):
+        TrainingStep(new_model(), data, config, CPU)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_freed_memory_is_kept():
+    """A large tensor in the place of a freed one costs no page faults, and a line says so."""
+    command = [sys.executable, str(WORKERS / "freed_memory.py")]
+    out = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=worker_env()
+    ).stdout
+    line, faults = out.splitlines()
+    assert "glibc keeps freed memory" in line
+    assert int(faults) < 2**24 * 4 / 4096 / 100
+
+
+def test_muons_state_continues_to_the_bit(shards):
+    """Weights and state after 3 steps, in a new model, give exactly the same steps 4 to 6."""
+    step = make_step(new_model(), shards, optimizer="muon")
+    for s in (1, 2, 3):
+        step(s)
+    weights, state = step.snapshot()
+    weights = {name: tensor.clone() for name, tensor in weights.items()}
+    expected = [step(s) for s in (4, 5, 6)]
+    model = new_model()
+    model.load_state_dict(weights, strict=False)
+    step = make_step(model, shards, optimizer="muon")
+    step.restore(state)
+    assert [step(s) for s in (4, 5, 6)] == expected
+
+
+@pytest.mark.parametrize("recompute", ["light", "block"])
+def test_recomputing_changes_nothing(tiny_model, recompute):
+    """Loss and gradients are the same to the bit whether activations are stored or recomputed."""
+    idx, results = random_ids(2, 40), []
+    for mode in ("none", recompute):
+        apply_recompute(tiny_model, mode)
+        loss = SummedLoss(tiny_model)(Batch(idx, idx.roll(1)))
+        results.append([loss, *torch.autograd.grad(loss, list(tiny_model.parameters()))])
+    assert all(map(torch.equal, *results))
+
+
+def test_a_snapshot_does_not_follow_the_model(tmp_path, tiny_model):
+    """A copy keeps its values while the original changes; a second copy reuses its memory."""
+    live = {"weights": dict(tiny_model.named_parameters()), "step": 3}
+    first = copy_tree(live)
+    value = first["weights"]["transformer.wpe.weight"].clone()
+    with torch.no_grad():
+        tiny_model.transformer.wpe.weight += 1
+    assert torch.equal(first["weights"]["transformer.wpe.weight"], value)
+    memory = first["weights"]["transformer.wpe.weight"].data_ptr()
+    second = copy_tree(live, first)
+    assert torch.equal(second["weights"]["transformer.wpe.weight"], value + 1)
+    assert second["weights"]["transformer.wpe.weight"].data_ptr() == memory

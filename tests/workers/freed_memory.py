@@ -1,0 +1,20 @@
+"""Print the page faults of a large tensor that takes the place of a freed one, after
+`keep_freed_memory`.
+"""
+
+import resource
+
+import torch
+
+from engine.distributed import Distributed, keep_freed_memory
+
+N_FLOATS = 2**24
+N_WARMUP = 16
+
+if __name__ == "__main__":
+    keep_freed_memory(Distributed(rank=0, world_size=1, device=torch.device("cpu")))
+    for _ in range(N_WARMUP):  # small allocations may take part of the first holes
+        torch.ones(N_FLOATS)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(N_FLOATS)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)

@@ -1,0 +1,52 @@
+"""Under torchrun with two ranks: Muon's steps, one of them skipped, on replicated and on sharded
+parameters equal those of one process, and no rank orthogonalizes all matrices.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from engine import optim
+
+SHAPES = (72, 24), (24, 24), (24, 96)  # the first is three matrices, as c_attn
+SKIPPED = (0.0, 1.0, 0.0)  # found_inf of each step
+
+
+def train_steps(wrap: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+    """The parameters after three steps with random gradients."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(wrap(torch.randn(shape))) for shape in SHAPES]
+    groups = [{"params": params[:1], "parts": 3}, {"params": params[1:]}]
+    optimizer = optim.Muon(groups, lr=0.1, weight_decay=0.1)
+    for found_inf in SKIPPED:
+        optimizer.found_inf = torch.tensor(found_inf)
+        for param in params:
+            param.grad = wrap(torch.randn(param.shape))
+        optimizer.step()
+    return [optim.full_tensor(param.detach()) for param in params]
+
+
+if __name__ == "__main__":
+    newton_schulz, counts = optim.newton_schulz, []
+
+    def count_matrices(matrices: torch.Tensor) -> torch.Tensor:
+        counts.append(len(matrices))
+        return newton_schulz(matrices)
+
+    optim.newton_schulz = count_matrices
+    expected, n_alone = train_steps(lambda tensor: tensor), sum(counts)
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    for wrap in (
+        lambda tensor: tensor,
+        lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]),
+    ):
+        counts.clear()
+        for param, reference in zip(train_steps(wrap), expected, strict=True):
+            torch.testing.assert_close(param, reference, atol=1e-5, rtol=1e-4)
+        if sum(counts) >= n_alone:
+            raise ValueError(f"{sum(counts)} matrices on this rank, {n_alone} in one process")
+    torch.distributed.destroy_process_group()
