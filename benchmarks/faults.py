@@ -1,36 +1,41 @@
-"""What a run survives: kills at random instants, signals, a full disk, damaged files, NaN, a rival.
+"""What a training run survives: kills at random moments, signals, a full disk, damaged files, NaN.
 
-    python benchmarks/faults.py [--kills 30]
+    python benchmarks/faults.py --kills 30   # 12 minutes
 
-A tiny GPT-2 trains in processes of its own, is hurt, and goes on with the same command. A fault is
-survived when the finished run's losses, norms and samples are those of an undisturbed run to the
-bit, or, where going on would not be exact, when the command refuses with a line and leaves the run
-as it was. Steps lost are those computed again; bytes lost are those of checkpoints that were
-complete and can no longer be read.
+A tiny GPT-2 trains in processes of its own, is disturbed, and resumes with the same command. A
+fault is survived if the finished run has the losses, norms and samples of an undisturbed run to the
+bit; or, where resuming would not be exact, if the command refuses with one line and leaves the run
+as it was. Steps lost are computed again; bytes lost are those of complete checkpoints that can no
+longer be read. Linux only.
 """
 
-import json
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
 
-import cli
-from checkpoint import checkpoints, load_progress, load_state, read_metrics
-from model import GPT
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-MAX_STEPS = 120
+import train_gpt2
+from benchmarks import harness
+from engine.checkpoint import list_checkpoints, load_model, read_progress, read_state
+from engine.config import flag, run_command
+from engine.metrics import read_metrics
+from engine.step import TrainingStep
+
+MAX_STEPS, STOP_AT = 120, 30
 TINY = f"""
 data_dir: data/text
 n_layer: 2
@@ -49,35 +54,18 @@ sample_every: 50
 save_every: 4
 device: cpu
 """
-KEYS = ("step", "train_loss", "val_loss", "grad_norm", "samples")
-POISON = """
-import sys; sys.path.insert(0, {root!r})
-import math, cli, train_gpt2
-from step import TrainingStep
-step = TrainingStep.__call__
-def poisoned(self, number):
-    if {first} <= number < {last}:
-        hook = self.model.transformer.ln_f.bias.register_hook(lambda grad: grad * math.nan)
-        result = step(self, number)
-        hook.remove()
-        return result
-    return step(self, number)
-TrainingStep.__call__ = poisoned
-cli.run(train_gpt2.main, train_gpt2.PretrainConfig, "")
-"""
+KEYS = ("step", "train_loss", "val_loss", "grad_norm", "samples")  # equal to the bit
+MAX_FILE_BYTES = 8 << 20  # a checkpoint's optimizer state is larger
 
 
 @dataclass(frozen=True)
-class FaultsConfig:
-    kills: int = 30
-    """kill -9 at so many random instants"""
-    seed: int = 0
-    """of the instants"""
+class FaultsBenchmarkConfig:
+    kills: int = flag(30, "times to kill -9 at a random moment")
+    seed: int = flag(0, "of the moments")
 
 
 @dataclass
 class Row:
-    fault: str
     tried: int = 0
     survived: int = 0
     steps_lost: int = 0
@@ -85,260 +73,230 @@ class Row:
     notes: list[str] = field(default_factory=list)
 
 
-class Bench:
-    """A folder with data, an undisturbed run to compare with, and copies of it to be hurt."""
+class Lab:
+    """A folder with data, an undisturbed run, and runs that are disturbed."""
 
-    def __init__(self, folder: Path, config: FaultsConfig):
-        self.folder, self.config, self.rng = folder, config, random.Random(config.seed)
+    def __init__(self, folder: Path):
+        self.folder, self.rows = folder, defaultdict[str, Row](Row)
         (folder / "text.txt").write_text(Path(__file__).read_text() * 4)
         (folder / "tiny.yaml").write_text(TINY)
-        command = [sys.executable, str(ROOT / "fineweb.py"), "--dataset", "text.txt"]
+        command = [sys.executable, str(harness.ROOT / "fineweb.py"), "--dataset", "text.txt"]
         subprocess.run([*command, "--val_tokens", "500"], cwd=folder, check=True)
-        self.finish("whole")
-        self.curve = self.logged("whole")
+        code, out, err = self.finish("undisturbed")
+        if code:
+            raise RuntimeError(f"the undisturbed run ended with {code}:\n{out}\n{err}")
+        self.curve = self.read_curve("undisturbed")
 
-    def command(self, name: str, *args: object) -> list[str]:
-        script = [sys.executable, str(ROOT / "train_gpt2.py"), "--config", "tiny.yaml"]
-        return [*script, "--out_dir", f"runs/{name}", *map(str, args)]
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
 
-    def start(self, name: str, *args: object) -> subprocess.Popen:
+    def start(self, name: str, *args: object, program: str = "") -> subprocess.Popen:
+        """Start or resume a run, with train_gpt2.py or a Python program."""
+        script = ["-c", program] if program else [str(harness.ROOT / "train_gpt2.py")]
+        flags = ["--config", "tiny.yaml", "--out_dir", f"runs/{name}", *map(str, args)]
         return subprocess.Popen(
-            self.command(name, *args),
+            [sys.executable, *script, *flags],
             cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(harness.ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def finish(self, name: str, *args: object) -> None:
-        process = self.start(name, *args)
+    def finish(self, name: str, *args: object, **options: Any) -> tuple[int, str, str]:
+        """Run to the end; return the exit code, stdout and stderr."""
+        process = self.start(name, *args, **options)
         out, err = process.communicate(timeout=600)
-        if process.returncode != 0:
-            raise RuntimeError(f"{name} did not finish:\n{out}\n{err}")
+        return process.returncode, out, err
 
-    def run(self, name: str) -> Path:
-        return self.folder / "runs" / name
+    def stop(self, name: str, signum: int, step: int = STOP_AT, delay: float = 0) -> int:
+        """Start or resume a run and stop it `delay` seconds after a step; return the exit code."""
+        process = self.start(name)
+        while self.last_step(name) < step and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(delay)
+        process.send_signal(signum)
+        process.communicate(timeout=60)
+        return process.returncode
 
-    def logged(self, name: str) -> list[tuple]:
-        return [tuple(r.get(key) for key in KEYS) for r in read_metrics(self.run(name))]
-
-    def exact(self, name: str) -> bool:
-        return self.logged(name) == self.curve
+    def read_curve(self, name: str) -> list[tuple]:
+        log = self.run(name) / "metrics.jsonl"
+        records = read_metrics(self.run(name)) if log.exists() else []
+        return [tuple(record.get(key) for key in KEYS) for record in records]
 
     def last_step(self, name: str) -> int:
-        try:
-            return max((r["step"] for r in read_metrics(self.run(name))), default=0)
-        except FileNotFoundError:
-            return 0
+        return max((record[0] for record in self.read_curve(name)), default=0)
 
-    def wait_for(self, name: str, step: int) -> None:
-        while self.last_step(name) < step:
-            time.sleep(0.002)
+    def saved_step(self, name: str) -> int:
+        found = list_checkpoints(self.run(name))
+        return read_progress(found[-1])["step"] if found else 0
 
-    def newest_step(self, name: str) -> int:
-        found = checkpoints(self.run(name))
-        return load_progress(found[-1])["step"] if found else 0
+    def is_exact(self, name: str) -> bool:
+        """Finish the run, and compare it with the undisturbed one."""
+        return self.finish(name)[0] == 0 and self.read_curve(name) == self.curve
 
     def unreadable_bytes(self, name: str) -> int:
         lost = 0
-        for folder in checkpoints(self.run(name)):
+        for folder in list_checkpoints(self.run(name)):
             try:
-                GPT.from_pretrained(folder), load_state(folder)
+                load_model(folder), read_state(folder)
             except (OSError, ValueError, RuntimeError):
-                lost += sum(f.stat().st_size for f in folder.iterdir())
+                lost += sum(file.stat().st_size for file in folder.iterdir())
         return lost
 
-    def copy_at(self, name: str, step: int) -> Path:
-        """A run stopped by SIGTERM near `step`."""
-        process = self.start(name)
-        self.wait_for(name, step)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
-        return self.run(name)
+    def read_files(self, name: str) -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in self.run(name).rglob("*") if file.is_file()}
 
-
-def kills(bench: Bench, row: Row) -> None:
-    """Each time: run for a random while beyond the next step, kill, look, and go on."""
-    in_save, runs = 0, ["killed0"]
-    for _ in range(bench.config.kills):
-        name = runs[-1]
-        process = bench.start(name)
-        bench.wait_for(name, bench.last_step(name) + 1)
-        time.sleep(bench.rng.uniform(0, 0.3))
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        in_save += any(bench.run(name).glob("checkpoints/*.tmp"))
-        lost = bench.unreadable_bytes(name)
-        same = bench.logged(name) == bench.curve[: bench.last_step(name) + 1]
+    def report(self, fault: str, survived: bool, *, steps: int = 0, lost: int = 0) -> None:
+        row = self.rows[fault]
         row.tried += 1
-        row.survived += same and not lost
+        row.survived += survived
+        row.steps_lost += steps
         row.bytes_lost += lost
-        row.steps_lost += bench.last_step(name) - bench.newest_step(name)
-        if bench.last_step(name) > MAX_STEPS - 50:  # near its end there is little left to hurt
-            runs.append(f"killed{len(runs)}")
-    for name in runs:
-        bench.finish(name)
-    exact = sum(map(bench.exact, runs))
-    row.notes.append(f"{in_save} inside a save; {exact} of {len(runs)} runs exact in the end")
-    row.survived -= row.tried * (exact < len(runs))
 
 
-def stops(bench: Bench, row: Row, signum: signal.Signals) -> None:
-    name = signum.name
-    process = bench.start(name)
-    bench.wait_for(name, 30)
-    process.send_signal(signum)
-    process.communicate(timeout=60)
-    row.tried += 1
-    row.steps_lost += bench.last_step(name) - bench.newest_step(name)
-    row.bytes_lost += bench.unreadable_bytes(name)
-    bench.finish(name)
-    row.survived += process.returncode == 128 + signum and bench.exact(name)
+def kill(lab: Lab, config: FaultsBenchmarkConfig) -> None:
+    """Each time: run a random while beyond the next step, kill, check, and resume."""
+    rng, names, in_save, fault = random.Random(config.seed), ["kill0"], 0, "kill -9"
+    for _ in range(config.kills):
+        name = names[-1]
+        lab.stop(name, signal.SIGKILL, lab.last_step(name) + 1, delay=rng.uniform(0, 0.3))
+        in_save += any(lab.run(name).glob("checkpoints/*.tmp"))
+        last, lost = lab.last_step(name), lab.unreadable_bytes(name)
+        is_same = lab.read_curve(name) == lab.curve[: last + 1]
+        lab.report(fault, is_same and not lost, steps=last - lab.saved_step(name), lost=lost)
+        if last > MAX_STEPS - 50:  # there is little left to disturb
+            names.append(f"kill{len(names)}")
+    exact = sum(map(lab.is_exact, names))
+    lab.rows[fault].notes.append(f"{in_save} during a save; {exact} of {len(names)} runs exact")
+    if exact < len(names):
+        lab.rows[fault].survived = 0
 
 
-def full_disk(bench: Bench, row: Row) -> None:
-    """No file may grow beyond 8 MB, so that the save of the optimizer's 13 MB fails half-way."""
-    bench.copy_at("full", 30)
-    newest = bench.newest_step("full")
-    process = bench.start("full")
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (8 << 20, 8 << 20))
+def stop(lab: Lab, signum: signal.Signals) -> None:
+    code = lab.stop(signum.name, signum)
+    steps = lab.last_step(signum.name) - lab.saved_step(signum.name)
+    lost = lab.unreadable_bytes(signum.name)
+    is_survived = code == 128 + signum and lab.is_exact(signum.name)
+    lab.report(signum.name, is_survived, steps=steps, lost=lost)
+
+
+def fill_disk(lab: Lab, name: str = "disk full during a save") -> None:
+    """Files may not grow beyond MAX_FILE_BYTES, so a save fails half-way."""
+    lab.stop(name, signal.SIGTERM)
+    saved, process = lab.saved_step(name), lab.start(name)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
     _, err = process.communicate(timeout=120)
-    row.tried += 1
-    row.steps_lost += bench.last_step("full") - newest
-    row.bytes_lost += bench.unreadable_bytes("full")
-    told = process.returncode == 2 and "could not be saved" in err and "Traceback" not in err
-    kept = bench.newest_step("full") == newest
-    bench.finish("full")
-    row.survived += told and kept and bench.exact("full")
+    is_reported = process.returncode == 2 and "could not be saved" in err
+    is_reported &= "Traceback" not in err and lab.saved_step(name) == saved
+    steps, lost = lab.last_step(name) - saved, lab.unreadable_bytes(name)
+    lab.report(name, is_reported and lab.is_exact(name), steps=steps, lost=lost)
 
 
-def refused(
-    bench: Bench,
-    row: Row,
-    name: str,
-    hurt: Callable[[], object],
-    mend: Callable[[], object],
-    expected: str,
-    *args: object,
+def refuse(
+    lab: Lab, fault: str, expected: str, *args: object, damage: Callable[[], object] | None = None
 ) -> None:
-    """The command refuses with a line that says `expected`; mended, the run goes on exactly."""
-    bench.copy_at(name, 30)
-    before = {f: f.read_bytes() for f in bench.run(name).rglob("*") if f.is_file()}
-    hurt()
-    process = bench.start(name, *args)
-    _, err = process.communicate(timeout=60)
-    mend()
-    untouched = before == {f: f.read_bytes() for f in bench.run(name).rglob("*") if f.is_file()}
-    row.tried += 1
-    told = process.returncode == 2 and expected in err and err.count("\n") == 1
-    bench.finish(name)
-    row.survived += told and untouched and bench.exact(name)
-    if not told:
-        row.notes.append(f"said {err.strip()!r}")
-
-
-def data_faults(bench: Bench, rows: dict[str, Row]) -> None:
-    shard = bench.folder / "data" / "text" / "text_train_000000.npy"
-    whole = shard.read_bytes()
-
-    def mend() -> None:
-        shard.write_bytes(whole)
-
-    flipped = bytearray(whole)
-    flipped[5000] ^= 1
-    for fault, hurt, expected in (
-        ("truncated shard", lambda: shard.write_bytes(whole[:-64]), "is truncated"),
-        ("flipped bit in a shard", lambda: shard.write_bytes(flipped), "has changed since"),
-        ("shard deleted between runs", shard.unlink, "is missing, manifest.json lists it"),
-    ):
-        refused(bench, rows[fault], fault.replace(" ", "_"), hurt, mend, expected)
-
-
-def nothing() -> None:
-    """There is nothing to hurt or to mend: the fault is in the arguments."""
-
-
-def corrupt_checkpoint(bench: Bench, row: Row) -> None:
-    for name, file in (("weights", "model.safetensors"), ("optimizer", "state.pt")):
-        run = bench.copy_at(f"corrupt_{name}", 30)
-        newest = checkpoints(run)[-1]
-        (newest / file).write_bytes((newest / file).read_bytes()[:1000])
-        row.tried += 1
-        row.steps_lost += (
-            load_progress(newest)["step"] - load_progress(checkpoints(run)[-2])["step"]
-        )
-        process = bench.start(f"corrupt_{name}")
-        out, _ = process.communicate(timeout=120)
-        row.survived += "going back to the one before" in out and bench.exact(f"corrupt_{name}")
-
-
-def poisoned(bench: Bench, once: Row, often: Row) -> None:
-    """NaN in the gradient of one step is skipped; in five in a row it ends the run, and from the
-    last checkpoint the run goes on without the poison.
+    """The command refuses with one line that contains `expected`, and changes nothing. When the
+    data is repaired, the run resumes exactly.
     """
-    for row, name, first, last, code in (
-        (once, "nan_once", 30, 31, 0),
-        (often, "nan_often", 30, 99, 2),
-    ):
-        program = bench.folder / f"{name}.py"
-        program.write_text(POISON.format(root=str(ROOT), first=first, last=last))
-        command = [sys.executable, str(program), *bench.command(name)[2:]]
-        result = subprocess.run(
-            command, cwd=bench.folder, capture_output=True, text=True, check=False
-        )
-        skipped = [
-            r["step"] for r in read_metrics(bench.run(name)) if r.get("grad_norm", 0) is None
-        ]
-        row.tried += 1
-        row.bytes_lost += bench.unreadable_bytes(name)
-        expected = list(range(first, min(last, first + 5)))
-        row.survived += result.returncode == code and skipped == expected
-        row.notes.append(f"steps skipped: {len(skipped)}")
+    lab.stop(fault, signal.SIGTERM)
+    before, shard = lab.read_files(fault), lab.folder / "data/text/text_train_000000.npy"
+    content = shard.read_bytes()
+    if damage:
+        damage()
+    code, _, err = lab.finish(fault, *args)
+    shard.write_bytes(content)
+    is_refused = code == 2 and expected in err and err.count("\n") == 1
+    if not is_refused:
+        lab.rows[fault].notes.append(f"printed {err.strip()!r}")
+    is_untouched = before == lab.read_files(fault)
+    lab.report(fault, is_refused and is_untouched and lab.is_exact(fault))
 
 
-def rival(bench: Bench, row: Row) -> None:
-    process = bench.start("rival")
-    bench.wait_for("rival", 10)
-    second = bench.start("rival")
-    _, err = second.communicate(timeout=60)
+def damage_data(lab: Lab) -> None:
+    shard = lab.folder / "data/text/text_train_000000.npy"
+    content = shard.read_bytes()
+    flipped = bytearray(content)
+    flipped[5000] ^= 1
+    truncate = partial(shard.write_bytes, content[:-64])
+    refuse(lab, "shard truncated", "is truncated", damage=truncate)
+    flip = partial(shard.write_bytes, flipped)
+    refuse(lab, "bit flipped in a shard", "has changed since", damage=flip)
+    refuse(lab, "shard deleted", "is missing, manifest.json lists it", damage=shard.unlink)
+
+
+def corrupt_checkpoint(lab: Lab, file: str, fault: str = "latest checkpoint corrupt") -> None:
+    name = f"corrupt {file}"
+    lab.stop(name, signal.SIGTERM)
+    *_, earlier, latest = list_checkpoints(lab.run(name))
+    (latest / file).write_bytes((latest / file).read_bytes()[:1000])
+    steps = read_progress(latest)["step"] - read_progress(earlier)["step"]
+    _, out, _ = lab.finish(name)
+    lab.report(fault, "falling back to the one before" in out and lab.is_exact(name), steps=steps)
+
+
+def poison(lab: Lab, fault: str, last: int, code: int) -> None:
+    """A step with NaN in its gradients is skipped; five in a row end the run."""
+    program = f"from benchmarks import faults; faults.train_poisoned({STOP_AT}, {last})"
+    found, _, _ = lab.finish(fault, program=program)
+    skipped = [r["step"] for r in read_metrics(lab.run(fault)) if r.get("grad_norm", 0) is None]
+    expected = list(range(STOP_AT, min(last, STOP_AT + 5)))
+    lost = lab.unreadable_bytes(fault)
+    lab.report(fault, found == code and skipped == expected, lost=lost)
+    lab.rows[fault].notes.append(f"{len(skipped)} steps skipped")
+
+
+def train_poisoned(first: int, last: int) -> None:
+    """train_gpt2.py with NaN in the gradients of steps `first` to `last` - 1."""
+
+    class PoisonedStep(TrainingStep):
+        def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if not first <= step < last:
+                return super().__call__(step)
+            bias = self.model.transformer.ln_f.bias
+            hook = bias.register_hook(lambda grad: grad * torch.nan)
+            result = super().__call__(step)
+            hook.remove()
+            return result
+
+    import engine.training
+
+    engine.training.TrainingStep = PoisonedStep  # type: ignore[misc]
+    run_command(train_gpt2.main, train_gpt2.PretrainConfig, "")
+
+
+def compete(lab: Lab, name: str = "a second process on the run") -> None:
+    process = lab.start(name)
+    while lab.last_step(name) < 10:
+        time.sleep(0.002)
+    code, _, err = lab.finish(name)
     process.communicate(timeout=600)
-    row.tried += 1
-    row.survived += second.returncode == 2 and "in use by another" in err and bench.exact("rival")
+    lab.report(name, code == 2 and "in use by another" in err and lab.is_exact(name))
 
 
-def main(config: FaultsConfig) -> None:
-    names = (
-        "kill -9 at a random instant", "SIGTERM", "Ctrl-C", "disk full during a save",
-        "truncated shard", "flipped bit in a shard", "shard deleted between runs",
-        "settings changed between runs", "checkpoint of another shape",
-        "corrupt newest checkpoint", "NaN in one gradient", "NaN in all gradients",
-        "a second process on the run",
-    )  # fmt: skip
-    rows = {name: Row(name) for name in names}
-    folder = Path(tempfile.mkdtemp(prefix="faults_"))
-    bench = Bench(folder, config)
-    kills(bench, rows["kill -9 at a random instant"])
-    stops(bench, rows["SIGTERM"], signal.SIGTERM)
-    stops(bench, rows["Ctrl-C"], signal.SIGINT)
-    full_disk(bench, rows["disk full during a save"])
-    data_faults(bench, rows)
-    changed = rows["settings changed between runs"]
-    refused(bench, changed, "lr", nothing, nothing, "max_lr 0.01 then, 0.02 now", "--max_lr", 0.02)
-    shape = rows["checkpoint of another shape"]
-    refused(bench, shape, "shape", nothing, nothing, "n_layer 2 then, 3 now", "--n_layer", 3)
-    corrupt_checkpoint(bench, rows["corrupt newest checkpoint"])
-    poisoned(bench, rows["NaN in one gradient"], rows["NaN in all gradients"])
-    rival(bench, rows["a second process on the run"])
-    print(f"\n{'fault':<32}{'tried':>6}{'survived':>10}{'steps lost':>12}{'bytes lost':>12}  notes")
-    for row in rows.values():
-        print(
-            f"{row.fault:<32}{row.tried:>6}{row.survived:>10}{row.steps_lost:>12}"
-            f"{row.bytes_lost:>12}  {'; '.join(row.notes)}"
-        )
-    shutil.rmtree(folder)
-    if any(row.survived < row.tried or row.bytes_lost for row in rows.values()):
-        raise ValueError(f"not everything survived: {json.dumps([vars(r) for r in rows.values()])}")
+def main(config: FaultsBenchmarkConfig) -> None:
+    with tempfile.TemporaryDirectory(prefix="faults_") as folder:
+        lab = Lab(Path(folder))
+        kill(lab, config)
+        stop(lab, signal.SIGTERM)
+        stop(lab, signal.SIGINT)
+        fill_disk(lab)
+        damage_data(lab)
+        refuse(lab, "settings changed", "max_lr was 0.01, is 0.02", "--max_lr", 0.02)
+        refuse(lab, "checkpoint of another shape", "n_layer was 2, is 3", "--n_layer", 3)
+        for file in ("model.safetensors", "state.pt"):
+            corrupt_checkpoint(lab, file)
+        poison(lab, "NaN in one gradient", STOP_AT + 1, code=0)
+        poison(lab, "NaN in all gradients", MAX_STEPS, code=2)
+        compete(lab)
+    columns = "tried", "survived", "steps computed again", "bytes lost", "notes"
+    harness.print_header("fault", *columns)
+    for fault, row in lab.rows.items():
+        counts = row.tried, row.survived, row.steps_lost, row.bytes_lost
+        harness.print_row(fault, *counts, "; ".join(row.notes))
+    if any(row.survived < row.tried or row.bytes_lost for row in lab.rows.values()):
+        raise ValueError("not every fault was survived")
 
 
 if __name__ == "__main__":
-    cli.run(main, FaultsConfig, __doc__)
+    run_command(main, FaultsBenchmarkConfig, __doc__)

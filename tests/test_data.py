@@ -1,6 +1,5 @@
 import itertools
 import json
-import os
 import struct
 
 import numpy as np
@@ -14,7 +13,6 @@ from engine.data import (
     write_manifest,
     write_shard,
 )
-from engine.files import write_atomically
 
 
 def make_data(
@@ -233,17 +231,3 @@ def test_batch_sizes_that_do_not_divide(make_shards):
     shards = TokenShards(make_shards(100), "train")
     with pytest.raises(ValueError, match="= 96; the nearest are 960 or 1056"):
         make_data(shards, 3, 1000, seed=0, world_size=4)
-
-
-def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    """A write that fails halfway leaves the old file."""
-    file = tmp_path / "manifest.json"
-    file.write_text("old")
-
-    def fail(_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(file, b"new")
-    assert file.read_text() == "old"

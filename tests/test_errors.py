@@ -173,8 +173,8 @@ def test_damaged_rows_of_an_evaluation_are_named(tmp_path):
 
 
 def test_user_errors_are_one_line_and_bugs_are_not(capsys):
-    """An error of the system that names no file, and not enough memory on either kind of device,
-    are told in plain words; a fault of the program, and any with --debug, keeps its traceback.
+    """A system error without a file name, and running out of memory on a CPU or GPU, are one plain
+    line; a bug, and any error with --debug, keeps its traceback.
     """
     full = OSError(28, os.strerror(28))
     for error, expected in (
@@ -211,8 +211,8 @@ def raiser(error: Exception):
     ids=["shard", "model", "tokenizer", "log", "plot"],
 )
 def test_a_full_disk_is_noticed_and_named(tmp_path, monkeypatch, write, name):
-    """Where no more than 300 bytes fit into a file, whatever writes fails with its name: nothing is
-    cut short in silence.
+    """If only 300 bytes fit into a file, every writer fails with the file's name; none truncates
+    it silently.
     """
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()

@@ -24,8 +24,9 @@ def test_untrained_loss_is_uniform():
     assert abs(mean_loss(model, idx, idx.roll(1)).item() - math.log(50257)) < 0.05
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("chunk_rows", [7, 1000])
-def test_loss_equals_plain_cross_entropy(tiny_model, chunk_rows, monkeypatch):
+def test_loss_equals_plain_cross_entropy(tiny_model, reduction, chunk_rows, monkeypatch):
     """Loss and gradients equal those of cross-entropy over the real vocabulary, in chunks or not,
     with ignored targets; padding rows get no gradient.
     """
@@ -33,10 +34,12 @@ def test_loss_equals_plain_cross_entropy(tiny_model, chunk_rows, monkeypatch):
     idx, targets = random_ids(3, 40), random_ids(3, 40).roll(1)
     targets[0, :11] = -100
     plain = F.cross_entropy(
-        tiny_model(idx).flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100
+        tiny_model(idx).flatten(0, 1), targets.flatten(), reduction=reduction, ignore_index=-100
     )
     expected = torch.autograd.grad(plain, list(tiny_model.parameters()))
     loss = SummedLoss(tiny_model)(Batch(idx, targets))
+    if reduction == "mean":
+        loss = loss / (3 * 40 - 11)
     gradients = torch.autograd.grad(loss, list(tiny_model.parameters()))
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
     for mine, theirs in zip(gradients, expected, strict=True):

@@ -3,6 +3,7 @@ import io
 import os
 import pty
 import random
+import re
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import NASTY_TEXT, command, talkative_model
 
+from engine.config import parse_flags
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer, save_tokenizer
 from model import GPT
 from sample import Continuation, SampleConfig, print_continuations
@@ -92,9 +94,7 @@ def test_stop_texts_cut_exactly_and_are_never_shown():
     assert cut > 500
     assert len(encoding.encode(" language")) == 1
     assert add_all(encoding.encode(" language"), [" languag", "g"]) == [" lan", ""]
-    assert (
-        add_all(encoding.encode("One. Two"), [". Three"])[0] == "One"
-    )  # printed once it is certain
+    assert add_all(encoding.encode("One. Two"), [". Three"])[0] == "One"  # as soon as certain
 
 
 def test_an_incomplete_last_character():
@@ -178,11 +178,24 @@ def test_stop_in_a_config_file_is_a_list_of_texts(tmp_path, capsys, stop):
     assert f"stop is {stop}, expected a list of texts" in capsys.readouterr().err
 
 
-def test_empty_stop_texts_are_refused():
-    """An empty stop text would end every continuation before it begins."""
-    for stop in ([""], ["the", ""]):
-        with pytest.raises(ValueError, match="expected texts that are not empty"):
-            SampleConfig(stop=stop)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stop", [""]),  # it would end every continuation before its first token
+        ("num_return_sequences", 0),
+        ("max_new_tokens", 0),
+        ("temperature", -0.1),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("seed", -1),
+        ("seed", 2**63),
+    ],
+)
+def test_wrong_settings_are_named(name, value):
+    """A setting out of its range is an error with its value and what is expected."""
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{name} is {value}, expected ')}"):
+        SampleConfig(**{name: value})
 
 
 def test_prompts_on_a_terminal(folder):

@@ -16,6 +16,7 @@ from engine.data import Batch, PretrainingData
 from engine.loss import SummedLoss
 from engine.optim import learning_rate
 from engine.step import Prefetcher, TrainingStep, apply_recompute, copy_tree
+from model import GPT, GPTConfig
 
 
 def test_steps_equal_a_plain_loop_in_transformers(shards, tmp_path):
@@ -214,6 +215,48 @@ def test_recomputing_changes_nothing(tiny_model, recompute):
         loss = SummedLoss(tiny_model)(Batch(idx, idx.roll(1)))
         results.append([loss, *torch.autograd.grad(loss, list(tiny_model.parameters()))])
     assert all(map(torch.equal, *results))
+
+
+def stored_activations(model: GPT, idx: torch.Tensor) -> list[torch.Tensor]:
+    """What a forward pass stores for backward, as flat fp32 tensors, one for each storage: without
+    parameters, ids and the one or two numbers per row of LayerNorm and attention.
+    """
+    stored = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.dtype == torch.float32 and storage.nbytes() >= 4 * idx.numel() * 64:
+            flat = torch.tensor([], dtype=torch.float32).set_(storage)
+            stored[storage.data_ptr()] = flat  # keeps the storage, so no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.hidden(idx)
+    params = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    return [tensor for pointer, tensor in stored.items() if pointer not in params]
+
+
+def test_recomputing_stores_less():
+    """With light, backward stores neither the outputs of a block's LayerNorms nor that of its GELU,
+    and otherwise as much as with none; with block, only the inputs of attention and MLP.
+    """
+    config = GPTConfig(block_size=48, vocab_size=1000, n_layer=3, n_head=4, n_embd=64)
+    idx, outputs = random_ids(2, 40), []
+    # In multiples of (B, T, C), for each block: the inputs of LayerNorms 2, their outputs 2, q, k
+    # and v 3, the output of attention 1, the input of GELU 4 and its output 4; then ln_f's input.
+    sizes = {"none": 3 * 16 + 1, "light": 3 * 10 + 1, "block": 3 * 2 + 1}
+    for mode, size in sizes.items():
+        torch.manual_seed(0)
+        model = GPT(config)
+        if mode == "none":
+            for block in model.transformer.h:
+                for module in (block.ln_1, block.ln_2, block.mlp.gelu):
+                    module.register_forward_hook(lambda *args: outputs.append(args[-1].flatten()))
+        apply_recompute(model, mode)
+        stored = stored_activations(model, idx)
+        assert sum(tensor.numel() for tensor in stored) == size * idx.numel() * 64, mode
+        found = [any(torch.equal(output, tensor) for tensor in stored) for output in outputs]
+        assert found == [mode == "none"] * 9, mode
 
 
 def test_a_snapshot_does_not_follow_the_model(tmp_path, tiny_model):

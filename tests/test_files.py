@@ -1,0 +1,228 @@
+"""Files: atomic writes, JSON, JSON lines, tensor files, locks."""
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import WORKERS, worker_env
+from safetensors.torch import save_file
+
+from engine.files import (
+    JSONLinesLog,
+    copy_tensors,
+    lock_folder,
+    naming_file,
+    open_binary,
+    read_json,
+    read_lines,
+    read_tensors,
+    sha256_file,
+    sha256_text,
+    write_atomically,
+    write_json,
+)
+
+
+@pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace"])
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, failing):
+    """A write that fails halfway leaves the old file."""
+    file = tmp_path / "manifest.json"
+    file.write_text("old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(failing, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(file, b"new")
+    assert file.read_text() == "old"
+
+
+def test_writes_are_complete(tmp_path):
+    """The parts of the content are in the file in their order, they replace what was there, and no
+    temporary file is left.
+    """
+    file = tmp_path / "x.bin"
+    file.write_bytes(b"something longer than the new content")
+    write_atomically(file, b"one ", memoryview(b"two"))
+    assert file.read_bytes() == b"one two"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_system_errors_get_the_name_of_the_file(tmp_path):
+    """An OSError inside `naming_file` has the file's name, its number and its reason."""
+    with pytest.raises(OSError, match="No space left") as raised, naming_file(tmp_path / "x"):
+        raise OSError(28, os.strerror(28))
+    assert (raised.value.errno, raised.value.filename) == (28, str(tmp_path / "x"))
+
+
+def test_hashes_are_sha256(tmp_path):
+    """Both hashes are those of hashlib, of the text as UTF-8."""
+    expected = hashlib.sha256("naïve".encode()).hexdigest()
+    (tmp_path / "x").write_bytes("naïve".encode())
+    assert sha256_text("naïve") == sha256_file(tmp_path / "x") == expected
+
+
+def test_json_files(tmp_path):
+    """An object reads back as written; anything else is an error with the file and the remedy."""
+    file = tmp_path / "x.json"
+    content = {"a": [1, 2.5, None], "b": {"c": "é"}}
+    write_json(file, content)
+    assert read_json(file, "delete it") == content
+    for damaged in ("{", "", "3", "[1]", "\xff\xfe"):
+        file.write_bytes(damaged.encode("latin-1"))
+        with pytest.raises(ValueError, match=r"x\.json is damaged: .*; delete it"):
+            read_json(file, "delete it")
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "missing.json", "delete it")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+def test_lines_have_their_numbers(tmp_path, name):
+    """Lines that are not blank come with their number in the file, plain and compressed, and the
+    last one needs no newline.
+    """
+    content = b'{"a": 1}\n\n  \t\n{"a": 2}\r\n\xff not text'
+    compressed = gzip.compress(content) if name.endswith(".gz") else content
+    (tmp_path / name).write_bytes(compressed)
+    expected = [(1, b'{"a": 1}\n'), (4, b'{"a": 2}\r\n'), (5, b"\xff not text")]
+    assert list(read_lines(tmp_path / name)) == expected
+    with open_binary(tmp_path / name) as file:
+        assert file.read() == content
+
+
+def test_damaged_gz_is_named(tmp_path):
+    """A .gz that is cut short, changed or something else gives the lines before the damage, then
+    an error with its name.
+    """
+    rows = [json.dumps({"row": i, "text": hashlib.sha256(b"%d" % i).hexdigest()}) for i in range(9)]
+    intact = gzip.compress("\n".join(rows).encode())
+    file = tmp_path / "x.gz"
+    for content in (intact[:-20], intact[:60] + bytes(9) + intact[69:], b"no gzip", intact[:5]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.gz is truncated or damaged"):
+            list(read_lines(file))
+    file.write_bytes(b"")  # an empty file has no lines
+    assert list(read_lines(file)) == []
+
+
+def test_log_is_appended(tmp_path):
+    """A log in a new process knows the records from before and appends to them; a last line that a
+    crash cut short is dropped.
+    """
+    log = JSONLinesLog(tmp_path / "log.jsonl", "row")
+    assert log.records == []
+    log.append({"row": 0}, {"row": 1, "text": "ä\n"})
+    intact = log.path.read_bytes()
+    log.path.write_bytes(intact + b'{"row": 2, "te')
+    assert [r["row"] for r in JSONLinesLog.read(log.path, "row")] == [0, 1]
+    again = JSONLinesLog(log.path, "row")
+    assert again.records == [{"row": 0}, {"row": 1, "text": "ä\n"}]
+    again.append({"row": 2})
+    assert log.path.read_bytes() == intact + b'{"row": 2}\n'
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"[1]", b"3", b"{}", b'{"row": "one"}', b'{"row": null}', b"\xff", b""]
+)
+def test_damaged_log_is_named(tmp_path, line):
+    """A line that is not an object with a number under the key is an error with the file, the key
+    and the remedy; the file stays as it was.
+    """
+    file = tmp_path / "log.jsonl"
+    content = b'{"row": 1}\n' + line + b'\n{"row": 2}\n'
+    file.write_bytes(content)
+    expected = r"log\.jsonl is damaged .*expected a JSON object with a row .* choose another folder"
+    with pytest.raises(ValueError, match=expected):
+        JSONLinesLog(file, "row")
+    assert file.read_bytes() == content
+
+
+def test_one_process_holds_a_folder(tmp_path):
+    """While a process holds the folder's lock another is refused with the remedy; when it is killed
+    the lock is free.
+    """
+    folder = tmp_path / "new" / "run"
+    holder = subprocess.Popen(
+        [sys.executable, str(WORKERS / "hold_folder.py"), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=worker_env(),
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        expected = pytest.raises(ValueError, match=r"in use by another process.* --out_dir")
+        with expected, lock_folder(folder):
+            pytest.fail("the folder was held twice")
+    finally:
+        holder.kill()
+        holder.communicate()
+    for _ in range(2):
+        with lock_folder(folder):
+            assert folder.is_dir()
+
+
+def test_lock_ends_with_its_block(tmp_path):
+    """An exception inside the block frees the folder."""
+    with contextlib.suppress(KeyError), lock_folder(tmp_path):
+        raise KeyError
+    with lock_folder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
+def test_tensor_files(tmp_path, name):
+    """Tensors read back to the bit from either format; a damaged file is named with the remedy."""
+    tensors = {"a": torch.randn(3, 4), "b": torch.tensor([1, 2], dtype=torch.int64)}
+    file = tmp_path / name
+    (save_file if name.endswith(".safetensors") else torch.save)(tensors, file)
+    found = read_tensors(file)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+    intact = file.read_bytes()
+    for content in (intact[: len(intact) // 2], b"", bytes(range(256))):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is damaged.*again"):
+            read_tensors(file)
+
+
+class Unsafe:
+    """Something whose class would have to be imported from the file."""
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, {"a": {"b": torch.ones(1)}}, [1], {"a": Unsafe()}])
+def test_files_of_anything_else_are_refused(tmp_path, content):
+    """A file by torch.save that holds more than tensors by name is refused, and loads no classes;
+    the error does not advise to load it unsafely.
+    """
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt is damaged") as raised:
+        read_tensors(tmp_path / "x.pt")
+    assert "weights_only" not in str(raised.value)
+
+
+def test_copying_tensors_is_all_or_nothing():
+    """Tensors are copied by name; where one is missing, unexpected or has another shape, the error
+    names it and nothing is copied.
+    """
+    names = [f"h.{i}" for i in range(6)]
+    targets = {name: torch.zeros(2, 3) for name in names}
+    tensors = {name: torch.full((2, 3), i + 1.0) for i, name in enumerate(names)}
+    without = {name: tensors[name] for name in names[:1]}
+    for wrong, expected in (
+        (without, r"x: missing tensors: h\.1, h\.2, h\.3, h\.4 and 1 more; it belongs"),
+        (tensors | {"more": torch.ones(1)}, "x: unexpected tensors: more; it belongs"),
+        (tensors | {"h.5": torch.ones(3, 2)}, r"x: h\.5 is \(3, 2\), the model has \(2, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            copy_tensors(wrong, targets, "x")
+        assert not any(target.any() for target in targets.values())
+    copy_tensors(tensors, targets, "x")
+    assert all(torch.equal(targets[name], tensors[name]) for name in names)

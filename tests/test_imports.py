@@ -1,0 +1,110 @@
+"""Imports point one way: commands -> engine -> model; heavy packages are imported where used."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+
+from conftest import ROOT, worker_env
+
+COMMANDS = {"train_gpt2", "finetune_lora", "hellaswag", "fineweb", "sample", "plot", "share"}
+# torch itself loads none of them.
+HEAVY = {
+    "datasets",
+    "pyarrow",
+    "matplotlib",
+    "transformers",
+    "huggingface_hub",
+    "tokenizers",
+    "wandb",
+    "tensorboard",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+}
+# The layers inside engine/, low to high. A module imports only from lower ones.
+LAYERS = [
+    {"errors"},
+    {"config", "files", "tokenizer"},
+    {"pretrained", "lora", "sources", "data", "decode"},
+    {"instructions", "loss", "distributed", "scoring"},
+    {"optim", "checkpoint", "tasks"},
+    {"step", "metrics"},
+    {"report"},
+    {"training"},
+]
+
+
+def project_imports(module: str) -> Iterator[tuple[str, ast.AST]]:
+    """The project's modules that a module imports anywhere, in functions and for types as well,
+    each with the import statement.
+    """
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "engine":
+            names = [f"engine.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module} has a relative import"
+            names = [node.module]
+        else:
+            continue
+        yield from ((name, node) for name in names if name in MODULES)
+
+
+ENGINE = {f"engine.{file.stem}" for file in ROOT.glob("engine/*.py") if file.stem != "__init__"}
+MODULES = {*ENGINE, *COMMANDS, "model"}
+
+
+def test_every_module_is_in_the_tables():
+    """COMMANDS and LAYERS name just the modules that there are."""
+    assert {file.stem for file in ROOT.glob("*.py")} == {*COMMANDS, "model"}
+    names = [name for layer in LAYERS for name in layer]
+    assert {f"engine.{name}" for name in names} == ENGINE
+    assert len(names) == len(ENGINE)
+
+
+def test_engine_imports_point_down():
+    """A module of engine/ imports only model.py and modules of lower layers, no command and none of
+    its own layer: so there are no circles, type-only imports included.
+    """
+    for level, layer in enumerate(LAYERS):
+        allowed = {f"engine.{name}" for lower in LAYERS[:level] for name in lower} | {"model"}
+        for name in layer:
+            imported = {found for found, _ in project_imports(f"engine.{name}")}
+            assert imported <= allowed, f"engine.{name} imports {imported - allowed}"
+    graph = {module: {found for found, _ in project_imports(module)} for module in ENGINE}
+    assert list(TopologicalSorter(graph).static_order())  # raises a CycleError
+
+
+def test_commands_do_not_import_each_other():
+    """A command imports engine/ and model.py only."""
+    for command in COMMANDS:
+        imported = {name for name, _ in project_imports(command)}
+        assert imported <= {*ENGINE, "model"}, command
+
+
+def test_model_imports_engine_in_functions_only():
+    """model.py is imported by engine/, so its own imports of engine/ stand inside functions."""
+    tree = ast.parse((ROOT / "model.py").read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inside = {node.lineno for function in functions for node in function.body}
+    found = list(project_imports("model"))
+    assert {name for name, _ in found} <= {"engine.pretrained"}
+    assert {node.lineno for _, node in found} <= inside
+
+
+def test_importing_the_commands_loads_nothing_heavy():
+    """A process that has imported all commands and all of engine/ has loaded none of the packages
+    that take seconds or that not every machine has.
+    """
+    program = f"import sys, {', '.join(sorted(MODULES))}; print(*sorted(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=worker_env(), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    loaded = set(result.stdout.split())
+    assert loaded >= MODULES
+    assert not loaded & HEAVY
