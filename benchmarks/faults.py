@@ -1,12 +1,12 @@
 """What a training run survives: kills at random moments, signals, a full disk, damaged files, NaN.
 
-    python benchmarks/faults.py --kills 30   # 12 minutes
+    python benchmarks/faults.py --kills 30   # 10 minutes, Linux only
 
 A tiny GPT-2 trains in processes of its own, is disturbed, and resumes with the same command. A
 fault is survived if the finished run has the losses, norms and samples of an undisturbed run to the
-bit; or, where resuming would not be exact, if the command refuses with one line and leaves the run
-as it was. Steps lost are computed again; bytes lost are those of complete checkpoints that can no
-longer be read. Linux only.
+bit; or, where resuming would not be exact, if the command refuses with one line and changes nothing
+in the run. Lost steps are computed again; lost bytes are those of complete checkpoints that can no
+longer be read.
 """
 
 import os
@@ -17,10 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import engine.training
 import train_gpt2
 from benchmarks import harness
 from engine.checkpoint import list_checkpoints, load_model, read_progress, read_state
@@ -36,26 +36,13 @@ from engine.metrics import read_metrics
 from engine.step import TrainingStep
 
 MAX_STEPS, STOP_AT = 120, 30
-TINY = f"""
-data_dir: data/text
-n_layer: 2
-n_head: 2
-n_embd: 32
-block_size: 32
-batch_size: 4
-total_batch_size: 128
-max_steps: {MAX_STEPS}
-warmup_steps: 10
-max_lr: 1.0e-2
-min_lr: 1.0e-3
-eval_every: 20
-eval_tokens: 256
-sample_every: 50
-save_every: 4
-device: cpu
-"""
-KEYS = ("step", "train_loss", "val_loss", "grad_norm", "samples")  # equal to the bit
-MAX_FILE_BYTES = 8 << 20  # a checkpoint's optimizer state is larger
+FLAGS = (
+    f"--data_dir data/text --n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 "
+    f"--total_batch_size 128 --max_steps {MAX_STEPS} --warmup_steps 10 --max_lr 1e-2 --min_lr 1e-3 "
+    "--eval_every 20 --eval_tokens 256 --sample_every 50 --save_every 4 --device cpu"
+).split()
+KEYS = ("step", "train_loss", "val_loss", "grad_norm", "samples")  # of a log, equal to the bit
+MAX_FILE_BYTES = 8 << 20  # less than a checkpoint's optimizer state
 
 
 @dataclass(frozen=True)
@@ -64,38 +51,23 @@ class FaultsBenchmarkConfig:
     seed: int = flag(0, "of the moments")
 
 
-@dataclass
-class Row:
-    tried: int = 0
-    survived: int = 0
-    steps_lost: int = 0
-    bytes_lost: int = 0
-    notes: list[str] = field(default_factory=list)
-
-
 class Lab:
     """A folder with data, an undisturbed run, and runs that are disturbed."""
 
     def __init__(self, folder: Path):
-        self.folder, self.rows = folder, defaultdict[str, Row](Row)
-        (folder / "text.txt").write_text(Path(__file__).read_text() * 4)
-        (folder / "tiny.yaml").write_text(TINY)
+        self.folder, self.shard = folder, folder / "data/text/text_train_000000.npy"
+        self.rows: dict[str, Counter] = defaultdict(Counter)  # figures by fault
+        (folder / "text.txt").write_text(Path(engine.training.__file__).read_text() * 4)
         command = [sys.executable, str(harness.ROOT / "fineweb.py"), "--dataset", "text.txt"]
         subprocess.run([*command, "--val_tokens", "500"], cwd=folder, check=True)
-        code, out, err = self.finish("undisturbed")
-        if code:
-            raise RuntimeError(f"the undisturbed run ended with {code}:\n{out}\n{err}")
+        self.finish("undisturbed")
         self.curve = self.read_curve("undisturbed")
-
-    def run(self, name: str) -> Path:
-        return self.folder / "runs" / name
 
     def start(self, name: str, *args: object, program: str = "") -> subprocess.Popen:
         """Start or resume a run, with train_gpt2.py or a Python program."""
         script = ["-c", program] if program else [str(harness.ROOT / "train_gpt2.py")]
-        flags = ["--config", "tiny.yaml", "--out_dir", f"runs/{name}", *map(str, args)]
         return subprocess.Popen(
-            [sys.executable, *script, *flags],
+            [sys.executable, *script, *FLAGS, "--out_dir", f"runs/{name}", *map(str, args)],
             cwd=self.folder,
             env={**os.environ, "PYTHONPATH": str(harness.ROOT)},
             stdout=subprocess.PIPE,
@@ -103,151 +75,141 @@ class Lab:
             text=True,
         )
 
-    def finish(self, name: str, *args: object, **options: Any) -> tuple[int, str, str]:
-        """Run to the end; return the exit code, stdout and stderr."""
-        process = self.start(name, *args, **options)
+    def finish(self, name: str, *args: object, program: str = "") -> tuple[int, str, str]:
+        """Start or resume a run; return its exit code, stdout and stderr at the end."""
+        process = self.start(name, *args, program=program)
         out, err = process.communicate(timeout=600)
         return process.returncode, out, err
 
-    def stop(self, name: str, signum: int, step: int = STOP_AT, delay: float = 0) -> int:
-        """Start or resume a run and stop it `delay` seconds after a step; return the exit code."""
+    def stop(self, name: str, signum: int = signal.SIGTERM, step: int = STOP_AT) -> int:
+        """Start or resume a run, and send it a signal at a step; return its exit code."""
         process = self.start(name)
-        while self.last_step(name) < step and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(delay)
+        self.wait_for(name, step)
         process.send_signal(signum)
         process.communicate(timeout=60)
         return process.returncode
 
+    def wait_for(self, name: str, step: int, delay: float = 0) -> None:
+        while self.last_step(name) < step:
+            time.sleep(0.002)
+        time.sleep(delay)
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def read_files(self, name: str) -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in self.run(name).rglob("*") if file.is_file()}
+
     def read_curve(self, name: str) -> list[tuple]:
-        log = self.run(name) / "metrics.jsonl"
-        records = read_metrics(self.run(name)) if log.exists() else []
+        has_log = (self.run(name) / "metrics.jsonl").exists()
+        records = read_metrics(self.run(name)) if has_log else []
         return [tuple(record.get(key) for key in KEYS) for record in records]
 
     def last_step(self, name: str) -> int:
         return max((record[0] for record in self.read_curve(name)), default=0)
 
-    def saved_step(self, name: str) -> int:
-        found = list_checkpoints(self.run(name))
-        return read_progress(found[-1])["step"] if found else 0
-
-    def is_exact(self, name: str) -> bool:
-        """Finish the run, and compare it with the undisturbed one."""
-        return self.finish(name)[0] == 0 and self.read_curve(name) == self.curve
-
-    def unreadable_bytes(self, name: str) -> int:
-        lost = 0
+    def count_lost(self, name: str) -> Counter:
+        """Steps after the latest checkpoint, and bytes of unreadable checkpoints."""
+        lost, saved = 0, 0
         for folder in list_checkpoints(self.run(name)):
+            saved = read_progress(folder)["step"]
             try:
                 load_model(folder), read_state(folder)
             except (OSError, ValueError, RuntimeError):
                 lost += sum(file.stat().st_size for file in folder.iterdir())
-        return lost
+        return Counter(steps=self.last_step(name) - saved, bytes=lost)
 
-    def read_files(self, name: str) -> dict[Path, bytes]:
-        return {file: file.read_bytes() for file in self.run(name).rglob("*") if file.is_file()}
+    def report(self, fault: str, name: str, is_handled: bool, lost: Counter | None = None) -> None:
+        """Count a fault, and what was `lost`: a disturbed run, which is finished now."""
+        self.rows[fault] += self.count_lost(name) if lost is None else lost
+        self.finish(name)
+        self.rows[fault] += Counter(tried=1, survived=is_handled and self.is_exact(name))
 
-    def report(self, fault: str, survived: bool, *, steps: int = 0, lost: int = 0) -> None:
-        row = self.rows[fault]
-        row.tried += 1
-        row.survived += survived
-        row.steps_lost += steps
-        row.bytes_lost += lost
+    def is_exact(self, name: str) -> bool:
+        return self.read_curve(name) == self.curve
 
 
-def kill(lab: Lab, config: FaultsBenchmarkConfig) -> None:
-    """Each time: run a random while beyond the next step, kill, check, and resume."""
-    rng, names, in_save, fault = random.Random(config.seed), ["kill0"], 0, "kill -9"
+def kill(lab: Lab, config: FaultsBenchmarkConfig, fault: str = "kill -9") -> None:
+    """Each time: run for a random while beyond the next step, kill, check, and resume."""
+    rng, names, row = random.Random(config.seed), ["kill0"], lab.rows[fault]
     for _ in range(config.kills):
         name = names[-1]
-        lab.stop(name, signal.SIGKILL, lab.last_step(name) + 1, delay=rng.uniform(0, 0.3))
-        in_save += any(lab.run(name).glob("checkpoints/*.tmp"))
-        last, lost = lab.last_step(name), lab.unreadable_bytes(name)
-        is_same = lab.read_curve(name) == lab.curve[: last + 1]
-        lab.report(fault, is_same and not lost, steps=last - lab.saved_step(name), lost=lost)
-        if last > MAX_STEPS - 50:  # there is little left to disturb
+        process = lab.start(name)
+        lab.wait_for(name, lab.last_step(name) + 1, delay=rng.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        row["during a save"] += any(lab.run(name).glob("checkpoints/*.tmp"))
+        curve, lost = lab.read_curve(name), lab.count_lost(name)
+        is_exact = curve == lab.curve[: len(curve)] and not lost["bytes"]
+        row.update(lost + Counter(tried=1, survived=is_exact))
+        if lab.last_step(name) > MAX_STEPS - 50:  # there is little left to disturb
             names.append(f"kill{len(names)}")
-    exact = sum(map(lab.is_exact, names))
-    lab.rows[fault].notes.append(f"{in_save} during a save; {exact} of {len(names)} runs exact")
-    if exact < len(names):
-        lab.rows[fault].survived = 0
-
-
-def stop(lab: Lab, signum: signal.Signals) -> None:
-    code = lab.stop(signum.name, signum)
-    steps = lab.last_step(signum.name) - lab.saved_step(signum.name)
-    lost = lab.unreadable_bytes(signum.name)
-    is_survived = code == 128 + signum and lab.is_exact(signum.name)
-    lab.report(signum.name, is_survived, steps=steps, lost=lost)
-
-
-def fill_disk(lab: Lab, name: str = "disk full during a save") -> None:
-    """Files may not grow beyond MAX_FILE_BYTES, so a save fails half-way."""
-    lab.stop(name, signal.SIGTERM)
-    saved, process = lab.saved_step(name), lab.start(name)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
-    _, err = process.communicate(timeout=120)
-    is_reported = process.returncode == 2 and "could not be saved" in err
-    is_reported &= "Traceback" not in err and lab.saved_step(name) == saved
-    steps, lost = lab.last_step(name) - saved, lab.unreadable_bytes(name)
-    lab.report(name, is_reported and lab.is_exact(name), steps=steps, lost=lost)
+    for name in names:
+        lab.finish(name)
+    if not all(map(lab.is_exact, names)):
+        row["survived"] = 0
 
 
 def refuse(
-    lab: Lab, fault: str, expected: str, *args: object, damage: Callable[[], object] | None = None
+    lab: Lab, fault: str, expected: str, *args: object, damage: Callable[[], Any] | None = None
 ) -> None:
-    """The command refuses with one line that contains `expected`, and changes nothing. When the
-    data is repaired, the run resumes exactly.
+    """The command refuses with one line that contains `expected` and changes nothing. With the
+    shard as it was, the run resumes exactly.
     """
-    lab.stop(fault, signal.SIGTERM)
-    before, shard = lab.read_files(fault), lab.folder / "data/text/text_train_000000.npy"
-    content = shard.read_bytes()
+    lab.stop(fault)
+    before, content = lab.read_files(fault), lab.shard.read_bytes()
     if damage:
         damage()
     code, _, err = lab.finish(fault, *args)
-    shard.write_bytes(content)
+    lab.shard.write_bytes(content)
     is_refused = code == 2 and expected in err and err.count("\n") == 1
-    if not is_refused:
-        lab.rows[fault].notes.append(f"printed {err.strip()!r}")
-    is_untouched = before == lab.read_files(fault)
-    lab.report(fault, is_refused and is_untouched and lab.is_exact(fault))
+    lab.report(fault, fault, is_refused and before == lab.read_files(fault))
 
 
-def damage_data(lab: Lab) -> None:
-    shard = lab.folder / "data/text/text_train_000000.npy"
-    content = shard.read_bytes()
+def damage_shard(lab: Lab) -> None:
+    content = lab.shard.read_bytes()
     flipped = bytearray(content)
     flipped[5000] ^= 1
-    truncate = partial(shard.write_bytes, content[:-64])
-    refuse(lab, "shard truncated", "is truncated", damage=truncate)
-    flip = partial(shard.write_bytes, flipped)
-    refuse(lab, "bit flipped in a shard", "has changed since", damage=flip)
-    refuse(lab, "shard deleted", "is missing, manifest.json lists it", damage=shard.unlink)
+    for fault, expected, damage in (
+        ("shard truncated", "is truncated", lambda: lab.shard.write_bytes(content[:-64])),
+        ("bit of a shard flipped", "has changed since", lambda: lab.shard.write_bytes(flipped)),
+        ("shard deleted", "is missing, manifest.json lists it", lab.shard.unlink),
+    ):
+        refuse(lab, fault, expected, damage=damage)
 
 
-def corrupt_checkpoint(lab: Lab, file: str, fault: str = "latest checkpoint corrupt") -> None:
+def fill_disk(lab: Lab, fault: str = "disk full during a save") -> None:
+    """Files may not grow beyond MAX_FILE_BYTES, so a save fails half-way."""
+    lab.stop(fault)
+    before, process = list_checkpoints(lab.run(fault)), lab.start(fault)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
+    _, err = process.communicate(timeout=120)
+    is_reported = process.returncode == 2 and "could not be saved" in err and err.count("\n") == 1
+    lab.report(fault, fault, is_reported and before == list_checkpoints(lab.run(fault)))
+
+
+def corrupt_checkpoint(lab: Lab, file: str) -> None:
     name = f"corrupt {file}"
-    lab.stop(name, signal.SIGTERM)
+    lab.stop(name)
     *_, earlier, latest = list_checkpoints(lab.run(name))
+    lost = read_progress(latest)["step"] - read_progress(earlier)["step"]
     (latest / file).write_bytes((latest / file).read_bytes()[:1000])
-    steps = read_progress(latest)["step"] - read_progress(earlier)["step"]
-    _, out, _ = lab.finish(name)
-    lab.report(fault, "falling back to the one before" in out and lab.is_exact(name), steps=steps)
+    is_reported = "falling back to the one before" in lab.finish(name)[1]
+    lab.report("latest checkpoint corrupt", name, is_reported, Counter(steps=lost))
 
 
-def poison(lab: Lab, fault: str, last: int, code: int) -> None:
+def poison(lab: Lab, fault: str, last: int, expected_code: int) -> None:
     """A step with NaN in its gradients is skipped; five in a row end the run."""
     program = f"from benchmarks import faults; faults.train_poisoned({STOP_AT}, {last})"
-    found, _, _ = lab.finish(fault, program=program)
+    code, _, _ = lab.finish(fault, program=program)
     skipped = [r["step"] for r in read_metrics(lab.run(fault)) if r.get("grad_norm", 0) is None]
-    expected = list(range(STOP_AT, min(last, STOP_AT + 5)))
-    lost = lab.unreadable_bytes(fault)
-    lab.report(fault, found == code and skipped == expected, lost=lost)
-    lab.rows[fault].notes.append(f"{len(skipped)} steps skipped")
+    is_skipped = skipped == list(range(STOP_AT, min(last, STOP_AT + 5)))
+    lab.rows[fault] += Counter(tried=1, survived=code == expected_code and is_skipped)
+    lab.rows[fault]["bytes"] += lab.count_lost(fault)["bytes"]
 
 
 def train_poisoned(first: int, last: int) -> None:
-    """train_gpt2.py with NaN in the gradients of steps `first` to `last` - 1."""
+    """Run train_gpt2.py with NaN in the gradients of steps `first` to `last` - 1."""
 
     class PoisonedStep(TrainingStep):
         def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,42 +221,41 @@ def train_poisoned(first: int, last: int) -> None:
             hook.remove()
             return result
 
-    import engine.training
-
     engine.training.TrainingStep = PoisonedStep  # type: ignore[misc]
     run_command(train_gpt2.main, train_gpt2.PretrainConfig, "")
 
 
-def compete(lab: Lab, name: str = "a second process on the run") -> None:
-    process = lab.start(name)
-    while lab.last_step(name) < 10:
-        time.sleep(0.002)
-    code, _, err = lab.finish(name)
+def compete(lab: Lab, fault: str = "a second process on the run") -> None:
+    process = lab.start(fault)
+    lab.wait_for(fault, 10)
+    code, _, err = lab.finish(fault)
     process.communicate(timeout=600)
-    lab.report(name, code == 2 and "in use by another" in err and lab.is_exact(name))
+    lab.report(fault, fault, code == 2 and "in use by another" in err)
 
 
 def main(config: FaultsBenchmarkConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="faults_") as folder:
         lab = Lab(Path(folder))
         kill(lab, config)
-        stop(lab, signal.SIGTERM)
-        stop(lab, signal.SIGINT)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            code = lab.stop(signum.name, signum)
+            lab.report(signum.name, signum.name, code == 128 + signum)
         fill_disk(lab)
-        damage_data(lab)
+        damage_shard(lab)
         refuse(lab, "settings changed", "max_lr was 0.01, is 0.02", "--max_lr", 0.02)
         refuse(lab, "checkpoint of another shape", "n_layer was 2, is 3", "--n_layer", 3)
-        for file in ("model.safetensors", "state.pt"):
-            corrupt_checkpoint(lab, file)
-        poison(lab, "NaN in one gradient", STOP_AT + 1, code=0)
-        poison(lab, "NaN in all gradients", MAX_STEPS, code=2)
+        corrupt_checkpoint(lab, "model.safetensors")
+        corrupt_checkpoint(lab, "state.pt")
+        poison(lab, "NaN in one gradient", STOP_AT + 1, expected_code=0)
+        poison(lab, "NaN in all gradients", MAX_STEPS, expected_code=2)
         compete(lab)
-    columns = "tried", "survived", "steps computed again", "bytes lost", "notes"
-    harness.print_header("fault", *columns)
+    names = "tried", "survived", "steps", "bytes", "during a save"
+    harness.print_header(
+        "fault", "tried", "survived", "steps computed again", "bytes lost", names[4]
+    )
     for fault, row in lab.rows.items():
-        counts = row.tried, row.survived, row.steps_lost, row.bytes_lost
-        harness.print_row(fault, *counts, "; ".join(row.notes))
-    if any(row.survived < row.tried or row.bytes_lost for row in lab.rows.values()):
+        harness.print_row(fault, *(row[name] for name in names))
+    if any(row["survived"] < row["tried"] or row["bytes"] for row in lab.rows.values()):
         raise ValueError("not every fault was survived")
 
 

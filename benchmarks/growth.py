@@ -1,6 +1,6 @@
 """How time and memory of a training step grow with layers, width, sequence length and batch.
 
-    python benchmarks/growth.py   # on two CPU threads, fp32: 4 minutes; draws docs/growth.png
+    python benchmarks/growth.py   # two CPU threads, fp32: 4 minutes; draws docs/growth.png
 
 One of the four varies at a time, from a small base. Every size runs the real training step in a
 process of its own. The time is compared with the FLOPs of the step, peak memory with the memory
@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.harness import Size, print_header, print_row, take_turns_in_workers
+from benchmarks import harness
+from benchmarks.harness import BenchmarkConfig, Result, Size
 from benchmarks.scale import Setup, predict_peak
 from benchmarks.train_step import make_ours
 from engine.config import flag, run_command
@@ -29,93 +30,84 @@ VARIED = {
     "T": (128, 256, 512, 1024),
     "batch_size": (2, 4, 8, 16),
 }
-TOLERANCE = 0.05  # of a measured slope over that of its formula
-# A row of the figure: what is measured, its formula, what that is called, the unit, the label.
-ROWS = (
+TOLERANCE = 0.05  # of a measured slope over its formula's
+# Measured figures, their formulas and how these are called; the unit and the label of the axis.
+PAIRS = (
     ("seconds", "flops", "FLOPs", 1.0, "step, s"),
-    ("bytes", "predicted", "memory model", 1e9, "peak memory, GB"),
+    ("peak_bytes", "predicted", "memory model", 1e9, "peak memory, GB"),
 )
-Measured = dict[str, float]  # seconds, flops, bytes, predicted
 
 
 @dataclass(frozen=True)
-class GrowthBenchmarkConfig:
-    rounds: int = flag(5, "measured steps of each size, after one that warms up")
-    threads: int = flag(2, "CPU threads")
-    values: int = flag(4, "values of each that varies, the first ones, 2 to 4")
+class GrowthBenchmarkConfig(BenchmarkConfig):
+    n_values: int = flag(4, "values of each that varies, the smallest ones, 2 to 4")
     plot: str = flag("docs/growth.png", "the figure to write")
 
 
-def measure(size: Size, config: GrowthBenchmarkConfig) -> Measured:
-    """Seconds of the fastest step, its FLOPs, peak and predicted peak in bytes."""
-    steps = take_turns_in_workers(
-        {"ours": make_ours}, size, rounds=config.rounds, warmup=1, threads=config.threads
-    )["ours"]
-    setup = Setup(half=False, device_type="cpu")
-    return {
-        "seconds": min(step["step"] for step in steps),
-        "flops": size.flops,
-        "bytes": steps[-1]["peak_bytes"],
-        "predicted": predict_peak(size.config, size.batch_size, setup, accumulate=False),
-    }
+def measure(size: Size, config: BenchmarkConfig) -> Result:
+    steps = harness.measure_in_workers({"ours": make_ours}, size, config)["ours"]
+    setup = Setup(half=False, device_type="cpu", accumulate=False)
+    predicted = predict_peak(size.config, size.batch_size, setup)
+    fastest = min(steps, key=lambda step: step["seconds"])
+    return fastest | {"flops": size.flops, "predicted": predicted}
 
 
-def fit_slope(results: dict[int, Measured], key: str) -> float:
-    values = [r[key] for r in results.values()]
+def fit_slope(results: dict[int, Result], key: str) -> float:
+    values = [result[key] for result in results.values()]
     return float(np.polyfit(np.log(list(results)), np.log(values), 1)[0])
 
 
-def draw(measured: dict[str, dict[int, Measured]], file: Path) -> None:
+def draw(measured: dict[str, dict[int, Result]], file: str) -> None:
     """Time above, memory below, a column for each that varies; formulas are dashed."""
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = figure.subplots(2, len(measured), sharey="row", sharex="col")
     for column, (name, results) in enumerate(measured.items()):
-        last = list(results.values())[-1]
-        for row, (key, formula, formula_name, unit, label) in enumerate(ROWS):
-            panel = axes[row, column]
+        for panel, (key, formula, formula_name, unit, label) in zip(
+            axes[:, column], PAIRS, strict=True
+        ):
+            last = list(results.values())[-1]
             # FLOPs are drawn through the time of the largest size.
-            scale = last["flops"] / last["seconds"] if formula == "flops" else unit
-            slopes = [fit_slope(results, k) for k in (key, formula)]
-            values = [r[key] / unit for r in results.values()]
-            panel.plot(list(results), values, "o-", label=f"slope {slopes[0]:.2f}")
-            values = [r[formula] / scale for r in results.values()]
-            panel.plot(list(results), values, "k--", label=f"{formula_name}, slope {slopes[1]:.2f}")
+            formula_unit = last["flops"] / last["seconds"] if formula == "flops" else unit
+            for style, what, scale, prefix in (
+                ("o-", key, unit, ""),
+                ("k--", formula, formula_unit, f"{formula_name}, "),
+            ):
+                values = [result[what] / scale for result in results.values()]
+                slope = fit_slope(results, what)
+                panel.plot(list(results), values, style, label=f"{prefix}slope {slope:.2f}")
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
-            panel.set_xticks(list(results), [str(value) for value in results])
+            panel.set_xticks(list(results), list(map(str, results)))
             panel.grid(alpha=0.3, which="both")
             panel.legend(fontsize=8)
-            if column == 0:
-                panel.set_ylabel(label)
-        axes[-1, column].set_xlabel(name)
+            axes[PAIRS.index((key, formula, formula_name, unit, label)), 0].set_ylabel(label)
+        panel.set_xlabel(name)
     figure.suptitle(f"From {BASE} (layers x width, batch x tokens), one varied at a time")
     figure.savefig(file, dpi=110)
+    print(f"\nfigure in {file}")
 
 
 def main(config: GrowthBenchmarkConfig) -> None:
-    known: dict[Size, Measured] = {}
-    measured: dict[str, dict[int, Measured]] = {}
-    print_header("varied", "step, s", "GFLOP", "peak, GB", "predicted, GB")
+    known: dict[Size, Result] = {}
+    measured: dict[str, dict[int, Result]] = {}
+    harness.print_header("varied", "step, s", "GFLOP", "peak, GB", "predicted, GB")
     for name, values in VARIED.items():
-        measured[name] = {}
-        for value in values[: config.values]:
+        for value in values[: config.n_values]:
             size = replace(BASE, **{name: value})
             known[size] = r = known.get(size) or measure(size, config)
-            measured[name][value] = r
-            gigabytes = [f"{r[key] / 1e9:.2f}" for key in ("bytes", "predicted")]
-            print_row(
-                f"{name} {value}", f"{r['seconds']:.2f}", f"{r['flops'] / 1e9:.0f}", *gigabytes
-            )
-    print()
-    columns = "time", "FLOPs", "memory", "memory model", "grows faster than its formula"
-    print_header("slope against", *columns)
+            measured.setdefault(name, {})[value] = r
+            cells = [f"{r[key] / 1e9:.2f}" for key in ("peak_bytes", "predicted")]
+            step = f"{r['seconds']:.2f}", f"{r['flops'] / 1e9:.0f}"
+            harness.print_row(f"{name} {value}", *step, *cells)
+    formulas = "time", "FLOPs", "memory", "memory model", "grows faster than its formula"
+    harness.print_header("slope against", *formulas)
     for name, results in measured.items():
-        slopes = [fit_slope(results, key) for row in ROWS for key in row[:2]]
-        pairs = ("time", *slopes[:2]), ("memory", *slopes[2:])
-        faster = [what for what, own, formula in pairs if own > formula + TOLERANCE]
-        print_row(name, *(f"{slope:.2f}" for slope in slopes), ", ".join(faster) or "none")
-    draw(measured, Path(config.plot))
-    print(f"\nfigure in {config.plot}")
+        slopes = [fit_slope(results, key) for pair in PAIRS for key in pair[:2]]
+        own = ("time", *slopes[:2]), ("memory", *slopes[2:])
+        faster = [what for what, slope, expected in own if slope > expected + TOLERANCE]
+        cells = [f"{slope:.2f}" for slope in slopes]
+        harness.print_row(name, *cells, ", ".join(faster) or "none")
+    draw(measured, config.plot)
 
 
 if __name__ == "__main__":

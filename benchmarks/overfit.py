@@ -4,7 +4,7 @@
 
 The model is one that this project pretrained. The examples are Python functions and the first
 paragraphs of their docstrings, or those of --data. LoRA has ten times full fine-tuning's learning
-rate. The figure shows the training and validation losses of both, the table their numbers.
+rate. The figure shows the training and validation losses of both.
 """
 
 import json
@@ -16,14 +16,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import finetune_lora
-from benchmarks.harness import print_header, print_row
+from benchmarks import harness
 from engine.checkpoint import load_model
 from engine.config import flag, run_command
 from engine.instructions import read_examples
 from engine.metrics import read_metrics
 from engine.report import plot_runs
-
-LORA_RATE = 10  # LoRA's learning rate over full fine-tuning's
 
 
 @dataclass(frozen=True)
@@ -38,49 +36,31 @@ class OverfitBenchmarkConfig:
     plot: str = flag("docs/overfit.png", "the figure to write")
 
 
+def finetune(run: Path, rows: Path, config: OverfitBenchmarkConfig, **settings: object) -> None:
+    shared = {"model_name_or_path": config.model, "data": str(rows), "epochs": config.epochs}
+    shared |= {"val_fraction": config.val_fraction, "batch_size": 32, "examples_per_step": 32}
+    shared |= {"eval_every": 20, "sample_every": 0, "save_every": 10_000, **settings}
+    finetune_lora.main(finetune_lora.FinetuneConfig(out_dir=str(run), **shared))
+
+
 def main(config: OverfitBenchmarkConfig) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.jsonl"
-        block_size = load_model(config.model).config.block_size
-        with rows.open("w") as file:
-            for e in read_examples(config.data, block_size)[: config.n_examples]:
-                print(json.dumps({"prompt": e.prompt, "completion": e.completion}), file=file)
-        runs = [
-            finetune(config, rows, use_lora=use_lora, max_lr=max_lr)
-            for use_lora, max_lr in ((False, config.max_lr), (True, config.max_lr * LORA_RATE))
-        ]
-        plot_runs(runs, Path(config.plot))
-        print()
-        print_header("run", "best val loss", "at step", "last val loss", "last train loss")
-        for run in runs:
-            records = read_metrics(run)
-            losses = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
-            best = min(losses, key=lambda step: losses[step])
-            last = records[-1]["val_loss"], records[-1]["train_loss"]
-            print_row(run.name, f"{losses[best]:.3f}", best, *(f"{loss:.3f}" for loss in last))
-
-
-def finetune(config: OverfitBenchmarkConfig, rows: Path, *, use_lora: bool, max_lr: float) -> Path:
-    """Fine-tune in a new run folder beside the rows, and return it."""
-    run = rows.parent / f"{'lora' if use_lora else 'full'}, rate {max_lr:g}"
-    finetune_lora.main(
-        finetune_lora.FinetuneConfig(
-            out_dir=str(run),
-            model_name_or_path=config.model,
-            data=str(rows),
-            use_lora=use_lora,
-            lora_dim=config.lora_dim if use_lora else None,
-            max_lr=max_lr,
-            epochs=config.epochs,
-            val_fraction=config.val_fraction,
-            batch_size=32,
-            examples_per_step=32,
-            eval_every=20,
-            sample_every=0,
-            save_every=10_000,
-        )
-    )
-    return run
+    with tempfile.TemporaryDirectory() as name:
+        folder, lora_lr = Path(name), 10 * config.max_lr
+        examples = read_examples(config.data, load_model(config.model).config.block_size)
+        pairs = [{"prompt": e.prompt, "completion": e.completion} for e in examples]
+        rows = folder / "rows.jsonl"
+        rows.write_text("\n".join(map(json.dumps, pairs[: config.n_examples])))
+        full, lora = folder / f"full, rate {config.max_lr:g}", folder / f"lora, rate {lora_lr:g}"
+        finetune(full, rows, config, use_lora=False, max_lr=config.max_lr)
+        finetune(lora, rows, config, lora_dim=config.lora_dim, max_lr=lora_lr)
+        plot_runs([full, lora], Path(config.plot))
+        columns = "best val loss", "at step", "last val loss", "last train loss"
+        harness.print_header("run", *columns)
+        for run in (full, lora):
+            evaluated = [r for r in read_metrics(run) if "val_loss" in r]
+            best, last = min(evaluated, key=lambda r: r["val_loss"]), evaluated[-1]
+            losses = f"{last['val_loss']:.3f}", f"{last['train_loss']:.3f}"
+            harness.print_row(run.name, f"{best['val_loss']:.3f}", best["step"], *losses)
 
 
 if __name__ == "__main__":

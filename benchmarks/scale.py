@@ -6,23 +6,17 @@ and the memory model beside measured peaks.
 """
 
 import functools
+import itertools
 import os
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.harness import (
-    Size,
-    Step,
-    meta_model,
-    print_header,
-    print_row,
-    random_training_step,
-    take_turns_in_workers,
-)
+from benchmarks import harness
+from benchmarks.harness import BenchmarkConfig, Result, Size, Step
 from engine.config import flag, run_command
 from engine.loss import CHUNK_ROWS, DEFAULT_CHUNK_ROWS
 from engine.metrics import PEAK_FLOPS, flops_per_token
@@ -48,49 +42,40 @@ MAX_BATCH_SIZE = 512  # larger ones bring nothing
 
 
 @dataclass(frozen=True)
-class ScaleBenchmarkConfig:
+class ScaleBenchmarkConfig(BenchmarkConfig):
+    rounds: int = flag(3, "steps, with --check")
     check: bool = flag(False, "measure peaks on this CPU beside the predicted ones")
     sizes: list[str] = flag(
         ["6x384:8x256", "12x768:2x512"], "with --check: sizes, each LAYERSxWIDTH:BATCHxTOKENS"
     )
 
 
-@dataclass(frozen=True)
-class Setup:
-    """How a model is trained: on how many `ranks` FSDP shards it (1 is DDP), with 16-bit matrix
-    products (`half`) or fp32, with --recompute block, on which type of device.
-    """
+class Setup(NamedTuple):
+    """How a model is trained."""
 
-    half: bool = True
-    ranks: int = 1
-    recompute: bool = False
+    half: bool = True  # matrix products in 16 bits, else fp32
+    ranks: int = 1  # more than 1: sharded over so many by FSDP
+    recompute: bool = False  # --recompute block
+    accumulate: bool = True  # several micro-steps
     device_type: str = "cuda"
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes on a device at the end of the forward pass."""
 
     weights: float
-    gradients: float  # from the micro-step before
+    gradients: float
     optimizer: float
     activations: float
     logits: float
 
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
-
 
 @functools.cache
 def count_params(config: GPTConfig) -> int:
-    return sum(p.numel() for p in meta_model(config).parameters())
+    return sum(p.numel() for p in harness.meta_model(config).parameters())
 
 
-def predict_memory(
-    config: GPTConfig, batch_size: int, setup: Setup, *, accumulate: bool = True
-) -> Memory:
-    """The memory of a step. With `accumulate` it has several micro-steps."""
+def predict_memory(config: GPTConfig, batch_size: int, setup: Setup) -> Memory:
     C, L, V = config.n_embd, config.n_layer, config.padded_vocab_size
     tokens, P = batch_size * config.block_size, count_params(config)
     product_bytes = 2 if setup.half else 4
@@ -108,30 +93,24 @@ def predict_memory(
     rows = min(tokens, CHUNK_ROWS.get(setup.device_type, DEFAULT_CHUNK_ROWS))
     # A chunk of logits, in 16 bits with log-probabilities in fp32, and the head's gradient.
     logits = rows * V * (2 + 4 if setup.half else 4) + V * C * 4
-    gradients = 4 * P if accumulate else 0  # not sharded: they are synchronized once a step
+    gradients = 4 * P if setup.accumulate else 0  # not sharded: synchronized once a step
     return Memory(weights, gradients, 8 * P / setup.ranks, activations, logits)
 
 
-def predict_peak(
-    config: GPTConfig, batch_size: int, setup: Setup, *, accumulate: bool = True
-) -> float:
+def predict_peak(config: GPTConfig, batch_size: int, setup: Setup) -> float:
     """The larger of the memory at the end of the forward pass and at the end of the backward pass,
     when activations are gone, and wte's gradients from head and lookup and their sum are there.
     """
-    m = predict_memory(config, batch_size, setup, accumulate=accumulate)
-    table = config.padded_vocab_size * config.n_embd
-    backward = m.weights + m.optimizer + 4 * count_params(config) + 3 * 4 * table
-    return max(m.total, backward)
+    memory = predict_memory(config, batch_size, setup)
+    gradients = 4 * count_params(config) + 3 * 4 * config.padded_vocab_size * config.n_embd
+    return max(sum(memory), memory.weights + memory.optimizer + gradients)
 
 
 def find_largest_batch(config: GPTConfig, capacity: float, setup: Setup) -> int:
-    batch_size = 0
-    while (
-        batch_size < MAX_BATCH_SIZE
-        and predict_peak(config, batch_size + 1, setup) <= USABLE * capacity
-    ):
-        batch_size += 1
-    return batch_size
+    """The largest batch size that fits, 0 if none does."""
+    sizes = range(1, MAX_BATCH_SIZE + 1)
+    fits = (predict_peak(config, n, setup) <= USABLE * capacity for n in sizes)
+    return sum(itertools.takewhile(bool, fits))
 
 
 def gb(n_bytes: float) -> str:
@@ -140,12 +119,11 @@ def gb(n_bytes: float) -> str:
 
 def print_memory() -> None:
     parts = "size", "parameters", "weights", "gradients", "AdamW", "activations", "recomputed"
-    print_header(*parts, "logits")
+    harness.print_header(*parts, "logits")
     for name, config in MODELS.items():
         m, recomputed = (predict_memory(config, 1, Setup(recompute=r)) for r in (False, True))
-        values = m.weights, m.gradients, m.optimizer, m.activations, recomputed.activations
-        n_params = f"{count_params(config) / 1e6:,.0f} M"
-        print_row(name, n_params, *map(gb, values), gb(m.logits))
+        values = *m[:4], recomputed.activations, m.logits
+        harness.print_row(name, f"{count_params(config) / 1e6:,.0f} M", *map(gb, values))
 
 
 def print_cards() -> None:
@@ -156,12 +134,12 @@ def print_cards() -> None:
         "FSDP": Setup(ranks=WORLD_SIZE),
         "FSDP, recompute": Setup(ranks=WORLD_SIZE, recompute=True),
     }
-    print()
-    print_header("size", "card", *setups, "sent per step, DDP / FSDP", "step, DDP / FSDP")
+    costs = "sent per step, DDP / FSDP", "step, DDP / FSDP"
+    harness.print_header("size", "card", *setups, *costs)
     share = (WORLD_SIZE - 1) / WORLD_SIZE
     for name, config in MODELS.items():
-        P = count_params(config)
-        flops = flops_per_token(meta_model(config), config.block_size) * TOTAL_BATCH_SIZE
+        P, model = count_params(config), harness.meta_model(config)
+        flops = flops_per_token(model, config.block_size) * TOTAL_BATCH_SIZE
         for card, (capacity, peak_flops, bandwidth) in CARDS.items():
             batch = {s: find_largest_batch(config, capacity, setup) for s, setup in setups.items()}
             micro_batch = WORLD_SIZE * config.block_size * max(1, batch["FSDP"])
@@ -173,43 +151,37 @@ def print_cards() -> None:
                 f"{compute + n_bytes / bandwidth:.2f} s" if batch[s] else "-"
                 for s, n_bytes in sent.items()
             ]
+            gigabytes = f"{' / '.join(map(gb, sent.values()))} GB"
             fits = [n or "-" for n in batch.values()]
-            print_row(
-                name, card, *fits, f"{' / '.join(map(gb, sent.values()))} GB", " / ".join(seconds)
-            )
+            harness.print_row(name, card, *fits, gigabytes, " / ".join(seconds))
 
 
-def make_step(size: Size) -> Step:
+def make_step(size: Size, config: BenchmarkConfig) -> Step:
     """A step of two micro-steps, so that gradients accumulate."""
-    training_step = random_training_step(size, grad_accum_steps=2)
-    numbers = iter(range(1, sys.maxsize))
+    training_step = harness.random_training_step(size, config, grad_accum_steps=2)
+    numbers = itertools.count(1)
 
-    def step() -> dict[str, float]:
+    def step() -> Result:
         training_step(next(numbers))
         return {}
 
     return step
 
 
-def check_memory_model(sizes: list[Size]) -> None:
-    """Compare predicted and measured peaks, in fp32."""
+def main(config: ScaleBenchmarkConfig) -> None:
+    if not config.check:
+        print_memory()
+        print_cards()
+        return
     # glibc then returns freed memory at once, so that resident memory is what is alive.
     os.environ.update({"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"})
-    setup = Setup(half=False, device_type="cpu")
-    print_header("layers x width, batch", "predicted", "measured", "predicted / measured")
-    for size in sizes:
-        steps = take_turns_in_workers({"ours": make_step}, size, rounds=3, warmup=0)["ours"]
+    columns = "predicted, GB", "measured, GB", "predicted / measured"
+    harness.print_header("layers x width, batch", *columns)
+    for size in map(Size.parse, config.sizes):
+        steps = harness.measure_in_workers({"ours": make_step}, size, config, warmup=0)["ours"]
         measured = steps[-1]["peak_bytes"]
-        predicted = predict_peak(size.config, size.batch_size, setup)
-        print_row(size, f"{gb(predicted)} GB", f"{gb(measured)} GB", f"{predicted / measured:.2f}")
-
-
-def main(config: ScaleBenchmarkConfig) -> None:
-    if config.check:
-        check_memory_model([Size.parse(text) for text in config.sizes])
-        return
-    print_memory()
-    print_cards()
+        predicted = predict_peak(size.config, size.batch_size, Setup(half=False, device_type="cpu"))
+        harness.print_row(size, gb(predicted), gb(measured), f"{predicted / measured:.2f}")
 
 
 if __name__ == "__main__":

@@ -262,8 +262,8 @@ def explaining_out_of_memory(config: TrainConfig, device: torch.device) -> Itera
 
 
 def profile_steps(config: TrainConfig, dist: Distributed) -> AbstractContextManager:
-    """On rank 0, a profiler of the first `profile` steps after two, told of each step by its
-    `step()`. A run that ends earlier writes a trace of what it has done.
+    """On rank 0, a profiler of `profile` steps after the first two; the loop calls its `step()`. A
+    run that ends earlier writes a trace of the steps it did.
     """
 
     def write(profiler: torch.profiler.profile) -> None:

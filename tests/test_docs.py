@@ -120,7 +120,7 @@ def test_every_command_parses(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, script, *args = shlex.split(line)
     values, _ = parse_flags(CONFIGS[Path(script).stem], "", args)
-    CONFIGS[Path(script).stem](**values)
+    assert CONFIGS[Path(script).stem](**values)
 
 
 @pytest.fixture(scope="module")
