@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from engine.config import flag, run_command
 from engine.data import PretrainingData
-from engine.sources import open_source
+from engine.sources import Piece, open_source
 from engine.step import Prefetcher
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from fineweb import tokenize
@@ -47,72 +48,72 @@ class DataBenchmarkConfig:
     step_ms: float = flag(150.0, "milliseconds of a step")
 
 
+def to_array(ids: list[int]) -> np.ndarray:
+    return np.array([END_OF_TEXT_ID, *ids], dtype=np.uint16)
+
+
 def tokenize_document(document: str) -> np.ndarray:
-    tokens = [END_OF_TEXT_ID, *get_tokenizer().encode_ordinary(document)]
-    return np.array(tokens, dtype=np.uint16)
+    return to_array(get_tokenizer().encode_ordinary(document))
+
+
+def tokenize_with_fineweb(pieces: list[Piece], n: int) -> np.ndarray:
+    return np.concatenate([tokens for _, tokens in tokenize(lambda: iter(pieces), n)])
+
+
+def tokenize_with_tiktoken(documents: list[str], n: int) -> np.ndarray:
+    rows = get_tokenizer().encode_ordinary_batch(documents, num_threads=n)
+    return np.concatenate([to_array(row) for row in rows])
+
+
+def tokenize_one_at_a_time(documents: list[str], n: int) -> np.ndarray:
+    with multiprocessing.Pool(n) as pool:
+        return np.concatenate(list(pool.imap(tokenize_document, documents, chunksize=16)))
 
 
 def compare_tokenization(config: DataBenchmarkConfig) -> None:
-    pieces = open_source(config.data, "text").pieces(0, Counter())
-    pieces = [piece for piece in pieces if piece[0].strip()] * config.repeat
-    starts = [i for i, (_, is_start) in enumerate(pieces) if is_start]
-    ends = [*starts[1:], len(pieces)]
-    documents = [
-        "".join(text for text, _ in pieces[start:end])
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    n = config.processes
-
-    def with_fineweb(_: int) -> np.ndarray:
-        return np.concatenate([tokens for _, tokens in tokenize(lambda: iter(pieces), n)])
-
-    def with_tiktoken(_: int) -> np.ndarray:
-        rows = get_tokenizer().encode_ordinary_batch(documents, num_threads=n)
-        return np.concatenate([np.array([END_OF_TEXT_ID, *row], dtype=np.uint16) for row in rows])
-
-    def one_at_a_time(_: int) -> np.ndarray:
-        with multiprocessing.Pool(n) as pool:
-            return np.concatenate(list(pool.imap(tokenize_document, documents, chunksize=16)))
-
-    contenders = {
-        OURS: with_fineweb,
-        "encode_ordinary_batch": with_tiktoken,
-        "one document at a time": one_at_a_time,
+    found = open_source(config.data, "text").pieces(0, Counter())
+    pieces = [piece for piece in found if piece[0].strip()] * config.repeat
+    documents: list[str] = []
+    for text, is_start in pieces:
+        if is_start:
+            documents.append("")
+        documents[-1] += text
+    contenders: dict[str, Callable[[int], np.ndarray]] = {
+        OURS: lambda n: tokenize_with_fineweb(pieces, n),
+        "encode_ordinary_batch": lambda n: tokenize_with_tiktoken(documents, n),
+        "one document at a time": lambda n: tokenize_one_at_a_time(documents, n),
     }
-    turns = harness.take_turns(contenders, range(config.rounds + 1))
+    results = harness.take_turns(contenders, [config.processes] * (config.rounds + 1))
     megabytes = sum(len(document.encode()) for document in documents) / 1e6
-    print(
-        f"{megabytes:.1f} MB, {len(documents):,} documents, {n} processes, {config.rounds} rounds"
-    )
+    print(f"{megabytes:.1f} MB, {len(documents):,} documents, {config.processes} processes")
     harness.print_header("tokenization", "MB/s", "ours is")
-    ours, expected = harness.median_seconds(turns[OURS]), turns[OURS][0][1]
-    for name, of_one in turns.items():
-        if not np.array_equal(of_one[0][1], expected):
+    for name, turns in results.items():
+        if not np.array_equal(turns[0]["value"], results[OURS][0]["value"]):
             raise ValueError(f"{name} makes other tokens of {config.data} than {OURS}")
-        seconds = harness.median_seconds(of_one)
-        harness.print_row(name, f"{megabytes / seconds:.2f}", f"{seconds / ours:.2f} x")
+        speed = f"{megabytes / harness.median(turns):.2f}"
+        harness.print_row(name, speed, f"{harness.ratio(results, name, OURS)} x")
 
 
-def measure_loader(data: PretrainingData, config: DataBenchmarkConfig) -> None:
-    steps = range(1, len(data.shards) // data.total_batch_size + 1)
-    epoch = {"": lambda _: [data.micro_batch(step, 1) for step in steps] and None}
-    seconds = harness.median_seconds(harness.take_turns(epoch, range(config.rounds + 1))[""])
+def measure_loading(data: PretrainingData, config: DataBenchmarkConfig) -> None:
+    n_steps, prefetcher = len(data.shards) // data.total_batch_size, Prefetcher(data, harness.CPU)
+
+    def read_epoch(_: int) -> None:
+        for step in range(1, n_steps + 1):
+            data.micro_batch(step, 1)
+
+    turns = harness.take_turns({"epoch": read_epoch}, range(config.rounds + 1))["epoch"]
+    speed = n_steps * data.total_batch_size / harness.median(turns)
     harness.print_header("loader", "M tokens/s")
-    tokens = len(steps) * data.total_batch_size
-    harness.print_row(f"{data.batch_size} x {data.block_size}", f"{tokens / seconds / 1e6:.0f}")
-
-
-def measure_prefetching(data: PretrainingData, config: DataBenchmarkConfig) -> None:
-    prefetcher = Prefetcher(data, harness.CPU)
-    contenders = {
-        "with prefetching": lambda step: prefetcher(step, 1),
-        "": lambda _: time.sleep(config.step_ms / 1e3),
-        "without": lambda step: data.micro_batch(step, 1),
+    harness.print_row(f"{data.batch_size} x {data.block_size}", f"{speed / 1e6:.0f}")
+    contenders: dict[str, Callable[[int], object]] = {
+        "prefetched": lambda step: prefetcher(step, 1),
+        "step": lambda _: time.sleep(config.step_ms / 1e3),
+        "not prefetched": lambda step: data.micro_batch(step, 1),
     }
-    turns = harness.take_turns(contenders, range(1, config.steps + 2))
+    results = harness.take_turns(contenders, range(1, config.steps + 2))
     harness.print_header(f"batch of a step of {config.step_ms:g} ms", "wait, ms", "of the step")
-    for name in ("with prefetching", "without"):
-        wait = harness.median_seconds(turns[name]) * 1e3
+    for name in ("prefetched", "not prefetched"):
+        wait = harness.median(results[name]) * 1e3
         harness.print_row(name, f"{wait:.3f}", f"{wait / (wait + config.step_ms):.2%}")
 
 
@@ -121,16 +122,11 @@ def main(config: DataBenchmarkConfig) -> None:
     if config.tokens <= total:
         raise ValueError(f"tokens is {config.tokens}, expected more than a batch of {total}")
     compare_tokenization(config)
+    sizes = {"block_size": config.block_size, "batch_size": config.batch_size}
     with tempfile.TemporaryDirectory() as folder:
-        data = PretrainingData(
-            harness.random_shards(folder, config.tokens),
-            block_size=config.block_size,
-            batch_size=config.batch_size,
-            total_batch_size=total,
-            seed=0,
-        )
-        measure_loader(data, config)
-        measure_prefetching(data, config)
+        shards = harness.random_shards(folder, config.tokens)
+        data = PretrainingData(shards, total_batch_size=total, seed=0, **sizes)
+        measure_loading(data, config)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,10 @@ class Lab:
     def start(self, name: str, *args: object, program: str = "") -> subprocess.Popen:
         """Start or resume a run, with train_gpt2.py or a Python program."""
         script = ["-c", program] if program else [str(harness.ROOT / "train_gpt2.py")]
-        return subprocess.Popen(
-            [sys.executable, *script, *FLAGS, "--out_dir", f"runs/{name}", *map(str, args)],
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(harness.ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, *script, *FLAGS, "--out_dir", f"runs/{name}", *map(str, args)]
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        env = {**os.environ, "PYTHONPATH": str(harness.ROOT)}
+        return subprocess.Popen(command, cwd=self.folder, env=env, text=True, **options)
 
     def finish(self, name: str, *args: object, program: str = "") -> tuple[int, str, str]:
         """Start or resume a run; return its exit code, stdout and stderr at the end."""
@@ -81,52 +78,64 @@ class Lab:
         out, err = process.communicate(timeout=600)
         return process.returncode, out, err
 
-    def stop(self, name: str, signum: int = signal.SIGTERM, step: int = STOP_AT) -> int:
-        """Start or resume a run, and send it a signal at a step; return its exit code."""
+    def stop(
+        self, name: str, signum: int = signal.SIGTERM, step: int = STOP_AT, delay: float = 0
+    ) -> int:
+        """Start or resume a run, and send it a signal after a step; return its exit code."""
         process = self.start(name)
         self.wait_for(name, step)
+        time.sleep(delay)
         process.send_signal(signum)
         process.communicate(timeout=60)
         return process.returncode
 
-    def wait_for(self, name: str, step: int, delay: float = 0) -> None:
-        while self.last_step(name) < step:
+    def wait_for(self, name: str, step: int) -> None:
+        while len(self.read_curve(name)) <= step:  # it begins with step 0
             time.sleep(0.002)
-        time.sleep(delay)
 
-    def run(self, name: str) -> Path:
-        return self.folder / "runs" / name
-
-    def read_files(self, name: str) -> dict[Path, bytes]:
-        return {file: file.read_bytes() for file in self.run(name).rglob("*") if file.is_file()}
+    def checkpoints(self, name: str) -> list[Path]:
+        return list_checkpoints(self.folder / "runs" / name)
 
     def read_curve(self, name: str) -> list[tuple]:
-        has_log = (self.run(name) / "metrics.jsonl").exists()
-        records = read_metrics(self.run(name)) if has_log else []
+        run = self.folder / "runs" / name
+        records = read_metrics(run) if (run / "metrics.jsonl").exists() else []
         return [tuple(record.get(key) for key in KEYS) for record in records]
 
-    def last_step(self, name: str) -> int:
-        return max((record[0] for record in self.read_curve(name)), default=0)
+    def read_files(self, name: str) -> list[tuple[Path, bytes]]:
+        files = sorted((self.folder / "runs" / name).rglob("*"))
+        return [(file, file.read_bytes()) for file in files if file.is_file()]
 
     def count_lost(self, name: str) -> Counter:
         """Steps after the latest checkpoint, and bytes of unreadable checkpoints."""
-        lost, saved = 0, 0
-        for folder in list_checkpoints(self.run(name)):
-            saved = read_progress(folder)["step"]
+        lost = Counter(steps=len(self.read_curve(name)) - 1)
+        for folder in self.checkpoints(name):
+            lost["steps"] = len(self.read_curve(name)) - 1 - read_progress(folder)["step"]
             try:
                 load_model(folder), read_state(folder)
             except (OSError, ValueError, RuntimeError):
-                lost += sum(file.stat().st_size for file in folder.iterdir())
-        return Counter(steps=self.last_step(name) - saved, bytes=lost)
+                lost["bytes"] += sum(file.stat().st_size for file in folder.iterdir())
+        return lost
 
     def report(self, fault: str, name: str, is_handled: bool, lost: Counter | None = None) -> None:
-        """Count a fault, and what was `lost`: a disturbed run, which is finished now."""
+        """Count a fault and what it lost; it is survived if the run can be finished exactly."""
         self.rows[fault] += self.count_lost(name) if lost is None else lost
         self.finish(name)
-        self.rows[fault] += Counter(tried=1, survived=is_handled and self.is_exact(name))
+        is_exact = self.read_curve(name) == self.curve
+        self.rows[fault] += Counter(tried=1, survived=is_handled and is_exact)
 
-    def is_exact(self, name: str) -> bool:
-        return self.read_curve(name) == self.curve
+    def refuse(
+        self, fault: str, expected: str, *args: object, damage: Callable[[], object] = bool
+    ) -> None:
+        """The command refuses with one line that contains `expected` and changes nothing. With the
+        shard as it was, the run resumes exactly.
+        """
+        self.stop(fault)
+        before, content = self.read_files(fault), self.shard.read_bytes()
+        damage()
+        code, _, err = self.finish(fault, *args)
+        self.shard.write_bytes(content)
+        is_refused = code == 2 and expected in err and err.count("\n") == 1
+        self.report(fault, fault, is_refused and before == self.read_files(fault))
 
 
 def kill(lab: Lab, config: FaultsBenchmarkConfig, fault: str = "kill -9") -> None:
@@ -134,36 +143,17 @@ def kill(lab: Lab, config: FaultsBenchmarkConfig, fault: str = "kill -9") -> Non
     rng, names, row = random.Random(config.seed), ["kill0"], lab.rows[fault]
     for _ in range(config.kills):
         name = names[-1]
-        process = lab.start(name)
-        lab.wait_for(name, lab.last_step(name) + 1, delay=rng.uniform(0, 0.3))
-        process.kill()
-        process.communicate()
-        row["during a save"] += any(lab.run(name).glob("checkpoints/*.tmp"))
+        step = len(lab.read_curve(name))
+        lab.stop(name, signal.SIGKILL, step, delay=rng.uniform(0, 0.3))
         curve, lost = lab.read_curve(name), lab.count_lost(name)
         is_exact = curve == lab.curve[: len(curve)] and not lost["bytes"]
-        row.update(lost + Counter(tried=1, survived=is_exact))
-        if lab.last_step(name) > MAX_STEPS - 50:  # there is little left to disturb
+        is_in_save = any((lab.folder / "runs" / name).glob("checkpoints/*.tmp"))
+        row.update(lost + Counter(tried=1, survived=is_exact, in_save=is_in_save))
+        if len(curve) > MAX_STEPS - 50:  # there is little left to disturb
             names.append(f"kill{len(names)}")
     for name in names:
         lab.finish(name)
-    if not all(map(lab.is_exact, names)):
-        row["survived"] = 0
-
-
-def refuse(
-    lab: Lab, fault: str, expected: str, *args: object, damage: Callable[[], Any] | None = None
-) -> None:
-    """The command refuses with one line that contains `expected` and changes nothing. With the
-    shard as it was, the run resumes exactly.
-    """
-    lab.stop(fault)
-    before, content = lab.read_files(fault), lab.shard.read_bytes()
-    if damage:
-        damage()
-    code, _, err = lab.finish(fault, *args)
-    lab.shard.write_bytes(content)
-    is_refused = code == 2 and expected in err and err.count("\n") == 1
-    lab.report(fault, fault, is_refused and before == lab.read_files(fault))
+    row["survived"] *= all(lab.read_curve(name) == lab.curve for name in names)
 
 
 def damage_shard(lab: Lab) -> None:
@@ -171,27 +161,27 @@ def damage_shard(lab: Lab) -> None:
     flipped = bytearray(content)
     flipped[5000] ^= 1
     for fault, expected, damage in (
-        ("shard truncated", "is truncated", lambda: lab.shard.write_bytes(content[:-64])),
-        ("bit of a shard flipped", "has changed since", lambda: lab.shard.write_bytes(flipped)),
+        ("shard truncated", "is truncated", partial(lab.shard.write_bytes, content[:-64])),
+        ("bit of a shard flipped", "has changed since", partial(lab.shard.write_bytes, flipped)),
         ("shard deleted", "is missing, manifest.json lists it", lab.shard.unlink),
     ):
-        refuse(lab, fault, expected, damage=damage)
+        lab.refuse(fault, expected, damage=damage)
 
 
 def fill_disk(lab: Lab, fault: str = "disk full during a save") -> None:
     """Files may not grow beyond MAX_FILE_BYTES, so a save fails half-way."""
     lab.stop(fault)
-    before, process = list_checkpoints(lab.run(fault)), lab.start(fault)
+    before, process = lab.checkpoints(fault), lab.start(fault)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
     _, err = process.communicate(timeout=120)
-    is_reported = process.returncode == 2 and "could not be saved" in err and err.count("\n") == 1
-    lab.report(fault, fault, is_reported and before == list_checkpoints(lab.run(fault)))
+    is_reported = process.returncode == 2 and "could not be saved" in err and "Trace" not in err
+    lab.report(fault, fault, is_reported and before == lab.checkpoints(fault))
 
 
 def corrupt_checkpoint(lab: Lab, file: str) -> None:
     name = f"corrupt {file}"
     lab.stop(name)
-    *_, earlier, latest = list_checkpoints(lab.run(name))
+    *_, earlier, latest = lab.checkpoints(name)
     lost = read_progress(latest)["step"] - read_progress(earlier)["step"]
     (latest / file).write_bytes((latest / file).read_bytes()[:1000])
     is_reported = "falling back to the one before" in lab.finish(name)[1]
@@ -202,10 +192,10 @@ def poison(lab: Lab, fault: str, last: int, expected_code: int) -> None:
     """A step with NaN in its gradients is skipped; five in a row end the run."""
     program = f"from benchmarks import faults; faults.train_poisoned({STOP_AT}, {last})"
     code, _, _ = lab.finish(fault, program=program)
-    skipped = [r["step"] for r in read_metrics(lab.run(fault)) if r.get("grad_norm", 0) is None]
-    is_skipped = skipped == list(range(STOP_AT, min(last, STOP_AT + 5)))
-    lab.rows[fault] += Counter(tried=1, survived=code == expected_code and is_skipped)
-    lab.rows[fault]["bytes"] += lab.count_lost(fault)["bytes"]
+    skipped = [step for step, _, _, norm, _ in lab.read_curve(fault) if step and norm is None]
+    is_handled = code == expected_code and skipped == list(range(STOP_AT, last))[:5]
+    lost = Counter(bytes=lab.count_lost(fault)["bytes"])
+    lab.rows[fault] += lost + Counter(tried=1, survived=is_handled)
 
 
 def train_poisoned(first: int, last: int) -> None:
@@ -213,10 +203,9 @@ def train_poisoned(first: int, last: int) -> None:
 
     class PoisonedStep(TrainingStep):
         def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-            if not first <= step < last:
-                return super().__call__(step)
+            factor = torch.nan if first <= step < last else 1.0
             bias = self.model.transformer.ln_f.bias
-            hook = bias.register_hook(lambda grad: grad * torch.nan)
+            hook = bias.register_hook(lambda grad: grad * factor)
             result = super().__call__(step)
             hook.remove()
             return result
@@ -242,19 +231,17 @@ def main(config: FaultsBenchmarkConfig) -> None:
             lab.report(signum.name, signum.name, code == 128 + signum)
         fill_disk(lab)
         damage_shard(lab)
-        refuse(lab, "settings changed", "max_lr was 0.01, is 0.02", "--max_lr", 0.02)
-        refuse(lab, "checkpoint of another shape", "n_layer was 2, is 3", "--n_layer", 3)
+        lab.refuse("settings changed", "max_lr was 0.01, is 0.02", "--max_lr", 0.02)
+        lab.refuse("checkpoint of another shape", "n_layer was 2, is 3", "--n_layer", 3)
         corrupt_checkpoint(lab, "model.safetensors")
         corrupt_checkpoint(lab, "state.pt")
         poison(lab, "NaN in one gradient", STOP_AT + 1, expected_code=0)
         poison(lab, "NaN in all gradients", MAX_STEPS, expected_code=2)
         compete(lab)
-    names = "tried", "survived", "steps", "bytes", "during a save"
-    harness.print_header(
-        "fault", "tried", "survived", "steps computed again", "bytes lost", names[4]
-    )
+    figures = "tried", "survived", "steps", "bytes", "in_save"
+    harness.print_header("fault", *figures[:2], "steps computed again", "bytes lost", "in a save")
     for fault, row in lab.rows.items():
-        harness.print_row(fault, *(row[name] for name in names))
+        harness.print_row(fault, *(row[figure] for figure in figures))
     if any(row["survived"] < row["tried"] or row["bytes"] for row in lab.rows.values()):
         raise ValueError("not every fault was survived")
 

@@ -1,14 +1,14 @@
 """Milliseconds per generated token at GPT-2 124M: this project, transformers with its cache, and
 recomputing the prefix for every token as nanoGPT does.
 
-    python benchmarks/generate.py                 # fp32 on two CPU threads: 4 minutes
-    python benchmarks/generate.py --device cuda
+    python benchmarks/generate.py   # two CPU threads, fp32: 4 minutes
 
 Equal random weights, greedy. The three take turns, each in a process of its own, and their tokens
 are compared.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Result, Size, Step
+from benchmarks.harness import BenchmarkConfig, Result, Size
 from engine.config import flag, run_command
 from engine.decode import speed_up_decoding
 from engine.tokenizer import END_OF_TEXT_ID
-from model import GPT, GPTConfig
+from model import GPT
 
 OURS, TRANSFORMERS, PREFIX = "this project", "transformers, cached", "prefix recomputed"
+BLOCK_SIZE = 1024
 
 
 @dataclass(frozen=True)
@@ -35,31 +36,31 @@ class GenerateBenchmarkConfig(BenchmarkConfig):
     n_layer: int = flag(12, "blocks of the model; its width is 768")
 
 
-def make_contender(size: Size, config: BenchmarkConfig, name: str, n: int) -> Step:
+def make_contender(size: Size, config: BenchmarkConfig, name: str, n: int) -> Callable[[], Result]:
     """Generates `n` tokens after a random prompt of `size.T` tokens."""
-    device, shape = config.open_device(), size.config
-    idx = size.random_ids(device)
-    model: Any = GPT(GPTConfig(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd))
+    idx = size.random_ids(config.open_device())
+    model: Any = GPT(size.gpt_config(BLOCK_SIZE)).eval()
     if name == TRANSFORMERS:
         model = harness.transformers_copy(model)
-    model.eval().to(device)
+    model.to(idx.device)
     if name == OURS:
         speed_up_decoding(model)  # as sample.py does
 
     @torch.no_grad()
     def step() -> Result:
+        out = idx
         with config.autocast():
             if name == OURS:
                 out = model.generate(idx, n, temperature=0)
             elif name == TRANSFORMERS:
                 options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False}
-                options |= {"attention_mask": torch.ones_like(idx), "pad_token_id": END_OF_TEXT_ID}
-                out = model.generate(idx, **options)
-            else:  # nanoGPT's way: all positions for every token, but logits of the last one only
-                out = idx
-                for _ in range(n):
-                    next_id = model.logits(model.hidden(out)[:, -1]).argmax(-1, keepdim=True)
-                    out = torch.cat([out, next_id], dim=1)
+                mask = torch.ones_like(idx)
+                out = model.generate(
+                    idx, attention_mask=mask, pad_token_id=END_OF_TEXT_ID, **options
+                )
+            for _ in range(n if name == PREFIX else 0):
+                next_id = model.logits(model.hidden(out)[:, -1]).argmax(-1, keepdim=True)
+                out = torch.cat([out, next_id], dim=1)
         return {"tokens": out[:, idx.size(1) :].flatten().tolist()}
 
     return step
@@ -76,7 +77,7 @@ def main(config: GenerateBenchmarkConfig) -> None:
         for name, turns in results.items():
             pairs = list(zip(turns[0]["tokens"], results[OURS][0]["tokens"], strict=True))
             equal = sum(theirs == ours for theirs, ours in pairs) / len(pairs)
-            ms, ratio = harness.median(turns) / n * 1e3, harness.compare(results, name, OURS)
+            ms, ratio = harness.median(turns) / n * 1e3, harness.ratio(results, name, OURS)
             harness.print_row(name, f"{ms:.1f}", ratio, f"{equal:.0%}")
 
 

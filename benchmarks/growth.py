@@ -31,11 +31,7 @@ VARIED = {
     "batch_size": (2, 4, 8, 16),
 }
 TOLERANCE = 0.05  # of a measured slope over its formula's
-# Measured figures, their formulas and how these are called; the unit and the label of the axis.
-PAIRS = (
-    ("seconds", "flops", "FLOPs", 1.0, "step, s"),
-    ("peak_bytes", "predicted", "memory model", 1e9, "peak memory, GB"),
-)
+PAIRS = (("seconds", "flops"), ("peak_bytes", "predicted"))  # measured figures and their formulas
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class GrowthBenchmarkConfig(BenchmarkConfig):
 def measure(size: Size, config: BenchmarkConfig) -> Result:
     steps = harness.measure_in_workers({"ours": make_ours}, size, config)["ours"]
     setup = Setup(half=False, device_type="cpu", accumulate=False)
-    predicted = predict_peak(size.config, size.batch_size, setup)
+    predicted = predict_peak(size.gpt_config(), size.batch_size, setup)
     fastest = min(steps, key=lambda step: step["seconds"])
     return fastest | {"flops": size.flops, "predicted": predicted}
 
@@ -62,26 +58,26 @@ def draw(measured: dict[str, dict[int, Result]], file: str) -> None:
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = figure.subplots(2, len(measured), sharey="row", sharex="col")
     for column, (name, results) in enumerate(measured.items()):
-        for panel, (key, formula, formula_name, unit, label) in zip(
-            axes[:, column], PAIRS, strict=True
+        values, last = list(results), list(results.values())[-1]
+        flops_per_second = last["flops"] / last["seconds"]  # drawn through the largest size's time
+        for row, key, style, label, unit in (
+            (0, "seconds", "o-", "", 1.0),
+            (0, "flops", "k--", "FLOPs, ", flops_per_second),
+            (1, "peak_bytes", "o-", "", 1e9),
+            (1, "predicted", "k--", "memory model, ", 1e9),
         ):
-            last = list(results.values())[-1]
-            # FLOPs are drawn through the time of the largest size.
-            formula_unit = last["flops"] / last["seconds"] if formula == "flops" else unit
-            for style, what, scale, prefix in (
-                ("o-", key, unit, ""),
-                ("k--", formula, formula_unit, f"{formula_name}, "),
-            ):
-                values = [result[what] / scale for result in results.values()]
-                slope = fit_slope(results, what)
-                panel.plot(list(results), values, style, label=f"{prefix}slope {slope:.2f}")
+            slope = f"{label}slope {fit_slope(results, key):.2f}"
+            scaled = [result[key] / unit for result in results.values()]
+            axes[row, column].plot(values, scaled, style, label=slope)
+        for panel in axes[:, column]:
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
-            panel.set_xticks(list(results), list(map(str, results)))
+            panel.set_xticks(values, list(map(str, values)))
             panel.grid(alpha=0.3, which="both")
             panel.legend(fontsize=8)
-            axes[PAIRS.index((key, formula, formula_name, unit, label)), 0].set_ylabel(label)
-        panel.set_xlabel(name)
+        axes[1, column].set_xlabel(name)
+    axes[0, 0].set_ylabel("step, s")
+    axes[1, 0].set_ylabel("peak memory, GB")
     figure.suptitle(f"From {BASE} (layers x width, batch x tokens), one varied at a time")
     figure.savefig(file, dpi=110)
     print(f"\nfigure in {file}")
@@ -102,9 +98,9 @@ def main(config: GrowthBenchmarkConfig) -> None:
     formulas = "time", "FLOPs", "memory", "memory model", "grows faster than its formula"
     harness.print_header("slope against", *formulas)
     for name, results in measured.items():
-        slopes = [fit_slope(results, key) for pair in PAIRS for key in pair[:2]]
-        own = ("time", *slopes[:2]), ("memory", *slopes[2:])
-        faster = [what for what, slope, expected in own if slope > expected + TOLERANCE]
+        slopes = [fit_slope(results, key) for pair in PAIRS for key in pair]
+        time, flops, memory, model = slopes
+        faster = ["time"] * (time > flops + TOLERANCE) + ["memory"] * (memory > model + TOLERANCE)
         cells = [f"{slope:.2f}" for slope in slopes]
         harness.print_row(name, *cells, ", ".join(faster) or "none")
     draw(measured, config.plot)

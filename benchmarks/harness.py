@@ -29,14 +29,13 @@ from engine.step import TrainingStep
 from engine.tokenizer import END_OF_TEXT_ID
 from model import GPT, GPTConfig
 
-ROOT = Path(__file__).parents[1]
-CPU = torch.device("cpu")
+ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
 HEAD_SIZE = 64  # of every GPT-2
 VOCAB_SIZE = GPTConfig().padded_vocab_size  # of the peers' models, as of this project's
 
-Result = dict[str, Any]  # figures of a step by name
-Step = Callable[[], Result]
-Maker = Callable[["Size", "BenchmarkConfig"], Step]
+Result = dict[str, Any]  # figures of a turn by name
+Results = dict[str, list[Result]]  # by contender
+Maker = Callable[["Size", "BenchmarkConfig"], Callable[[], Result]]  # makes a contender
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,9 @@ class BenchmarkConfig:
         return open_device(self.device, local_rank=0)
 
     def autocast(self) -> AbstractContextManager:
-        dtype = autocast_dtype(self.precision, torch.device(self.device))
-        return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype is not None)
+        device = torch.device(self.device)
+        dtype = autocast_dtype(self.precision, device)
+        return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,9 @@ class Size:
     def __str__(self) -> str:
         return f"{self.n_layer} x {self.n_embd}, {self.batch_size} x {self.T}"
 
-    @property
-    def config(self) -> GPTConfig:
-        n_head = max(1, self.n_embd // HEAD_SIZE)
-        return GPTConfig(self.T, n_layer=self.n_layer, n_head=n_head, n_embd=self.n_embd)
+    def gpt_config(self, block_size: int | None = None) -> GPTConfig:
+        T, C = block_size or self.T, self.n_embd
+        return GPTConfig(T, n_layer=self.n_layer, n_head=max(1, C // HEAD_SIZE), n_embd=C)
 
     @property
     def tokens(self) -> int:
@@ -87,7 +86,7 @@ class Size:
     @property
     def flops(self) -> int:
         """FLOPs of a training step."""
-        return flops_per_token(meta_model(self.config), self.T) * self.tokens
+        return flops_per_token(meta_model(self.gpt_config()), self.T) * self.tokens
 
     def random_ids(self, device: torch.device) -> torch.Tensor:
         return torch.randint(END_OF_TEXT_ID + 1, (self.batch_size, self.T), device=device)
@@ -98,28 +97,24 @@ TINY = Size(n_layer=1, n_embd=64, batch_size=1, T=8)  # to load all code
 
 def take_turns(
     contenders: Mapping[str, Callable[[Any], Any]], inputs: Iterable[Any], *, warmup: int = 1
-) -> dict[str, list[tuple[float, Any]]]:
+) -> Results:
     """Call every contender with the first input, then every one with the second, and so on. Return
-    the seconds and the result of each call, without the first `warmup` rounds.
+    the `seconds` and the `value` of each call, without the first `warmup` rounds.
     """
-    turns: dict[str, list[tuple[float, Any]]] = {name: [] for name in contenders}
-    for i, value in enumerate(inputs):
+    results: Results = {name: [] for name in contenders}
+    for i, argument in enumerate(inputs):
         for name, contender in contenders.items():
             started = time.perf_counter()
-            result = contender(value)
+            value = contender(argument)
             if i >= warmup:
-                turns[name].append((time.perf_counter() - started, result))
-    return turns
-
-
-def median_seconds(turns: list[tuple[float, Any]]) -> float:
-    return statistics.median(seconds for seconds, _ in turns)
+                results[name].append({"seconds": time.perf_counter() - started, "value": value})
+    return results
 
 
 def measure_in_workers(
     makers: Mapping[str, Maker], size: Size, config: BenchmarkConfig, *, warmup: int = 1
-) -> dict[str, list[Result]]:
-    """Run contenders in processes of their own; return what each measured in `config.rounds` steps.
+) -> Results:
+    """Run contenders in processes of their own; return what each measured in `config.rounds` turns.
 
     A maker returns the contender, a function that does a step and returns figures by name. To these
     are added `seconds`, and `peak_bytes`: on a CPU the highest resident memory so far over that
@@ -129,7 +124,7 @@ def measure_in_workers(
     """
     for name in [name for name in os.environ if name.startswith("OMP_")]:
         del os.environ[name]  # config.threads decides, not the shell
-    results: dict[str, list[Result]] = {}
+    results: Results = {}
     on_cuda = config.open_device().type == "cuda"
     for group in [{name: makers[name]} for name in makers] if on_cuda else [makers]:
         with ExitStack() as stack:
@@ -142,7 +137,7 @@ def measure_in_workers(
             except torch.OutOfMemoryError:  # raised on CUDA only
                 print(f"{', '.join(group)}, {size}: out of memory", flush=True)
             else:
-                results |= {name: [result for _, result in turns[name]] for name in group}
+                results |= {name: [turn["value"] for turn in turns[name]] for name in group}
     return results
 
 
@@ -153,8 +148,7 @@ def start_worker(
     """A function that asks a new process for a step, and raises what the process raised."""
     context = multiprocessing.get_context("spawn")
     pipe, other_end = context.Pipe()
-    arguments = other_end, make, size, config
-    process = context.Process(target=serve_steps, args=arguments, daemon=True)
+    process = context.Process(target=serve_steps, args=(other_end, make, size, config), daemon=True)
     process.start()
     other_end.close()  # so that the end of the process ends the pipe
 
@@ -180,8 +174,8 @@ def serve_steps(pipe: Any, make: Maker, size: Size, config: BenchmarkConfig) -> 
     """Run in the worker: answer each message with a step, until the pipe is closed."""
     sys.stdout = sys.stderr  # what contenders print does not belong in the tables
     torch.set_num_threads(config.threads)
+    device = config.open_device()
     try:
-        device = config.open_device()
         make(TINY, config)()  # code that is loaded at first use is not memory of the step
         gc.collect()
         before = read_memory("VmRSS")
@@ -190,8 +184,7 @@ def serve_steps(pipe: Any, make: Maker, size: Size, config: BenchmarkConfig) -> 
         with suppress(EOFError):
             while pipe.recv():
                 started = read_clock(device)
-                result = step()
-                result["seconds"] = read_clock(device) - started
+                result = step() | {"seconds": read_clock(device) - started}
                 result["peak_bytes"] = read_memory("VmHWM") - before
                 if device.type == "cuda":
                     result["peak_bytes"] = torch.cuda.max_memory_allocated(device)
@@ -215,15 +208,13 @@ def read_memory(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
-def median(results: list[Result], name: str = "seconds") -> float:
-    return statistics.median(result[name] for result in results)
+def median(turns: list[Result], figure: str = "seconds") -> float:
+    return statistics.median(turn[figure] for turn in turns)
 
 
-def compare(
-    results: dict[str, list[Result]], name: str, reference: str, figure: str = "seconds"
-) -> str:
-    """The median of a contender over that of the reference, or nothing where that is missing."""
-    if reference not in results:
+def ratio(results: Results, name: str, reference: str, figure: str = "seconds") -> str:
+    """The median of a contender over that of the reference; nothing where one is missing."""
+    if not {name, reference} <= results.keys():
         return ""
     return f"{median(results[name], figure) / median(results[reference], figure):.2f}"
 
@@ -254,26 +245,20 @@ def random_shards(folder: Path | str, n_tokens: int) -> TokenShards:
 
 
 def random_training_step(
-    size: Size,
-    config: BenchmarkConfig,
-    step_class: type[TrainingStep] = TrainingStep,
-    *,
-    grad_accum_steps: int = 1,
-    **settings: Any,
+    size: Size, config: BenchmarkConfig, step_class: Any = TrainingStep, **settings: Any
 ) -> Any:
-    """The real training step, a `step_class`, with a new model and random tokens."""
-    settings = {"precision": config.precision, "compile": False, **settings}
-    total_batch_size = size.tokens * grad_accum_steps
+    """The real training step, a `step_class`, with a new model and random tokens. `settings` are
+    the config's, and `grad_accum_steps`.
+    """
+    total_batch_size = size.tokens * settings.pop("grad_accum_steps", 1)
+    sizes = {"block_size": size.T, "batch_size": size.batch_size}
     with tempfile.TemporaryDirectory() as folder:  # the shard stays open after it is deleted
-        data = PretrainingData(
-            random_shards(folder, 20 * total_batch_size + 1),
-            block_size=size.T,
-            batch_size=size.batch_size,
-            total_batch_size=total_batch_size,
-            seed=0,
-        )
+        shards = random_shards(folder, 20 * total_batch_size + 1)
+    data = PretrainingData(shards, total_batch_size=total_batch_size, seed=0, **sizes)
     dist = Distributed(rank=0, world_size=1, device=config.open_device())
-    return step_class(GPT(size.config).to(dist.device), data, TrainConfig(**settings), dist)
+    settings = {"precision": config.precision, "compile": False, **settings}
+    model = GPT(size.gpt_config()).to(dist.device)
+    return step_class(model, data, TrainConfig(**settings), dist)
 
 
 def transformers_gpt2(config: GPTConfig) -> Any:

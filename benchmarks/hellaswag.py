@@ -25,17 +25,17 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Result, Size, Step
+from benchmarks.harness import BenchmarkConfig, Result, Size
 from engine.config import flag, run_command
 from engine.scoring import encode, score
 from engine.tasks import load_examples, make_record, predict, read_rows
 from engine.tokenizer import save_tokenizer
-from model import GPT, GPTConfig
+from model import GPT
 
 Predictions = list[tuple[int, int]]  # the most likely ending, summed and normalized
 OURS, OURS_RAW = "this project", "this project, raw text"
 LM_EVAL, LOOP, LOOP_OURS = "lm-eval, batch", "build-nanogpt's loop", "the same on our model"
-BATCH_SIZES = {"cpu": (1, 16), "cuda": (16, 64)}  # of lm-eval
+BLOCK_SIZE, BATCH_SIZES = 1024, {"cpu": (1, 16), "cuda": (16, 64)}  # of lm-eval
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ def predict_with_loop(
 
 
 def make_predictor(name: str, size: Size, device: torch.device) -> Callable[[Path], Predictions]:
-    shape = size.config
-    model = GPT(GPTConfig(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)).eval()
+    model = GPT(size.gpt_config(BLOCK_SIZE)).eval()
     if name.startswith(LM_EVAL):
         os.environ["HF_HUB_OFFLINE"] = "1"  # all that it needs is in the folder
         from lm_eval.models.huggingface import HFLM
@@ -118,7 +117,9 @@ def make_predictor(name: str, size: Size, device: torch.device) -> Callable[[Pat
     return partial(predict_with_this_project, model, device, text)
 
 
-def make_contender(size: Size, config: BenchmarkConfig, name: str, files: list[Path]) -> Step:
+def make_contender(
+    size: Size, config: BenchmarkConfig, name: str, files: list[Path]
+) -> Callable[[], Result]:
     """Each step predicts the endings of the next file."""
     predictor, rounds = make_predictor(name, size, config.open_device()), iter(files)
 
@@ -150,7 +151,7 @@ def main(config: HellaSwagBenchmarkConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = write_rounds(config, folder)
         makers = {name: partial(make_contender, name=name, files=files) for name in names}
-        size = Size(config.n_layer, 768, batch_size=1, T=1024)
+        size = Size(config.n_layer, 768, batch_size=1, T=BLOCK_SIZE)
         results = harness.measure_in_workers(makers, size, config)
     columns = "ours is", "equal predictions: summed", "normalized"
     harness.print_header("contender", "examples/s", *columns)
@@ -165,7 +166,7 @@ def main(config: HellaSwagBenchmarkConfig) -> None:
         harness.print_row(
             name,
             f"{config.rows / harness.median(turns):.2f}",
-            f"{harness.compare(results, name, ours)} x",
+            f"{harness.ratio(results, name, ours)} x",
             *(f"{n} of {len(pairs)}" for n in equal),
         )
 

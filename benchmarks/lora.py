@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Result, Size, Step
+from benchmarks.harness import BenchmarkConfig, Result, Size
 from engine import lora
 from engine.config import flag, run_command
 from engine.data import Batch
@@ -36,22 +36,18 @@ from model import GPT
 RANK, RANKS = 8, (1, 8, 16, 32, 64)
 # Contenders: what is trained, and what is recomputed. transformers' model trains all weights.
 OWN = "full none", "full light", "lora none", "lora light"
-BLOCK = "full block", "lora block"
-PEERS = "transformers none", "peft none", "peft checkpointing"
+BLOCK, PEERS = ("full block", "lora block"), ("transformers none", "peft none")
 COMPARED = {  # by batch size and length
     (4, 128): (*OWN, *BLOCK, "peft none"),
     (2, 512): OWN,
-    (16, 139): (*OWN, *BLOCK, *PEERS),
+    (16, 139): (*OWN, *BLOCK, *PEERS, "peft checkpointing"),
 }
-OTHERS = "lora none", "merged none", *PEERS[:2]  # beside the ranks
 
 
 @dataclass(frozen=True)
 class LoRABenchmarkConfig(BenchmarkConfig):
     table: bool = flag(False, "measure ranks 1 to 64, merged and full instead")
-    size: str = flag(
-        "12x768:4x128", "LAYERSxWIDTH:BATCHxTOKENS; the batch of the comparison is given"
-    )
+    size: str = flag("12x768:4x128", "LAYERSxWIDTH:BATCHxTOKENS; the batch counts with --table")
     recompute: Literal["none", "light", "block"] = flag("light", "of LoRA, with --table")
     rounds: int = flag(3, "measured steps of each contender, after one that warms up")
     threads: int = flag(1, "CPU threads of each contender")
@@ -62,53 +58,42 @@ class LiveBytes(TorchDispatchMode):
     long as they live.
     """
 
-    def __init__(self, *before: torch.Tensor):
+    def __init__(self, before: list[torch.Tensor]):
         super().__init__()
         self.sizes: dict[int, int] = {}
         self.now = self.peak = 0
-        for tensor in before:
-            self._count(tensor)
+        self._count(before)
 
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, list | tuple) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor)
+        self._count(out if isinstance(out, list | tuple) else [out])
         return out
 
-    def _count(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, n_bytes = storage._cdata, storage.nbytes()
-        if key not in self.sizes and n_bytes:
-            self.sizes[key] = n_bytes
-            self.now += n_bytes
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, key)
+    def _count(self, values: list | tuple) -> None:
+        for tensor in values:
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self.sizes and storage.nbytes():
+                self.sizes[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
         self.now -= self.sizes.pop(key)
 
 
 def make_model(kind: str, size: Size, rank: int) -> Any:
-    """A model of this project, transformers or PEFT."""
     what, recompute = kind.split()
     if what == "transformers":
-        return harness.transformers_gpt2(size.config)
+        return harness.transformers_gpt2(size.gpt_config())
     if what == "peft":
-        import peft
-
-        model = harness.transformers_gpt2(size.config)
-        if recompute == "checkpointing":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-        targets = ["c_attn", "c_proj", "c_fc"]
-        config = peft.LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=targets, fan_in_fan_out=True
-        )
-        return peft.get_peft_model(model, config)
-    model = GPT(size.config)
+        return make_peft(size, rank, checkpointing=recompute == "checkpointing")
+    model = GPT(size.gpt_config())
     if what != "full":
         lora_config = lora.LoRAConfig(lora_dim=rank, lora_alpha=2 * rank)
         lora.convert_linear_layer_to_lora(model, config=lora_config)
@@ -120,13 +105,27 @@ def make_model(kind: str, size: Size, rank: int) -> Any:
     return model
 
 
-def make_step(size: Size, config: BenchmarkConfig, kind: str, rank: int = RANK) -> Step:
+def make_peft(size: Size, rank: int, *, checkpointing: bool) -> Any:
+    import peft
+
+    model = harness.transformers_gpt2(size.gpt_config())
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    targets = ["c_attn", "c_proj", "c_fc"]
+    options: dict[str, Any] = {"target_modules": targets, "fan_in_fan_out": True}
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, **options))
+
+
+def make_contender(
+    size: Size, config: BenchmarkConfig, kind: str, rank: int = RANK
+) -> Callable[[], Result]:
     device = config.open_device()
     model, idx = make_model(kind, size, rank).train().to(device), size.random_ids(device)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-4, betas=BETAS, fused=True)
 
-    def loss() -> torch.Tensor:
+    def compute_loss() -> torch.Tensor:
         with config.autocast():
             if isinstance(model, GPT):
                 return SummedLoss(model)(Batch(idx, idx)) / idx.numel()
@@ -135,9 +134,9 @@ def make_step(size: Size, config: BenchmarkConfig, kind: str, rank: int = RANK) 
     def update(live_bytes: Callable[[], int]) -> int:
         """Do a step; return the bytes that its forward pass keeps for the backward pass."""
         before = live_bytes()
-        mean_loss = loss()
+        loss = compute_loss()
         kept = live_bytes() - before
-        mean_loss.backward()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return kept
@@ -149,52 +148,53 @@ def make_step(size: Size, config: BenchmarkConfig, kind: str, rank: int = RANK) 
         peak = torch.cuda.max_memory_allocated(device)
     else:
         states = [t for state in optimizer.state.values() for t in state.values()]
-        with LiveBytes(*model.parameters(), *model.buffers(), *states) as live:
+        with LiveBytes([*model.parameters(), *model.buffers(), *states]) as live:
             kept = update(lambda: live.now)
         peak = live.peak
+    memory = {"peak": peak / 1e9, "kept": kept / idx.numel() / 1e3}
 
     def step() -> Result:
-        times = [harness.read_clock(device)]
-        mean_loss = loss()
-        times.append(harness.read_clock(device))
-        mean_loss.backward()
-        times.append(harness.read_clock(device))
+        started = harness.read_clock(device)
+        loss = compute_loss()
+        between = harness.read_clock(device)
+        loss.backward()
+        ended = harness.read_clock(device)
         optimizer.zero_grad()
-        forward, backward = times[1] - times[0], times[2] - times[1]
-        figures = {"forward": forward, "backward": backward, "sum": forward + backward}
-        return figures | {"peak": peak, "kept": kept / idx.numel()}
+        return {"forward": between - started, "backward": ended - between, **memory}
 
     return step
 
 
-def print_table(makers: dict[str, Any], size: Size, config: LoRABenchmarkConfig) -> None:
-    """Measure the contenders; those called "full ..." are what others are compared with."""
+def compare(makers: dict[str, Any], size: Size, config: LoRABenchmarkConfig) -> None:
+    """Measure the contenders; those called "full ..." are what the others are compared with."""
     results = harness.measure_in_workers(makers, size, config)
     times = "forward ms", "backward ms", "sum", "/ full", "/ full with the same recomputation"
     harness.print_header(str(size), *times, "peak memory, GB", "kept for backward, kB per token")
+    for step in [step for steps in results.values() for step in steps]:
+        step["sum"] = step["forward"] + step["backward"]
     for name, steps in results.items():
-        milliseconds = [harness.median(steps, key) * 1e3 for key in ("forward", "backward", "sum")]
-        same = f"full {name.split()[1]}"
+        seconds = [harness.median(steps, part) for part in ("forward", "backward", "sum")]
+        references = "full none", f"full {name.split()[1]}"
         harness.print_row(
             name,
-            *(f"{value:.0f}" for value in milliseconds),
-            *(harness.compare(results, name, full, "sum") for full in ("full none", same)),
-            f"{steps[0]['peak'] / 1e9:.2f}",
-            f"{steps[0]['kept'] / 1e3:.0f}",
+            *(f"{value * 1e3:.0f}" for value in seconds),
+            *(harness.ratio(results, name, reference, "sum") for reference in references),
+            f"{steps[0]['peak']:.2f}",
+            f"{steps[0]['kept']:.0f}",
         )
 
 
 def main(config: LoRABenchmarkConfig) -> None:
     size = Size.parse(config.size)
     if config.table:
-        light = f"lora {config.recompute}"
-        makers = {f"rank {r}": partial(make_step, kind=light, rank=r) for r in RANKS}
-        makers |= {kind: partial(make_step, kind=kind) for kind in ("full none", *OTHERS)}
-        print_table(makers, size, config)
+        kind, others = f"lora {config.recompute}", ("full none", "lora none", "merged none", *PEERS)
+        makers = {f"rank {r}": partial(make_contender, kind=kind, rank=r) for r in RANKS}
+        makers |= {kind: partial(make_contender, kind=kind) for kind in others}
+        compare(makers, size, config)
         return
     for (batch_size, T), kinds in COMPARED.items():
-        makers = {kind: partial(make_step, kind=kind) for kind in kinds}
-        print_table(makers, replace(size, batch_size=batch_size, T=T), config)
+        makers = {kind: partial(make_contender, kind=kind) for kind in kinds}
+        compare(makers, replace(size, batch_size=batch_size, T=T), config)
 
 
 if __name__ == "__main__":

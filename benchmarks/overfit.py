@@ -12,6 +12,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -37,7 +38,11 @@ class OverfitBenchmarkConfig:
 
 
 def finetune(run: Path, rows: Path, config: OverfitBenchmarkConfig, **settings: object) -> None:
-    shared = {"model_name_or_path": config.model, "data": str(rows), "epochs": config.epochs}
+    shared: dict[str, Any] = {
+        "model_name_or_path": config.model,
+        "data": str(rows),
+        "epochs": config.epochs,
+    }
     shared |= {"val_fraction": config.val_fraction, "batch_size": 32, "examples_per_step": 32}
     shared |= {"eval_every": 20, "sample_every": 0, "save_every": 10_000, **settings}
     finetune_lora.main(finetune_lora.FinetuneConfig(out_dir=str(run), **shared))

@@ -1,9 +1,7 @@
 """How long a checkpoint of GPT-2 124M interrupts training: taking a snapshot, which a thread then
-writes, beside waiting until it is saved.
+writes, beside waiting until it is saved. The two take turns in one process.
 
     python benchmarks/save.py   # 1 minute
-
-The two take turns in one process.
 """
 
 import sys
@@ -27,32 +25,30 @@ class SaveBenchmarkConfig(harness.BenchmarkConfig):
 
 def main(config: SaveBenchmarkConfig) -> None:
     size = harness.Size(config.n_layer, 768, batch_size=1, T=64)
-    training_step = harness.random_training_step(size, config)
+    training_step, background = harness.random_training_step(size, config), BackgroundSave()
     training_step(1)  # now the optimizer has its state
-    background = BackgroundSave()
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
-        save = partial(save_checkpoint, Path(folder), training_step.model)
 
         def take_snapshot(step: int) -> None:
             params, state = training_step.snapshot()
-            resumed = Resumed({"step": step, "val_loss": None}, state)
-            background.start(partial(save, params, resumed, keep=1))
+            resumed, run = Resumed({"step": step, "val_loss": None}, state), Path(folder)
+            save = partial(save_checkpoint, run, training_step.model, params, resumed, keep=1)
+            background.start(save)
 
         def save_and_wait(step: int) -> None:
             take_snapshot(step)
             background.wait()
 
         contenders = {
-            "wait": save_and_wait,
+            "save": save_and_wait,
             "snapshot": take_snapshot,
-            "rest": lambda _: background.wait(),  # the write is not part of the next turn
+            "rest": lambda _: background.wait(),  # writing is not part of the next turn
         }
-        turns = harness.take_turns(contenders, range(1, config.rounds + 2))
-    wait, snapshot = (harness.median_seconds(turns[name]) for name in ("wait", "snapshot"))
-    print(
-        f"training waits {snapshot:.2f} s for a snapshot, {snapshot / wait:.0%} of the {wait:.2f} s"
-    )
-    print("that it would wait for the complete save")
+        results = harness.take_turns(contenders, range(1, config.rounds + 2))
+    harness.print_header("training waits for", "s", "/ save")
+    for name in ("save", "snapshot"):
+        ratio = harness.ratio(results, name, "save")
+        harness.print_row(name, f"{harness.median(results[name]):.2f}", ratio)
 
 
 if __name__ == "__main__":

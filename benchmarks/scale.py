@@ -9,6 +9,7 @@ import functools
 import itertools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Result, Size, Step
+from benchmarks.harness import BenchmarkConfig, Result, Size
 from engine.config import flag, run_command
 from engine.loss import CHUNK_ROWS, DEFAULT_CHUNK_ROWS
 from engine.metrics import PEAK_FLOPS, flops_per_token
@@ -156,7 +157,7 @@ def print_cards() -> None:
             harness.print_row(name, card, *fits, gigabytes, " / ".join(seconds))
 
 
-def make_step(size: Size, config: BenchmarkConfig) -> Step:
+def make_step(size: Size, config: BenchmarkConfig) -> Callable[[], Result]:
     """A step of two micro-steps, so that gradients accumulate."""
     training_step = harness.random_training_step(size, config, grad_accum_steps=2)
     numbers = itertools.count(1)
@@ -180,7 +181,9 @@ def main(config: ScaleBenchmarkConfig) -> None:
     for size in map(Size.parse, config.sizes):
         steps = harness.measure_in_workers({"ours": make_step}, size, config, warmup=0)["ours"]
         measured = steps[-1]["peak_bytes"]
-        predicted = predict_peak(size.config, size.batch_size, Setup(half=False, device_type="cpu"))
+        predicted = predict_peak(
+            size.gpt_config(), size.batch_size, Setup(half=False, device_type="cpu")
+        )
         harness.print_row(size, gb(predicted), gb(measured), f"{predicted / measured:.2f}")
 
 

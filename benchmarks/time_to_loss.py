@@ -1,6 +1,6 @@
 """Tokens and seconds that a recipe needs to reach the loss at which another ends, on real text.
 
-    python benchmarks/time_to_loss.py                   # Python's documentation, three seeds: 1 hour
+    python benchmarks/time_to_loss.py                   # Python's documentation: 1 hour
     python benchmarks/time_to_loss.py --data data/mine  # shards made by fineweb.py
     python benchmarks/time_to_loss.py --sweep           # how the recipes were tuned: 2 hours
 
@@ -18,6 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,31 +43,25 @@ from engine.training import evaluate_loss
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig, zero_residual_projections
 
+SHAPE = GPTConfig(block_size=128, vocab_size=4096, n_layer=4, n_head=4, n_embd=256)
+BATCH_SIZE, EVAL_EVERY, EVAL_TOKENS, FIRST_SEED = 16, 15, 16_384, 1337
 BASELINE, TUNED, FAST = "build-nanogpt's", "AdamW, tuned", "fast"
-Recipes = dict[str, tuple[dict, list[float]]]  # settings, and lengths over that of the baseline
-FAST_SETTINGS = {
-    "optimizer": "muon",
-    "schedule": "wsd",
-    "max_lr": 8e-3,  # this and decay_fraction from --sweep, for so small a model
-    "decay_fraction": 0.7,
-    "zero_residual": True,
-}
+Recipes = dict[str, tuple[dict[str, Any], tuple[float, ...]]]  # settings; lengths / the baseline's
+LINEAR: dict[str, Any] = {"schedule": "wsd", "decay_fraction": 1.0}
+FAST_SETTINGS: dict[str, Any] = {"optimizer": "muon", "schedule": "wsd", "zero_residual": True}
+FAST_SETTINGS |= {"max_lr": 8e-3, "decay_fraction": 0.7}  # from --sweep, for so small a model
 RECIPES: Recipes = {
-    BASELINE: ({"max_lr": 6e-4, "min_lr": 6e-5}, [1.0]),
-    TUNED: ({"max_lr": 1.5e-3, "schedule": "wsd", "decay_fraction": 1.0}, [1.0]),  # from --sweep
-    FAST: (FAST_SETTINGS, [0.2, 0.225, 0.25, 0.3]),
+    BASELINE: ({"max_lr": 6e-4, "min_lr": 6e-5}, (1.0,)),
+    TUNED: ({"max_lr": 1.5e-3, **LINEAR}, (1.0,)),  # from --sweep
+    FAST: (FAST_SETTINGS, (0.2, 0.225, 0.25, 0.3)),
 }
-SCHEDULES: dict[str, dict] = {
-    "cosine": {},
-    "wsd": {"schedule": "wsd"},
-    "linear to 0": {"schedule": "wsd", "decay_fraction": 1.0},
-}
+SCHEDULES = {"cosine": {}, "wsd": {"schedule": "wsd"}, "linear to 0": LINEAR}
 SWEEP: Recipes = {
-    f"AdamW {lr:g}, {name}": ({"max_lr": lr, "min_lr": lr / 10, **schedule}, [1.0])
+    f"AdamW {lr:g}, {name}": ({"max_lr": lr, "min_lr": lr / 10, **schedule}, (1.0,))
     for lr in (1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3)
     for name, schedule in SCHEDULES.items()
 } | {
-    f"fast, {name} {value:g}": ({**FAST_SETTINGS, name: value}, [0.3])
+    f"fast, {name} {value:g}": ({**FAST_SETTINGS, name: value}, (0.3,))
     for name, values in (
         ("muon_lr", (0.01, 0.02, 0.04)),
         ("max_lr", (2e-3, 4e-3, 16e-3)),
@@ -83,65 +78,86 @@ class TimeToLossConfig:
     sweep: bool = flag(False, "other settings of AdamW, and of the fast recipe at 0.3, one seed")
     steps: int = flag(300, "steps of the baseline")
     seeds: int = flag(3, "runs of each recipe, with other weights and another order of the data")
-    first_seed: int = flag(1337, "the others are the numbers after it")
-    vocab_size: int = flag(4096, "tokens of the vocabulary; 50257 is all")
-    n_layer: int = flag(4, "blocks of the models")
-    n_embd: int = flag(256, "width of the models; heads are 64 wide")
-    block_size: int = flag(128, "tokens per sequence")
-    total_batch_size: int = flag(2048, "tokens per step")
-    eval_every: int = flag(15, "steps between evaluations")
-    eval_tokens: int = flag(16384, "validation tokens")
     plot: str = flag("docs/time_to_loss.png", "the figure to write")
 
 
 class Run:
-    """A recipe of a certain length, from a seed."""
+    """A recipe of a certain length, from a seed, on the shards of a folder."""
 
-    def __init__(self, settings: dict, length: float, seed: int, folder: Path, c: TimeToLossConfig):
-        steps, batch_size = round(length * c.steps), c.total_batch_size // c.block_size
-        self.config = PretrainConfig(
-            max_steps=steps,
-            warmup_steps=round(0.1 * steps),
-            precision="fp32",
-            compile=False,
-            seed=seed,
-            **settings,
-        )
+    def __init__(self, settings: dict[str, Any], steps: int, seed: int, folder: Path):
+        self.steps, self.dist = steps, Distributed(rank=0, world_size=1, device=harness.CPU)
+        settings = {"precision": "fp32", "compile": False, "seed": seed, **settings}
+        config = PretrainConfig(max_steps=steps, warmup_steps=round(0.1 * steps), **settings)
         torch.manual_seed(seed)
-        n_head = c.n_embd // harness.HEAD_SIZE
-        self.model = GPT(GPTConfig(c.block_size, c.vocab_size, c.n_layer, n_head, c.n_embd))
-        if self.config.zero_residual:
-            zero_residual_projections(self.model)
-        self.dist = Distributed(rank=0, world_size=1, device=harness.CPU)
-        sizes = {"block_size": c.block_size, "batch_size": batch_size}
-        shards, total = TokenShards(folder, "train"), c.total_batch_size
-        data = PretrainingData(shards, total_batch_size=total, seed=seed, **sizes)
-        self.step = TrainingStep(self.model, data, self.config, self.dist)
-        val = TokenShards(folder, "val")
-        self.val = lambda: validation_batches(val, eval_tokens=c.eval_tokens, **sizes)
+        model, sizes = GPT(SHAPE), {"block_size": SHAPE.block_size, "batch_size": BATCH_SIZE}
+        if config.zero_residual:
+            zero_residual_projections(model)
+        train, self.val = (TokenShards(folder, split) for split in ("train", "val"))
+        self.sizes, total = sizes, BATCH_SIZE * SHAPE.block_size
+        data = PretrainingData(train, total_batch_size=total, seed=seed, **sizes)
+        self.step = TrainingStep(model, data, config, self.dist)
         self.seconds: list[float] = []
-        self.curve: list[tuple[int, float]] = []  # tokens, loss
+        self.curve: list[tuple[int, float]] = []  # tokens, validation loss
 
-    def advance(self, step: int, c: TimeToLossConfig) -> None:
+    def advance(self, step: int) -> None:
         started = time.perf_counter()
         self.step(step)
         self.seconds.append(time.perf_counter() - started)
-        if step % c.eval_every == 0 or step == self.config.max_steps:
+        if step % EVAL_EVERY == 0 or step == self.steps:
+            batches = validation_batches(self.val, eval_tokens=EVAL_TOKENS, **self.sizes)
             with self.step.eval_mode():
-                loss = evaluate_loss(self.model, self.val(), self.dist)
-            self.curve.append((step * c.total_batch_size, loss))
+                loss = evaluate_loss(self.step.model, batches, self.dist)
+            self.curve.append((self.step.data.tokens_through(step), loss))
 
 
-def cut_vocabulary(source: Path, target: Path, vocab_size: int) -> None:
+@dataclass
+class Summary:
+    """The runs of a recipe and a length, with all seeds."""
+
+    recipe: str
+    steps: int
+    losses: list[float]  # at the end
+    seconds: float
+    curve: np.ndarray  # mean tokens and losses, (evaluations, 2)
+
+    @property
+    def loss(self) -> float:
+        return statistics.mean(self.losses)
+
+
+def train_all(recipes: Recipes, seeds: range, folder: Path, steps: int) -> list[Summary]:
+    """Train each recipe at its lengths with each seed."""
+    runs: dict[tuple[str, int], list[Run]] = {
+        (name, round(length * steps)): []
+        for name, (_, lengths) in recipes.items()
+        for length in lengths
+    }
+    for seed in seeds:
+        for (name, length), of_recipe in runs.items():
+            of_recipe.append(Run(recipes[name][0], length, seed, folder))
+        for step in tqdm(range(1, steps + 1), desc=f"seed {seed}", disable=None):
+            for (_, length), of_recipe in runs.items():
+                if step <= length:
+                    of_recipe[-1].advance(step)
+    summaries, common = [], min(length for _, length in runs)
+    for (name, length), of_recipe in runs.items():
+        step_seconds = statistics.mean(statistics.median(r.seconds[:common]) for r in of_recipe)
+        losses = [run.curve[-1][1] for run in of_recipe]
+        curve = np.mean([run.curve for run in of_recipe], axis=0)
+        summaries.append(Summary(name, length, losses, step_seconds * length, curve))
+    return summaries
+
+
+def cut_vocabulary(source: Path, target: Path) -> None:
     """Write the shards of `source` with their most frequent tokens as 0, 1, 2, ... and all others
     as the last id.
     """
     shards = {split: TokenShards(source, split) for split in ("train", "val")}
     tokens = {split: one.read(0, len(one)) for split, one in shards.items()}
-    n = END_OF_TEXT_ID + 1
-    order = np.argsort(-np.bincount(tokens["train"], minlength=n), kind="stable")
-    new_id = np.full(n, vocab_size - 1)
-    new_id[order[: vocab_size - 1]] = np.arange(min(vocab_size - 1, n))
+    counts = np.bincount(tokens["train"], minlength=END_OF_TEXT_ID + 1)
+    frequent = np.argsort(-counts, kind="stable")[: SHAPE.vocab_size - 1]
+    new_id = np.full(len(counts), SHAPE.vocab_size - 1)
+    new_id[frequent] = np.arange(len(frequent))
     entries = [
         {**write_shard(target / f"x_{split}_000000.npy", new_id[ids]), "split": split}
         for split, ids in tokens.items()
@@ -149,88 +165,34 @@ def cut_vocabulary(source: Path, target: Path, vocab_size: int) -> None:
     write_manifest(target, {"shards": entries})
 
 
-Key = tuple[str, float]  # recipe and length
-
-
-def train_all(recipes: Recipes, seed: int, folder: Path, c: TimeToLossConfig) -> dict[Key, Run]:
-    runs = {
-        (name, length): Run(settings, length, seed, folder, c)
-        for name, (settings, lengths) in recipes.items()
-        for length in lengths
-    }
-    for step in tqdm(range(1, c.steps + 1), desc=f"seed {seed}", disable=None):
-        for run in runs.values():
-            if step <= run.config.max_steps:
-                run.advance(step, c)
-    return runs
-
-
-@dataclass
-class Summary:
-    """The runs of a recipe and a length with all seeds."""
-
-    steps: int
-    losses: list[float]  # at the end
-    seconds: float  # mean
-    curve: np.ndarray  # mean of (tokens, loss), (evaluations, 2)
-
-    @property
-    def loss(self) -> float:
-        return statistics.mean(self.losses)
-
-
-def summarize(seeds: list[dict[Key, Run]]) -> dict[Key, Summary]:
-    common = min(len(run.seconds) for run in seeds[0].values())
-    summaries = {}
-    for key in seeds[0]:
-        runs = [runs[key] for runs in seeds]
-        steps = runs[0].config.max_steps
-        seconds = statistics.mean(statistics.median(run.seconds[:common]) for run in runs) * steps
-        losses = [run.curve[-1][1] for run in runs]
-        curve = np.mean([run.curve for run in runs], axis=0)
-        summaries[key] = Summary(steps, losses, seconds, curve)
-    return summaries
-
-
-def print_summaries(summaries: dict[Key, Summary], c: TimeToLossConfig) -> None:
-    harness.print_header("recipe", "steps", "tokens", "loss at the end: mean, seeds", "seconds")
-    for (name, _), s in summaries.items():
-        losses = f"{s.loss:.3f}: {', '.join(f'{loss:.3f}' for loss in s.losses)}"
-        tokens = f"{s.steps * c.total_batch_size:,}"
-        harness.print_row(name, s.steps, tokens, losses, f"{s.seconds:.0f}")
-
-
-def compare(summaries: dict[Key, Summary], c: TimeToLossConfig) -> None:
-    """Print with which shares of tokens and seconds the fast recipe reaches the others' losses."""
-    for name in (BASELINE, TUNED):
-        target = summaries[name, 1.0]
-        fast = [s for key, s in summaries.items() if key[0] == FAST and s.loss <= target.loss]
-        if not fast:
-            print(f"\n{FAST} does not reach {name} loss of {target.loss:.3f} at these lengths")
+def compare(summaries: list[Summary]) -> None:
+    """Print the shares of tokens and seconds with which the fast recipe reaches others' losses."""
+    fast = [s for s in summaries if s.recipe == FAST]
+    for target in [s for s in summaries if s.recipe != FAST]:
+        what = f"\n{FAST}: the loss of {target.recipe}, {target.loss:.3f}, is"
+        reached = [s for s in fast if s.loss <= target.loss]
+        if not reached:
+            print(f"{what} not reached at these lengths")
             continue
-        best = min(fast, key=lambda s: s.steps)
-        print(
-            f"\n{FAST} reaches {name} loss of {target.loss:.3f} with {best.steps / c.steps:.2f} of "
-            f"the tokens and {best.seconds / target.seconds:.2f} of the seconds"
-        )
+        best = min(reached, key=lambda s: s.steps)
+        tokens, seconds = best.steps / target.steps, best.seconds / target.seconds
+        print(f"{what} reached with {tokens:.2f} of the tokens and {seconds:.2f} of the seconds")
 
 
-def draw(summaries: dict[Key, Summary], file: Path) -> None:
+def draw(summaries: list[Summary], file: str) -> None:
     """Mean curves over the seeds, all lengths of a recipe in one color."""
     figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    colors = {name: f"C{i}" for i, name in enumerate(RECIPES)}
-    for (name, length), s in summaries.items():
-        is_first = length == RECIPES[name][1][0]
-        label = f"{name} (each length)" if name == FAST else name
-        tokens, losses = s.curve[:, 0] / 1e6, s.curve[:, 1]
-        label = label if is_first else "_"
-        axes.plot(tokens, losses, color=colors[name], label=label, linewidth=1)
-        axes.plot(tokens[-1], losses[-1], "o", color=colors[name], markersize=4)
-        if name != FAST:
-            axes.axhline(s.loss, color=colors[name], linestyle=":", linewidth=1)
+    axes, colors = figure.subplots(), {name: f"C{i}" for i, name in enumerate(RECIPES)}
+    labels = {BASELINE: BASELINE, TUNED: TUNED, FAST: f"{FAST} (each length)"}
+    for s in summaries:
+        color, tokens, losses = colors[s.recipe], s.curve[:, 0] / 1e6, s.curve[:, 1]
+        axes.plot(tokens, losses, color=color, label=labels.pop(s.recipe, None), linewidth=1)
+        axes.plot(tokens[-1], losses[-1], "o", color=color, markersize=4)
+        if s.recipe != FAST:
+            axes.axhline(s.loss, color=color, linestyle=":", linewidth=1)
+    top = float(summaries[0].curve[:2, 1].min())  # the first losses would hide the rest
     axes.set(xlabel="million tokens", ylabel="validation loss, nats per token")
-    axes.set_ylim(top=float(summaries[BASELINE, 1.0].curve[1, 1]))
+    axes.set_ylim(top=top)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=150)
@@ -243,15 +205,19 @@ def main(config: TimeToLossConfig) -> None:
         source = harness.ROOT / "data" / "stdlib"
         command = [sys.executable, str(harness.ROOT / "fineweb.py"), "--dataset", "stdlib"]
         subprocess.run([*command, "--out_dir", str(source)], check=True)
-    recipes, n_seeds = (SWEEP, 1) if config.sweep else (RECIPES, config.seeds)
+    seeds = range(FIRST_SEED, FIRST_SEED + (1 if config.sweep else config.seeds))
     with tempfile.TemporaryDirectory() as folder:
-        cut_vocabulary(source, Path(folder), config.vocab_size)
-        seeds = range(config.first_seed, config.first_seed + n_seeds)
-        summaries = summarize([train_all(recipes, seed, Path(folder), config) for seed in seeds])
-    print_summaries(summaries, config)
+        cut_vocabulary(source, Path(folder))
+        recipes = SWEEP if config.sweep else RECIPES
+        summaries = train_all(recipes, seeds, Path(folder), config.steps)
+    harness.print_header("recipe", "steps", "tokens", "loss at the end: mean, seeds", "seconds")
+    for s in summaries:
+        losses = f"{s.loss:.3f}: {', '.join(f'{loss:.3f}' for loss in s.losses)}"
+        tokens = f"{s.curve[-1, 0]:,.0f}"
+        harness.print_row(s.recipe, s.steps, tokens, losses, f"{s.seconds:.0f}")
     if not config.sweep:
-        compare(summaries, config)
-        draw(summaries, Path(config.plot))
+        compare(summaries)
+        draw(summaries, config.plot)
 
 
 if __name__ == "__main__":

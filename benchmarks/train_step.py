@@ -7,9 +7,9 @@ This project runs its real training step; the others run build-nanogpt's loop: f
 clipping, fused AdamW. They take turns step by step, each in a process of its own with the memory
 allocator that its users get. This project's loss computes its gradient in the forward pass, so
 compare the sum of forward and backward; clipping counts as "optimizer". Peak memory is the highest
-resident memory over that after a step of a tiny model. The matmul peak is that of the fastest of
-the blocks' own matrix products, measured in one more process in every round. On CUDA they run one
-after another, this project's step also compiled, and the peak is the card's from its data sheet.
+resident memory over that after a step of a tiny model. Peak FLOP/s are those of the fastest of the
+blocks' matrix products, measured in one more process in every round. On CUDA the contenders run one
+after another, this project also compiled, and peak FLOP/s are those of the card's data sheet.
 """
 
 import importlib
@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Result, Size, Step
+from benchmarks.harness import BenchmarkConfig, Result, Size
 from engine.config import flag, run_command
 from engine.distributed import Distributed, keep_freed_memory
 from engine.metrics import peak_flops
@@ -36,15 +36,13 @@ from engine.optim import BETAS, parameter_groups
 from engine.step import TrainingStep
 
 PARTS = ("forward", "backward", "optimizer")
-OURS, COMPILED, BASELINE = "this project", "this project, compiled", "transformers"
+OURS, BASELINE = "this project", "transformers"
 
 
 @dataclass(frozen=True)
 class StepBenchmarkConfig(BenchmarkConfig):
     rounds: int = flag(7, "measured steps of each contender, after two that warm up")
-    sizes: list[str] = flag(
-        ["12x768:2x512", "6x384:8x256"], "sizes to measure, each LAYERSxWIDTH:BATCHxTOKENS"
-    )
+    sizes: list[str] = flag(["12x768:2x512", "6x384:8x256"], "each LAYERSxWIDTH:BATCHxTOKENS")
     peer: str | None = flag(None, "folder of nanoGPT, or another with such a model.py")
     recompute: Literal["none", "light", "block"] = flag("none", "of this project's training step")
 
@@ -66,11 +64,10 @@ class TimedStep(TrainingStep):
         return super()._clip_gradients()
 
 
-def make_ours(size: Size, config: BenchmarkConfig, **settings: Any) -> Step:
-    device = config.open_device()
+def make_ours(size: Size, config: BenchmarkConfig, **settings: Any) -> Callable[[], Result]:
+    device, numbers = config.open_device(), itertools.count(1)
     keep_freed_memory(Distributed(rank=0, world_size=1, device=device))
     training_step = harness.random_training_step(size, config, TimedStep, **settings)
-    numbers = itertools.count(1)
 
     def step() -> Result:
         training_step.times.clear()
@@ -86,27 +83,25 @@ def split_times(times: list[float]) -> Result:
     return dict(zip(PARTS, seconds, strict=True))
 
 
-def make_transformers(size: Size, config: BenchmarkConfig) -> Step:
-    model = harness.transformers_gpt2(size.config)
+def make_transformers(size: Size, config: BenchmarkConfig) -> Callable[[], Result]:
+    model = harness.transformers_gpt2(size.gpt_config())
     return make_loop(model, lambda idx: model(idx, labels=idx).loss, size, config)
 
 
-def make_peer(size: Size, config: BenchmarkConfig, folder: str) -> Step:
+def make_peer(size: Size, config: BenchmarkConfig, folder: str) -> Callable[[], Result]:
     """The GPT of the folder's model.py: `GPT(config)(idx, targets)` returns logits and loss."""
     sys.modules.pop("model", None)  # this project's
     sys.path.insert(0, folder)
-    module = importlib.import_module("model")
-    fields = "block_size", "n_layer", "n_head", "n_embd"
-    shape = {name: getattr(size.config, name) for name in fields}
-    if "dropout" in inspect.signature(module.GPTConfig).parameters:
-        shape["dropout"] = 0.0
-    model = module.GPT(module.GPTConfig(vocab_size=harness.VOCAB_SIZE, **shape))
+    module, shape = importlib.import_module("model"), size.gpt_config()
+    fields = inspect.signature(module.GPTConfig).parameters.keys() & vars(shape).keys()
+    values = {name: getattr(shape, name) for name in fields} | {"vocab_size": harness.VOCAB_SIZE}
+    model = module.GPT(module.GPTConfig(**values))  # nanoGPT's default is no dropout
     return make_loop(model, lambda idx: model(idx, idx)[1], size, config)
 
 
 def make_loop(
     model: Any, loss_of: Callable[[torch.Tensor], torch.Tensor], size: Size, config: BenchmarkConfig
-) -> Step:
+) -> Callable[[], Result]:
     """The training step of build-nanogpt's loop."""
     device = config.open_device()
     groups = parameter_groups(model.train().to(device), weight_decay=0.1)
@@ -130,7 +125,7 @@ def make_loop(
     return step
 
 
-def make_matmuls(size: Size, _: BenchmarkConfig) -> Step:
+def make_matmuls(size: Size, _: BenchmarkConfig) -> Callable[[], Result]:
     """FLOP/s of the fastest of the blocks' matrix products, and of a large square one."""
     rows, C = size.tokens, size.n_embd
     shapes = ((rows, C, 3 * C), (rows, C, 4 * C), (rows, 4 * C, C), (2048, 2048, 2048))
@@ -151,7 +146,7 @@ def main(config: StepBenchmarkConfig) -> None:
     ours = partial(make_ours, recompute=config.recompute)
     makers: dict[str, Any] = {OURS: ours, BASELINE: make_transformers}
     if config.open_device().type == "cuda":
-        makers[COMPILED] = partial(ours, compile=True)
+        makers[f"{OURS}, compiled"] = partial(ours, compile=True)
     elif config.precision == "fp32":
         makers["matmul"] = make_matmuls
     if config.peer:
@@ -159,22 +154,22 @@ def main(config: StepBenchmarkConfig) -> None:
         if not (folder / "model.py").exists():
             raise ValueError(f"peer is {config.peer}, expected a folder with model.py")
         makers[folder.name] = partial(make_peer, folder=str(folder))
-    for size in [Size.parse(text) for text in config.sizes]:
+    columns = "tokens/s", f"/ {BASELINE}'", *(f"{part} ms" for part in PARTS)
+    columns += "peak MB", f"/ {BASELINE}'", "of peak FLOP/s"
+    for size in map(Size.parse, config.sizes):
         results = harness.measure_in_workers(makers, size, config, warmup=2)  # one compiles
         matmul = results.pop("matmul", None)
         peak = harness.median(matmul, "flops") if matmul else peak_flops(config.open_device())
-        columns = "tokens/s", "/ transformers'", *(f"{part} ms" for part in PARTS)
-        columns += "peak MB", "/ transformers'", "of peak FLOP/s"
         harness.print_header(str(size), *columns)
         for name, steps in results.items():
             seconds = harness.median(steps)
             harness.print_row(
                 name,
                 f"{size.tokens / seconds:,.0f}",
-                harness.compare(results, BASELINE, name),
+                harness.ratio(results, BASELINE, name),
                 *(f"{harness.median(steps, part) * 1e3:.0f}" for part in PARTS),
                 f"{harness.median(steps, 'peak_bytes') / 2**20:,.0f}",
-                harness.compare(results, name, BASELINE, "peak_bytes"),
+                harness.ratio(results, name, BASELINE, "peak_bytes"),
                 f"{size.flops / seconds / peak:.2f}" if peak else "",
             )
 

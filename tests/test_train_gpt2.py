@@ -6,7 +6,6 @@ them depends on being started from the project's root.
 
 import gzip
 import json
-import os
 import re
 import runpy
 import shutil
@@ -26,6 +25,7 @@ from conftest import (
     run_script,
     small_transformers_gpt2,
     wait_for_steps,
+    worker_env,
 )
 from transformers import AutoModelForCausalLM
 
@@ -339,7 +339,7 @@ def test_importing_does_nothing(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=worker_env(),
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == result.stderr == ""
