@@ -6,7 +6,6 @@ import subprocess
 import sys
 import typing
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -147,8 +146,8 @@ def test_lists(config_class, name):
 
 
 def test_values_have_their_types():
-    """Numbers come as int or float as declared, text stays as typed, and what is not given is
-    absent.
+    """Numbers are converted to int or float as declared, text stays as typed, and settings that are
+    not given are absent.
     """
     assert parse(Base) == {}
     values = parse(Base, "--number", "12", "--rate", "3", "--name", "12", "--optional", "null")
@@ -206,7 +205,7 @@ def test_yaml_is_checked_like_flags(tmp_path, capsys, content, expected):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("rate: 1e-3", 1e-3),  # YAML 1.1 takes it for a text
+        ("rate: 1e-3", 1e-3),  # text in YAML 1.1, which wants 1.0e-3
         ("rate: 2", 2.0),
         ("number: 7", 7),
         ("switch: yes", True),
@@ -220,7 +219,7 @@ def test_yaml_is_checked_like_flags(tmp_path, capsys, content, expected):
     ],
 )
 def test_yaml_values(tmp_path, content, expected):
-    """What means a value of the setting's type is converted to that type."""
+    """A value that can be read as the setting's type is converted to that type."""
     file = tmp_path / "right.yaml"
     file.write_text(content)
     (value,) = parse(Base, "--config", file).values()
@@ -229,7 +228,7 @@ def test_yaml_values(tmp_path, content, expected):
 
 
 def test_null_is_accepted_where_none_is_a_value(tmp_path, capsys):
-    """Over all commands, YAML's null is accepted by just the settings whose type or default allows
+    """In every command, YAML null is accepted by exactly the settings whose type or default allows
     None.
     """
     file = tmp_path / "null.yaml"
@@ -278,8 +277,8 @@ def test_yaml_is_utf8_on_any_machine(tmp_path):
 
 
 def test_the_command_line_wins(tmp_path):
-    """A flag wins over the files wherever it stands, and a later file over an earlier one; what
-    only one of them gives is kept.
+    """A flag before or after --config wins over the files, and a later file over an earlier one;
+    settings that only one of them gives are kept.
     """
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("number: 1\nrate: 0.5\nname: first\n")
@@ -290,8 +289,8 @@ def test_the_command_line_wins(tmp_path):
     assert parse(Base, "--name", "flag", *files) == expected
 
 
-def test_debug_is_no_setting():
-    """--debug is reported apart from the settings."""
+def test_debug_is_not_a_setting():
+    """--debug is returned separately from the settings."""
     assert parse_flags(Base, "", ["--debug", "--number", "1"]) == ({"number": 1}, True)
     assert parse_flags(Base, "", []) == ({}, False)
 
@@ -312,7 +311,7 @@ def test_unknown_flags_suggest_a_near_one(capsys):
 
 @pytest.mark.parametrize("config_class", CONFIGS)
 def test_abbreviations_are_refused(capsys, config_class):
-    """A flag without its last letter is unknown, so that a new flag never changes an old script."""
+    """A flag without its last letter is unknown, so a new flag never changes an old script."""
     names = {f.name for f in fields(config_class)}
     for short in {name[:-1] for name in names} - names:
         for value in (["1"], []):
@@ -362,8 +361,8 @@ def test_help_is_grouped(config_class):
 
 
 def test_overriding_a_default_keeps_the_rest():
-    """A field that only overrides a default keeps its help, its group and whether it may change;
-    with a help of its own it says all of these anew.
+    """A field that only overrides a default keeps its help, its group and whether it may change; a
+    field with its own help declares all of these again.
     """
     assert fixed_settings(Base) == {"rate", "name", "names", "switch", "optional"}
     assert fixed_settings(Derived) == fixed_settings(Base)
@@ -466,7 +465,7 @@ WRONG_SETTINGS = [
 
 
 @pytest.mark.parametrize(("settings", "expected"), WRONG_SETTINGS)
-def test_settings_that_cannot_be(settings, expected):
+def test_impossible_settings(settings, expected):
     """A setting out of its range, and settings that contradict each other, are refused with the
     value.
     """
@@ -474,9 +473,9 @@ def test_settings_that_cannot_be(settings, expected):
         PretrainConfig(**settings)
 
 
-def test_a_missing_logger_names_the_line_that_installs_it(tmp_path, monkeypatch):
-    """A package that is not there is refused before a run begins; a plain folder of its name does
-    not count as the package.
+def test_a_missing_logger_names_the_command_that_installs_it(tmp_path, monkeypatch):
+    """A logger whose package is missing is refused before a run begins; a plain folder of its name
+    does not count as the package.
     """
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
@@ -487,6 +486,6 @@ def test_a_missing_logger_names_the_line_that_installs_it(tmp_path, monkeypatch)
 
 
 def test_config_imports_no_torch():
-    """Flags are parsed without torch, so that help and errors could come at once."""
+    """Parsing flags needs no torch."""
     program = "import engine.config, engine.errors, sys; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], cwd=Path(ROOT), check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -76,8 +76,12 @@ def test_every_command_has_a_word():
     assert len(COMMANDS) > 15
     assert not [command for command in COMMANDS if command.word not in WORDS]
     for page in PAGES:
-        for _, comment, _ in BLOCK.findall(page.read_text()):
+        text = page.read_text()
+        for _, comment, _ in BLOCK.findall(text):
             assert "skip" not in comment or " - " in comment, comment
+        # No block escapes the search by its indentation or by another name of its language.
+        fences = re.findall(r"^[ \t]*```[ \t]*(?:sh|bash|shell|console)\b", text, re.MULTILINE)
+        assert len(fences) == len(BLOCK.findall(text)), page.name
 
 
 def test_a_block_without_its_comment_is_found(tmp_path):
@@ -162,7 +166,11 @@ def used(workplace) -> Path:
     with contextlib.chdir(workplace), pytest.MonkeyPatch.context() as patch:
         for command in COMMANDS:
             if command.word == "run":
-                execute(command.line, patch)
+                try:
+                    execute(command.line, patch)
+                except (Exception, SystemExit) as error:
+                    error.add_note(f"the command was: {command.line}")
+                    raise
     return workplace
 
 

@@ -59,7 +59,7 @@ MODULES = {*ENGINE, *COMMANDS, "model"}
 
 
 def test_every_module_is_in_the_tables():
-    """COMMANDS and LAYERS name just the modules that there are."""
+    """COMMANDS and LAYERS name exactly the modules that exist."""
     assert {file.stem for file in ROOT.glob("*.py")} == {*COMMANDS, "model"}
     names = [name for layer in LAYERS for name in layer]
     assert {f"engine.{name}" for name in names} == ENGINE
@@ -68,7 +68,7 @@ def test_every_module_is_in_the_tables():
 
 def test_engine_imports_point_down():
     """A module of engine/ imports only model.py and modules of lower layers, no command and none of
-    its own layer: so there are no circles, type-only imports included.
+    its own layer. So there are no import cycles, type-only imports included.
     """
     for level, layer in enumerate(LAYERS):
         allowed = {f"engine.{name}" for lower in LAYERS[:level] for name in lower} | {"model"}
@@ -87,7 +87,7 @@ def test_commands_do_not_import_each_other():
 
 
 def test_model_imports_engine_in_functions_only():
-    """model.py is imported by engine/, so its own imports of engine/ stand inside functions."""
+    """model.py is imported by engine/, so it imports engine/ only inside functions."""
     tree = ast.parse((ROOT / "model.py").read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     inside = {node.lineno for function in functions for node in function.body}
@@ -97,8 +97,8 @@ def test_model_imports_engine_in_functions_only():
 
 
 def test_importing_the_commands_loads_nothing_heavy():
-    """A process that has imported all commands and all of engine/ has loaded none of the packages
-    that take seconds or that not every machine has.
+    """Importing all commands and all of engine/ loads none of the packages that are slow or
+    optional.
     """
     program = f"import sys, {', '.join(sorted(MODULES))}; print(*sorted(sys.modules))"
     result = subprocess.run(
