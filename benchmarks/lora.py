@@ -89,6 +89,7 @@ class LiveBytes(TorchDispatchMode):
 
 def make_model(kind: str, size: Size, rank: int) -> Any:
     what, recompute = kind.split()
+    rank = min(rank, size.n_embd)  # of the tiny model
     if what == "transformers":
         return harness.transformers_gpt2(size.gpt_config())
     if what == "peft":
