@@ -241,7 +241,7 @@ def main(config: FaultsBenchmarkConfig) -> None:
     figures = "tried", "survived", "steps", "bytes", "in_save"
     harness.print_header("fault", *figures[:2], "steps computed again", "bytes lost", "in a save")
     for fault, row in lab.rows.items():
-        harness.print_row(fault, *(row[figure] for figure in figures))
+        harness.print_row(fault, *(int(row[figure]) for figure in figures))
     if any(row["survived"] < row["tried"] or row["bytes"] for row in lab.rows.values()):
         raise ValueError("not every fault was survived")
 
