@@ -11,6 +11,8 @@
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 
+# Without it, ranks that torchrun restarts may hang: https://github.com/pytorch/pytorch/issues/135712
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun .venv/bin/torchrun \
     --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max_restarts=3 \
