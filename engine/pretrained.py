@@ -69,14 +69,14 @@ def load_pretrained(name_or_path: str | Path) -> GPT:
 
 def find_pretrained(name_or_path: str | Path) -> Path:
     """The local folder of a model: the given one, or the hub's files, downloaded and cached."""
-    from huggingface_hub import snapshot_download
-
     if (Path(name_or_path) / "config.json").is_file():
         return Path(name_or_path)
     if Path(name_or_path).exists():
         raise FileNotFoundError(
             f"{name_or_path} holds no config.json, expected a model, a checkpoint or a run"
         )
+    from huggingface_hub import snapshot_download
+
     try:
         for weights in WEIGHT_FILES:
             folder = snapshot_download(str(name_or_path), allow_patterns=["config.json", weights])
