@@ -80,7 +80,7 @@ class FinetuneConfig(TrainConfig):
     epochs: int = flag(3, "passes over the examples")
     val_fraction: float = flag(0.1, "fraction of the examples held out, drawn by seed")
 
-    use_lora: bool = flag(True, "no: train all weights", group="LoRA")
+    use_lora: bool = flag(True, "train an adapter; --no-use_lora trains all weights", group="LoRA")
     lora_dim: int = flag(None, "rank r (default: 8, or the loaded adapter's)")
     lora_alpha: float = flag(
         None, "scaling is lora_alpha / lora_dim (default: twice lora_dim, or the adapter's)"
@@ -91,9 +91,9 @@ class FinetuneConfig(TrainConfig):
         "adapter's)",
     )
     use_rslora: bool = flag(
-        None, "scaling is lora_alpha / sqrt(lora_dim) (default: no, or as the adapter)"
+        None, "scaling is lora_alpha / sqrt(lora_dim) (default: no, or the adapter's)"
     )
-    lora_module_name: str = flag("h.", "linears with LoRA by parts of their names: attn.c_attn,mlp")
+    lora_module_name: str = flag("h.", "layers with LoRA, by parts of their names: attn.c_attn,mlp")
     lora_load_path: str | None = flag(
         None, "adapter to start from: a PEFT folder, a run, or a lora.pt"
     )
@@ -157,7 +157,7 @@ def main(config: FinetuneConfig) -> None:
 def check_merge_out(config: FinetuneConfig) -> None:
     """ValueError if merge_out is not a new or empty folder."""
     merged = Path(config.merge_out or "")
-    if config.merge_out and merged.exists() and not (merged.is_dir() and not any(merged.iterdir())):
+    if config.merge_out and (merged.is_file() or (merged.is_dir() and any(merged.iterdir()))):
         raise ValueError(f"merge_out {merged} already exists; choose another folder")
 
 
@@ -225,7 +225,7 @@ def announce_finetuning(model: GPT, config: FinetuneConfig) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         n, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
         print(
-            f"LoRA: {len(lora_linears(model))} linears, {len(trained)} trainable tensors with "
+            f"LoRA: {len(lora_linears(model))} layers, {len(trained)} trainable tensors with "
             f"{n:,} parameters, {n / total:.2%} of all; adapter {4 * n / 1e6:.2f} MB"
         )
 

@@ -24,7 +24,7 @@ from engine.files import sha256_file
 from engine.sources import HUB_TEXT, SUFFIXES, Piece, Source, open_source, reporting_hub_errors
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 
-# Shards of 100 M tokens on the hub, from modded-nanogpt (data/cached_*.py): repository, prefix of
+# Shards of 100M tokens on the hub, from modded-nanogpt (data/cached_*.py): repository, prefix of
 # the file names, number of training shards. Each has one validation shard besides.
 HUB_SHARDS = {
     "fineweb10B-gpt2": ("kjj0/fineweb10B-gpt2", "fineweb", 103),
@@ -46,7 +46,7 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 @dataclass(frozen=True)
 class PrepareConfig:
     dataset: list[str] = flag(["fineweb-edu"], DATASETS)
-    out_dir: str = flag("", "folder of the shards (default: data/ and the name of the data set)")
+    out_dir: str = flag("", "folder of the shards (default: data/ and the name of the dataset)")
     max_tokens: int | None = flag(
         None, "tokens to write; of ready-made shards, training tokens to download (default: all)"
     )

@@ -52,7 +52,7 @@ class EvalConfig:
     )
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: Precision | None = flag(
-        None, "fp32, or autocast (default: bf16 on CUDA, fp16 on older cards, fp32 elsewhere)"
+        None, "fp32, or autocast (default: bf16 on CUDA, fp16 on older GPUs, fp32 elsewhere)"
     )
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 VOCAB_MULTIPLE = 128  # tensor cores want whole tiles: the vocabulary is padded from 50257 to 50304
-INIT_STD = 0.02  # GPT-2 paper, section 2.3, and OpenAI's code
+INIT_STD = 0.02  # OpenAI's code, which has 0.01 for wpe; transformers uses 0.02 for all
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class CausalSelfAttention(nn.Module):
         )
         if cache is not None:
             k, v = cache.append(k, v)
-        # A single new token attends to the whole cache; several tokens start from an empty cache.
+        # One new token attends to everything cached. Several tokens come only with an empty cache.
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -109,7 +109,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Everything but the head."""
+    """Embeddings, blocks and the final LayerNorm, named as in transformers. `GPT` runs them."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -122,8 +122,8 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """GPT-2 with a language-model head.
 
-    `wte` and `lm_head` have `padded_vocab_size` rows. The padding rows are zero, get no gradient,
-    and are never returned, sampled or saved. The training loss is in engine/loss.py.
+    `wte` and `lm_head` have `padded_vocab_size` rows. The padding rows, and their gradients, are
+    zero. They are never returned, sampled or saved. The training loss is in engine/loss.py.
     """
 
     def __init__(self, config: GPTConfig):
@@ -154,7 +154,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        residual_std = INIT_STD / (2 * self.config.n_layer) ** 0.5  # two residual adds per block
+        # GPT-2 paper, section 2.3; every block adds to the residual stream twice.
+        residual_std = INIT_STD / (2 * self.config.n_layer) ** 0.5
         for name, param in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 param.normal_(std=residual_std)
@@ -166,9 +167,10 @@ class GPT(nn.Module):
                 param.fill_(1.0)
         self.zero_vocab_padding()
 
+    @torch.no_grad()
     def zero_vocab_padding(self) -> None:
         for table in (self.transformer.wte.weight, self.lm_head.weight):
-            table.data[self.config.vocab_size :] = 0.0
+            table[self.config.vocab_size :] = 0.0
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         """Token ids (B, T) to logits (B, T, V)."""
@@ -184,10 +186,10 @@ class GPT(nn.Module):
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Token ids (B, T) to the input of the head (B, T, C).
+        """Token ids (B, T) to final hidden states (B, T, C), the input of the head.
 
-        With `caches`, one a layer, `idx` follows the cached tokens: any number of tokens into empty
-        caches, then one at a time. `positions` (T) or (B, T) and a boolean `mask` (B, 1, T, T),
+        With `caches`, one per layer, `idx` follows the cached tokens: any number into empty caches,
+        then one at a time. `positions` (T) or (B, T) and a boolean `mask` (B, 1, T, T),
         true where a token may attend to another, replace 0, 1, 2, ... and the causal mask, so that
         several texts can share a row.
         """
@@ -195,11 +197,11 @@ class GPT(nn.Module):
         start = caches[0].length if caches else 0
         if start and T > 1:
             raise ValueError(f"{T} tokens at once after {start} cached ones, expected 1")
-        if positions is None and start + T > self.config.block_size:
-            raise ValueError(
-                f"{start + T} tokens exceed the model's block_size {self.config.block_size}"
-            )
         if positions is None:
+            if start + T > self.config.block_size:
+                raise ValueError(
+                    f"{start + T} tokens exceed the model's block_size {self.config.block_size}"
+                )
             positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
@@ -222,7 +224,7 @@ class GPT(nn.Module):
         eos: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[torch.Tensor]:
-        """Yield the next ids (B, 1) of prompts (B, T) as they are drawn. Temperature 0 is greedy.
+        """Yield the next ids (B, 1) of prompts (B, T) as they are sampled. Temperature 0 is greedy.
         A row that has produced `eos` is filled with it; generation ends when all rows have.
         """
         finished = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
@@ -239,10 +241,10 @@ class GPT(nn.Module):
                 break
 
     def _last_hidden(self, idx: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
-        """The input of the head (B, C) at the last token of `idx`, using and filling `caches`.
+        """The final hidden state (B, C) at the last token of `idx`, using and filling `caches`.
 
-        Learned positions cannot slide by one, so a full window restarts from its last half: one
-        long pass every block_size / 2 tokens. The prompt may fill the whole window.
+        Learned positions cannot slide, so a full cache is rebuilt from its last half: one long pass
+        every block_size / 2 tokens. The prompt may fill the whole window.
         """
         block_size = self.config.block_size
         if caches and caches[0].length < block_size:
@@ -259,8 +261,8 @@ def sample_next(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Draw token ids (B, 1) from logits (B, V): from the `top_k` most likely, and among these from
-    the smallest set with probability `top_p`.
+    """Sample token ids (B, 1) from logits (B, V): from the `top_k` most likely tokens, and among
+    these from the smallest set whose total probability is at least `top_p`.
     """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)

@@ -30,10 +30,10 @@ class SampleConfig:
         1, "continuations to generate: one is streamed, several are printed when all are complete"
     )
     max_new_tokens: int = flag(50, "maximum tokens in each continuation")
-    stop: list[str] = flag([], "texts that end a continuation, and are not printed")
+    stop: list[str] = flag([], "strings that end a continuation and are not printed")
     temperature: float = flag(1.0, "0 takes the most likely token; higher is more varied")
     top_k: int | None = flag(50, "sample from the k most likely tokens (null: from all)")
-    top_p: float | None = flag(None, "sample from the smallest set with this probability")
+    top_p: float | None = flag(None, "sample from the smallest set with at least this probability")
     seed: int = flag(42, "the same seed generates the same text on the same device")
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
@@ -45,7 +45,7 @@ class SampleConfig:
             ("temperature", self.temperature >= 0, "at least 0"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1, or null"),
-            ("stop", all(self.stop), "texts that are not empty"),
+            ("stop", all(self.stop), "non-empty strings"),
         ):
             if not is_valid:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")

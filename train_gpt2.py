@@ -23,8 +23,11 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig):
     data_dir: str = flag(
-        "data/fineweb-edu", "token shards, made by fineweb.py", group="data", may_change=True
-    )  # the data themselves are compared
+        "data/fineweb-edu",
+        "token shards, made by fineweb.py",
+        group="data",
+        may_change=True,  # the tokens themselves are compared
+    )
     total_batch_size: int = flag(524_288, "tokens per optimizer step over all devices")
     eval_tokens: int = flag(10_485_760, "validation tokens of an evaluation, always the first ones")
 
@@ -94,14 +97,14 @@ def build_model(config: PretrainConfig) -> GPT:
     model = load_model(config.init_from)
     for name, value in shape.items():
         found = getattr(model.config, name)
-        # A shorter block_size than the model's is fine.
-        if value > found or (value != found and name != "block_size"):
+        is_shorter = name == "block_size" and value < found  # fine
+        if value != found and not is_shorter:
             raise ValueError(f"{name} is {value}, but {config.init_from} has {found}")
     return model
 
 
 def zero_residual_projections(model: GPT) -> None:
-    """Make all blocks the identity at first, so that random outputs do not disturb learning."""
+    """Zero the residual projections, so that every block starts as the identity."""
     for name, param in model.named_parameters():
         if name.endswith("c_proj.weight"):
             nn.init.zeros_(param)

@@ -42,7 +42,7 @@ FLAGS = (
     f"--total_batch_size 128 --max_steps {MAX_STEPS} --warmup_steps 10 --max_lr 1e-2 --min_lr 1e-3 "
     "--eval_every 20 --eval_tokens 256 --sample_every 50 --save_every 4 --device cpu"
 ).split()
-KEYS = ("step", "train_loss", "val_loss", "grad_norm", "samples")  # of a log, equal to the bit
+KEYS = ("step", "train_loss", "val_loss", "grad_norm", "samples")  # of a log, bit for bit equal
 MAX_FILE_BYTES = 8 << 20  # less than a checkpoint's optimizer state
 
 
@@ -83,14 +83,16 @@ class Lab:
     ) -> int:
         """Start or resume a run, and send it a signal after a step; return its exit code."""
         process = self.start(name)
-        self.wait_for(name, step)
+        self.wait_for(process, name, step)
         time.sleep(delay)
         process.send_signal(signum)
         process.communicate(timeout=60)
         return process.returncode
 
-    def wait_for(self, name: str, step: int) -> None:
+    def wait_for(self, process: subprocess.Popen, name: str, step: int) -> None:
         while len(self.read_curve(name)) <= step:  # it begins with step 0
+            if process.poll() is not None:
+                raise ValueError(f"{name} ended early: {process.communicate()[1]}")
             time.sleep(0.002)
 
     def checkpoints(self, name: str) -> list[Path]:
@@ -216,7 +218,7 @@ def train_poisoned(first: int, last: int) -> None:
 
 def compete(lab: Lab, fault: str = "a second process on the run") -> None:
     process = lab.start(fault)
-    lab.wait_for(fault, 10)
+    lab.wait_for(process, fault, 10)
     code, _, err = lab.finish(fault)
     process.communicate(timeout=600)
     lab.report(fault, fault, code == 2 and "in use by another" in err)

@@ -119,7 +119,7 @@ def measure_in_workers(
     A maker returns the contender, a function that does a step and returns figures by name. To these
     are added `seconds`, and `peak_bytes`: on a CPU the highest resident memory so far over that
     after a step of a tiny size, on CUDA the allocator's peak. On a CPU the contenders take turns.
-    On CUDA each needs the card for itself, so they run one after another; those that run out of
+    On CUDA each needs the GPU for itself, so they run one after another; those that run out of
     memory are reported and left out.
     """
     for name in [name for name in os.environ if name.startswith("OMP_")]:

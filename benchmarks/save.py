@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from engine.checkpoint import BackgroundSave, Resumed, save_checkpoint
+from engine.checkpoint import BackgroundSave, RunState, save_checkpoint
 from engine.config import flag, run_command
 
 
@@ -30,9 +30,10 @@ def main(config: SaveBenchmarkConfig) -> None:
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
 
         def take_snapshot(step: int) -> None:
-            params, state = training_step.snapshot()
-            resumed, run = Resumed({"step": step, "val_loss": None}, state), Path(folder)
-            save = partial(save_checkpoint, run, training_step.model, params, resumed, keep=1)
+            params, tensors = training_step.snapshot()
+            state = RunState({"step": step, "val_loss": None}, tensors)
+            model, run = training_step.model, Path(folder)
+            save = partial(save_checkpoint, run, model, params, state, keep=1)
             background.start(save)
 
         def save_and_wait(step: int) -> None:

@@ -36,7 +36,7 @@ CARDS = {
     "40 GB (A100)": (40e9, PEAK_FLOPS["A100"], 300e9),
     "80 GB (H100)": (80e9, PEAK_FLOPS["H100"], 450e9),
 }
-USABLE = 0.92  # of a card's memory; the rest is CUDA's own and fragmentation
+USABLE = 0.92  # of a GPU's memory; the rest is CUDA's own and fragmentation
 MFU = 0.4  # llm.c on an H100 at 124M
 WORLD_SIZE, TOTAL_BATCH_SIZE = 8, 524_288
 MAX_BATCH_SIZE = 512  # larger ones bring nothing
@@ -128,15 +128,15 @@ def print_memory() -> None:
 
 
 def print_cards() -> None:
-    """What fits on a card, and what a step costs on WORLD_SIZE of them."""
+    """What fits on a GPU; the GB sent and the seconds of a step on WORLD_SIZE of them."""
     setups = {
         "DDP": Setup(),
         "DDP, recompute": Setup(recompute=True),
         "FSDP": Setup(ranks=WORLD_SIZE),
         "FSDP, recompute": Setup(ranks=WORLD_SIZE, recompute=True),
     }
-    costs = "sent per step, DDP / FSDP", "step, DDP / FSDP"
-    harness.print_header("size", "card", *setups, *costs)
+    costs = "sent, DDP", "sent, FSDP", "step, DDP", "step, FSDP"
+    harness.print_header("size", "GPU", *setups, *costs)
     share = (WORLD_SIZE - 1) / WORLD_SIZE
     for name, config in MODELS.items():
         P, model = count_params(config), harness.meta_model(config)
@@ -149,12 +149,11 @@ def print_cards() -> None:
             sent = {"DDP": share * 2 * 4 * P, "FSDP": share * (2 * 2 * P * micro_steps + 4 * P)}
             compute = flops / WORLD_SIZE / (peak_flops * MFU)
             seconds = [
-                f"{compute + n_bytes / bandwidth:.2f} s" if batch[s] else "-"
+                f"{compute + n_bytes / bandwidth:.2f}" if batch[s] else "-"
                 for s, n_bytes in sent.items()
             ]
-            gigabytes = f"{' / '.join(map(gb, sent.values()))} GB"
             fits = [n or "-" for n in batch.values()]
-            harness.print_row(name, card, *fits, gigabytes, " / ".join(seconds))
+            harness.print_row(name, card, *fits, *map(gb, sent.values()), *seconds)
 
 
 def make_step(size: Size, config: BenchmarkConfig) -> Callable[[], Result]:

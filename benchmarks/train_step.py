@@ -9,7 +9,7 @@ allocator that its users get. This project's loss computes its gradient in the f
 compare the sum of forward and backward; clipping counts as "optimizer". Peak memory is the highest
 resident memory over that after a step of a tiny model. Peak FLOP/s are those of the fastest of the
 blocks' matrix products, measured in one more process in every round. On CUDA the contenders run one
-after another, this project also compiled, and peak FLOP/s are those of the card's data sheet.
+after another, this project also compiled, and peak FLOP/s are those of the GPU's data sheet.
 """
 
 import importlib

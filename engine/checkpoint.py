@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-class Resumed(NamedTuple):
+class RunState(NamedTuple):
     """What a checkpoint holds besides the weights."""
 
     progress: dict  # step, val_loss, data fingerprint
-    state: dict  # optimizer, scaler, rng
+    tensors: dict  # optimizer, scaler, rng
 
 
 def list_checkpoints(run: Path | str) -> list[Path]:
@@ -103,7 +103,7 @@ def hash_weights(model: GPT) -> str:
     return digest.hexdigest()
 
 
-def load_latest(run: Path | str, base: str | None = None) -> tuple[GPT, Resumed] | None:
+def load_latest(run: Path | str, base: str | None = None) -> tuple[GPT, RunState] | None:
     """The run's latest intact checkpoint, or None if it has no checkpoint. Adapters are loaded onto
     the model `base`.
     """
@@ -111,7 +111,7 @@ def load_latest(run: Path | str, base: str | None = None) -> tuple[GPT, Resumed]
     for folder in reversed(folders):
         try:
             model = load_model(base, folder) if base else load_model(folder)
-            return model, Resumed(read_progress(folder), read_state(folder))
+            return model, RunState(read_progress(folder), read_state(folder))
         except (OSError, ValueError, *TORCH_LOAD_ERRORS) as error:
             print(f"{folder} is damaged ({error}); falling back to the one before")
     if folders:
@@ -121,14 +121,14 @@ def load_latest(run: Path | str, base: str | None = None) -> tuple[GPT, Resumed]
     return None
 
 
-def save_checkpoint(run: Path, model: GPT, params: dict, resumed: Resumed, *, keep: int) -> None:
+def save_checkpoint(run: Path, model: GPT, params: dict, state: RunState, *, keep: int) -> None:
     """Save a checkpoint of `params`, the parameters of `model` or copies of them; with LoRA only
     the adapter. Then delete all but the latest `keep` and the best.
 
     The folder gets its name when all of it is on the disk, so a crash leaves the earlier
     checkpoints and never half of one.
     """
-    step = resumed.progress["step"]
+    step = state.progress["step"]
     folder = run / "checkpoints" / f"step_{step:06d}"
     temporary = folder.with_suffix(".tmp")
     try:
@@ -140,8 +140,8 @@ def save_checkpoint(run: Path, model: GPT, params: dict, resumed: Resumed, *, ke
         else:
             save_pretrained(model, temporary, params)
             save_tokenizer(temporary, model.config.block_size)
-        torch.save(resumed.state, temporary / "state.pt")
-        (temporary / "progress.json").write_text(json.dumps(resumed.progress) + "\n")
+        torch.save(state.tensors, temporary / "state.pt")
+        (temporary / "progress.json").write_text(json.dumps(state.progress) + "\n")
         for file in [*temporary.iterdir(), *run.glob("metrics.jsonl")]:
             with file.open("r+b") as stream:
                 os.fsync(stream.fileno())

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="DataclassInstance")
 Precision = Literal["fp32", "bf16", "fp16"]
-EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 HELP_COLUMN, HELP_WIDTH = 30, 100  # where the help text starts, and where its lines end
 # Settings of earlier versions that config files may still contain.
@@ -35,9 +35,9 @@ def flag(default: Any, help: str = "", *, group: str = "", may_change: bool = Fa
     """A dataclass field that is also a command-line flag and a YAML key.
 
     Its type gives the choices (`Literal`), several values (`list[str]`) or `--x / --no-x` (`bool`).
-    A default of None is replaced before training. `group` starts a group of the help;
-    `may_change` allows a resumed run another value. Without `help`, a field keeps the metadata of
-    the field it overrides.
+    A default of None is resolved before training. `group` starts a group of the help; `may_change`
+    allows a resumed run another value. Without `help`, a field keeps the metadata of the field it
+    overrides.
     """
     metadata = {"help": help, "group": group, "may_change": may_change} if help else {}
     if isinstance(default, list):
@@ -58,8 +58,8 @@ class TrainConfig:
     batch_size: int = flag(
         64, "sequences per device and micro-step", group="optimization", may_change=True
     )
-    max_steps: int = flag(19_073, "optimizer steps; 19,073 of 524,288 tokens are 10 B")
-    warmup_steps: int = flag(715, "steps of linear warmup; 375 M tokens in GPT-3")
+    max_steps: int = flag(19_073, "optimizer steps; 19,073 of 524,288 tokens are 10B")
+    warmup_steps: int = flag(715, "steps of linear warmup; 375M tokens in GPT-3")
     optimizer: Literal["adamw", "muon"] = flag(
         "adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest"
     )
@@ -67,7 +67,7 @@ class TrainConfig:
         "cosine", "after warmup: cosine to min_lr, or constant, then linear to 0 (wsd)"
     )
     max_lr: float = flag(6e-4, "peak learning rate")
-    min_lr: float = flag(6e-5, "final learning rate of a cosine")
+    min_lr: float = flag(6e-5, "learning rate to which a cosine decays")
     decay_fraction: float = flag(0.4, "fraction of the steps in which wsd decays to 0")
     weight_decay: float = flag(0.1, "AdamW's, on tensors of two or more dimensions")
     muon_lr: float = flag(0.02, "Muon's peak learning rate; it follows the same schedule")
@@ -94,7 +94,7 @@ class TrainConfig:
 
     device: str = flag("auto", "auto, cpu, cuda or mps", group="system", may_change=True)
     precision: Precision = flag(
-        None, "fp32, or autocast (default: bf16 on CUDA, fp16 on older cards, fp32 elsewhere)"
+        None, "fp32, or autocast (default: bf16 on CUDA, fp16 on older GPUs, fp32 elsewhere)"
     )
     compile: bool = flag(
         None, "torch.compile the training step (default: on CUDA)", may_change=True
@@ -104,8 +104,8 @@ class TrainConfig:
     )
     recompute: Literal["none", "light", "block"] = flag(
         "none",
-        "activations that backward recomputes: light, LayerNorm and GELU (a third less memory, "
-        "almost free); block, nearly all (a seventh of the memory, slower)",
+        "activation checkpointing: light recomputes LayerNorm and GELU (a third less memory, "
+        "almost free); block recomputes nearly all (a seventh of the memory, slower)",
         may_change=True,
     )
 
@@ -149,7 +149,7 @@ def run_command(main: Callable[[Config], None], config_class: type[Config], doc:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with this project's error format, and booleans as `--x / --no-x`."""
+    """argparse with this project's error format."""
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {' '.join(message.split())} (-h lists the flags)", file=sys.stderr)
@@ -259,7 +259,7 @@ def find_metadata(config_class: type, name: str) -> typing.Mapping[str, Any]:
         f = vars(cls).get("__dataclass_fields__", {}).get(name)
         if f is not None and "help" in f.metadata:
             return f.metadata
-    raise KeyError(f"{config_class.__name__}.{name} was not declared with flag()")
+    raise KeyError(f"{config_class.__name__}.{name} has no help; declare it as flag(default, help)")
 
 
 def base_type(kind: Any) -> Any:
@@ -272,13 +272,14 @@ def convert(value: Any, config_class: type, name: str) -> Any:
     """A command-line string or a YAML value as the type of the field `name`."""
     f = next(f for f in fields(config_class) if f.name == name)
     kind = base_type(f.type)
-    if value in (None, "null") and (f.default is None or kind is not f.type):
+    is_optional = f.default is None or kind is not f.type
+    if is_optional and value in (None, "null"):
         return None
     try:
         return convert_to(kind, value)
     except (ValueError, OverflowError) as error:
         shown = {"None": "null", "True": "true", "False": "false"}.get(repr(value), value)
-        expected = describe_type(kind) + (" or null" if kind is not f.type else "")
+        expected = describe_type(kind) + (" or null" if is_optional else "")
         raise ValueError(f"{name} is {shown or repr(shown)}, expected {expected}") from error
 
 
@@ -303,7 +304,7 @@ def convert_to(kind: Any, value: Any) -> Any:
 def describe_type(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " or ".join(typing.get_args(kind))
-    return "a list of texts" if typing.get_origin(kind) is list else EXPECTED[kind]
+    return "a list of strings" if typing.get_origin(kind) is list else EXPECTED[kind]
 
 
 def read_config_file(file: str, parser: Parser) -> dict[str, Any]:

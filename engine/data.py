@@ -27,8 +27,8 @@ IGNORE_INDEX = -100  # a target that does not count, as in F.cross_entropy
 
 
 class Batch(NamedTuple):
-    """Token ids and the tokens after them, (B, T) int64. `rows` (n) are the positions in the flat
-    targets that count, or None if all do.
+    """Token ids and the tokens after them, (B, T) int64. `rows` (n) are the indices into the
+    flattened (B*T) targets that are not IGNORE_INDEX, or None if none is.
     """
 
     idx: torch.Tensor
@@ -48,9 +48,9 @@ class Batch(NamedTuple):
 
 def make_batch(idx: np.ndarray, targets: np.ndarray) -> Batch:
     """A batch on the CPU. `rows` are found here because on CUDA that would stall the CPU."""
-    rows = np.flatnonzero(targets != IGNORE_INDEX)
-    found = torch.from_numpy(rows) if len(rows) < targets.size else None
-    return Batch(torch.from_numpy(idx), torch.from_numpy(targets), found)
+    is_target = targets != IGNORE_INDEX
+    rows = None if is_target.all() else torch.from_numpy(np.flatnonzero(is_target))
+    return Batch(torch.from_numpy(idx), torch.from_numpy(targets), rows)
 
 
 class TrainingData(Protocol):
@@ -85,8 +85,8 @@ class TrainingData(Protocol):
 
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
     """Write a .npy of uint16; return its name, tokens and sha256 for the manifest."""
-    tokens, header = np.ascontiguousarray(tokens, dtype=np.uint16), io.BytesIO()
-    # np.save does not notice a full disk.
+    tokens = np.ascontiguousarray(tokens, dtype=np.uint16)
+    header = io.BytesIO()  # np.save to the file would not notice a full disk
     fields = np.lib.format.header_data_from_array_1_0(tokens)
     np.lib.format.write_array_header_1_0(header, fields)
     write_atomically(path, header.getvalue(), tokens.data)
@@ -144,7 +144,7 @@ def open_shard(path: Path) -> np.ndarray:
 class TokenShards:
     """All tokens of a split ("train" or "val") of a data folder, as one memory-mapped stream.
 
-    `verify` checks every byte, about 1 GB a second. `fingerprint` identifies the data.
+    `verify` checks the sha256 of each shard, about 1 GB/s. `fingerprint` identifies the data.
     """
 
     def __init__(self, folder: Path | str, split: str, verify: bool = False):
@@ -164,7 +164,7 @@ class TokenShards:
         if not files:
             raise FileNotFoundError(
                 f"no {split} shards in {folder}; `python fineweb.py --dataset fineweb-edu "
-                f"--out_dir {folder}` gets 10 B tokens from the hub; `python fineweb.py "
+                f"--out_dir {folder}` gets 10B tokens from the hub; `python fineweb.py "
                 "--dataset stdlib` takes seconds and no network, then use --data_dir data/stdlib"
             )
         bar = tqdm(
@@ -193,7 +193,8 @@ class TokenShards:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64, across shard borders."""
         out = np.empty(stop - start, dtype=np.int64)
-        position, shard = start, int(np.searchsorted(self.starts, start, side="right")) - 1
+        position = start
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         while position < stop:
             offset = position - int(self.starts[shard])
             piece = self.shards[shard][offset : offset + stop - position]
@@ -203,7 +204,9 @@ class TokenShards:
         return out
 
     def windows(self, ids: list[int], block_size: int, limit: int) -> Batch:
-        """Windows `ids` of the first `limit` + 1 tokens. Past the end idx is 0, targets -100."""
+        """The windows `ids` as a batch, from the first `limit` + 1 tokens. Beyond them idx is 0 and
+        targets are IGNORE_INDEX.
+        """
         idx = np.zeros((len(ids), block_size), dtype=np.int64)
         targets = np.full((len(ids), block_size), IGNORE_INDEX, dtype=np.int64)
         for row, window in enumerate(ids):
@@ -295,6 +298,10 @@ class PretrainingData:
         return self.total_batch_size // (self.batch_size * self.block_size * self.world_size)
 
     @property
+    def windows_per_step(self) -> int:
+        return self.total_batch_size // self.block_size
+
+    @property
     def n_windows(self) -> int:
         """Windows in an epoch. The last one may be short."""
         return -(-(len(self.shards) - 1) // self.block_size)
@@ -303,16 +310,14 @@ class PretrainingData:
         return epoch_entries(first, count, self.n_windows, self.seed)
 
     def micro_batch(self, step: int, micro_step: int) -> Batch:
-        windows_per_step = self.total_batch_size // self.block_size
         position = (micro_step - 1) * self.world_size + self.rank
-        first = (step - 1) * windows_per_step + position * self.batch_size
+        first = (step - 1) * self.windows_per_step + position * self.batch_size
         ids = self._window_ids(first, self.batch_size)
         return self.shards.windows(ids, self.block_size, limit=len(self.shards) - 1)
 
     def targets_in_step(self, step: int) -> int:
         """total_batch_size, less what the last window of an epoch lacks."""
-        windows_per_step = self.total_batch_size // self.block_size
-        ids = self._window_ids((step - 1) * windows_per_step, windows_per_step)
+        ids = self._window_ids((step - 1) * self.windows_per_step, self.windows_per_step)
         missing = self.n_windows * self.block_size - (len(self.shards) - 1)
         return self.total_batch_size - missing * ids.count(self.n_windows - 1)
 
@@ -339,7 +344,7 @@ def validation_batches(
     world_size: int = 1,
 ) -> Iterator[Batch]:
     """This rank's share of the windows that predict the first `eval_tokens` tokens, in order. All
-    ranks get equally many batches, some with rows that predict nothing.
+    ranks get equally many batches; some may have sequences without targets.
     """
     limit = min(eval_tokens, len(shards) - 1)
     n_windows = -(-limit // block_size)

@@ -12,8 +12,8 @@ FEW_ROWS = 8  # up to here, reading the weight takes the time
 
 
 def speed_up_decoding(model: GPT) -> None:
-    """Make all linears use `linear_few_rows` from now on, in a model that is only sampled. LoRA has
-    to be merged first: one that is not keeps its own forward.
+    """Make all linear layers use `linear_few_rows` from now on, in a model that is only sampled.
+    LoRA has to be merged first: a layer that is not keeps its own forward.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear) and not hasattr(module, "lora_A"):

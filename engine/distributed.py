@@ -39,7 +39,10 @@ class Distributed:
             for variable, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
         if world_size > 1 and ":" in device_name:
-            raise ValueError(f"device is {device_name}, but each of {world_size} ranks needs one")
+            raise ValueError(
+                f"device is {device_name}, but each of the {world_size} ranks needs its own; use "
+                f"--device {device_name.partition(':')[0]}"
+            )
         device = open_device(device_name, local_rank)
         if world_size == 1:
             return cls(rank, world_size, device)
@@ -103,7 +106,7 @@ def open_device(name: str, local_rank: int) -> torch.device:
 
 
 def default_precision(device: torch.device) -> Precision:
-    """bf16 on CUDA, fp16 on cards that only emulate it, fp32 elsewhere."""
+    """bf16 on CUDA, fp16 on GPUs that only emulate it, fp32 elsewhere."""
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -149,11 +152,27 @@ def shard_model(
     register_fsdp_forward_method(model, "hidden")
 
 
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered from all ranks; any other as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(param: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of `full`, which all ranks have, if `param` is sharded; else `full`."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(param, DTensor):
+        return full
+    return distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
+
+
 def keep_freed_memory(dist: Distributed) -> None:
     """On a CPU, make glibc keep freed memory for the next allocation, for the rest of the process.
 
     By default it returns every large tensor to the system, and the page faults of the next one cost
-    a few percent of a training step. The chunked loss keeps the peak where it was.
+    a few percent of a training step. Peak memory does not grow, because the loss is chunked.
     """
     if dist.device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return

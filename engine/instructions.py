@@ -41,7 +41,7 @@ class PromptCompletion:
 
 
 def read_examples(name: str, block_size: int) -> list[PromptCompletion]:
-    """The examples of a .json or .jsonl file, a hub data set, or "stdlib". Completions are cut to
+    """The examples of a .json or .jsonl file, a hub dataset, or "stdlib". Completions are cut to
     fit block_size; rows without a completion, or with a prompt too long, are skipped and counted.
     ValueError names a row of another form.
     """

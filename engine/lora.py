@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021): low-rank updates of frozen linears, stored as PEFT adapters."""
+"""LoRA (Hu et al., 2021): low-rank updates of frozen linear layers, stored as PEFT adapters."""
 
 import math
 import re
@@ -65,7 +65,7 @@ class AdapterConfig(NamedTuple):
 
 
 class LoRALinear(nn.Linear):
-    """A linear with weight W + scaling * B A, where lora_A is (r, in) and lora_B (out, r). It
+    """A linear layer with weight W + scaling * B A, where lora_A is (r, in) and lora_B (out, r). It
     replaces an `nn.Linear`, or transformers' Conv1D, whose weight is (in, out).
     """
 
@@ -81,8 +81,12 @@ class LoRALinear(nn.Linear):
         self.before_merge: tuple[torch.Tensor, nn.Parameter, nn.Parameter] | None = None
         self.train(linear.training)
 
+    @property
+    def is_merged(self) -> bool:
+        return self.before_merge is not None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.before_merge is not None:
+        if self.is_merged:
             return F.linear(x, self._matrix(), self.bias)
         if not torch.is_grad_enabled():
             update = F.linear(self._project_down(x), self.lora_B)
@@ -106,7 +110,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the update to the weight, in fp32; lora_A and lora_B are no parameters then."""
+        """Add the update to the weight, in fp32. lora_A and lora_B are then no parameters."""
         self.before_merge = self.weight.detach().clone(), self.lora_A, self.lora_B
         update = self.scaling * self.lora_B.float() @ self.lora_A.float()
         self.weight.copy_(self.weight.float() + (update.t() if self.is_conv1d else update))
@@ -126,7 +130,7 @@ def lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def convertible_linears(model: nn.Module) -> list[str]:
-    """Names of the linears without LoRA, except the head, whose weight is the embedding."""
+    """Names of the linear layers without LoRA, except the head, whose weight is the embedding."""
     return [
         name
         for name, module in model.named_modules()
@@ -139,19 +143,23 @@ def convertible_linears(model: nn.Module) -> list[str]:
 def convert_linear_layer_to_lora(
     model: Model, part_module_name: str = "h.", config: LoRAConfig = LoRAConfig()
 ) -> Model:
-    """Add LoRA in place to the linears whose names contain one of the parts, as "attn.c_attn,mlp".
-    ValueError for a part that matches none, and for a rank above a linear's own.
+    """Add LoRA in place to the linear layers whose names contain one of the parts, such as
+    "attn.c_attn,mlp". ValueError for a part that matches none, or a rank above a layer's width.
     """
     names = convertible_linears(model)
     parts = [part.strip() for part in part_module_name.split(",")]
     for part in parts:
         if not part or not any(part in name for name in names):
             kinds = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})) or "none"
-            raise ValueError(f"no linear has {part!r} in its name; those without LoRA are {kinds}")
-    chosen, dim = [name for name in names if any(part in name for part in parts)], config.lora_dim
+            raise ValueError(
+                f"no linear layer has {part!r} in its name; those without LoRA are {kinds}"
+            )
+    chosen = [name for name in names if any(part in name for part in parts)]
     for name in chosen:
-        if dim > (rank := min(model.get_parameter(f"{name}.weight").shape)):
-            raise ValueError(f"lora_dim is {dim}, expected up to {rank}, the rank of {name}")
+        if config.lora_dim > (width := min(model.get_parameter(f"{name}.weight").shape)):
+            raise ValueError(
+                f"lora_dim is {config.lora_dim}, expected at most {width}, the width of {name}"
+            )
     replace_linears(model, chosen, config)
     return model
 
@@ -174,11 +182,11 @@ def only_optimize_lora_parameters(model: Model) -> Model:
 
 
 def get_lora_state_dict(model: nn.Module) -> Tensors:
-    """lora_A and lora_B of all linears by name, as in `lora.pt`; ValueError if there are none."""
+    """lora_A and lora_B of all layers by name, as in `lora.pt`; ValueError if there are none."""
     linears = lora_linears(model)
     if not linears:
         raise ValueError("the model has no LoRA; call convert_linear_layer_to_lora first")
-    if merged := [name for name, linear in linears.items() if linear.before_merge is not None]:
+    if merged := [name for name, linear in linears.items() if linear.is_merged]:
         raise ValueError(f"{merged[0]} is merged into its weight; call unmerge_lora first")
     return {
         f"{name}.{matrix}": linear.get_parameter(matrix).detach()
@@ -203,8 +211,8 @@ def merge_lora(model: Model) -> Model:
 
 
 def unmerge_lora(model: Model) -> Model:
-    """Undo `merge_lora`, to the bit."""
-    merged = [linear for linear in lora_linears(model).values() if linear.before_merge is not None]
+    """Undo `merge_lora`, bit for bit."""
+    merged = [linear for linear in lora_linears(model).values() if linear.is_merged]
     if not merged:
         raise ValueError("the model has no merged LoRA")
     for linear in merged:
@@ -234,7 +242,7 @@ def save_adapter(
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
         "use_rslora": lora.use_rslora,
-        "fan_in_fan_out": True,  # the stock model has Conv1D
+        "fan_in_fan_out": True,  # GPT2LMHeadModel has Conv1D
         "bias": "none",
         "inference_mode": True,
     }
@@ -283,7 +291,7 @@ def read_adapter_config(folder: Path | str) -> AdapterConfig:
 
 
 def match_targets(names: list[str], targets: str | list[str]) -> list[str]:
-    """The linears that PEFT selects: by endings of their names, by a pattern, or all."""
+    """The layers that PEFT selects: by endings of their names, by a pattern, or all."""
     if isinstance(targets, list):
         return [name for name in names if any(f".{name}".endswith(f".{t}") for t in targets)]
     return [name for name in names if targets == "all-linear" or re.fullmatch(targets, name)]
@@ -312,7 +320,7 @@ def load_adapter(model: Model, path: Path | str, config: LoRAConfig | None = Non
     targets = adapter.target_modules if adapter else [n.removesuffix(".lora_A") for n in tensors]
     chosen = match_targets(convertible_linears(model), targets)
     if not chosen:
-        raise ValueError(f"{path} has LoRA for none of the model's linears")
+        raise ValueError(f"{path} has LoRA for none of the model's linear layers")
     replace_linears(model, chosen, config)
     load_lora(model, tensors, str(path))
     return model

@@ -1,4 +1,4 @@
-"""Cross-entropy of the language-model head without the (B*T, V) logits."""
+"""Fused linear cross-entropy: the loss of the head without the (B*T, V) logits."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ DEFAULT_CHUNK_ROWS = 4096
 
 
 class HeadLoss(torch.autograd.Function):
-    """Logits and their summed cross-entropy in fp32, a chunk of rows at a time. The gradient of a
+    """The head and its summed cross-entropy in fp32, a chunk of rows at a time. The gradient of a
     chunk is computed while its logits exist, so none are stored or computed twice.
     """
 
@@ -30,41 +30,45 @@ class HeadLoss(torch.autograd.Function):
         dtype: torch.dtype,  # of the matrix products
         with_grad: bool,
     ) -> torch.Tensor:
-        head, total = weight.to(dtype), x.new_zeros((), dtype=torch.float32)
+        head = weight.to(dtype)
+        total = x.new_zeros((), dtype=torch.float32)
         d_x = torch.empty_like(x) if with_grad else None
         needs_d_weight = with_grad and weight.requires_grad
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_d_weight else None
         chunk_rows = max(1, min(CHUNK_ROWS.get(x.device.type, DEFAULT_CHUNK_ROWS), len(x)))
         # One buffer for all chunks: on a CPU, touching new memory costs more than the softmax.
         logits_buffer = x.new_empty(chunk_rows, len(weight), dtype=dtype)
-        log_probs_buffer = logits_buffer if dtype == torch.float32 else logits_buffer.float()
+        log_probs_buffer = logits_buffer
+        if dtype != torch.float32:
+            log_probs_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(x), chunk_rows):
                 x_chunk = x[start : start + chunk_rows].to(dtype)
                 ids = targets[start : start + chunk_rows, None]
-                counts, ids = ids != IGNORE_INDEX, ids.clamp(min=0)
+                is_target = ids != IGNORE_INDEX
+                ids = ids.clamp(min=0)
                 logits = torch.mm(x_chunk, head.t(), out=logits_buffer[: len(ids)])
                 logits[:, vocab_size:] = -torch.inf  # padding is not in the vocabulary
                 log_probs = log_probs_buffer[: len(ids)]
                 torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=log_probs)
-                total -= (log_probs.gather(1, ids) * counts).sum()
+                total -= (log_probs.gather(1, ids) * is_target).sum()
                 if d_x is not None:
                     d_logits = torch.exp(log_probs, out=logits)
                     d_logits.scatter_add_(1, ids, d_logits.new_full(ids.shape, -1.0))
-                    d_x[start : start + chunk_rows] = (d_logits @ head) * counts
-                    x_chunk = x_chunk * counts  # cheaper than masking d_logits, 65 times as wide
+                    d_x[start : start + chunk_rows] = (d_logits @ head) * is_target
+                    x_chunk = x_chunk * is_target  # cheaper than d_logits, V / C times as wide
                 if d_weight is not None and dtype == torch.float32:
                     d_weight.addmm_(d_logits.t(), x_chunk)
                 elif d_weight is not None:
                     d_weight += d_logits.t() @ x_chunk
-        ctx.gradients = d_x, d_weight if d_weight is None else d_weight.to(weight.dtype)
+        ctx.gradients = d_x, None if d_weight is None else d_weight.to(weight.dtype)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (d_x, d_weight), ctx.gradients = ctx.gradients, None  # scaled in place, so used only once
-        return d_x.mul_(grad), d_weight if d_weight is None else d_weight.mul_(grad), *[None] * 4
+        return d_x.mul_(grad), None if d_weight is None else d_weight.mul_(grad), *[None] * 4
 
 
 class SummedLoss(nn.Module):
@@ -81,8 +85,9 @@ class SummedLoss(nn.Module):
         self.hidden = torch.compile(model.hidden) if compile_trunk else model.hidden
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        x, targets = self.hidden(batch.idx).flatten(0, 1), batch.targets.flatten()
-        if batch.rows is not None:  # the head skips the rows that do not count
+        x = self.hidden(batch.idx).flatten(0, 1)
+        targets = batch.targets.flatten()
+        if batch.rows is not None:  # the head skips the others, which have no target
             x, targets = x[batch.rows], targets[batch.rows]
         device_type, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device_type):

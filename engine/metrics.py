@@ -79,8 +79,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def flops_per_token(model: GPT, block_size: int) -> int:
-    """Forward and backward FLOPs, as in appendix B of the PaLM paper: 6 for each parameter of a
-    matrix product (4 if it is frozen), and 12 * n_layer * n_embd * T for attention.
+    """Forward and backward FLOPs, as in appendix B of the PaLM paper: 6 per parameter (4 if it is
+    frozen) without the position embeddings, and 12 * n_layer * n_embd * T for attention.
     """
     positions = model.transformer.wpe.weight  # looked up, not multiplied
     params = [p for p in model.parameters() if p is not positions]
@@ -99,9 +99,9 @@ class Meter:
     """
 
     def __init__(self, model: GPT, data: TrainingData, dist: Distributed):
-        peak = peak_flops(dist.device)
-        self.data, self.flops_per_token = data, flops_per_token(model, data.block_size)
-        self.peak, self.dist = peak and peak * dist.world_size, dist
+        self.data, self.dist = data, dist
+        self.flops_per_token = flops_per_token(model, data.block_size)
+        self.peak_flops = peak_flops(dist.device)
         self.pending: deque[tuple[int, float, torch.Tensor, torch.Tensor]] = deque()
         self.max_pending = int(dist.device.type == "cuda")  # a CPU's step is over when it returns
         self.last_read = -math.inf
@@ -119,7 +119,7 @@ class Meter:
         self.pending.append((step, started, sums, grad_norm))
 
     def read(self, wait: bool) -> Iterator[dict]:
-        """The records of the steps that are done; with `wait`, of all steps."""
+        """The records of the steps that are done; with `wait` or a stop requested, of all steps."""
         while len(self.pending) > (0 if wait or self.stop_requested else self.max_pending):
             yield self._read_step()
 
@@ -139,9 +139,16 @@ class Meter:
             "tokens": tokens,
             "tokens_per_s": round(speed, 1),
             "step_ms": round(seconds * 1e3, 2),
-            "mfu": round(self.flops_per_token * speed / self.peak, 4) if self.peak else None,
+            "mfu": self._utilization(speed),
             "peak_memory_gb": round(peak_memory(self.dist.device) / 1e9, 3),
         }
+
+    def _utilization(self, tokens_per_s: float) -> float | None:
+        """The fraction of all devices' peak FLOP/s, where it is known."""
+        if self.peak_flops is None:
+            return None
+        peak = self.peak_flops * self.dist.world_size
+        return round(self.flops_per_token * tokens_per_s / peak, 4)
 
 
 def read_metrics(run: Path | str) -> list[dict]:
@@ -150,20 +157,6 @@ def read_metrics(run: Path | str) -> list[dict]:
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist; expected the --out_dir of a training run")
     return JSONLinesLog.read(file, "step")
-
-
-class MetricsLog(JSONLinesLog):
-    """metrics.jsonl, one line per step. A resumed run repeats some steps with the same results,
-    which are not written again.
-    """
-
-    def __init__(self, run: Path):
-        super().__init__(run / "metrics.jsonl", "step")
-        self.last_step = max((record["step"] for record in self.records), default=-1)
-
-    def write(self, record: dict) -> None:
-        if record["step"] > self.last_step:
-            self.append(record)
 
 
 class TensorBoardLogger:
@@ -230,13 +223,14 @@ LOGGER_CLASSES: dict[str, type[Logger]] = {"tensorboard": TensorBoardLogger, "wa
 
 
 class RunLogger:
-    """Logs a run from rank 0: to metrics.jsonl, the other loggers and the terminal, as a progress
-    bar or, where there is none, as lines.
+    """Logs a run from rank 0: to metrics.jsonl, the other loggers and the terminal, there with a
+    progress bar or, in a file, with a line now and then.
     """
 
     def __init__(self, config: TrainConfig, dist: Distributed, start: int):
-        self.run, self.max_steps = Path(config.out_dir), config.max_steps
-        self.is_main, self.start = dist.is_main, start
+        self.run = Path(config.out_dir)
+        self.is_main = dist.is_main
+        self.start, self.max_steps = start, config.max_steps
         self.started, self.last_line = time.perf_counter(), -math.inf
         self.bar = tqdm(
             desc=self.run.name,
@@ -246,7 +240,9 @@ class RunLogger:
             disable=None if dist.is_main else True,
         )
         if self.is_main:
-            self.metrics = MetricsLog(self.run)
+            self.metrics = JSONLinesLog(self.run / "metrics.jsonl", "step")
+            # A resumed run repeats some steps with the same results, which are not logged again.
+            self.last_logged = max((r["step"] for r in self.metrics.records), default=-1)
             self.loggers: dict[str, Logger] = {}
             for name in config.loggers:
                 self._call_safely(name, self._open, name)
@@ -270,18 +266,18 @@ class RunLogger:
         """Log a step. Print a line if it was evaluated, or if the last line is a while ago."""
         if not self.is_main:
             return
-        if record["step"] > self.metrics.last_step:
+        step = record["step"]
+        if step > self.last_logged:
             for name, logger in list(self.loggers.items()):
                 self._call_safely(name, logger.write, record)
-        self.metrics.write(record)
-        step = record["step"]
-        self.bar.update(step - self.bar.n if step else 0)
+            self.metrics.append(record)
+        self.bar.update(step - self.bar.n)
         if record.get("train_loss") is not None:
             speed = f"{record['tokens_per_s']:,.0f} tokens/s"
             self.bar.set_postfix_str(f"loss {record['train_loss']:.4f}, {speed}")
-        was_evaluated = {"val_loss", "samples", "hellaswag_acc"} & record.keys()
-        is_silent = self.bar.disable and time.perf_counter() - self.last_line > PROGRESS_SECONDS
-        if was_evaluated or is_silent:
+        evaluated = {"val_loss", "samples", "hellaswag_acc"} & record.keys()
+        is_due = self.bar.disable and time.perf_counter() - self.last_line > PROGRESS_SECONDS
+        if evaluated or is_due:
             self._print_step(record)
 
     def _print_step(self, record: dict) -> None:

@@ -8,6 +8,7 @@ import torch.distributed
 from torch import nn
 
 from engine.config import TrainConfig
+from engine.distributed import full_tensor, shard_like
 from model import GPT
 
 BETAS, EPS = (0.9, 0.95), 1e-8  # GPT-3 paper, appendix B
@@ -21,9 +22,9 @@ Entry = tuple[dict, torch.Tensor, torch.Tensor]  # parameter group, parameter, g
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of a step counted from 1: linear warmup, then a cosine to min_lr (cosine), or
-    constant and then linear, to 0 at the step after the last (wsd). Step s has build-nanogpt's rate
-    for its step s - 1, so that no step has a rate of 0.
+    """The learning rate of `step`, counted from 1. After a linear warmup, `cosine` decays to
+    min_lr; `wsd` stays at max_lr, then decays linearly to 0. Both would get there one step after
+    the last, so no step has a rate of 0. The rate is build-nanogpt's at its step - 1.
     """
     done = step - 1
     if done < config.warmup_steps:
@@ -69,7 +70,7 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     """AdamW for all trainable parameters, or Muon for the matrices of the blocks and AdamW for the
     rest.
     """
-    matrices: dict[int, list[nn.Parameter]] = {1: [], 3: []}  # by the matrices in each parameter
+    matrices: dict[int, list[nn.Parameter]] = {1: [], 3: []}  # by the number in each parameter
     if config.optimizer == "muon":
         for name, param in model.transformer.h.named_parameters():
             if param.requires_grad and name.endswith(".weight") and param.dim() == 2:
@@ -91,7 +92,7 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update is orthogonalized.
+    """SGD with Nesterov momentum whose updates are orthogonalized.
 
     A parameter in a group with `parts` n is n matrices stacked on top of each other (c_attn is q, k
     and v). Each rank orthogonalizes a share of the matrices; parameters may be replicated or
@@ -166,18 +167,17 @@ def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
 
 def distributed_newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     """`newton_schulz`, where each rank computes an equal share and gathers the others'."""
-    dist = torch.distributed
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if world_size == 1:
+    if not torch.distributed.is_initialized():
         return newton_schulz(matrices)
+    world_size = torch.distributed.get_world_size()
     share = -(-len(matrices) // world_size)
-    start = dist.get_rank() * share
+    start = torch.distributed.get_rank() * share
     result = matrices.new_zeros(share, *matrices.shape[1:])
     mine = matrices[start : start + share]  # the last ranks may have fewer, or none
     if len(mine):
         result[: len(mine)] = newton_schulz(mine)
     gathered = matrices.new_empty(world_size * share, *matrices.shape[1:])
-    dist.all_gather_single(gathered, result)
+    torch.distributed.all_gather_single(gathered, result)
     return gathered[: len(matrices)]
 
 
@@ -187,19 +187,3 @@ def newton_schulz_dtype(device: torch.device) -> torch.dtype:
     """
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor gathered from all ranks; any other as it is."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(param: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of `full`, which all ranks have, if `param` is sharded; else `full`."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(param, DTensor):
-        return full
-    return distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)

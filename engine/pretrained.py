@@ -102,7 +102,7 @@ def read_config(path: Path) -> GPTConfig:
         raise ValueError(f"{path} lacks {', '.join(missing)}; save or download it again")
     shape = {field: hf[key] for field, key in CONFIG_KEYS.items() if key in hf}
     for field, value in shape.items():
-        kind, expected = KINDS.get(field, (int, "a whole number"))
+        kind, expected = KINDS.get(field, (int, "an integer"))
         if type(value) is not kind:
             raise ValueError(f"{path}: {CONFIG_KEYS[field]} is {value!r}, expected {expected}")
     if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
@@ -132,7 +132,7 @@ def hf_tensors(
     model: GPT, params: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
     """Views of the parameters, or of `params`, copies of them by name, as Hugging Face stores them:
-    the linears of the blocks transposed (its Conv1D), no vocabulary padding.
+    the linear layers of the blocks transposed (its Conv1D), no vocabulary padding.
     """
     tensors = {}
     for name, param in model.named_parameters():

@@ -47,7 +47,7 @@ class Source:
 def open_source(dataset: list[str], text_field: str) -> Source:
     """The source for "stdlib", a key of HUB_TEXT, or files, folders and globs."""
     if len(dataset) > 1 and (known := {"stdlib", *HUB_TEXT} & set(dataset)):
-        raise ValueError(f"{' and '.join(known)} cannot be combined; prepare each data set alone")
+        raise ValueError(f"{' and '.join(known)} cannot be combined; prepare each dataset alone")
     if dataset == ["stdlib"]:
         documents = stdlib_documents()
         return Source(
@@ -85,7 +85,7 @@ def find_files(paths: list[str]) -> list[Path]:
         found = sorted(f for f in inside if f.is_file() and f.name.endswith(SUFFIXES))
         if not found:
             raise FileNotFoundError(
-                f"{path} is neither a data set (-h lists them) nor a file, folder or glob with "
+                f"{path} is neither a dataset (-h lists them) nor a file, folder or glob with "
                 f"any of the suffixes {', '.join(SUFFIXES)}"
             )
         files += found
@@ -211,7 +211,7 @@ def load_hub_rows(
     streaming: bool = False,
     remedy: str,
 ) -> Any:
-    """A split of a hub data set as an iterable of dicts; ConnectionError if that fails."""
+    """A split of a hub dataset as an iterable of dicts; ConnectionError if that fails."""
     with reporting_hub_errors(repo, remedy):
         from datasets import load_dataset
 
@@ -219,7 +219,7 @@ def load_hub_rows(
 
 
 def stream_hub_text(repo: str, name: str, skip: int, _: Counter) -> Iterator[Piece]:
-    """The texts of a hub data set from row `skip` on."""
+    """The texts of a hub dataset from row `skip` on."""
     rows = load_hub_rows(repo, name, streaming=True, remedy=HUB_REMEDY)
     with reporting_hub_errors(repo):
         for row in rows.select_columns(["text"]).skip(skip):

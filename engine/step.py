@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.config import TrainConfig
 from engine.data import Batch, TrainingData
-from engine.distributed import Distributed, autocast_dtype, shard_model
+from engine.distributed import Distributed, autocast_dtype, full_tensor, shard_model
 from engine.loss import SummedLoss
-from engine.optim import build_optimizers, full_tensor, set_schedule
+from engine.optim import build_optimizers, set_schedule
 from model import GPT, Block
 
 COMPILERS = ("gcc", "g++", "clang", "clang++", "cl")  # that torch.compile looks for
 
 
 class TrainingStep:
-    """One optimizer step: gradients of all micro-steps and ranks, clipped and applied."""
+    """Does optimizer steps: holds the wrapped model, optimizers, gradient scaler and prefetcher."""
 
     def __init__(self, model: GPT, data: TrainingData, config: TrainConfig, dist: Distributed):
         self.model, self.data, self.config, self.dist = model.train(), data, config, dist
@@ -93,41 +94,41 @@ class TrainingStep:
             with self._sync_gradients(is_last=micro_step == self.data.grad_accum_steps):
                 with self.autocast():
                     loss = self.loss(batch) / n_targets
-                # Ranks average gradients, and their sum is wanted.
+                # DDP and FSDP average gradients over ranks, but we want the sum.
                 self.scaler.scale(loss * self.dist.world_size).backward()
             total += loss.detach()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = self._clip_gradients()
-        is_not_finite = 1 - norm.isfinite().float()
+        found_inf = (~norm.isfinite()).float()
         for optimizer in self.optimizers:
             # As GradScaler does: the optimizer skips the update on the device, without a sync.
-            optimizer.found_inf = is_not_finite  # type: ignore[attr-defined]  # torch declares none
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # torch declares none
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         self.scaler.update()
         return total, norm
 
     def _seed_dropout(self, step: int, micro_step: int) -> None:
-        """Dropout depends on step, micro-step and rank alone, so that a resumed run repeats it."""
-        number = micro_step * self.dist.world_size + self.dist.rank
-        torch.manual_seed((self.config.seed + (step << 24) + (number << 8)) % 2**63)
+        """Make dropout a function of seed, step, micro-step and rank: resuming repeats it."""
+        stream = micro_step * self.dist.world_size + self.dist.rank
+        torch.manual_seed((self.config.seed + (step << 24) + (stream << 8)) % 2**63)
 
     def _clip_gradients(self) -> torch.Tensor:
         """Scale gradients down to grad_clip; return the norm that they had."""
-        params = [p for p in self.model.parameters() if p.grad is not None]
-        grads = [p.grad for p in params if p.grad is not None]
-        # Rows first: over a whole table, fp32 on a CPU would lose four digits, and different ones
-        # for each number of ranks.
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        # Norms of rows first: a single sum in fp32 over the embedding would lose four digits on a
+        # CPU, and different ones for each number of ranks.
         norms = [torch.linalg.vector_norm(g, dim=-1) if g.dim() > 1 else g for g in grads]
         norm = nn.utils.get_total_norm(norms)
-        nn.utils.clip_grads_with_norm_(params, self.config.grad_clip or math.inf, norm)
+        max_norm = self.config.grad_clip or math.inf
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
         return full_tensor(norm)
 
     def snapshot(self) -> tuple[dict, dict]:
         """Copies on the CPU of the trained parameters by name, and of the rest of the training
         state. Nothing in them is sharded, so any number of ranks can load them. All ranks call
-        this; rank 0 gets complete copies, which are valid until its next call.
+        this; rank 0 gets complete copies, which the next snapshot overwrites.
         """
         from torch.distributed.checkpoint.state_dict import (
             StateDictOptions,
@@ -142,7 +143,7 @@ class TrainingStep:
         params = get_model_state_dict(self.model, options=options)
         params = {name: t for name, t in params.items() if name in names}  # a tied head only once
         optimizer = get_optimizer_state_dict(self.model, self.optimizers, options=options)
-        if self.dist.device.type == "cpu":  # these are not copies yet
+        if self.dist.device.type == "cpu":  # there cpu_offload copies nothing
             self.host_copy = host = copy_tree(
                 {"params": params, "optimizer": optimizer}, self.host_copy
             )
@@ -170,7 +171,7 @@ class TrainingStep:
 
 
 def apply_recompute(model: GPT, mode: str) -> None:
-    """Make backward recompute activations instead of storing them.
+    """Activation checkpointing: make backward recompute activations instead of storing them.
 
     none stores all of them; light recomputes the outputs of LayerNorm and GELU, which cost almost
     nothing; block stores only the inputs of attention and MLP.
@@ -187,9 +188,10 @@ def apply_recompute(model: GPT, mode: str) -> None:
 
 
 def recompute_together(first: nn.Module, second: nn.Module) -> None:
-    """Make backward recompute `first` and its only consumer `second` from the input of `first`:
-    `second` now calls `first`, whose own forward passes its input on. Recomputation ends before the
-    last matrix product of `second`, because nothing needs its output.
+    """Make backward recompute `first` and its only consumer `second` from the input of `first`.
+
+    The forward of `first` becomes the identity, and that of `second` runs both in a checkpoint. Its
+    early stop skips the last matrix product of `second`, whose output backward does not need.
     """
     first_forward, second_forward = first.forward, second.forward
 
@@ -227,15 +229,15 @@ def copy_tree(source: Any, previous: Any = None) -> Any:
 
 
 class Prefetcher:
-    """Gives a rank's micro-batches on its device. A thread prepares each while the one before it is
-    computed; since data are a function of the step, this changes nothing but the waiting.
+    """Gives a rank's micro-batches on its device. A thread prepares each during the computation of
+    the one before. Batches are a function of the step, so prefetching changes only the timing.
     """
 
     def __init__(self, data: TrainingData, device: torch.device):
         self.data, self.device = data, device
-        # Without this, a new thread would pin memory for the first card on every rank.
-        on_card = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
-        self.thread = ThreadPoolExecutor(1, "prefetch", *on_card)
+        # On every rank, a new thread would pin memory for the first GPU.
+        set_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(1, "prefetch", set_device)
         self.ahead: tuple[tuple[int, int], Future[Batch]] | None = None
 
     def __call__(self, step: int, micro_step: int) -> Batch:

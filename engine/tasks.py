@@ -1,7 +1,7 @@
 """HellaSwag, LAMBADA and the perplexity of a text: what they ask a model, and their metrics.
 
-To add a task: make an `Example` of each row, add what its scores tell in `make_record`, and
-summarize the records in `compute_metrics`.
+To add a task: name its rows in `HUB_ROWS` and the task in `EvalConfig` (hellaswag.py), make an
+`Example` of a row in `make_example`, and add its scores to `make_record` and `compute_metrics`.
 """
 
 import json
@@ -38,12 +38,12 @@ HELLASWAG_METRICS = {
         "acc_token_norm": "build-nanogpt's acc_norm: mean over tokens",
     },
 }
-Z_95 = 1.959964  # normal quantile of a 95 % interval
+Z_95 = 1.959964  # normal quantile of a 95% interval
 MAX_EXPONENT = 709  # e to a higher power overflows a float
 
 
 class Example(NamedTuple):
-    """What to ask the model, and what else its line of rows.jsonl holds."""
+    """A request, and the first fields of its record in rows.jsonl."""
 
     request: Request
     record: dict
@@ -243,7 +243,7 @@ def count_correct(
 
 
 def compute_metrics(task: str, text: str, records: list[dict]) -> dict[str, dict]:
-    """Each metric's value and meaning, and its 95 % interval where rows are independent."""
+    """Each metric's value and meaning, and its 95% interval where rows are independent."""
     if task == "hellaswag":
         (acc, meaning), (acc_norm, meaning_norm) = HELLASWAG_METRICS[text].items()
         return {
@@ -281,7 +281,7 @@ def accuracy(correct: list[bool], meaning: str) -> dict:
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion."""
+    """Wilson's 95% interval of a proportion."""
     p, z2 = correct / n, Z_95**2
     center = p + z2 / (2 * n)
     half = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))

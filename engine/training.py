@@ -1,4 +1,4 @@
-"""The training loop, and what it evaluates."""
+"""The training loop and its evaluations."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from engine.checkpoint import BackgroundSave, Resumed, save_checkpoint
+from engine.checkpoint import BackgroundSave, RunState, save_checkpoint
 from engine.config import TrainConfig, to_yaml
 from engine.data import IGNORE_INDEX, Batch, TrainingData
 from engine.distributed import Distributed
@@ -28,7 +28,7 @@ from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from model import GPT
 
 ValidationBatches = Callable[[], Iterable[Batch]]  # this rank's share, the same at every call
-MAX_SKIPPED_IN_A_ROW = 5  # steps whose gradient is not finite
+MAX_SKIPPED_STEPS = 5  # consecutive steps whose gradient is not finite; so many end the run
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,19 @@ def train(
     prompts: list[Prompt],
     config: TrainConfig,
     dist: Distributed,
-    resumed: Resumed | None = None,
+    resumed: RunState | None = None,
 ) -> None:
-    """Train `model` to max_steps, from the start, or from a checkpoint whose weights it has."""
+    """Train `model` to max_steps, from scratch or from `resumed`, whose weights it already has."""
     if resumed and resumed.progress["data"] != data.fingerprint:
         raise ValueError(
             f"{config.out_dir} was trained on different data; it resumes exactly only with the same"
         )
-    examples: list[Example] = []
+    hellaswag: list[Example] = []
     if config.hellaswag_every:
         with dist.main_process_first():
-            examples = load_examples("hellaswag", config.hellaswag_data, model.config.block_size)
+            hellaswag = load_examples("hellaswag", config.hellaswag_data, model.config.block_size)
     if dist.is_main:
+        write_atomically(Path(config.out_dir) / "config.yaml", to_yaml(config).encode())
         announce_run(model, data, config)
     with (
         explaining_out_of_memory(config, dist.device),
@@ -68,7 +69,7 @@ def train(
     ):
         training_step = TrainingStep(model.to(dist.device), data, config, dist)
         start = restore_step(training_step, resumed)
-        evaluation = Evaluation(training_step, val, prompts, examples)
+        evaluation = Evaluation(training_step, val, prompts, hellaswag)
         logger = RunLogger(config, dist, start)
         if start:
             is_finished = start == config.max_steps
@@ -89,12 +90,14 @@ def train_steps(
 ) -> None:
     """The loop, from step `first` to max_steps."""
     config, dist = training_step.config, training_step.dist
-    meter, save = Meter(training_step.model, training_step.data, dist), BackgroundSave()
+    meter = Meter(training_step.model, training_step.data, dist)
+    save = BackgroundSave()
     for step in range(first, config.max_steps + 1):
         started = time.perf_counter()
         loss, grad_norm = training_step(step)
         meter.add(step, started, loss, grad_norm, interrupt.is_requested)
-        is_last, is_save_due = step == config.max_steps, is_due(config.save_every, step, config)
+        is_last = step == config.max_steps
+        is_save_due = is_due(config.save_every, step, config)
         for record in meter.read(wait=is_save_due or evaluation.is_due(step)):
             record["lr"] = learning_rate(record["step"], config)
             if record["step"] == step:
@@ -103,7 +106,7 @@ def train_steps(
             check_skipped(meter, record["step"], config, logger)
         profiler.step()
         save.check()
-        if is_save_due or meter.stop_requested:
+        if is_save_due or meter.stop_requested:  # then the last record is this step's
             start_save(training_step, record, save)
         if is_last or meter.stop_requested:
             save.wait()
@@ -114,24 +117,22 @@ def train_steps(
 
 
 def announce_run(model: GPT, data: TrainingData, config: TrainConfig) -> None:
-    """Print the settings and sizes of the run, and write config.yaml."""
-    text = to_yaml(config)
-    decayed, others = (group["params"] for group in parameter_groups(model))
+    """Print the settings and sizes of the run."""
+    matrices, vectors = (group["params"] for group in parameter_groups(model))
     print(
-        f"{text}\nparameters: {len(decayed)} tensors with weight decay, "
-        f"{sum(p.numel() for p in decayed):,} parameters; {len(others)} without, "
-        f"{sum(p.numel() for p in others):,}\n{data.summary()}",
+        f"{to_yaml(config)}\nparameters: {len(matrices)} matrices with "
+        f"{sum(p.numel() for p in matrices):,}, {len(vectors)} vectors with "
+        f"{sum(p.numel() for p in vectors):,}\n{data.summary()}",
         flush=True,
     )
-    write_atomically(Path(config.out_dir) / "config.yaml", text.encode())
 
 
-def restore_step(training_step: TrainingStep, resumed: Resumed | None) -> int:
+def restore_step(training_step: TrainingStep, resumed: RunState | None) -> int:
     """Restore the state of a checkpoint, if there is one; return its step, or 0."""
     if resumed is None:
         return 0
-    training_step.restore(resumed.state)
-    resumed.state.clear()  # gigabytes that are not needed any more
+    training_step.restore(resumed.tensors)
+    resumed.tensors.clear()  # frees gigabytes
     return resumed.progress["step"]
 
 
@@ -140,23 +141,23 @@ def is_due(every: int, step: int, config: TrainConfig) -> bool:
 
 
 def check_skipped(meter: Meter, step: int, config: TrainConfig, logger: RunLogger) -> None:
-    """Report a skipped step. ValueError after too many in a row."""
+    """Report a skipped step. ValueError after MAX_SKIPPED_STEPS consecutive ones."""
     if not meter.skipped_in_a_row:
         return
     logger.print(
         f"step {step} skipped: its gradient is not finite ({meter.skipped_in_a_row} in a row)"
     )
-    if meter.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+    if meter.skipped_in_a_row >= MAX_SKIPPED_STEPS:
         raise ValueError(
-            f"the gradient was not finite in {meter.skipped_in_a_row} steps in a row; the "
+            f"the gradient was not finite in {meter.skipped_in_a_row} consecutive steps; the "
             f"checkpoints in {config.out_dir} are good. Lower --max_lr, or use --precision fp32"
         )
 
 
 def start_save(training_step: TrainingStep, record: dict, save: BackgroundSave) -> None:
-    """Start to save the checkpoint, plot and report of the step that `record` is about."""
-    save.wait()  # it reads the last snapshot, which the next one overwrites
-    params, state = training_step.snapshot()
+    """Save the checkpoint, plot and report of the step of `record` in the background."""
+    save.wait()  # a running save reads the snapshot that the next one overwrites
+    params, tensors = training_step.snapshot()
     dist, config = training_step.dist, training_step.config
     if not dist.is_main:
         return
@@ -168,8 +169,8 @@ def start_save(training_step: TrainingStep, record: dict, save: BackgroundSave) 
     }
 
     def write() -> None:
-        resumed = Resumed(progress, state)
-        save_checkpoint(run, training_step.model, params, resumed, keep=config.keep)
+        state = RunState(progress, tensors)
+        save_checkpoint(run, training_step.model, params, state, keep=config.keep)
         plot_runs([run], run / "loss.png")
         write_report(run, dist)
 
@@ -178,12 +179,14 @@ def start_save(training_step: TrainingStep, record: dict, save: BackgroundSave) 
 
 @dataclass
 class Evaluation:
-    """What is evaluated during training, each rank doing its share."""
+    """What is evaluated during training. Loss and HellaSwag are split over the ranks; all ranks
+    generate all samples, because FSDP needs every rank in each forward pass.
+    """
 
     training_step: TrainingStep
     val: ValidationBatches
     prompts: list[Prompt]
-    examples: list[Example]  # of HellaSwag
+    hellaswag: list[Example]
 
     def is_due(self, step: int) -> bool:
         config = self.training_step.config
@@ -192,11 +195,11 @@ class Evaluation:
 
     def evaluate_step(self, step: int) -> dict:
         """The part of the step's record that is due: validation loss, samples, HellaSwag."""
-        model, config = self.training_step.model, self.training_step.config
-        dist = self.training_step.dist
         record: dict[str, Any] = {}
         if not self.is_due(step):
-            return {}
+            return record
+        model, config = self.training_step.model, self.training_step.config
+        dist = self.training_step.dist
         with self.training_step.eval_mode():
             if is_due(config.eval_every, step, config):
                 record["val_loss"] = finite_or_none(evaluate_loss(model, self.val(), dist))
@@ -204,15 +207,16 @@ class Evaluation:
                 record["samples"] = generate_samples(
                     model, self.prompts, config.seed + step, dist.device
                 )
-            if is_due(config.hellaswag_every, step, config) and step:
-                record |= evaluate_hellaswag(model, self.examples, dist)
+            if is_due(config.hellaswag_every, step, config) and step:  # before, it is at chance
+                record |= evaluate_hellaswag(model, self.hellaswag, dist)
         return record
 
 
 @torch.no_grad()
 def evaluate_loss(model: GPT, batches: Iterable[Batch], dist: Distributed) -> float:
     """The mean loss in nats over all targets in the batches of all ranks."""
-    summed_loss, loss_sum, n_targets = SummedLoss(model), 0.0, 0
+    summed_loss = SummedLoss(model)
+    loss_sum, n_targets = 0.0, 0
     for batch in batches:
         loss_sum += summed_loss(batch.to(dist.device)).item()
         n_targets += int((batch.targets != IGNORE_INDEX).sum())
@@ -231,13 +235,15 @@ def generate_samples(
     model: GPT, prompts: list[Prompt], seed: int, device: torch.device
 ) -> list[str]:
     """Each prompt with the model's continuation, and with its reference if it has one."""
-    tokenizer, samples = get_tokenizer(), []
+    tokenizer = get_tokenizer()
+    samples = []
     for prompt in prompts:
         ids = tokenizer.encode(prompt.text, disallowed_special=()) or [END_OF_TEXT_ID]
         out = model.generate(
             torch.tensor([ids], device=device),
             prompt.max_new_tokens,
             top_k=prompt.top_k,
+            # Answers end; other samples show what follows the end of a text as well.
             eos=None if prompt.reference is None else END_OF_TEXT_ID,
             generator=torch.Generator(device).manual_seed(seed),
         )
@@ -256,8 +262,8 @@ def explaining_out_of_memory(config: TrainConfig, device: torch.device) -> Itera
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"{device} ran out of memory with batch_size {config.batch_size}; halve it (the curve "
-            "stays the same), or add --recompute block"
+            f"{device} ran out of memory with batch_size {config.batch_size}; lower it (without "
+            "dropout the loss curve stays the same), or add --recompute block"
         ) from error
 
 
@@ -270,10 +276,10 @@ def profile_steps(config: TrainConfig, dist: Distributed) -> AbstractContextMana
         file = Path(config.out_dir) / "profile.json.gz"
         profiler.export_chrome_trace(str(file))
         kind = "cuda" if dist.device.type == "cuda" else "cpu"
-        table = profiler.key_averages().table(f"self_{kind}_time_total", 10, 200, 40)
-        print(
-            f"{table}\nprofiled {config.profile} steps: open {file} in chrome://tracing", flush=True
+        slowest = profiler.key_averages().table(
+            f"self_{kind}_time_total", row_limit=10, max_name_column_width=40
         )
+        print(f"{slowest}\nopen {file} in chrome://tracing", flush=True)
 
     if not config.profile or not dist.is_main:
         return nullcontext(SimpleNamespace(step=lambda: None))

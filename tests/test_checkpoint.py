@@ -1,4 +1,3 @@
-import json
 from dataclasses import asdict, dataclass, replace
 
 import pytest
@@ -9,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine import checkpoint
 from engine.checkpoint import (
     BackgroundSave,
-    Resumed,
+    RunState,
     best_checkpoint,
     check_same_run,
     list_checkpoints,
@@ -19,15 +18,14 @@ from engine.checkpoint import (
     save_checkpoint,
 )
 from engine.config import flag
-from engine.metrics import MetricsLog, read_metrics
 from engine.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
 
 def save(run, model, step: int, val_loss: float | None = None, keep: int = 2):
     params = dict(model.named_parameters())
-    resumed = Resumed({"step": step, "val_loss": val_loss}, {"x": 1})
-    save_checkpoint(run, model, params, resumed, keep=keep)
+    state = RunState({"step": step, "val_loss": val_loss}, {"x": 1})
+    save_checkpoint(run, model, params, state, keep=keep)
     return run / "checkpoints" / f"step_{step:06d}"
 
 
@@ -147,24 +145,6 @@ def test_a_run_from_before_a_setting_has_had_its_default(tmp_path):
     begin_run(tmp_path, {"seed": 1, "dropout": 0.1})
     with pytest.raises(ValueError, match=r"dropout was 0.1, is None"):
         check_same_run(tmp_path, Settings(seed=1))
-
-
-def test_the_log_is_appended_and_a_step_stands_once(tmp_path):
-    """A new process appends to metrics.jsonl, drops a line that a crash cut short, and does not
-    repeat what is there.
-    """
-    log = MetricsLog(tmp_path)
-    for step in range(4):
-        log.write({"step": step, "run": 1})
-    whole = log.path.read_bytes()
-    log.path.write_bytes(whole + b'{"step": 4, "ru')
-    assert [r["step"] for r in read_metrics(tmp_path)] == [0, 1, 2, 3]
-    again = MetricsLog(tmp_path)
-    for step in range(2, 6):
-        again.write({"step": step, "run": 2})
-    records = [json.loads(line) for line in log.path.read_text().splitlines()]
-    assert [(r["step"], r["run"]) for r in records] == [*[(s, 1) for s in range(4)], (4, 2), (5, 2)]
-    assert log.path.read_bytes().startswith(whole)
 
 
 def test_a_damaged_checkpoint_falls_back(tmp_path, tiny_model, capsys):

@@ -157,12 +157,12 @@ def test_values_have_their_types():
 
 
 WRONG_VALUES = [
-    ("number: many", "number is many, expected a whole number"),
-    ("number: 1.5", "number is 1.5, expected a whole number"),
-    ("number: true", "number is true, expected a whole number"),
-    ("number: [1]", "number is [1], expected a whole number"),
-    ("number: null", "number is null, expected a whole number"),
-    ("number: ''", "number is '', expected a whole number"),
+    ("number: many", "number is many, expected an integer"),
+    ("number: 1.5", "number is 1.5, expected an integer"),
+    ("number: true", "number is true, expected an integer"),
+    ("number: [1]", "number is [1], expected an integer"),
+    ("number: null", "number is null, expected an integer"),
+    ("number: ''", "number is '', expected an integer"),
     ("rate: fast", "rate is fast, expected a number"),
     ("rate: .nan", "rate is nan, expected a number"),
     ("rate: -.inf", "rate is -inf, expected a number"),
@@ -172,14 +172,14 @@ WRONG_VALUES = [
     ("name: 5", "name is 5, expected text"),
     ("name: null", "name is null, expected text"),
     ("name: {a: b}", "name is {'a': 'b'}, expected text"),
-    ("names: a", "names is a, expected a list of texts"),
-    ("names: [a, 1]", "names is ['a', 1], expected a list of texts"),
+    ("names: a", "names is a, expected a list of strings"),
+    ("names: [a, 1]", "names is ['a', 1], expected a list of strings"),
     ("option: blue", "option is blue, expected red or green"),
     ("option: [red]", "option is ['red'], expected red or green"),
     ("option: null", "option is null, expected red or green"),
     ("switch: maybe", "switch is maybe, expected true or false"),
     ("switch: 1", "switch is 1, expected true or false"),
-    ("optional: half", "optional is half, expected a whole number or null"),
+    ("optional: half", "optional is half, expected an integer or null"),
     ("numbr: 3", "numbr is not a setting of this command"),
     ("1: 3", "1 is not a setting of this command"),
     ("- number", "holds ['number'], expected lines of NAME: VALUE"),
@@ -378,13 +378,13 @@ def test_overriding_a_default_keeps_the_rest():
 
 
 def test_a_field_without_flag_is_refused():
-    """A config's field that was not declared with flag() is an error in the program."""
+    """A config's field that has no help is an error in the program."""
 
     @dataclass(frozen=True)
     class Undeclared(Base):
         extra: int = 3
 
-    with pytest.raises(KeyError, match=r"Undeclared\.extra was not declared with flag"):
+    with pytest.raises(KeyError, match=r"Undeclared\.extra has no help; declare it as flag"):
         build_parser(Undeclared, "")
 
 

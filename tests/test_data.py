@@ -102,7 +102,7 @@ def test_order_is_seeded_and_new_each_epoch(make_shards):
 
 
 def test_a_data_set_smaller_than_a_batch(make_shards):
-    """A tiny data set fills a large step with several epochs instead of hanging."""
+    """A tiny dataset fills a large step with several epochs instead of hanging."""
     data = make_data(TokenShards(make_shards(9), "train"), 16, 256, seed=0)
     assert (data.micro_batch(1, 2).idx.numpy() == np.arange(8)).all()
 

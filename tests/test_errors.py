@@ -21,7 +21,7 @@ import train_gpt2
 from engine.config import run_command
 from engine.data import write_shard
 from engine.errors import with_reported_errors
-from engine.metrics import MetricsLog
+from engine.files import JSONLinesLog
 from engine.report import plot_runs
 from engine.tokenizer import save_tokenizer
 from model import GPT, GPTConfig
@@ -51,7 +51,7 @@ WRONG = [
     ("train_gpt2 --config choice.yaml", "choice.yaml: optimizer is sgd, expected adamw or muon"),
     ("train_gpt2 --config null.yaml", "batch_size is null"),
     ("train_gpt2 --config nan.yaml", "weight_decay is nan, expected a number"),
-    ("train_gpt2 --n_layer two", "n_layer is two, expected a whole number"),
+    ("train_gpt2 --n_layer two", "n_layer is two, expected an integer"),
     ("train_gpt2 --precision fp8", "precision is fp8, expected fp32 or bf16 or fp16"),
     ("train_gpt2 --data_dir empty", "no train shards in empty"),
     ("train_gpt2 --data_dir half", "half/manifest.json is damaged"),
@@ -61,7 +61,10 @@ WRONG = [
     ("train_gpt2 --seed 99999999999999999999999", "expected less than 2**63"),
     ("finetune_lora --model_name_or_path words", "words/config.json: n_layer is 'two'"),
     ("finetune_lora --model_name_or_path slack", "slack/config.json: layer_norm_epsilon is 'x'"),
-    ("finetune_lora --model_name_or_path tiny --data rows.json --lora_dim 33", "expected up to 32"),
+    (
+        "finetune_lora --model_name_or_path tiny --data rows.json --lora_dim 33",
+        "expected at most 32",
+    ),
     ("finetune_lora --model_name_or_path tiny --lora_load_path noise.pt", "noise.pt"),
     ("finetune_lora --model_name_or_path tiny --data noise.json", "noise.json is not JSON"),
     ("finetune_lora --model_name_or_path tiny --data empty", "empty: Is a directory"),
@@ -75,7 +78,7 @@ WRONG = [
     ("sample --model tiny --top_p 2", "top_p is 2.0, expected above 0"),
     ("sample --model slack --prompt x", "slack/config.json: layer_norm_epsilon is 'x'"),
     ("sample --model broken --prompt x", "broken has weights that are not finite"),
-    ("fineweb --dataset empty", "empty is neither a data set"),
+    ("fineweb --dataset empty", "empty is neither a dataset"),
     ("fineweb --dataset text.txt --out_dir file", "file"),
     ("plot nothing", "nothing/metrics.jsonl does not exist; expected the --out_dir"),
     ("plot word_run", "word_run/metrics.jsonl is damaged"),
@@ -205,7 +208,7 @@ def raiser(error: Exception):
         (lambda: write_shard(Path("x.npy"), np.arange(200)), "x.npy"),
         (lambda: GPT(GPTConfig(64, 1000, 1, 1, 8)).save_pretrained("model"), "model"),
         (lambda: save_tokenizer("run"), "run"),
-        (lambda: MetricsLog(Path("run")).write({"step": 2, "x": "x" * 300}), "run/metrics.jsonl"),
+        (lambda: JSONLinesLog(Path("run/log"), "step").append({"x": "x" * 300}), "run/log"),
         (lambda: plot_runs([Path("run")], Path("loss.png")), "loss.png"),
     ],
     ids=["shard", "model", "tokenizer", "log", "plot"],

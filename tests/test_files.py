@@ -179,7 +179,7 @@ def test_lock_ends_with_its_block(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
 def test_tensor_files(tmp_path, name):
-    """Tensors read back to the bit from either format; a damaged file is named with the remedy."""
+    """Tensors read back bit for bit from either format; a damaged file is named with the remedy."""
     tensors = {"a": torch.randn(3, 4), "b": torch.tensor([1, 2], dtype=torch.int64)}
     file = tmp_path / name
     (save_file if name.endswith(".safetensors") else torch.save)(tensors, file)

@@ -71,7 +71,7 @@ def test_a_run_writes_what_is_documented(folder, capsys):
     """
     run = finetune("runs/a", merge_out="merged")
     out = capsys.readouterr().out
-    assert "48 linears, 96 trainable tensors" in out
+    assert "48 layers, 96 trainable tensors" in out
     assert "[reference]  yes" in out
     metrics = read_metrics(run)
     assert metrics[-1]["val_loss"] < metrics[0]["val_loss"]
@@ -211,7 +211,7 @@ def test_another_base_is_refused(folder):
 
 WRONG_SETTINGS = [
     ({"lora_dim": 0}, "lora_dim is 0, expected at least 1"),
-    ({"lora_module_name": "q_proj"}, "no linear has 'q_proj' in its name"),
+    ({"lora_module_name": "q_proj"}, "no linear layer has 'q_proj' in its name"),
     ({"model_name_or_path": "other_vocab"}, "has 1000 tokens, GPT-2's tokenizer has 50257"),
     ({"lora_load_path": "nowhere"}, "nowhere does not exist"),
     ({"max_lr": -1.0}, "expected 0 <= min <= max"),

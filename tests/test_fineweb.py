@@ -247,7 +247,7 @@ def test_too_little_text_is_an_error_with_a_remedy(tmp_path, jsonl):
 
 
 def test_settings_are_checked(tmp_path):
-    """Sizes out of range, an empty data set, and a data set that is not a list are errors."""
+    """Sizes out of range, an empty dataset, and a dataset that is not a list are errors."""
     for name, value in (("num_proc", 0), ("shard_size", 10**9 + 1), ("val_tokens", -1)):
         with pytest.raises(ValueError, match=f"{name} is {value}, expected 1 to 1,000,"):
             PrepareConfig(**{name: value})
@@ -275,7 +275,7 @@ def test_a_killed_worker_is_an_error_with_a_remedy(monkeypatch):
 
 
 def test_hub_data_streams_and_resumes(tmp_path, monkeypatch):
-    """A hub data set is streamed row by row; an interrupted preparation resumes at its row."""
+    """A hub dataset is streamed row by row; an interrupted preparation resumes at its row."""
 
     def load_dataset(repo, name, split, streaming):
         assert (repo, name, split) == ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train")
@@ -335,7 +335,7 @@ def test_ready_made_shards(tmp_path, jsonl, monkeypatch):
 
 
 def test_stdlib_becomes_shards(tmp_path, monkeypatch, capsys):
-    """stdlib needs no network; about 5 % are for validation; the summary has all counts."""
+    """stdlib needs no network; about 5% are for validation; the summary has all counts."""
     texts = [f"Document {i}. " * 20 for i in range(50)]
     monkeypatch.setattr("engine.sources.stdlib_documents", lambda: texts)
     main(PrepareConfig(dataset=["stdlib"], out_dir=str(tmp_path / "out"), num_proc=1))

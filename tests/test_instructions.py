@@ -168,7 +168,7 @@ def test_bad_rows_are_named(write, tmp_path):
 
 
 def test_hub_rows(monkeypatch):
-    """Rows of a hub data set become examples. Without the hub the error names the data set, the
+    """Rows of a hub dataset become examples. Without the hub the error names the dataset, the
     reason, and the flag that needs no network: no other data replace it.
     """
 

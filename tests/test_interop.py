@@ -13,7 +13,7 @@ from conftest import talkative_model
 from transformers import pipeline
 
 import hellaswag
-from engine.checkpoint import Resumed, latest_checkpoint, load_model, save_checkpoint
+from engine.checkpoint import RunState, latest_checkpoint, load_model, save_checkpoint
 from hellaswag import EvalConfig
 from sample import SampleConfig, print_continuations
 
@@ -23,7 +23,7 @@ ROWS = Path(__file__).parent / "hellaswag_rows.jsonl"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     run, model = tmp_path_factory.mktemp("interop"), talkative_model(block_size=128)
-    save_checkpoint(run, model, dict(model.named_parameters()), Resumed({"step": 1}, {}), keep=1)
+    save_checkpoint(run, model, dict(model.named_parameters()), RunState({"step": 1}, {}), keep=1)
     return latest_checkpoint(run)
 
 

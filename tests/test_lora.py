@@ -128,7 +128,7 @@ def test_gradients_equal_those_of_the_summed_weight(tiny_model, idx, recompute, 
 
 @pytest.mark.parametrize("recompute", ["light", "block"])
 def test_dropout_survives_recomputation(tiny_model, idx, recompute):
-    """Recomputation repeats the dropout of the forward pass: gradients are equal to the bit. In
+    """Recomputation repeats the dropout of the forward pass: gradients are bit for bit equal. In
     eval mode there is no dropout, and eval() changes no weight.
     """
     convert_linear_layer_to_lora(tiny_model, config=LoRAConfig(lora_dropout=0.5))
@@ -167,7 +167,7 @@ def test_autocast(tiny_model, idx):
 
 
 def test_base_weights_do_not_change(tiny_model, idx):
-    """Training an adapter lowers the loss and leaves every base weight as it was, to the bit."""
+    """Training an adapter lowers the loss and leaves every base weight as it was, bit for bit."""
     before = {n: p.clone() for n, p in tiny_model.named_parameters()}
     only_optimize_lora_parameters(convert_linear_layer_to_lora(tiny_model))
     trained = [p for p in tiny_model.parameters() if p.requires_grad]
@@ -257,7 +257,7 @@ def test_gradients_on_transformers_model_are_pefts(idx):
 
 
 def test_merging(base, idx, tmp_path):
-    """Merging keeps the logits within 1e-5, unmerging restores the weights to the bit, and a merged
+    """Merging keeps the logits within 1e-5, unmerging restores the weights exactly, and a merged
     model is saved as an ordinary checkpoint. Merging or saving at the wrong time is an error.
     """
     model = load_with_lora(base, lora_dim=4)
@@ -286,13 +286,15 @@ def test_parts_that_match_no_name(tiny_model):
     out of range is an error.
     """
     for part in ("attn.c_atn", "mlp,q_proj", "", "lm_head"):
-        with pytest.raises(ValueError, match=r"no linear has .* in its name; .*h.\*.mlp.c_fc"):
+        with pytest.raises(
+            ValueError, match=r"no linear layer has .* in its name; .*h.\*.mlp.c_fc"
+        ):
             convert_linear_layer_to_lora(tiny_model, part)
     assert not lora_linears(tiny_model)
     with pytest.raises(ValueError, match="lora_dim is 0, expected at least 1"):
         LoRAConfig(lora_dim=0)
     with pytest.raises(
-        ValueError, match=r"lora_dim is 65, expected up to 64, the rank of .*c_attn"
+        ValueError, match=r"lora_dim is 65, expected at most 64, the width of .*c_attn"
     ):
         convert_linear_layer_to_lora(tiny_model, config=LoRAConfig(lora_dim=65))
     assert not lora_linears(tiny_model)
@@ -375,7 +377,7 @@ def test_bad_adapters_are_errors(base, tmp_path):
     check_error("use_rslora is 'false'", config={"use_rslora": "false"})
     check_error("target_modules is 5", config={"target_modules": 5})
     check_error("is damaged", config={"target_modules": "(["})
-    check_error("LoRA for none of the model's linears", config={"target_modules": ["q_proj"]})
+    check_error("LoRA for none of the model's linear layers", config={"target_modules": ["q_proj"]})
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_model(base, tmp_path / "nowhere")
     other = GPT(GPTConfig(block_size=48, vocab_size=1000, n_layer=2, n_head=4, n_embd=32))

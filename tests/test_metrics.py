@@ -1,5 +1,6 @@
 """Metrics: FLOPs, MFU's peaks and memory, and loggers that agree with metrics.jsonl."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,22 @@ def log_steps(run: Path, log: str, steps: range, start: int = 0) -> RunLogger:
     for each in logger.loggers.values():
         each.close()
     return logger
+
+
+def test_the_log_is_appended_and_has_each_step_once(tmp_path):
+    """A resumed run appends to metrics.jsonl, drops a line that a crash cut short, and does not
+    repeat the steps that are there.
+    """
+    log_steps(tmp_path, "", range(4))
+    log = tmp_path / "metrics.jsonl"
+    before = log.read_bytes()
+    log.write_bytes(before + b'{"step": 4, "tok')
+    assert read_metrics(tmp_path) == [record(step) for step in range(4)]
+    log_steps(tmp_path, "", range(2, 6), start=1)
+    assert log.read_bytes().startswith(before)
+    assert [json.loads(line) for line in log.read_text().splitlines()] == [
+        record(step) for step in range(6)
+    ]
 
 
 @pytest.mark.parametrize("earlier_log", ["tensorboard", ""])

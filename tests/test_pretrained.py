@@ -91,7 +91,7 @@ def test_unsupported_options_are_refused(folder, option, value):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("n_layer", "two", "config.json: n_layer is 'two', expected a whole number"),
+        ("n_layer", "two", "config.json: n_layer is 'two', expected an integer"),
         ("n_positions", 0, "config.json: block_size is 0, expected at least 1"),
         ("n_head", 3, "config.json: n_embd 64 is not divisible by n_head 3"),
         ("layer_norm_epsilon", "x", "config.json: layer_norm_epsilon is 'x', expected a number"),

@@ -175,7 +175,7 @@ def test_stop_in_a_config_file_is_a_list_of_texts(tmp_path, capsys, stop):
     file.write_text(f"stop: {stop}\n")
     with pytest.raises(SystemExit):
         parse_flags(SampleConfig, "", ["--config", str(file)])
-    assert f"stop is {stop}, expected a list of texts" in capsys.readouterr().err
+    assert f"stop is {stop}, expected a list of strings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

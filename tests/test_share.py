@@ -16,10 +16,10 @@ from huggingface_hub.errors import HTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import share
-from engine.checkpoint import Resumed, list_checkpoints, load_model, save_checkpoint
+from engine.checkpoint import RunState, list_checkpoints, load_model, save_checkpoint
 from engine.config import REMOVED_SETTINGS, fixed_settings, to_yaml
+from engine.files import JSONLinesLog
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora, get_lora_state_dict
-from engine.metrics import MetricsLog
 from finetune_lora import FinetuneConfig
 from model import GPT
 from share import ShareConfig
@@ -30,11 +30,11 @@ def save_run(run: Path, model: GPT, params: dict, config: dict) -> Path:
     """A run folder of two checkpoints, the first with the lower validation loss."""
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    log = MetricsLog(run)
+    log = JSONLinesLog(run / "metrics.jsonl", "step")
     for step, loss in ((1, 3.25), (2, 4.75)):
-        log.write({"step": step, "tokens": 1000 * step, "train_loss": 5.0, "val_loss": loss})
-        resumed = Resumed({"step": step, "val_loss": loss}, {"moment": torch.zeros(3)})
-        save_checkpoint(run, model, params, resumed, keep=2)
+        log.append({"step": step, "tokens": 1000 * step, "train_loss": 5.0, "val_loss": loss})
+        state = RunState({"step": step, "val_loss": loss}, {"moment": torch.zeros(3)})
+        save_checkpoint(run, model, params, state, keep=2)
     return run
 
 

@@ -165,9 +165,9 @@ def test_files_folders_and_globs(tmp_path):
     ]
     assert found("**/*.gz", "?.txt") == ["deep/er/d.txt.gz", "b.txt"]
     for path in ("deep/e.png", "nothing", "*.md"):
-        with pytest.raises(FileNotFoundError, match="is neither a data set"):
+        with pytest.raises(FileNotFoundError, match="is neither a dataset"):
             found(path)
-    with pytest.raises(FileNotFoundError, match=r"^ is neither a data set"):
+    with pytest.raises(FileNotFoundError, match=r"^ is neither a dataset"):
         find_files([""])
 
 
@@ -175,7 +175,7 @@ def test_wrong_sources_are_named(tmp_path):
     """A missing path, a wrong suffix, a missing or wrong column, and a damaged file are errors that
     name the file.
     """
-    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl is neither a data set"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl is neither a dataset"):
         read_pieces(tmp_path / "nothing.jsonl")
     (tmp_path / "image.png").write_bytes(b"?")
     with pytest.raises(FileNotFoundError, match=r"image.png .* any of the suffixes .txt"):
@@ -198,7 +198,7 @@ def test_wrong_sources_are_named(tmp_path):
 
 
 def test_hub_text_streams_from_any_row(monkeypatch):
-    """A hub data set is streamed from the row where it is to continue; only its text counts."""
+    """A hub dataset is streamed from the row where it is to continue; only its text counts."""
 
     def load_dataset(repo, name, split, streaming):
         assert (repo, name, split) == ("HuggingFaceFW/fineweb", "sample-10BT", "train")

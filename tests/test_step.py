@@ -131,7 +131,7 @@ def test_16_bit_training_follows_fp32(shards, precision):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_that_is_not_finite_is_skipped(shards, optimizer):
-    """NaN in a gradient leaves weights and optimizer unchanged to the bit, including weight decay
+    """NaN in a gradient leaves weights and optimizer unchanged bit for bit, including weight decay
     and step counters.
     """
     model = new_model()
@@ -208,7 +208,7 @@ def test_muons_state_continues_to_the_bit(shards):
 
 @pytest.mark.parametrize("recompute", ["light", "block"])
 def test_recomputing_changes_nothing(tiny_model, recompute):
-    """Loss and gradients are the same to the bit whether activations are stored or recomputed."""
+    """Loss and gradients are bit for bit the same whether activations are stored or recomputed."""
     idx, results = random_ids(2, 40), []
     for mode in ("none", recompute):
         apply_recompute(tiny_model, mode)
