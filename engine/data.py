@@ -28,7 +28,7 @@ IGNORE_INDEX = -100  # a target that does not count, as in F.cross_entropy
 
 class Batch(NamedTuple):
     """Token ids and the tokens after them, (B, T) int64. `rows` (n) are the indices into the
-    flattened (B*T) targets that are not IGNORE_INDEX, or None if none is.
+    flattened (B*T) targets that are not IGNORE_INDEX, or None if all are targets.
     """
 
     idx: torch.Tensor

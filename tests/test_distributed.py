@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -253,3 +254,15 @@ def test_two_processes_on_one_run_folder(workplace, single):
     holder.wait()
     assert run_script("train_gpt2.py", *args, cwd=workplace).returncode == 0
     assert json.loads((single / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_freed_memory_is_kept():
+    """A large tensor in the place of a freed one costs no page faults, and a line says so."""
+    command = [sys.executable, str(WORKERS / "freed_memory.py")]
+    out = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=worker_env()
+    ).stdout
+    line, faults = out.splitlines()
+    assert "glibc keeps freed memory" in line
+    assert int(faults) < 2**24 * 4 / 4096 / 100

@@ -1,4 +1,3 @@
-import functools
 import math
 import subprocess
 
@@ -10,7 +9,7 @@ from conftest import SMALL, TORCHRUN, WORKERS, make_step, new_model, worker_env
 from engine import optim
 from engine.optim import Muon, learning_rate, newton_schulz, parameter_groups
 from model import GPT, GPTConfig
-from train_gpt2 import PretrainConfig, build_model
+from train_gpt2 import PretrainConfig
 
 PYTORCHS_ITERATION = torchs._zeropower_via_newtonschulz
 
@@ -149,20 +148,6 @@ def test_rates_and_momentum_follow_the_step(shards):
         assert ours.param_groups[0]["lr"] == pytest.approx(2 * learning_rate(s, step.config))
         assert ours.param_groups[0]["momentum"] == pytest.approx(0.85 + 0.1 * (s - 1) / 300)
     assert optim.muon_momentum(301) == optim.muon_momentum(9999) == 0.95
-
-
-def test_zero_residual_blocks_add_nothing():
-    """With zero_residual a new model's blocks are the identity; all other weights are unchanged."""
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
-    make = functools.partial(PretrainConfig, **sizes)
-    zeroed, plain = (build_model(make(zero_residual=flag)) for flag in (True, False))
-    x = torch.randn(1, 16, 32)
-    for block in zeroed.transformer.h:
-        assert torch.equal(block(x), x)
-    for (name, a), b in zip(zeroed.named_parameters(), plain.parameters(), strict=True):
-        assert name.endswith("c_proj.weight") or torch.equal(a, b)
-    with pytest.raises(ValueError, match="does not work with init_from gpt2"):
-        make(zero_residual=True, init_from="gpt2")
 
 
 def test_muon_needs_trainable_matrices(shards):

@@ -1,15 +1,12 @@
 import copy
 import math
-import platform
 import shutil
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CPU, WORKERS, make_data, make_step, new_model, random_ids, worker_env
+from conftest import CPU, make_data, make_step, new_model, random_ids
 from transformers import GPT2LMHeadModel
 
 from engine.data import Batch, PretrainingData
@@ -177,18 +174,6 @@ def test_compiling_without_a_compiler_is_refused(shards, monkeypatch):
     data = make_data(shards)
     with pytest.raises(ValueError, match=r"--compile needs a C compiler.*--no-compile"):
         TrainingStep(new_model(), data, config, CPU)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
-def test_freed_memory_is_kept():
-    """A large tensor in the place of a freed one costs no page faults, and a line says so."""
-    command = [sys.executable, str(WORKERS / "freed_memory.py")]
-    out = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=worker_env()
-    ).stdout
-    line, faults = out.splitlines()
-    assert "glibc keeps freed memory" in line
-    assert int(faults) < 2**24 * 4 / 4096 / 100
 
 
 def test_muons_state_continues_to_the_bit(shards):

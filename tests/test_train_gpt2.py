@@ -4,6 +4,7 @@ Commands run as `python /path/to/train_gpt2.py` in another current directory, so
 them depends on being started from the project's root.
 """
 
+import functools
 import gzip
 import json
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import (
     ROOT,
     TINY,
@@ -31,7 +33,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.checkpoint import list_checkpoints
 from engine.metrics import read_metrics
-from train_gpt2 import PretrainConfig, main
+from train_gpt2 import PretrainConfig, build_model, main
 
 N_STEPS = 60
 COMMANDS = sorted(file.name for file in ROOT.glob("*.py") if file.name != "model.py")
@@ -344,3 +346,17 @@ def test_importing_does_nothing(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout == result.stderr == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_zero_residual_blocks_add_nothing():
+    """With zero_residual a new model's blocks are the identity; all other weights are unchanged."""
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
+    make = functools.partial(PretrainConfig, **sizes)
+    zeroed, plain = (build_model(make(zero_residual=flag)) for flag in (True, False))
+    x = torch.randn(1, 16, 32)
+    for block in zeroed.transformer.h:
+        assert torch.equal(block(x), x)
+    for (name, a), b in zip(zeroed.named_parameters(), plain.parameters(), strict=True):
+        assert name.endswith("c_proj.weight") or torch.equal(a, b)
+    with pytest.raises(ValueError, match="does not work with init_from gpt2"):
+        make(zero_residual=True, init_from="gpt2")
