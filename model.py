@@ -78,7 +78,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         # One new token attends to everything cached. Several tokens come only with an empty cache.
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
+        is_causal = mask is None and (cache is None or T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -1,5 +1,6 @@
 """Fused linear cross-entropy: the loss of the head without the (B*T, V) logits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,19 @@ from model import GPT
 # gradient of the head too often; elsewhere enough to keep the device busy.
 CHUNK_ROWS = {"cpu": 512}
 DEFAULT_CHUNK_ROWS = 4096
+
+
+def softmax_(
+    logits: torch.Tensor, ids: torch.Tensor, vocab_size: int, buffer: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Turn `logits` (n, padded V) into probabilities, in place; return the log-probabilities (n, 1)
+    of `ids` (n, 1) in fp32. `buffer` is memory for all log-probabilities in fp32.
+    """
+    logits[:, vocab_size:] = -torch.inf  # padding is not in the vocabulary
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=buffer)
+    target_log_probs = log_probs.gather(1, ids)
+    torch.exp(log_probs, out=logits)
+    return target_log_probs
 
 
 class HeadLoss(torch.autograd.Function):
@@ -29,6 +43,7 @@ class HeadLoss(torch.autograd.Function):
         vocab_size: int,
         dtype: torch.dtype,  # of the matrix products
         with_grad: bool,
+        compiled_softmax: Callable | None,
     ) -> torch.Tensor:
         head = weight.to(dtype)
         total = x.new_zeros((), dtype=torch.float32)
@@ -39,7 +54,7 @@ class HeadLoss(torch.autograd.Function):
         # One buffer for all chunks: on a CPU, touching new memory costs more than the softmax.
         logits_buffer = x.new_empty(chunk_rows, len(weight), dtype=dtype)
         log_probs_buffer = logits_buffer
-        if dtype != torch.float32:
+        if dtype != torch.float32 and compiled_softmax is None:
             log_probs_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(x), chunk_rows):
@@ -48,19 +63,18 @@ class HeadLoss(torch.autograd.Function):
                 is_target = ids != IGNORE_INDEX
                 ids = ids.clamp(min=0)
                 logits = torch.mm(x_chunk, head.t(), out=logits_buffer[: len(ids)])
-                logits[:, vocab_size:] = -torch.inf  # padding is not in the vocabulary
-                log_probs = log_probs_buffer[: len(ids)]
-                torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=log_probs)
-                total -= (log_probs.gather(1, ids) * is_target).sum()
+                if compiled_softmax is not None:
+                    log_probs = compiled_softmax(logits, ids, vocab_size)
+                else:
+                    log_probs = softmax_(logits, ids, vocab_size, log_probs_buffer[: len(ids)])
+                total -= (log_probs * is_target).sum()
                 if d_x is not None:
-                    d_logits = torch.exp(log_probs, out=logits)
-                    d_logits.scatter_add_(1, ids, d_logits.new_full(ids.shape, -1.0))
+                    # p - 1 in fp32: in bf16, p near 1 is already rounded.
+                    d_logits = logits.scatter_(1, ids, log_probs.expm1().to(dtype))
                     d_x[start : start + chunk_rows] = (d_logits @ head) * is_target
                     x_chunk = x_chunk * is_target  # cheaper than d_logits, V / C times as wide
-                if d_weight is not None and dtype == torch.float32:
-                    d_weight.addmm_(d_logits.t(), x_chunk)
-                elif d_weight is not None:
-                    d_weight += d_logits.t() @ x_chunk
+                if d_weight is not None:
+                    add_product_(d_weight, d_logits.t(), x_chunk)
         ctx.gradients = d_x, None if d_weight is None else d_weight.to(weight.dtype)
         return total
 
@@ -68,21 +82,32 @@ class HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (d_x, d_weight), ctx.gradients = ctx.gradients, None  # scaled in place, so used only once
-        return d_x.mul_(grad), None if d_weight is None else d_weight.mul_(grad), *[None] * 4
+        return d_x.mul_(grad), None if d_weight is None else d_weight.mul_(grad), *[None] * 5
+
+
+def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add a @ b to `total`, which is fp32, without rounding the product to 16 bits on CUDA."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
 
 
 class SummedLoss(nn.Module):
     """The summed cross-entropy of a batch in nats, as a module that DDP can wrap.
 
-    With `compile_trunk` everything but the head is compiled. The compiled code lives here only: the
-    model that is evaluated, sampled and saved stays as it is.
+    The trunk is everything but the head. The compiled code lives here only: the model that is
+    evaluated, sampled and saved stays as it is.
     """
 
-    def __init__(self, model: GPT, compile_trunk: bool = False):
+    def __init__(self, model: GPT, *, compile_trunk: bool = False, compile_head: bool = False):
         super().__init__()
         self.model = model
         # Shapes are static where all batches have one; else dynamic from the second length on.
         self.hidden = torch.compile(model.hidden) if compile_trunk else model.hidden
+        self.compiled_softmax = torch.compile(softmax_) if compile_head else None
 
     def forward(self, batch: Batch) -> torch.Tensor:
         x = self.hidden(batch.idx).flatten(0, 1)
@@ -92,5 +117,8 @@ class SummedLoss(nn.Module):
         device_type, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
+        # In fp32 the eager softmax is faster, because it needs no second buffer.
+        compiled_softmax = None if dtype == torch.float32 else self.compiled_softmax
         weight, vocab_size = self.model.lm_head.weight, self.model.config.vocab_size
-        return HeadLoss.apply(x, weight, targets, vocab_size, dtype, torch.is_grad_enabled())
+        with_grad = torch.is_grad_enabled()
+        return HeadLoss.apply(x, weight, targets, vocab_size, dtype, with_grad, compiled_softmax)

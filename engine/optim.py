@@ -177,7 +177,7 @@ def distributed_newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     if len(mine):
         result[: len(mine)] = newton_schulz(mine)
     gathered = matrices.new_empty(world_size * share, *matrices.shape[1:])
-    torch.distributed.all_gather_single(gathered, result)
+    torch.distributed.all_gather(list(gathered.split(share)), result)
     return gathered[: len(matrices)]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from engine.config import TrainConfig
 from engine.data import Batch, TrainingData
@@ -54,8 +54,8 @@ class TrainingStep:
                     "precision fp16 does not work with parallel fsdp; use bf16 or fp32"
                 )
             shard_model(self.model, dist, self.dtype, compile_blocks=config.compile)
-            return SummedLoss(self.model)
-        loss = SummedLoss(self.model, compile_trunk=config.compile)
+            return SummedLoss(self.model, compile_head=config.compile)
+        loss = SummedLoss(self.model, compile_trunk=config.compile, compile_head=config.compile)
         if dist.world_size > 1:
             return DistributedDataParallel(loss, gradient_as_bucket_view=True)
         return loss
@@ -66,11 +66,16 @@ class TrainingStep:
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
-        """For evaluation and samples: training's precision, nothing compiled, no dropout."""
+        """For evaluation and samples: nothing compiled, no dropout; training's precision, but no
+        TF32, so that HellaSwag's results are those of hellaswag.py.
+        """
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
         self.model.eval()
         with torch.compiler.set_stance("force_eager"), self.autocast():
             yield
         self.model.train()
+        torch.set_float32_matmul_precision(precision)
 
     def _sync_gradients(self, is_last: bool) -> AbstractContextManager:
         """Average gradients over ranks only in the backward pass of the last micro-step."""
@@ -179,19 +184,20 @@ def apply_recompute(model: GPT, mode: str) -> None:
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         attn, mlp = block.attn, block.mlp
         if mode == "light":
-            recompute_together(block.ln_1, attn.c_attn)
-            recompute_together(block.ln_2, mlp.c_fc)
-            recompute_together(mlp.gelu, mlp.c_proj)
+            recompute_together(block.ln_1, attn.c_attn, keep_products=True)
+            recompute_together(block.ln_2, mlp.c_fc, keep_products=True)
+            recompute_together(mlp.gelu, mlp.c_proj, keep_products=True)
         elif mode == "block":
             recompute_together(block.ln_1, attn)
             recompute_together(block.ln_2, mlp)
 
 
-def recompute_together(first: nn.Module, second: nn.Module) -> None:
+def recompute_together(first: nn.Module, second: nn.Module, *, keep_products: bool = False) -> None:
     """Make backward recompute `first` and its only consumer `second` from the input of `first`.
 
     The forward of `first` becomes the identity, and that of `second` runs both in a checkpoint. Its
     early stop skips the last matrix product of `second`, whose output backward does not need.
+    Compiled checkpoints have no early stop; there `keep_products` stores what products return.
     """
     first_forward, second_forward = first.forward, second.forward
 
@@ -199,12 +205,22 @@ def recompute_together(first: nn.Module, second: nn.Module) -> None:
         return second_forward(first_forward(x), *args)
 
     def forward(x: torch.Tensor, *args: object) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            return checkpoint(forward_both, x, *args, use_reentrant=False)
-        return forward_both(x, *args)
+        if not torch.is_grad_enabled():
+            return forward_both(x, *args)
+        if keep_products and torch.compiler.is_compiling():
+            return checkpoint(
+                forward_both, x, *args, use_reentrant=False, context_fn=keep_products_contexts
+            )
+        return checkpoint(forward_both, x, *args, use_reentrant=False)
 
     first.forward = lambda x: x
     second.forward = forward
+
+
+def keep_products_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For `checkpoint`: recompute everything but matrix products."""
+    aten = torch.ops.aten
+    return create_selective_checkpoint_contexts([aten.mm.default, aten.addmm.default])
 
 
 def check_compiler() -> None:

@@ -158,12 +158,14 @@ def make_data(shards: TokenShards, batch_size: int = 4, seed: int = 1337) -> Pre
     )
 
 
-def make_step(model: GPT, shards: TokenShards, batch_size: int = 4, **options) -> TrainingStep:
+def make_step(
+    model: GPT, shards: TokenShards, batch_size: int = 4, dist: Distributed = CPU, **options
+) -> TrainingStep:
     """A training step on `make_data`, with settings that let a loss fall in a few steps."""
     options = {"precision": "fp32", "total_batch_size": 192, "max_steps": 20, **options}
     options = {"warmup_steps": 3, "max_lr": 1e-2, "min_lr": 1e-3, "compile": False, **options}
     config = PretrainConfig(batch_size=batch_size, **options)
-    return TrainingStep(model, make_data(shards, batch_size, config.seed), config, CPU)
+    return TrainingStep(model, make_data(shards, batch_size, config.seed), config, dist)
 
 
 @pytest.fixture

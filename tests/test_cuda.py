@@ -1,0 +1,299 @@
+"""What only a CUDA GPU can show; skipped without one. Small models, so that a minute is enough."""
+
+import copy
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    ROOT,
+    WORKERS,
+    make_data,
+    make_step,
+    random_ids,
+    talkative_model,
+    worker_env,
+)
+from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.data import Batch, PretrainingData
+from engine.distributed import Distributed, shard_model
+from engine.lora import LoRAConfig, convert_linear_layer_to_lora, only_optimize_lora_parameters
+from engine.loss import HeadLoss, SummedLoss, softmax_
+from engine.optim import build_optimizers
+from engine.scoring import score
+from engine.step import Prefetcher, apply_recompute
+from engine.tasks import count_correct, load_examples, make_record
+from model import GPT, GPTConfig
+from train_gpt2 import PretrainConfig
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+CUDA = torch.device("cuda", 0)
+GPU = Distributed(rank=0, world_size=1, device=CUDA)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _restore_precision():
+    """Training in 16 bits sets TF32 for the whole process."""
+    torch._dynamo.reset()
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def cuda_model(**shape: int) -> GPT:
+    """The same weights at every call."""
+    torch.manual_seed(0)
+    config = {"block_size": 128, "vocab_size": 1000, "n_layer": 2, "n_head": 2, "n_embd": 128}
+    return GPT(GPTConfig(**config | shape)).to(CUDA)
+
+
+def cuda_step(shards, model: GPT | None = None, **options):
+    return make_step(model or cuda_model(block_size=16), shards, dist=GPU, **options)
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the error over the norm of what is expected."""
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(FP32, 1e-5), (FP16, 2e-3), (BF16, 1e-2)], ids=["fp32", "fp16", "bf16"]
+)
+def test_head_loss_equals_cross_entropy(dtype, tolerance, is_compiled):
+    """Loss and gradients are those of cross-entropy in float64 over the real vocabulary, also with
+    ignored targets and where the model is nearly certain (p of 0.99).
+    """
+    if is_compiled and dtype == FP32:
+        pytest.skip("fp32 is never compiled")
+    generator = torch.Generator().manual_seed(0)
+    n, vocab_size, C = 5000, 50257, 768  # more rows than a chunk
+    x = torch.randn(n, C, generator=generator).to(CUDA)
+    weight = 0.02 * torch.randn(50304, C, generator=generator).to(CUDA)
+    targets = torch.randint(vocab_size, (n,), generator=generator).to(CUDA)
+    x[: n // 2] += 40 * weight[targets[: n // 2]]  # logits of about 12 above the others
+    targets[::7] = -100
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    softmax = torch.compile(softmax_) if is_compiled else None
+    loss = HeadLoss.apply(*leaves, targets, vocab_size, dtype, True, softmax)
+    grads = torch.autograd.grad(loss, leaves)
+    exact = [t.to(dtype).double().requires_grad_() for t in (x, weight)]
+    logits = exact[0] @ exact[1][:vocab_size].t()
+    expected = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    expected_grads = torch.autograd.grad(expected, exact)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert relative_error(grad, expected_grad) < tolerance
+    assert (grads[1][vocab_size:] == 0).all()
+
+
+@pytest.mark.parametrize("compile_step", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bit_training_follows_fp32(shards, precision, compile_step):
+    """In 16 bits, compiled or not, ten steps follow those of fp32, and the weights stay fp32."""
+    exact, model = cuda_step(shards, max_lr=1e-3), cuda_model(block_size=16)
+    options = {"precision": precision, "compile": compile_step, "max_lr": 1e-3}
+    rounded = cuda_step(shards, model, **options)
+    for s in range(1, 11):
+        assert rounded(s)[0].item() == pytest.approx(exact(s)[0].item(), rel=5e-3)
+    assert {p.dtype for p in model.parameters()} == {FP32}
+
+
+def test_steps_on_cuda_equal_those_on_a_cpu(shards):
+    """In fp32 a GPU's steps are a CPU's, with AdamW and with Muon."""
+    for optimizer, tolerance in (("adamw", 1e-4), ("muon", 5e-3)):  # Muon iterates in bf16
+        model = cuda_model(block_size=16)
+        options = {"optimizer": optimizer, "max_lr": 1e-3}
+        on_cpu = make_step(copy.deepcopy(model).cpu(), shards, **options)
+        on_gpu = cuda_step(shards, model, **options)
+        for s in range(1, 8):
+            assert on_gpu(s)[0].item() == pytest.approx(on_cpu(s)[0].item(), rel=tolerance)
+
+
+@pytest.mark.parametrize("mode", ["none", "light", "block"])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_recomputing_changes_nothing(mode, is_compiled):
+    """Loss and gradients are those of the plain model, whatever is recomputed or compiled."""
+    idx, results = random_ids(4, 128).to(CUDA), []
+    for kind in ("reference", mode):
+        model = cuda_model()
+        is_reference = kind == "reference"
+        apply_recompute(model, "none" if is_reference else mode)
+        loss = SummedLoss(model, compile_trunk=is_compiled and not is_reference)
+        results.append(torch.autograd.grad(loss(Batch(idx, idx.roll(1))), [*model.parameters()]))
+    for grad, expected in zip(*results, strict=True):
+        assert relative_error(grad, expected) < 1e-5
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_that_is_not_finite_is_skipped(shards, optimizer, precision):
+    """NaN in a gradient leaves weights and optimizer unchanged bit for bit, without a sync."""
+    model = cuda_model(block_size=16)
+    step = cuda_step(shards, model, optimizer=optimizer, precision=precision)
+    step(1)
+    state = copy.deepcopy(step.snapshot()[1]["optimizer"]["state"])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    handle = model.transformer.ln_f.bias.register_hook(lambda grad: grad * math.nan)
+    step(2)
+    handle.remove()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    after = step.snapshot()[1]["optimizer"]["state"]
+    for name, tensors in state.items():
+        assert all(torch.equal(tensor, after[name][key]) for key, tensor in tensors.items())
+    assert step(3)[1].isfinite()
+
+
+def test_a_step_does_not_wait_for_the_device(shards):
+    """Launching a step, its losses and its update causes no synchronization."""
+    step = cuda_step(shards, precision="bf16")
+    step(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_prefetched_batches_are_the_ones_asked_for(shards):
+    """Batches that another thread pinned are on the device, in order and out of order."""
+    data = make_data(shards)
+    batches = Prefetcher(data, CUDA)
+    for asked in [(1, 1), (1, 2), (1, 3), (2, 1), (7, 2), (7, 2)]:
+        batch, expected = batches(*asked), PretrainingData.micro_batch(data, *asked)
+        assert batch.idx.device == CUDA
+        assert torch.equal(batch.idx.cpu(), expected.idx)
+        assert torch.equal(batch.targets.cpu(), expected.targets)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_snapshot_continues(shards, optimizer):
+    """A snapshot keeps its values while training continues; restored into a new model, it repeats
+    the next steps.
+    """
+    model = cuda_model(block_size=16)
+    step = cuda_step(shards, model, optimizer=optimizer)
+    for s in (1, 2, 3):
+        step(s)
+    params, state = step.snapshot()
+    saved = copy.deepcopy(params)
+    expected = [step(s)[0].item() for s in (4, 5, 6)]
+    assert all(torch.equal(params[name], saved[name]) for name in saved)
+    model = cuda_model(block_size=16)
+    model.load_state_dict(saved, strict=False)  # a tied head has two names
+    step = cuda_step(shards, model, optimizer=optimizer)
+    step.restore(state)
+    assert [step(s)[0].item() for s in (4, 5, 6)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_lora_compiles_once_for_all_lengths():
+    """Twelve lengths need two graphs of the trunk, without a graph break."""
+    model = cuda_model()
+    convert_linear_layer_to_lora(model, config=LoRAConfig(lora_dim=4))
+    only_optimize_lora_parameters(model)
+    apply_recompute(model, "light")
+    summed_loss = SummedLoss(model.train(), compile_trunk=True, compile_head=True)
+    counters.clear()
+    for T in range(20, 128, 9):
+        idx = random_ids(4, T).to(CUDA)
+        with torch.autocast("cuda", BF16):
+            summed_loss(Batch(idx, idx)).backward()
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 2 + 2  # of the trunk and of the softmax
+
+
+@pytest.fixture(scope="module")
+def hellaswag_rows(request):
+    """HellaSwag's first rows: 400 where they are on this machine, else 20."""
+    file = ROOT.parent / "shared" / "data" / "hellaswag_val_raw_400.jsonl"
+    return str(file if file.exists() else ROOT / "tests" / "hellaswag_rows.jsonl")
+
+
+def test_hellaswag_predictions_equal_a_cpus(hellaswag_rows):
+    """In fp32 a GPU predicts the endings that a CPU does."""
+    model = talkative_model(block_size=1024).eval()
+    examples = load_examples("hellaswag", hellaswag_rows, 1024)
+    requests = [example.request for example in examples]
+    predictions = []
+    for device in (torch.device("cpu"), CUDA):
+        scores = dict(itertools.chain(*score(model.to(device), requests, device)))
+        records = [make_record("hellaswag", e, scores[i]) for i, e in enumerate(examples)]
+        predictions.append([(record["pred"], record["pred_norm"]) for record in records])
+    assert predictions[0] == predictions[1]
+
+
+def test_training_evaluates_hellaswag_as_the_command_does(shards, hellaswag_rows):
+    """Training in bf16 allows TF32 in the whole process, but not in its evaluations."""
+    model = talkative_model(block_size=1024).to(CUDA)
+    examples = load_examples("hellaswag", hellaswag_rows, 1024)
+    with torch.autocast("cuda", BF16):
+        expected = count_correct(model.eval(), examples, CUDA)
+    step = cuda_step(shards, model, precision="bf16")
+    assert torch.get_float32_matmul_precision() == "high"
+    with step.eval_mode():
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert count_correct(model, examples, CUDA) == expected
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_greedy_text_equals_a_cpus():
+    """In fp32 a GPU generates the tokens that a CPU does, past the end of the window too."""
+    model, idx = talkative_model(block_size=64).eval(), random_ids(2, 40)
+    expected = model.generate(idx, 60, temperature=0)
+    assert torch.equal(model.to(CUDA).generate(idx.to(CUDA), 60, temperature=0).cpu(), expected)
+
+
+@pytest.fixture
+def nccl(tmp_path):
+    torch.cuda.set_device(CUDA)
+    torch.distributed.init_process_group(
+        "nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_rank_over_nccl(nccl, parallel):
+    """Wrapped in DDP or sharded by FSDP2, compiled, the step of one rank is that of the plain
+    model, with Muon's gathering too.
+    """
+    idx, results = random_ids(4, 128).to(CUDA), []
+    batch = Batch(idx, idx.roll(1))
+    config = PretrainConfig(optimizer="muon", precision="fp32", batch_size=4)
+    for kind in ("plain", parallel):
+        model = cuda_model()
+        if kind == "fsdp":
+            shard_model(model, GPU, None, compile_blocks=True)
+        loss = SummedLoss(model, compile_trunk=kind == "ddp")
+        loss = DistributedDataParallel(loss) if kind == "ddp" else loss
+        optimizers = build_optimizers(model, config)
+        for _ in range(3):
+            value = loss(batch)
+            value.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        results.append(loss(batch).item())
+    assert results[1] == pytest.approx(results[0], rel=1e-3)
+
+
+def test_resuming_is_exact_with_deterministic_kernels():
+    """With PyTorch's deterministic algorithms, a compiled run in bf16 that is stopped and resumed
+    repeats the losses of an uninterrupted one to the last bit.
+    """
+    env = worker_env() | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    command = [sys.executable, str(WORKERS / "resume_on_cuda.py"), "deterministic"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    straight, resumed = done.stdout.splitlines()[-2:]
+    assert straight == resumed
