@@ -231,7 +231,7 @@ class GPT(nn.Module):
         finished = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         caches: list[KVCache] = []
         for _ in range(max_new_tokens):
-            logits = self.logits(self._last_hidden(idx, caches))
+            logits = self.logits(self.last_hidden(idx, caches))
             next_id = sample_next(logits, temperature, top_k, top_p, generator)
             if eos is not None:
                 next_id = next_id.masked_fill(finished, eos)
@@ -241,7 +241,7 @@ class GPT(nn.Module):
             if eos is not None and finished.all():
                 break
 
-    def _last_hidden(self, idx: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
+    def last_hidden(self, idx: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
         """The final hidden state (B, C) at the last token of `idx`, using and filling `caches`.
 
         Learned positions cannot slide, so a full cache is rebuilt from its last half: one long pass

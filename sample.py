@@ -171,8 +171,7 @@ def main(config: SampleConfig) -> None:
         raise ValueError(f"{config.model} has weights that are not finite; choose another model")
     if lora_linears(model):
         merge_lora(model)
-    if device.type == "cpu":
-        speed_up_decoding(model)
+    speed_up_decoding(model)
     generator = torch.Generator(device).manual_seed(config.seed)
     if prompt is None:
         prompt_loop(model, config, generator)

@@ -1,4 +1,6 @@
-"""Fast decoding on a CPU: linear layers for a few rows that use all threads."""
+"""Fast decoding: on a CPU, linear layers for a few rows that use all threads; on CUDA, the kernels
+of a token launched as one graph.
+"""
 
 from functools import partial
 
@@ -6,16 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import GPT
+from model import GPT, KVCache
 
 FEW_ROWS = 8  # up to here, reading the weight takes the time
 
 
 def speed_up_decoding(model: GPT) -> None:
-    """Make all linear layers use `linear_few_rows` from now on, in a model that is only sampled.
+    """Make a model that is only sampled from now on faster, on the device where it is.
     LoRA has to be merged first: a layer that is not keeps its own forward.
     """
-    for module in model.modules():
+    device_type = next(model.parameters()).device.type
+    if device_type == "cuda":
+        model.last_hidden = GraphedDecoder(model)  # type: ignore[method-assign]
+    for module in model.modules() if device_type == "cpu" else []:
         if isinstance(module, nn.Linear) and not hasattr(module, "lora_A"):
             module.forward = partial(  # type: ignore[method-assign]  # for this instance
                 linear_few_rows, weight=module.weight, bias=module.bias
@@ -38,3 +43,78 @@ def linear_few_rows(
     x_t = x.reshape(rows, in_features).t().expand(threads, -1, -1)  # (threads, in, rows)
     y = torch.bmm(weight.view(threads, -1, in_features), x_t).view(out_features, rows).t()
     return (y if bias is None else y + bias).reshape(*x.shape[:-1], out_features)
+
+
+class StaticCache(KVCache):
+    """A cache whose shape does not change: a token's keys and values go to `position` (1), which
+    lives on the device, and all places are returned, also the unused ones.
+    """
+
+    def __init__(self, batch_size: int, model: GPT, position: torch.Tensor):
+        config, weight = model.config, model.lm_head.weight
+        super().__init__(config.block_size)
+        self.position = position
+        shape = batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
+        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.k.index_copy_(2, self.position, k), self.v.index_copy_(2, self.position, v)
+
+
+class TokenGraph:
+    """The pass of one token for a batch, captured as a CUDA graph."""
+
+    def __init__(self, model: GPT, batch_size: int):
+        device = model.lm_head.weight.device
+        self.idx = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.caches = [StaticCache(batch_size, model, self.position) for _ in model.transformer.h]
+        columns = torch.arange(model.config.block_size, device=device)
+
+        def compute_hidden() -> torch.Tensor:
+            mask = (columns <= self.position)[None, None, None]
+            return model.hidden(self.idx, [*self.caches], self.position, mask)[:, -1]
+
+        side_stream = torch.cuda.Stream(device)  # where libraries initialize before the capture
+        side_stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side_stream):
+            compute_hidden()
+        torch.cuda.current_stream(device).wait_stream(side_stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.hidden = compute_hidden()
+
+    def load(self, caches: list[KVCache]) -> None:
+        """Start from the keys and values of a prompt."""
+        for mine, cache in zip(self.caches, caches, strict=True):
+            mine.k.copy_(cache.k)
+            mine.v.copy_(cache.v)
+
+    def __call__(self, idx: torch.Tensor, position: int) -> torch.Tensor:
+        self.idx.copy_(idx)
+        self.position.fill_(position)
+        self.graph.replay()
+        return self.hidden
+
+
+class GraphedDecoder:
+    """Does what `GPT.last_hidden` does. After a prompt, or when the window has moved, each token is
+    a replay of one CUDA graph, because launching its kernels takes longer than running them.
+    """
+
+    def __init__(self, model: GPT):
+        self.model = model
+        self.graphs: dict[int, TokenGraph] = {}  # by batch size
+
+    def __call__(self, idx: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
+        if not self.graphs.get(len(idx)):
+            self.graphs[len(idx)] = TokenGraph(self.model, len(idx))
+        graph = self.graphs[len(idx)]
+        if not caches or caches[0].length == self.model.config.block_size:
+            x = GPT.last_hidden(self.model, idx, caches)
+            graph.load(caches)
+            return x
+        x = graph(idx[:, -1:], caches[0].length)
+        for cache in caches:
+            cache.length += 1
+        return x

@@ -18,8 +18,6 @@ NS_STEPS, NS_COEFFICIENTS, NS_EPS = 5, (3.4445, -4.7750, 2.0315), 1e-7
 FIRST_MOMENTUM, MOMENTUM, MOMENTUM_WARMUP_STEPS = 0.85, 0.95, 300
 BATCH_ELEMENTS = 2**24  # of matrices orthogonalized at once: enough to fill a GPU, 64 MB in fp32
 
-Entry = tuple[dict, torch.Tensor, torch.Tensor]  # parameter group, parameter, gradient
-
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The learning rate of `step`, counted from 1. After a linear warmup, `cosine` decays to
@@ -110,43 +108,49 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
         if closure is not None:
             raise ValueError("Muon takes no closure; call backward before the step")
-        by_shape: dict[tuple, list[Entry]] = {}
         for group in self.param_groups:
+            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
             for param in group["params"]:
                 if param.grad is not None:
-                    rows, cols = param.shape
-                    shape = group["parts"], rows // group["parts"], cols
-                    by_shape.setdefault(shape, []).append((group, param, param.grad))
-        for shape, entries in by_shape.items():
-            at_once = max(1, BATCH_ELEMENTS // math.prod(shape))
-            for start in range(0, len(entries), at_once):
-                self._update(entries[start : start + at_once], shape)
+                    by_shape.setdefault(param.shape, []).append(param)
+            for shape, params in by_shape.items():
+                at_once = max(1, BATCH_ELEMENTS // shape.numel())
+                for start in range(0, len(params), at_once):
+                    self._update(group, params[start : start + at_once])
 
-    def _update(self, entries: list[Entry], shape: tuple) -> None:
-        """Update parameters of `shape` (parts, rows, cols)."""
-        parts, rows, cols = shape
-        momenta = [full_tensor(self._update_momentum(*entry)).view(shape) for entry in entries]
-        stacked = torch.cat(momenta)
+    def _update(self, group: dict, params: list[torch.Tensor]) -> None:
+        """Update parameters of one shape, with few kernels: on a GPU launching them would take
+        longer than running them.
+        """
+        shape, lr = params[0].shape, group["lr"]
+        rows, cols = shape[0] // group["parts"], shape[1]
+        momenta = [full_tensor(momentum) for momentum in self._update_momenta(group, params)]
+        stacked = torch.stack(momenta).view(-1, rows, cols)
         updates = distributed_newton_schulz(stacked.to(newton_schulz_dtype(stacked.device)))
-        for (group, param, _), update in zip(entries, updates.split(parts), strict=True):
-            # Jordan's factor: a tall matrix changes its outputs as much as a square one.
-            rate = group["lr"] * max(1.0, rows / cols) ** 0.5
-            change = shard_like(param, update.reshape(param.shape).to(param.dtype)).mul_(-rate)
-            change.sub_(param, alpha=group["lr"] * group["weight_decay"])
-            param.add_(change if self.found_inf is None else change * (1 - self.found_inf))
+        keep = 1.0 if self.found_inf is None else 1 - self.found_inf
+        # Jordan's factor: a tall matrix changes its outputs as much as a square one.
+        updates = updates.to(stacked.dtype) * (keep * (-lr * max(1.0, rows / cols) ** 0.5))
+        torch._foreach_mul_(params, 1 - keep * (lr * group["weight_decay"]))
+        changes = updates.view(-1, *shape).unbind()
+        torch._foreach_add_(
+            params, [shard_like(p, change) for p, change in zip(params, changes, strict=True)]
+        )
 
-    def _update_momentum(
-        self, group: dict, param: torch.Tensor, grad: torch.Tensor
-    ) -> torch.Tensor:
-        """Update the running mean of the gradients; return its Nesterov lookahead."""
-        state = self.state[param]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(grad)
-        mean = state["momentum_buffer"]
-        if self.found_inf is not None:  # averaging the mean with itself leaves it as it is
-            grad = torch.where(self.found_inf.bool(), mean, grad)
-        mean.lerp_(grad, 1 - group["momentum"])
-        return grad.lerp(mean, group["momentum"])
+    def _update_momenta(self, group: dict, params: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Update the running means of the gradients; return their Nesterov lookaheads, which may
+        take the gradients' memory.
+        """
+        grads = [param.grad for param in params if param.grad is not None]
+        for param, grad in zip(params, grads, strict=True):
+            if "momentum_buffer" not in self.state[param]:
+                self.state[param]["momentum_buffer"] = torch.zeros_like(grad)
+        means = [self.state[param]["momentum_buffer"] for param in params]
+        if self.found_inf is not None:  # averaging a mean with itself leaves it as it is
+            skip = self.found_inf.bool()
+            grads = [torch.where(skip, m, g) for m, g in zip(means, grads, strict=True)]
+        torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+        torch._foreach_lerp_(grads, means, group["momentum"])
+        return grads
 
 
 def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
