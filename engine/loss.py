@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from engine.data import IGNORE_INDEX, Batch
+from engine.data import Batch
 from model import GPT
 
 # Rows whose logits exist at once. On a CPU 512 take 100 MB, and fewer would read and write the
@@ -39,7 +39,7 @@ class HeadLoss(torch.autograd.Function):
         ctx: Any,  # torch's FunctionCtx, which accepts any attribute
         x: torch.Tensor,  # (n, C)
         weight: torch.Tensor,  # (padded V, C)
-        targets: torch.Tensor,  # (n)
+        targets: torch.Tensor,  # (n), without IGNORE_INDEX
         vocab_size: int,
         dtype: torch.dtype,  # of the matrix products
         with_grad: bool,
@@ -60,19 +60,16 @@ class HeadLoss(torch.autograd.Function):
             for start in range(0, len(x), chunk_rows):
                 x_chunk = x[start : start + chunk_rows].to(dtype)
                 ids = targets[start : start + chunk_rows, None]
-                is_target = ids != IGNORE_INDEX
-                ids = ids.clamp(min=0)
                 logits = torch.mm(x_chunk, head.t(), out=logits_buffer[: len(ids)])
                 if compiled_softmax is not None:
                     log_probs = compiled_softmax(logits, ids, vocab_size)
                 else:
                     log_probs = softmax_(logits, ids, vocab_size, log_probs_buffer[: len(ids)])
-                total -= (log_probs * is_target).sum()
+                total -= log_probs.sum()
                 if d_x is not None:
                     # p - 1 in fp32: in bf16, p near 1 is already rounded.
                     d_logits = logits.scatter_(1, ids, log_probs.expm1().to(dtype))
-                    d_x[start : start + chunk_rows] = (d_logits @ head) * is_target
-                    x_chunk = x_chunk * is_target  # cheaper than d_logits, V / C times as wide
+                    d_x[start : start + chunk_rows] = d_logits @ head
                 if d_weight is not None:
                     add_product_(d_weight, d_logits.t(), x_chunk)
         ctx.gradients = d_x, None if d_weight is None else d_weight.to(weight.dtype)

@@ -71,8 +71,8 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     ("dtype", "tolerance"), [(FP32, 1e-5), (FP16, 2e-3), (BF16, 1e-2)], ids=["fp32", "fp16", "bf16"]
 )
 def test_head_loss_equals_cross_entropy(dtype, tolerance, is_compiled):
-    """Loss and gradients are those of cross-entropy in float64 over the real vocabulary, also with
-    ignored targets and where the model is nearly certain (p of 0.99).
+    """Loss and gradients are those of cross-entropy in float64 over the real vocabulary, also where
+    the model is nearly certain (p of 0.99).
     """
     if is_compiled and dtype == FP32:
         pytest.skip("fp32 is never compiled")
@@ -82,14 +82,13 @@ def test_head_loss_equals_cross_entropy(dtype, tolerance, is_compiled):
     weight = 0.02 * torch.randn(50304, C, generator=generator).to(CUDA)
     targets = torch.randint(vocab_size, (n,), generator=generator).to(CUDA)
     x[: n // 2] += 40 * weight[targets[: n // 2]]  # logits of about 12 above the others
-    targets[::7] = -100
     leaves = [t.clone().requires_grad_() for t in (x, weight)]
     softmax = torch.compile(softmax_) if is_compiled else None
     loss = HeadLoss.apply(*leaves, targets, vocab_size, dtype, True, softmax)
     grads = torch.autograd.grad(loss, leaves)
     exact = [t.to(dtype).double().requires_grad_() for t in (x, weight)]
     logits = exact[0] @ exact[1][:vocab_size].t()
-    expected = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    expected = F.cross_entropy(logits, targets, reduction="sum")
     expected_grads = torch.autograd.grad(expected, exact)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
