@@ -117,6 +117,12 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
+def datasets():
+    """Hugging Face's library that loads rows from the hub; not needed to train."""
+    return pytest.importorskip("datasets", reason="needs datasets")
+
+
+@pytest.fixture
 def tiny_config() -> GPTConfig:
     """A GPT-2 of two layers whose vocabulary of 1000 is padded to 1024."""
     return GPTConfig(block_size=48, vocab_size=1000, n_layer=2, n_head=4, n_embd=64)

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -274,7 +273,7 @@ def test_a_killed_worker_is_an_error_with_a_remedy(monkeypatch):
         list(fineweb.tokenize(lambda: iter([("text", True)]), 1))
 
 
-def test_hub_data_streams_and_resumes(tmp_path, monkeypatch):
+def test_hub_data_streams_and_resumes(tmp_path, monkeypatch, datasets):
     """A hub dataset is streamed row by row; an interrupted preparation resumes at its row."""
 
     def load_dataset(repo, name, split, streaming):
@@ -294,7 +293,7 @@ def test_hub_data_streams_and_resumes(tmp_path, monkeypatch):
     assert snapshot(tmp_path / "out") == before
 
 
-def test_an_unreachable_hub_names_what_works_without(tmp_path, monkeypatch):
+def test_an_unreachable_hub_names_what_works_without(tmp_path, monkeypatch, datasets):
     """Without a network the error says what failed and what needs none, for text and for ready-made
     shards.
     """

@@ -3,7 +3,6 @@ import hashlib
 import json
 from itertools import chain
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -167,7 +166,7 @@ def test_bad_rows_are_named(write, tmp_path):
         read_examples(str(tmp_path / "latin.json"), 1024)
 
 
-def test_hub_rows(monkeypatch):
+def test_hub_rows(monkeypatch, datasets):
     """Rows of a hub dataset become examples. Without the hub the error names the dataset, the
     reason, and the flag that needs no network: no other data replace it.
     """
@@ -187,7 +186,7 @@ def test_hub_rows(monkeypatch):
         read_examples(DEFAULT_DATA, 1024)
 
 
-def test_stdlib_needs_no_network(monkeypatch):
+def test_stdlib_needs_no_network(monkeypatch, datasets):
     """Signatures of Python's own functions prompt for their docstrings, in the same order every
     time.
     """

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lm_eval
 import pytest
 import torch
 from conftest import talkative_model
@@ -56,6 +55,7 @@ def test_lm_eval_gives_the_same_accuracies(checkpoint, tmp_path, capsys):
     """`lm_eval --model hf --model_args pretrained=CHECKPOINT`, with its own HellaSwag task on local
     rows, has the accuracies of hellaswag.py.
     """
+    lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval")
     source = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
     task = (source / "hellaswag.yaml").read_text()
     task = task.replace("task: hellaswag", "task: local_hellaswag")

@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -197,7 +196,7 @@ def test_wrong_sources_are_named(tmp_path):
         read_pieces(tmp_path / "c.parquet")
 
 
-def test_hub_text_streams_from_any_row(monkeypatch):
+def test_hub_text_streams_from_any_row(monkeypatch, datasets):
     """A hub dataset is streamed from the row where it is to continue; only its text counts."""
 
     def load_dataset(repo, name, split, streaming):
@@ -212,7 +211,7 @@ def test_hub_text_streams_from_any_row(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [OSError("no\nroute."), ValueError("no\nroute"), KeyError("no")])
-def test_hub_failures_name_the_data_and_the_remedy(monkeypatch, error):
+def test_hub_failures_name_the_data_and_the_remedy(monkeypatch, error, datasets):
     """Whatever the hub's libraries raise, at once or in the middle of a stream, becomes one
     ConnectionError with the repository, the reason and the remedy.
     """

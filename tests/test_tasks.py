@@ -5,16 +5,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import lm_eval
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks.hellaswag.utils import process_docs
 from scipy.stats import binomtest
 from transformers import GPT2LMHeadModel
 
@@ -72,6 +67,11 @@ def write_rows(tmp_path) -> Callable[[list[dict]], str]:
 
 def lm_eval_samples(folder: Path, task: str, data: str, batch_size: int = 1) -> list[dict]:
     """lm-eval's own results for each row of a local file, with its own task and no network."""
+    lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
     source = Path(lm_eval.__file__).parent / "tasks" / task.partition("_")[0] / f"{task}.yaml"
     config = yaml.safe_load(source.read_text().replace("!function ", ""))
     split = config.get("test_split") or config["validation_split"]
@@ -266,6 +266,10 @@ def test_perplexity_is_lm_evals_rolling_likelihood(folder, model):
     """Windows that do not overlap are those of lm-eval's loglikelihood_rolling, for texts of any
     length.
     """
+    pytest.importorskip("lm_eval", reason="needs lm-eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
     lm = HFLM(pretrained=str(folder), device="cpu", batch_size=1)
     long_text = ROWS.read_text()[:3000] + "“Naïve café” — 日本語 😀\n\n"
     for text in ("a", long_text[:300], long_text[:900], long_text):
@@ -335,7 +339,7 @@ def test_damaged_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["hellaswag", "lambada"])
-def test_rows_of_the_hub(task, monkeypatch):
+def test_rows_of_the_hub(task, monkeypatch, datasets):
     """Without a file the rows are those of the hub's validation or test split; without a network
     the error names the flags that avoid it.
     """
