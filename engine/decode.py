@@ -7,6 +7,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, KVCache
 
@@ -73,7 +74,8 @@ class TokenGraph:
 
         def compute_hidden() -> torch.Tensor:
             mask = (columns <= self.position)[None, None, None]
-            return model.hidden(self.idx, [*self.caches], self.position, mask)[:, -1]
+            with sdpa_kernel(SDPBackend.MATH):  # the others are slow for a single query
+                return model.hidden(self.idx, [*self.caches], self.position, mask)[:, -1]
 
         side_stream = torch.cuda.Stream(device)  # where libraries initialize before the capture
         side_stream.wait_stream(torch.cuda.current_stream(device))

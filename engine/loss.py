@@ -15,18 +15,37 @@ from model import GPT
 CHUNK_ROWS = {"cpu": 512}
 DEFAULT_CHUNK_ROWS = 4096
 
+Softmax = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
-def softmax_(
-    logits: torch.Tensor, ids: torch.Tensor, vocab_size: int, buffer: torch.Tensor | None = None
-) -> torch.Tensor:
+
+def softmax_(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Turn `logits` (n, padded V) into probabilities, in place; return the log-probabilities (n, 1)
-    of `ids` (n, 1) in fp32. `buffer` is memory for all log-probabilities in fp32.
+    of `ids` (n, 1) in fp32.
     """
     logits[:, vocab_size:] = -torch.inf  # padding is not in the vocabulary
-    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=buffer)
+    in_place = logits if logits.dtype == torch.float32 else None
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=in_place)
     target_log_probs = log_probs.gather(1, ids)
     torch.exp(log_probs, out=logits)
     return target_log_probs
+
+
+def compile_softmax() -> Softmax:
+    """`softmax_` for 16-bit logits as one kernel, which reads them twice and writes them once."""
+
+    def normalize_(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        logits[:, vocab_size:] = -torch.inf
+        log_sum_exp = logits.float().logsumexp(dim=-1, keepdim=True)
+        logits.copy_((logits.float() - log_sum_exp).exp())
+        return log_sum_exp
+
+    compiled = torch.compile(normalize_)
+
+    def softmax(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        target_logits = logits.gather(1, ids).float()  # inside, it would make two kernels of one
+        return target_logits - compiled(logits, vocab_size)
+
+    return softmax
 
 
 class HeadLoss(torch.autograd.Function):
@@ -43,7 +62,7 @@ class HeadLoss(torch.autograd.Function):
         vocab_size: int,
         dtype: torch.dtype,  # of the matrix products
         with_grad: bool,
-        compiled_softmax: Callable | None,
+        softmax: Softmax,
     ) -> torch.Tensor:
         head = weight.to(dtype)
         total = x.new_zeros((), dtype=torch.float32)
@@ -53,18 +72,12 @@ class HeadLoss(torch.autograd.Function):
         chunk_rows = max(1, min(CHUNK_ROWS.get(x.device.type, DEFAULT_CHUNK_ROWS), len(x)))
         # One buffer for all chunks: on a CPU, touching new memory costs more than the softmax.
         logits_buffer = x.new_empty(chunk_rows, len(weight), dtype=dtype)
-        log_probs_buffer = logits_buffer
-        if dtype != torch.float32 and compiled_softmax is None:
-            log_probs_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(x), chunk_rows):
                 x_chunk = x[start : start + chunk_rows].to(dtype)
                 ids = targets[start : start + chunk_rows, None]
                 logits = torch.mm(x_chunk, head.t(), out=logits_buffer[: len(ids)])
-                if compiled_softmax is not None:
-                    log_probs = compiled_softmax(logits, ids, vocab_size)
-                else:
-                    log_probs = softmax_(logits, ids, vocab_size, log_probs_buffer[: len(ids)])
+                log_probs = softmax(logits, ids, vocab_size)
                 total -= log_probs.sum()
                 if d_x is not None:
                     # p - 1 in fp32: in bf16, p near 1 is already rounded.
@@ -104,7 +117,7 @@ class SummedLoss(nn.Module):
         self.model = model
         # Shapes are static where all batches have one; else dynamic from the second length on.
         self.hidden = torch.compile(model.hidden) if compile_trunk else model.hidden
-        self.compiled_softmax = torch.compile(softmax_) if compile_head else None
+        self.softmax_in_16_bits = compile_softmax() if compile_head else softmax_
 
     def forward(self, batch: Batch) -> torch.Tensor:
         x = self.hidden(batch.idx).flatten(0, 1)
@@ -114,8 +127,7 @@ class SummedLoss(nn.Module):
         device_type, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-        # In fp32 the eager softmax is faster, because it needs no second buffer.
-        compiled_softmax = None if dtype == torch.float32 else self.compiled_softmax
+        softmax = softmax_ if dtype == torch.float32 else self.softmax_in_16_bits
         weight, vocab_size = self.model.lm_head.weight, self.model.config.vocab_size
         with_grad = torch.is_grad_enabled()
-        return HeadLoss.apply(x, weight, targets, vocab_size, dtype, with_grad, compiled_softmax)
+        return HeadLoss.apply(x, weight, targets, vocab_size, dtype, with_grad, softmax)

@@ -25,7 +25,7 @@ from engine.data import Batch, PretrainingData
 from engine.decode import speed_up_decoding
 from engine.distributed import Distributed, shard_model
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora, only_optimize_lora_parameters
-from engine.loss import HeadLoss, SummedLoss, softmax_
+from engine.loss import HeadLoss, SummedLoss, compile_softmax, softmax_
 from engine.optim import build_optimizers
 from engine.scoring import score
 from engine.step import Prefetcher, apply_recompute
@@ -83,7 +83,7 @@ def test_head_loss_equals_cross_entropy(dtype, tolerance, is_compiled):
     targets = torch.randint(vocab_size, (n,), generator=generator).to(CUDA)
     x[: n // 2] += 40 * weight[targets[: n // 2]]  # logits of about 12 above the others
     leaves = [t.clone().requires_grad_() for t in (x, weight)]
-    softmax = torch.compile(softmax_) if is_compiled else None
+    softmax = compile_softmax() if is_compiled else softmax_
     loss = HeadLoss.apply(*leaves, targets, vocab_size, dtype, True, softmax)
     grads = torch.autograd.grad(loss, leaves)
     exact = [t.to(dtype).double().requires_grad_() for t in (x, weight)]
