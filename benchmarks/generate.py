@@ -25,7 +25,8 @@ from engine.decode import speed_up_decoding
 from engine.tokenizer import END_OF_TEXT_ID
 from model import GPT
 
-OURS, TRANSFORMERS, PREFIX = "this project", "transformers, cached", "prefix recomputed"
+OURS, PREFIX = "this project", "prefix recomputed"
+TRANSFORMERS, STATIC = "transformers, cached", "transformers, static cache, compiled"
 BLOCK_SIZE = 1024
 
 
@@ -40,7 +41,7 @@ def make_contender(size: Size, config: BenchmarkConfig, name: str, n: int) -> Ca
     """Generates `n` tokens after a random prompt of `size.T` tokens."""
     idx = size.random_ids(config.open_device())
     model: Any = GPT(size.gpt_config(BLOCK_SIZE)).eval()
-    if name == TRANSFORMERS:
+    if name in (TRANSFORMERS, STATIC):
         model = harness.transformers_copy(model)
     model.to(idx.device)
     if name == OURS:
@@ -52,8 +53,11 @@ def make_contender(size: Size, config: BenchmarkConfig, name: str, n: int) -> Ca
         with config.autocast():
             if name == OURS:
                 out = model.generate(idx, n, temperature=0)
-            elif name == TRANSFORMERS:
-                options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False}
+            elif name != PREFIX:
+                options: dict[str, Any] = {"max_new_tokens": n, "min_new_tokens": n}
+                options |= {"do_sample": False}
+                if name == STATIC:  # which compiles the pass of a token
+                    options["cache_implementation"] = "static"
                 mask = torch.ones_like(idx)
                 out = model.generate(
                     idx, attention_mask=mask, pad_token_id=END_OF_TEXT_ID, **options
@@ -67,11 +71,13 @@ def make_contender(size: Size, config: BenchmarkConfig, name: str, n: int) -> Ca
 
 
 def main(config: GenerateBenchmarkConfig) -> None:
-    n, names = config.new_tokens, (OURS, TRANSFORMERS, PREFIX)
+    n, names = config.new_tokens, [OURS, TRANSFORMERS, PREFIX]
+    if config.open_device().type == "cuda":
+        names.insert(2, STATIC)
     makers = {name: partial(make_contender, name=name, n=n) for name in names}
     for batch_size in (1, 5):
         size = Size(config.n_layer, 768, batch_size, config.prompt_tokens)
-        results = harness.measure_in_workers(makers, size, config)
+        results = harness.measure(makers, size, config)
         columns = "ms per token", "/ ours", "tokens equal to ours"
         harness.print_header(f"{batch_size} x {size.T} + {n} tokens", *columns)
         for name, turns in results.items():

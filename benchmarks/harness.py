@@ -5,6 +5,7 @@ over the rounds, and ratios of medians.
 """
 
 import gc
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -111,34 +112,52 @@ def take_turns(
     return results
 
 
-def measure_in_workers(
+def measure(
     makers: Mapping[str, Maker], size: Size, config: BenchmarkConfig, *, warmup: int = 1
 ) -> Results:
-    """Run contenders in processes of their own; return what each measured in `config.rounds` turns.
+    """Run the contenders; return what each measured in `config.rounds` turns.
 
     A maker returns the contender, a function that does a step and returns figures by name. To these
     are added `seconds`, and `peak_bytes`: on a CPU the highest resident memory so far over that
     after a step of a tiny size, on CUDA the allocator's peak. On a CPU the contenders take turns.
-    On CUDA each needs the GPU for itself, so they run one after another; those that run out of
-    memory are reported and left out.
+    On CUDA each needs the GPU for itself, so they run one after another in this process; those
+    that run out of memory or lack a package are reported and left out.
     """
+    if config.open_device().type == "cuda":
+        results = {name: measure_alone(name, makers[name], size, config, warmup) for name in makers}
+        return {name: turns for name, turns in results.items() if turns}
     for name in [name for name in os.environ if name.startswith("OMP_")]:
         del os.environ[name]  # config.threads decides, not the shell
-    results: Results = {}
-    on_cuda = config.open_device().type == "cuda"
-    for group in [{name: makers[name]} for name in makers] if on_cuda else [makers]:
-        with ExitStack() as stack:
-            contenders = {
-                name: stack.enter_context(start_worker(name, make, size, config))
-                for name, make in group.items()
-            }
-            try:
-                turns = take_turns(contenders, range(warmup + config.rounds), warmup=warmup)
-            except torch.OutOfMemoryError:  # raised on CUDA only
-                print(f"{', '.join(group)}, {size}: out of memory", flush=True)
-            else:
-                results |= {name: [turn["value"] for turn in turns[name]] for name in group}
-    return results
+    with ExitStack() as stack:
+        contenders = {
+            name: stack.enter_context(start_worker(name, make, size, config))
+            for name, make in makers.items()
+        }
+        turns = take_turns(contenders, range(warmup + config.rounds), warmup=warmup)
+    return {name: [turn["value"] for turn in turns[name]] for name in makers}
+
+
+def measure_alone(
+    name: str, make: Maker, size: Size, config: BenchmarkConfig, warmup: int
+) -> list[Result]:
+    """What a contender measures on CUDA; nothing if it cannot run there."""
+    print(f"measuring {name}, {size}", file=sys.stderr, flush=True)
+    device = config.open_device()
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    torch.manual_seed(0)
+    try:
+        step, turns = make(size, config), []
+        for _ in range(warmup + config.rounds):
+            started = read_clock(device)
+            result = step() | {"seconds": read_clock(device) - started}
+            turns.append(result | {"peak_bytes": torch.cuda.max_memory_allocated(device)})
+    except (torch.OutOfMemoryError, ImportError) as error:
+        print(f"{name}, {size}: {str(error).splitlines()[0]}", flush=True)
+        return []
+    return turns[warmup:]
 
 
 @contextmanager
@@ -185,14 +204,37 @@ def serve_steps(pipe: Any, make: Maker, size: Size, config: BenchmarkConfig) -> 
             while pipe.recv():
                 started = read_clock(device)
                 result = step() | {"seconds": read_clock(device) - started}
-                result["peak_bytes"] = read_memory("VmHWM") - before
-                if device.type == "cuda":
-                    result["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-                pipe.send(result)
+                pipe.send(result | {"peak_bytes": read_memory("VmHWM") - before})
     except Exception as error:
-        if not isinstance(error, ValueError | torch.OutOfMemoryError):
+        if not isinstance(error, ValueError):
             traceback.print_exc()
         pipe.send(error)
+
+
+class Stopwatch:
+    """Notes times on the device; on CUDA by events, so that launching never waits."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.times: list[Any] = []
+
+    def note(self, *_: object) -> None:
+        if self.device.type != "cuda":
+            self.times.append(time.perf_counter())
+            return
+        self.times.append(torch.cuda.Event(enable_timing=True))
+        self.times[-1].record()
+
+    def read(self) -> list[float]:
+        """The seconds between the times noted, which are then forgotten."""
+        if self.device.type != "cuda":
+            seconds = [end - start for start, end in itertools.pairwise(self.times)]
+        else:
+            self.times[-1].synchronize()
+            pairs = itertools.pairwise(self.times)
+            seconds = [start.elapsed_time(end) / 1e3 for start, end in pairs]
+        self.times.clear()
+        return seconds
 
 
 def read_clock(device: torch.device) -> float:

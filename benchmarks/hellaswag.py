@@ -152,7 +152,7 @@ def main(config: HellaSwagBenchmarkConfig) -> None:
         files = write_rounds(config, folder)
         makers = {name: partial(make_contender, name=name, files=files) for name in names}
         size = Size(config.n_layer, 768, batch_size=1, T=BLOCK_SIZE)
-        results = harness.measure_in_workers(makers, size, config)
+        results = harness.measure(makers, size, config)
     columns = "ours is", "equal predictions: summed", "normalized"
     harness.print_header("contender", "examples/s", *columns)
     for name, turns in results.items():

@@ -52,6 +52,7 @@ class LoRABenchmarkConfig(BenchmarkConfig):
     recompute: Literal["none", "light", "block"] = flag("light", "of LoRA, with --table")
     rounds: int = flag(3, "measured steps of each contender, after one that warms up")
     threads: int = flag(1, "CPU threads of each contender")
+    compile: bool = flag(False, "torch.compile this project's contenders")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -120,17 +121,19 @@ def make_peft(size: Size, rank: int, *, checkpointing: bool) -> Any:
 
 
 def make_contender(
-    size: Size, config: BenchmarkConfig, kind: str, rank: int = RANK
+    size: Size, config: LoRABenchmarkConfig, kind: str, rank: int = RANK
 ) -> Callable[[], Result]:
     device = config.open_device()
     model, idx = make_model(kind, size, rank).train().to(device), size.random_ids(device)
+    if isinstance(model, GPT):
+        summed_loss = SummedLoss(model, compile_trunk=config.compile, compile_head=config.compile)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-4, betas=BETAS, fused=True)
 
     def compute_loss() -> torch.Tensor:
         with config.autocast():
             if isinstance(model, GPT):
-                return SummedLoss(model)(Batch(idx, idx)) / idx.numel()
+                return summed_loss(Batch(idx, idx)) / idx.numel()
             return model(idx, labels=idx).loss
 
     def update(live_bytes: Callable[[], int]) -> int:
@@ -169,7 +172,7 @@ def make_contender(
 
 def compare(makers: dict[str, Any], size: Size, config: LoRABenchmarkConfig) -> None:
     """Measure the contenders; those called "full ..." are what the others are compared with."""
-    results = harness.measure_in_workers(makers, size, config)
+    results = harness.measure(makers, size, config)
     times = "forward ms", "backward ms", "sum", "/ full", "/ full with the same recomputation"
     harness.print_header(str(size), *times, "peak memory, GB", "kept for backward, kB per token")
     for step in [step for steps in results.values() for step in steps]:

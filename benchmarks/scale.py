@@ -178,7 +178,7 @@ def main(config: ScaleBenchmarkConfig) -> None:
     columns = "predicted, GB", "measured, GB", "predicted / measured"
     harness.print_header("layers x width, batch", *columns)
     for size in map(Size.parse, config.sizes):
-        steps = harness.measure_in_workers({"ours": make_step}, size, config, warmup=0)["ours"]
+        steps = harness.measure({"ours": make_step}, size, config, warmup=0)["ours"]
         measured = steps[-1]["peak_bytes"]
         predicted = predict_peak(
             size.gpt_config(), size.batch_size, Setup(half=False, device_type="cpu")

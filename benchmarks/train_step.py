@@ -8,11 +8,16 @@ clipping, fused AdamW. They take turns step by step, each in a process of its ow
 allocator that its users get. This project's loss computes its gradient in the forward pass, so
 compare the sum of forward and backward; clipping counts as "optimizer". Peak memory is the highest
 resident memory over that after a step of a tiny model. Peak FLOP/s are those of the fastest of the
-blocks' matrix products, measured in one more process in every round. On CUDA the contenders run one
-after another, this project also compiled, and peak FLOP/s are those of the GPU's data sheet.
+blocks' matrix products, measured in one more process in every round.
+
+    python benchmarks/train_step.py --device cuda --precision bf16 --sizes 12x768:64x1024 \\
+        --peer ../nanoGPT
+
+On CUDA the contenders run one after another, compiled; peak FLOP/s are those of the GPU's data
+sheet, and memory is the allocator's.
 """
 
-import importlib
+import importlib.util
 import inspect
 import itertools
 import sys
@@ -28,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Result, Size
+from benchmarks.harness import BenchmarkConfig, Result, Size, Stopwatch
 from engine.config import flag, run_command
 from engine.distributed import Distributed, keep_freed_memory
 from engine.metrics import peak_flops
@@ -52,15 +57,12 @@ class TimedStep(TrainingStep):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.times: list[float] = []
-        self.loss.register_forward_pre_hook(self._note_time)
-        self.loss.register_forward_hook(self._note_time)
-
-    def _note_time(self, *_: object) -> None:
-        self.times.append(harness.read_clock(self.dist.device))
+        self.stopwatch = Stopwatch(self.dist.device)
+        self.loss.register_forward_pre_hook(self.stopwatch.note)
+        self.loss.register_forward_hook(self.stopwatch.note)
 
     def _clip_gradients(self) -> torch.Tensor:
-        self._note_time()
+        self.stopwatch.note()
         return super()._clip_gradients()
 
 
@@ -69,34 +71,44 @@ def make_ours(size: Size, config: BenchmarkConfig, **settings: Any) -> Callable[
     keep_freed_memory(Distributed(rank=0, world_size=1, device=device))
     training_step = harness.random_training_step(size, config, TimedStep, **settings)
 
-    def step() -> Result:
-        training_step.times.clear()
-        training_step(next(numbers))
-        return split_times([*training_step.times, harness.read_clock(device)])
+    def turn() -> Result:
+        for _ in range(steps_per_turn(device)):
+            training_step.stopwatch.times.clear()
+            training_step(next(numbers))
+            training_step.stopwatch.note()
+        return dict(zip(PARTS, training_step.stopwatch.read(), strict=True))
 
-    return step
-
-
-def split_times(times: list[float]) -> Result:
-    """The seconds of each part, from the times at which they begin and end."""
-    seconds = [end - start for start, end in itertools.pairwise(times)]
-    return dict(zip(PARTS, seconds, strict=True))
+    return turn
 
 
-def make_transformers(size: Size, config: BenchmarkConfig) -> Callable[[], Result]:
+def steps_per_turn(device: torch.device) -> int:
+    """On CUDA several, because training launches a step before the one before is done."""
+    return 5 if device.type == "cuda" else 1
+
+
+def make_transformers(
+    size: Size, config: BenchmarkConfig, *, compiled: bool = False
+) -> Callable[[], Result]:
     model = harness.transformers_gpt2(size.gpt_config())
-    return make_loop(model, lambda idx: model(idx, labels=idx).loss, size, config)
+    called = torch.compile(model) if compiled else model
+    return make_loop(model, lambda idx: called(idx, labels=idx).loss, size, config)
 
 
-def make_peer(size: Size, config: BenchmarkConfig, folder: str) -> Callable[[], Result]:
+def make_peer(
+    size: Size, config: BenchmarkConfig, folder: str, *, compiled: bool = False
+) -> Callable[[], Result]:
     """The GPT of the folder's model.py: `GPT(config)(idx, targets)` returns logits and loss."""
-    sys.modules.pop("model", None)  # this project's
-    sys.path.insert(0, folder)
-    module, shape = importlib.import_module("model"), size.gpt_config()
+    spec = importlib.util.spec_from_file_location("peer_model", Path(folder) / "model.py")
+    if spec is None or spec.loader is None:
+        raise ValueError(f"peer is {folder}, expected a folder with a Python file model.py")
+    module, shape = importlib.util.module_from_spec(spec), size.gpt_config()
+    sys.modules[spec.name] = module  # dataclasses look themselves up
+    spec.loader.exec_module(module)
     fields = inspect.signature(module.GPTConfig).parameters.keys() & vars(shape).keys()
     values = {name: getattr(shape, name) for name in fields} | {"vocab_size": harness.VOCAB_SIZE}
     model = module.GPT(module.GPTConfig(**values))  # nanoGPT's default is no dropout
-    return make_loop(model, lambda idx: model(idx, idx)[1], size, config)
+    called = torch.compile(model) if compiled else model
+    return make_loop(model, lambda idx: called(idx, idx)[1], size, config)
 
 
 def make_loop(
@@ -109,20 +121,28 @@ def make_loop(
     if config.precision != "fp32":
         torch.set_float32_matmul_precision("high")  # as this project's step does on CUDA
 
-    def step() -> Result:
+    stopwatch = Stopwatch(device)
+
+    def step() -> None:
+        stopwatch.times.clear()
         idx = size.random_ids(device)
-        times = [harness.read_clock(device)]
+        stopwatch.note()
         optimizer.zero_grad(set_to_none=True)
         with config.autocast():
             loss = loss_of(idx)
-        times.append(harness.read_clock(device))
+        stopwatch.note()
         loss.backward()
-        times.append(harness.read_clock(device))
+        stopwatch.note()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return split_times([*times, harness.read_clock(device)])
+        stopwatch.note()
 
-    return step
+    def turn() -> Result:
+        for _ in range(steps_per_turn(device)):
+            step()
+        return dict(zip(PARTS, stopwatch.read(), strict=True))
+
+    return turn
 
 
 def make_matmuls(size: Size, _: BenchmarkConfig) -> Callable[[], Result]:
@@ -142,27 +162,35 @@ def make_matmuls(size: Size, _: BenchmarkConfig) -> Callable[[], Result]:
     return step
 
 
-def main(config: StepBenchmarkConfig) -> None:
-    ours = partial(make_ours, recompute=config.recompute)
+def list_makers(config: StepBenchmarkConfig) -> dict[str, Any]:
+    """The contenders: on CUDA compiled, and transformers also as it is without that."""
+    on_cuda = config.open_device().type == "cuda"
+    ours = partial(make_ours, recompute=config.recompute, compile=on_cuda)
     makers: dict[str, Any] = {OURS: ours, BASELINE: make_transformers}
-    if config.open_device().type == "cuda":
-        makers[f"{OURS}, compiled"] = partial(ours, compile=True)
+    if on_cuda:
+        makers[f"{BASELINE}, compiled"] = partial(make_transformers, compiled=True)
     elif config.precision == "fp32":
         makers["matmul"] = make_matmuls
     if config.peer:
         folder = Path(config.peer).resolve()
         if not (folder / "model.py").exists():
             raise ValueError(f"peer is {config.peer}, expected a folder with model.py")
-        makers[folder.name] = partial(make_peer, folder=str(folder))
+        name = f"{folder.name}, compiled" if on_cuda else folder.name
+        makers[name] = partial(make_peer, folder=str(folder), compiled=on_cuda)
+    return makers
+
+
+def main(config: StepBenchmarkConfig) -> None:
+    makers = list_makers(config)
     columns = "tokens/s", f"/ {BASELINE}'", *(f"{part} ms" for part in PARTS)
     columns += "peak MB", f"/ {BASELINE}'", "of peak FLOP/s"
     for size in map(Size.parse, config.sizes):
-        results = harness.measure_in_workers(makers, size, config, warmup=2)  # one compiles
+        results = harness.measure(makers, size, config, warmup=2)  # one compiles
         matmul = results.pop("matmul", None)
         peak = harness.median(matmul, "flops") if matmul else peak_flops(config.open_device())
         harness.print_header(str(size), *columns)
         for name, steps in results.items():
-            seconds = harness.median(steps)
+            seconds = harness.median(steps) / steps_per_turn(config.open_device())
             harness.print_row(
                 name,
                 f"{size.tokens / seconds:,.0f}",

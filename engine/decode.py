@@ -70,10 +70,10 @@ class TokenGraph:
         self.idx = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.caches = [StaticCache(batch_size, model, self.position) for _ in model.transformer.h]
-        columns = torch.arange(model.config.block_size, device=device)
+        self.columns = torch.arange(model.config.block_size, device=device)
 
         def compute_hidden() -> torch.Tensor:
-            mask = (columns <= self.position)[None, None, None]
+            mask = (self.columns <= self.position)[None, None, None]
             with sdpa_kernel(SDPBackend.MATH):  # the others are slow for a single query
                 return model.hidden(self.idx, [*self.caches], self.position, mask)[:, -1]
 

@@ -39,7 +39,7 @@ def compile_softmax() -> Softmax:
         logits.copy_((logits.float() - log_sum_exp).exp())
         return log_sum_exp
 
-    compiled = torch.compile(normalize_)
+    compiled = torch.compile(normalize_, options={"coordinate_descent_tuning": True})
 
     def softmax(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
         target_logits = logits.gather(1, ids).float()  # inside, it would make two kernels of one

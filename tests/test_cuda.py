@@ -198,7 +198,7 @@ def test_a_snapshot_continues(shards, optimizer):
 def test_lora_compiles_once_for_all_lengths():
     """Twelve lengths need two graphs of the trunk, without a graph break."""
     model = cuda_model()
-    convert_linear_layer_to_lora(model, config=LoRAConfig(lora_dim=4))
+    convert_linear_layer_to_lora(model, config=LoRAConfig(lora_dim=8))
     only_optimize_lora_parameters(model)
     apply_recompute(model, "light")
     summed_loss = SummedLoss(model.train(), compile_trunk=True, compile_head=True)
