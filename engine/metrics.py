@@ -102,7 +102,7 @@ class Meter:
         self.data, self.dist = data, dist
         self.flops_per_token = flops_per_token(model, data.block_size)
         self.peak_flops = peak_flops(dist.device)
-        self.pending: deque[tuple[int, float, torch.Tensor, torch.Tensor]] = deque()
+        self.pending: deque[tuple[int, float, torch.Tensor, torch.cuda.Event | None]] = deque()
         self.max_pending = int(dist.device.type == "cuda")  # a CPU's step is over when it returns
         self.last_read = -math.inf
         self.skipped_in_a_row = 0  # steps whose gradient was not finite
@@ -116,7 +116,13 @@ class Meter:
         """
         # Ranks must agree on stopping, and asking together with the loss costs nothing.
         sums = self.dist.all_reduce(torch.stack([loss, torch.full_like(loss, stop)]))
-        self.pending.append((step, started, sums, grad_norm))
+        results, copied = torch.stack([*sums, grad_norm]), None
+        if self.dist.device.type == "cuda":
+            # Copied now: a copy at the time of reading would wait for the next step as well.
+            results = torch.empty(3, pin_memory=True).copy_(results, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self.pending.append((step, started, results, copied))
 
     def read(self, wait: bool) -> Iterator[dict]:
         """The records of the steps that are done; with `wait` or a stop requested, of all steps."""
@@ -124,8 +130,10 @@ class Meter:
             yield self._read_step()
 
     def _read_step(self) -> dict:
-        step, started, sums, grad_norm = self.pending.popleft()
-        (loss, stops), norm = sums.tolist(), grad_norm.item()
+        step, started, results, copied = self.pending.popleft()
+        if copied is not None:
+            copied.synchronize()
+        loss, stops, norm = results.tolist()
         now = time.perf_counter()
         seconds, self.last_read = now - max(started, self.last_read), now
         self.stop_requested |= stops > 0

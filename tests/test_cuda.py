@@ -5,6 +5,7 @@ import itertools
 import math
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from engine.decode import speed_up_decoding
 from engine.distributed import Distributed, shard_model
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora, only_optimize_lora_parameters
 from engine.loss import HeadLoss, SummedLoss, compile_softmax, softmax_
+from engine.metrics import Meter
 from engine.optim import build_optimizers
 from engine.scoring import score
 from engine.step import Prefetcher, apply_recompute
@@ -303,3 +305,18 @@ def test_resuming_is_exact_with_deterministic_kernels():
     assert done.returncode == 0, done.stderr
     straight, resumed = done.stdout.splitlines()[-2:]
     assert straight == resumed
+
+
+def test_the_time_of_a_step_does_not_count_the_next(shards):
+    """The results of a step are read while the next one runs, without waiting for it: when two
+    are read at once, each has its own time.
+    """
+    meter = Meter(cuda_model(), make_data(shards), GPU)
+    records, result = [], torch.zeros((), device=CUDA)
+    for step in range(1, 5):
+        started = time.perf_counter()
+        torch.cuda._sleep(100_000_000)  # cycles, about 50 ms
+        meter.add(step, started, result, result, stop=False)
+        records += meter.read(wait=step == 4)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert all(record["step_ms"] > 20 for record in records)
