@@ -92,8 +92,7 @@ def predict_memory(config: GPTConfig, batch_size: int, setup: Setup) -> Memory:
     activations = tokens * (L * 2 * 4 * C + kept if setup.recompute else L * kept)
     activations += tokens * 3 * 4 * C  # the last block's output, ln_f's, and its gradient
     rows = min(tokens, CHUNK_ROWS.get(setup.device_type, DEFAULT_CHUNK_ROWS))
-    # A chunk of logits, in 16 bits with log-probabilities in fp32, and the head's gradient.
-    logits = rows * V * (2 + 4 if setup.half else 4) + V * C * 4
+    logits = rows * V * product_bytes + V * C * 4  # of a chunk, and the head's gradient
     gradients = 4 * P if setup.accumulate else 0  # not sharded: synchronized once a step
     return Memory(weights, gradients, 8 * P / setup.ranks, activations, logits)
 

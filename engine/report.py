@@ -48,7 +48,7 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {
 X_AXES = ("step", "tokens", "seconds")
 LOSS_HEIGHT, HELLASWAG_HEIGHT, EXTRA_HEIGHT, WIDTH = 5.0, 4.0, 2.2, 9.0  # of panels, in inches
 REPORT_PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
-PACKAGES = ("torch", "numpy", "transformers", "tiktoken")
+PACKAGES = ("numpy", "transformers", "tiktoken")
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --paper: #ffffff; --soft: #f2f4f6;
   --faint: #5d6670; --line: #d9dee3; }
@@ -169,6 +169,7 @@ def collect_environment(dist: Distributed) -> dict[str, str]:
         "devices": f"{dist.world_size} x {device}",
         "system": platform.platform(),
         "python": platform.python_version(),
+        "torch": torch.__version__,  # with the version of CUDA
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "git commit": read_git_commit(),
     }
