@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine import loss as loss_module
 from engine.data import Batch, make_batch
-from engine.loss import SummedLoss
+from engine.loss import HeadLoss, SummedLoss, compile_softmax, softmax_
 from model import GPT, GPTConfig
 
 
@@ -62,6 +63,32 @@ def test_loss_keeps_its_precision_under_autocast(tiny_model, chunk_rows, monkeyp
     assert rounded.item() == pytest.approx(exact.item(), rel=3e-4)
     rounded.backward()
     assert tiny_model.transformer.wte.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_gradients_in_16_bits_where_the_model_is_certain(dtype, tolerance, is_compiled):
+    """Where p is 0.997, the gradient p - 1 still has the precision of its 16 bits, although p itself
+    does not; compiled or not, the loss is that of float64.
+    """
+    if is_compiled and shutil.which("gcc") is None:
+        pytest.skip("torch.compile on a CPU needs gcc")
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 64, generator=generator) for n in (300, 1024))
+    targets = torch.randint(1000, (300,), generator=generator)
+    weight *= 0.1
+    x = 0.3 * x + 20 * F.normalize(weight[targets], dim=-1)  # logits of about 16 above the others
+    leaves = [t.to(dtype).float().requires_grad_() for t in (x, weight)]
+    softmax = compile_softmax() if is_compiled else softmax_
+    loss = HeadLoss.apply(*leaves, targets, 1000, dtype, True, softmax)
+    gradients = torch.autograd.grad(loss, leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    logits = exact[0] @ exact[1][:1000].t()
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    assert torch.exp(-expected / 300) > 0.99
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    for mine, theirs in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
+        assert (mine - theirs).norm() < tolerance * theirs.norm()
 
 
 def test_a_batch_without_targets_has_loss_0(tiny_model):

@@ -7,9 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import CPU, make_data, make_step, new_model, random_ids
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from transformers import GPT2LMHeadModel
 
 from engine.data import Batch, PretrainingData
+from engine.lora import LoRAConfig, convert_linear_layer_to_lora, only_optimize_lora_parameters
 from engine.loss import SummedLoss
 from engine.optim import learning_rate
 from engine.step import Prefetcher, TrainingStep, apply_recompute, copy_tree
@@ -242,6 +246,42 @@ def test_recomputing_stores_less():
         assert sum(tensor.numel() for tensor in stored) == size * idx.numel() * 64, mode
         found = [any(torch.equal(output, tensor) for tensor in stored) for output in outputs]
         assert found == [mode == "none"] * 9, mode
+
+
+@pytest.mark.parametrize("is_lora", [False, True])
+def test_compiled_light_recomputes_no_thick_product(tiny_config, is_lora):
+    """Compiled, light stores less than none, and its backward pass has no more matrix products
+    than with none, but for one of LoRA's thin ones per block.
+    """
+    idx, products, stored = random_ids(4, 40), {}, {}
+    for mode in ("none", "light"):
+        torch._dynamo.reset()
+        model = GPT(tiny_config)
+        if is_lora:
+            convert_linear_layer_to_lora(model, config=LoRAConfig(lora_dim=4))
+            only_optimize_lora_parameters(model)
+        apply_recompute(model, mode)
+
+        def count(graph, _inputs, mode=mode):
+            aten = torch.ops.aten
+            is_product = [
+                n.target in (aten.mm.default, aten.addmm.default) for n in graph.graph.nodes
+            ]
+            products[mode] = sum(is_product)  # of the backward pass, which is compiled last
+            return make_boxed_func(graph)
+
+        partition = min_cut_rematerialization_partition  # Inductor's
+        backend = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=partition)
+        hidden = torch.compile(model.hidden, dynamic=False, backend=backend)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+        ):
+            x = hidden(idx)
+        x.sum().backward()
+        stored[mode] = sum(sizes)
+    assert stored["light"] < 0.9 * stored["none"]
+    assert products["light"] - products["none"] == (tiny_config.n_layer if is_lora else 0)
 
 
 def test_a_snapshot_does_not_follow_the_model(tmp_path, tiny_model):
