@@ -68,8 +68,8 @@ def test_loss_keeps_its_precision_under_autocast(tiny_model, chunk_rows, monkeyp
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 def test_gradients_in_16_bits_where_the_model_is_certain(dtype, tolerance, is_compiled):
-    """Where p is 0.997, the gradient p - 1 still has the precision of its 16 bits, although p itself
-    does not; compiled or not, the loss is that of float64.
+    """Where p is 0.997, the gradient p - 1 has the precision of its 16 bits, although p in 16 bits
+    would not give it; compiled or not, the loss is that of float64.
     """
     if is_compiled and shutil.which("gcc") is None:
         pytest.skip("torch.compile on a CPU needs gcc")
