@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                    # two sizes, two CPU threads, fp32: 7 minutes
     python benchmarks/train_step.py --peer ../nanoGPT  # also beside a checkout of nanoGPT
+    python benchmarks/train_step.py --device cuda --precision bf16 --sizes 12x768:64x1024
 
 This project runs its real training step; the others run build-nanogpt's loop: forward, backward,
 clipping, fused AdamW. They take turns step by step, each in a process of its own with the memory
@@ -9,9 +10,6 @@ allocator that its users get. This project's loss computes its gradient in the f
 compare the sum of forward and backward; clipping counts as "optimizer". Peak memory is the highest
 resident memory over that after a step of a tiny model. Peak FLOP/s are those of the fastest of the
 blocks' matrix products, measured in one more process in every round.
-
-    python benchmarks/train_step.py --device cuda --precision bf16 --sizes 12x768:64x1024 \\
-        --peer ../nanoGPT
 
 On CUDA the contenders run one after another, compiled; peak FLOP/s are those of the GPU's data
 sheet, and memory is the allocator's.

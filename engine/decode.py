@@ -109,7 +109,7 @@ class GraphedDecoder:
         self.graphs: dict[int, TokenGraph] = {}  # by batch size
 
     def __call__(self, idx: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
-        if not self.graphs.get(len(idx)):
+        if len(idx) not in self.graphs:
             self.graphs[len(idx)] = TokenGraph(self.model, len(idx))
         graph = self.graphs[len(idx)]
         if not caches or caches[0].length == self.model.config.block_size:
