@@ -54,13 +54,14 @@ def make_contender(size: Size, config: BenchmarkConfig, name: str, n: int) -> Ca
             if name == OURS:
                 out = model.generate(idx, n, temperature=0)
             elif name != PREFIX:
-                options: dict[str, Any] = {"max_new_tokens": n, "min_new_tokens": n}
-                options |= {"do_sample": False}
-                if name == STATIC:  # which compiles the pass of a token
-                    options["cache_implementation"] = "static"
-                mask = torch.ones_like(idx)
                 out = model.generate(
-                    idx, attention_mask=mask, pad_token_id=END_OF_TEXT_ID, **options
+                    idx,
+                    attention_mask=torch.ones_like(idx),
+                    pad_token_id=END_OF_TEXT_ID,
+                    max_new_tokens=n,
+                    min_new_tokens=n,
+                    do_sample=False,
+                    cache_implementation="static" if name == STATIC else None,  # compiles as well
                 )
             for _ in range(n if name == PREFIX else 0):
                 next_id = model.logits(model.hidden(out)[:, -1]).argmax(-1, keepdim=True)

@@ -226,15 +226,12 @@ class Stopwatch:
         self.times[-1].record()
 
     def read(self) -> list[float]:
-        """The seconds between the times noted, which are then forgotten."""
+        """The seconds between the times noted."""
+        pairs = itertools.pairwise(self.times)
         if self.device.type != "cuda":
-            seconds = [end - start for start, end in itertools.pairwise(self.times)]
-        else:
-            self.times[-1].synchronize()
-            pairs = itertools.pairwise(self.times)
-            seconds = [start.elapsed_time(end) / 1e3 for start, end in pairs]
-        self.times.clear()
-        return seconds
+            return [end - start for start, end in pairs]
+        self.times[-1].synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
 def read_clock(device: torch.device) -> float:

@@ -21,11 +21,12 @@ def speed_up_decoding(model: GPT) -> None:
     device_type = next(model.parameters()).device.type
     if device_type == "cuda":
         model.last_hidden = GraphedDecoder(model)  # type: ignore[method-assign]
-    for module in model.modules() if device_type == "cpu" else []:
-        if isinstance(module, nn.Linear) and not hasattr(module, "lora_A"):
-            module.forward = partial(  # type: ignore[method-assign]  # for this instance
-                linear_few_rows, weight=module.weight, bias=module.bias
-            )
+    elif device_type == "cpu":
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and not hasattr(module, "lora_A"):
+                module.forward = partial(  # type: ignore[method-assign]  # for this instance
+                    linear_few_rows, weight=module.weight, bias=module.bias
+                )
 
 
 def linear_few_rows(
@@ -66,25 +67,28 @@ class TokenGraph:
     """The pass of one token for a batch, captured as a CUDA graph."""
 
     def __init__(self, model: GPT, batch_size: int):
-        device = model.lm_head.weight.device
+        self.model, device = model, model.lm_head.weight.device
         self.idx = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.caches = [StaticCache(batch_size, model, self.position) for _ in model.transformer.h]
         self.columns = torch.arange(model.config.block_size, device=device)
+        self.capture()
 
-        def compute_hidden() -> torch.Tensor:
-            mask = (self.columns <= self.position)[None, None, None]
-            with sdpa_kernel(SDPBackend.MATH):  # the others are slow for a single query
-                return model.hidden(self.idx, [*self.caches], self.position, mask)[:, -1]
+    def compute_hidden(self) -> torch.Tensor:
+        mask = (self.columns <= self.position)[None, None, None]
+        with sdpa_kernel(SDPBackend.MATH):  # in the others one query leaves most of the GPU idle
+            return self.model.hidden(self.idx, [*self.caches], self.position, mask)[:, -1]
 
+    def capture(self) -> None:
+        device = self.idx.device
         side_stream = torch.cuda.Stream(device)  # where libraries initialize before the capture
         side_stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side_stream):
-            compute_hidden()
+            self.compute_hidden()
         torch.cuda.current_stream(device).wait_stream(side_stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.hidden = compute_hidden()
+            self.hidden = self.compute_hidden()
 
     def load(self, caches: list[KVCache]) -> None:
         """Start from the keys and values of a prompt."""

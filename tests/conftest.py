@@ -21,6 +21,14 @@ ROOT = Path(__file__).parents[1]
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 WORKERS = Path(__file__).parent / "workers"  # programs that tests run as processes
 CPU = Distributed(rank=0, world_size=1, device=torch.device("cpu"))
+GPU = Distributed(rank=0, world_size=1, device=torch.device("cuda", 0))
+NEEDS_GPU = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+on_cpu_and_gpu = pytest.mark.parametrize(
+    "dist", [CPU, pytest.param(GPU, marks=NEEDS_GPU)], ids=["cpu", "cuda"]
+)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -1,9 +1,11 @@
-"""The fast decode path equals F.linear, and is taken only for few rows on a CPU."""
+"""Fast decoding gives the same text. On a CPU its linear layers equal F.linear."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_ids
+from conftest import random_ids, talkative_model
 from torch import nn
 
 from engine import decode
@@ -44,3 +46,23 @@ def test_generation_takes_the_fast_path(tiny_model, monkeypatch):
     assert torch.equal(found, expected)
     n_linears = 4 * tiny_model.config.n_layer
     assert len(calls) == 19 * n_linears + 20  # the prompt has 12 rows in the blocks, 1 in the head
+
+
+def test_a_static_cache_gives_the_same_text(monkeypatch):
+    """Tokens that follow in a cache of constant shape, by a position on the device, are those of
+    ordinary generation, past the end of the window and for batches of several sizes. Here each pass
+    runs as it is; tests/test_cuda.py replays a graph of it.
+    """
+
+    def run_without_a_graph(token_graph):
+        def replay():
+            token_graph.hidden = token_graph.compute_hidden()
+
+        token_graph.graph = SimpleNamespace(replay=replay)
+
+    monkeypatch.setattr(decode.TokenGraph, "capture", run_without_a_graph)
+    model, idx = talkative_model(block_size=64).eval(), random_ids(2, 40)
+    expected = model.generate(idx, 60, temperature=0)
+    model.last_hidden = decode.GraphedDecoder(model)
+    for rows in (slice(2), slice(1), slice(2)):
+        assert torch.equal(model.generate(idx[rows], 60, temperature=0), expected[rows])

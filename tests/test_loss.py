@@ -91,14 +91,29 @@ def test_gradients_in_16_bits_where_the_model_is_certain(dtype, tolerance, is_co
         assert (mine - theirs).norm() < tolerance * theirs.norm()
 
 
-def test_a_batch_without_targets_has_loss_0(tiny_model):
-    """Loss and gradients are 0; a second backward pass is refused."""
-    idx = random_ids(2, 30)
-    batch = make_batch(idx.numpy(), torch.full_like(idx, -100).numpy())
-    loss = SummedLoss(tiny_model)(batch)
-    gradients = torch.autograd.grad(loss, list(tiny_model.parameters()), retain_graph=True)
-    assert loss.item() == 0
-    assert all((gradient == 0).all() for gradient in gradients)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_head_skips_rows_that_do_not_count(tiny_model, dtype):
+    """Loss and gradients are those of plain cross-entropy that ignores these rows, up to rounding;
+    a batch where nothing counts has loss 0 and gradients 0; a second backward pass is refused.
+    """
+    idx, targets = random_ids(2, 30), random_ids(2, 30)
+    targets[:, :20] = -100
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        loss, nothing = (
+            SummedLoss(tiny_model)(make_batch(idx.numpy(), t.numpy()))
+            for t in (targets, torch.full_like(targets, -100))
+        )
+        logits = tiny_model(idx).flatten(0, 1).float()
+    plain = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
+    params = list(tiny_model.parameters())
+    gradients, expected = (
+        torch.autograd.grad(value, params, retain_graph=True) for value in (loss, plain)
+    )
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
+    for mine, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6 if dtype is None else 1e-2)
+    assert nothing.item() == 0
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(nothing, params))
     with pytest.raises(TypeError):
         loss.backward()
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CPU, make_data, make_step, new_model, random_ids
+from conftest import CPU, make_data, make_step, new_model, on_cpu_and_gpu, random_ids
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -130,13 +130,16 @@ def test_16_bit_training_follows_fp32(shards, precision):
     assert rounded.scaler.is_enabled() == (precision == "fp16")
 
 
+@on_cpu_and_gpu
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_that_is_not_finite_is_skipped(shards, optimizer):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_that_is_not_finite_is_skipped(shards, precision, optimizer, dist):
     """NaN in a gradient leaves weights and optimizer unchanged bit for bit, including weight decay
     and step counters.
     """
-    model = new_model()
-    step = make_step(model, shards, optimizer=optimizer, muon_weight_decay=0.1)
+    model = new_model().to(dist.device)
+    options = {"precision": precision, "optimizer": optimizer, "muon_weight_decay": 0.1}
+    step = make_step(model, shards, dist=dist, **options)
     step(1)
     state = copy.deepcopy(step.snapshot()[1]["optimizer"]["state"])
     before = {k: v.clone() for k, v in model.state_dict().items()}
