@@ -105,8 +105,8 @@ class Run:
         self.seconds.append(time.perf_counter() - started)
         if step % EVAL_EVERY == 0 or step == self.steps:
             batches = validation_batches(self.val, eval_tokens=EVAL_TOKENS, **self.sizes)
-            with self.step.eval_mode():
-                loss = evaluate_loss(self.step.model, batches, self.dist)
+            with self.step.eval_mode(shapes_of_training=True):
+                loss = evaluate_loss(self.step.summed_loss, batches, self.dist)
             self.curve.append((self.step.data.tokens_through(step), loss))
 
 

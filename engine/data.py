@@ -63,6 +63,10 @@ class TrainingData(Protocol):
         """Tokens in the longest row."""
 
     @property
+    def has_one_shape(self) -> bool:
+        """Whether all batches have the same shape."""
+
+    @property
     def fingerprint(self) -> str:
         """A hash that identifies the data."""
 
@@ -288,6 +292,10 @@ class PretrainingData:
                 f"{self.batch_size} x block_size {self.block_size} x {self.world_size} ranks = "
                 f"{micro}; the nearest are {nearest}"
             )
+
+    @property
+    def has_one_shape(self) -> bool:
+        return True
 
     @property
     def fingerprint(self) -> str:

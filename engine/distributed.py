@@ -102,7 +102,19 @@ def open_device(name: str, local_rank: int) -> torch.device:
         ) from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # unless `cudnn_attention` enables it
     return device
+
+
+@contextmanager
+def cudnn_attention(enabled: bool) -> Iterator[None]:
+    """Whether attention on CUDA may use cuDNN, which spends a second on a plan for every new shape."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def default_precision(device: torch.device) -> Precision:

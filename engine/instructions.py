@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data import IGNORE_INDEX, Batch, epoch_entries, make_batch
+from engine.data import IGNORE_INDEX, Batch, epoch_entries, epoch_order, make_batch
 from engine.files import read_lines, sha256_text
 from engine.sources import load_hub_rows, stdlib_definitions
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
@@ -186,6 +186,10 @@ class InstructionData:
         return int(self.lengths.max())
 
     @property
+    def has_one_shape(self) -> bool:
+        return False
+
+    @property
     def grad_accum_steps(self) -> int:
         return self.examples_per_step // (self.batch_size * self.world_size)
 
@@ -204,7 +208,7 @@ class InstructionData:
     def tokens_through(self, step: int) -> int:
         n = len(self.examples)
         epochs, rest = divmod(step * self.examples_per_step, n)
-        ids = epoch_entries(epochs * n, rest, n, self.seed)
+        ids = epoch_order(self.seed, epochs, n)[:rest]
         return int(epochs * self.lengths.sum() + self.lengths[ids].sum())
 
     def summary(self) -> str:

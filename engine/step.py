@@ -4,10 +4,12 @@ import copy
 import math
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,13 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from engine.config import TrainConfig
 from engine.data import Batch, TrainingData
-from engine.distributed import Distributed, autocast_dtype, full_tensor, shard_model
+from engine.distributed import (
+    Distributed,
+    autocast_dtype,
+    cudnn_attention,
+    full_tensor,
+    shard_model,
+)
 from engine.loss import SummedLoss
 from engine.optim import build_optimizers, set_schedule
 from model import GPT, Block
@@ -36,13 +44,14 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == torch.float16)
         self.batches = Prefetcher(data, dist.device)
         self.is_sharded = config.parallel == "fsdp" and dist.world_size > 1
-        self.loss = self._wrap_model()
+        self.summed_loss = self._compile_loss()
+        self.loss = self._wrap_in_ddp()
         self.optimizers = build_optimizers(model, config)
         self.host_copy: dict | None = None  # memory of the last snapshot
 
-    def _wrap_model(self) -> nn.Module:
+    def _compile_loss(self) -> SummedLoss:
         """The module that computes the loss. Wrapped in PyTorch's order: recomputation, then
-        compilation, then DDP or FSDP2.
+        compilation, then FSDP2.
         """
         config, dist = self.config, self.dist
         if config.compile:
@@ -55,24 +64,29 @@ class TrainingStep:
                 )
             shard_model(self.model, dist, self.dtype, compile_blocks=config.compile)
             return SummedLoss(self.model, compile_head=config.compile)
-        loss = SummedLoss(self.model, compile_trunk=config.compile, compile_head=config.compile)
-        if dist.world_size > 1:
-            return DistributedDataParallel(loss, gradient_as_bucket_view=True)
-        return loss
+        return SummedLoss(self.model, compile_trunk=config.compile, compile_head=config.compile)
+
+    def _wrap_in_ddp(self) -> nn.Module:
+        if self.is_sharded or self.dist.world_size == 1:
+            return self.summed_loss
+        return DistributedDataParallel(self.summed_loss, gradient_as_bucket_view=True)
 
     def autocast(self) -> AbstractContextManager:
         enabled = self.dtype is not None
         return torch.autocast(self.dist.device.type, self.dtype, enabled=enabled)
 
     @contextmanager
-    def eval_mode(self) -> Iterator[None]:
-        """For evaluation and samples: nothing compiled, no dropout; training's precision, but no
-        TF32, so that HellaSwag's results are those of hellaswag.py.
+    def eval_mode(self, *, shapes_of_training: bool = False) -> Iterator[None]:
+        """For evaluation and samples: no dropout; training's precision, but no TF32, so that
+        HellaSwag's results are those of hellaswag.py. Nothing is compiled, as that would take
+        longer than it saves, unless the batches have the shapes of training.
         """
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         self.model.eval()
-        with torch.compiler.set_stance("force_eager"), self.autocast():
+        stance = torch.compiler.set_stance("default" if shapes_of_training else "force_eager")
+        plans = cudnn_attention(shapes_of_training and self.data.has_one_shape)
+        with stance, plans, self.autocast():
             yield
         self.model.train()
         torch.set_float32_matmul_precision(precision)
@@ -97,7 +111,7 @@ class TrainingStep:
             batch = self.batches(step, micro_step)
             self._seed_dropout(step, micro_step)
             with self._sync_gradients(is_last=micro_step == self.data.grad_accum_steps):
-                with self.autocast():
+                with self.autocast(), cudnn_attention(self.data.has_one_shape):
                     loss = self.loss(batch) / n_targets
                 # DDP and FSDP average gradients over ranks, but we want the sum.
                 self.scaler.scale(loss * self.dist.world_size).backward()
@@ -224,12 +238,21 @@ def keep_products_contexts() -> tuple[AbstractContextManager, AbstractContextMan
 
 
 def check_compiler() -> None:
-    """ValueError where torch.compile would not find a C compiler."""
+    """ValueError where torch.compile would not find a C compiler, or the headers of Python, which
+    the code that it compiles includes.
+    """
     names = (os.environ.get("CC"), os.environ.get("CXX"), *COMPILERS)
     if not any(name and shutil.which(name) for name in names):
         raise ValueError(
             "--compile needs a C compiler, and none of gcc, clang and cl is on the path; install "
             "one (apt install build-essential), or use --no-compile"
+        )
+    scheme = "nt" if os.name == "nt" else "posix_prefix"  # as torch looks for them
+    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
+    if not header.exists():
+        raise ValueError(
+            f"--compile needs {header}, which is missing; install Python's headers (apt install "
+            "python3-dev), or use --no-compile"
         )
 
 

@@ -200,9 +200,11 @@ class Evaluation:
             return record
         model, config = self.training_step.model, self.training_step.config
         dist = self.training_step.dist
+        if is_due(config.eval_every, step, config):
+            with self.training_step.eval_mode(shapes_of_training=True):
+                loss = evaluate_loss(self.training_step.summed_loss, self.val(), dist)
+            record["val_loss"] = finite_or_none(loss)
         with self.training_step.eval_mode():
-            if is_due(config.eval_every, step, config):
-                record["val_loss"] = finite_or_none(evaluate_loss(model, self.val(), dist))
             if is_due(config.sample_every, step, config):
                 record["samples"] = generate_samples(
                     model, self.prompts, config.seed + step, dist.device
@@ -213,9 +215,8 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate_loss(model: GPT, batches: Iterable[Batch], dist: Distributed) -> float:
+def evaluate_loss(summed_loss: SummedLoss, batches: Iterable[Batch], dist: Distributed) -> float:
     """The mean loss in nats over all targets in the batches of all ranks."""
-    summed_loss = SummedLoss(model)
     loss_sum, n_targets = 0.0, 0
     for batch in batches:
         loss_sum += summed_loss(batch.to(dist.device)).item()

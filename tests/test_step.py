@@ -9,6 +9,7 @@ import torch
 from conftest import CPU, make_data, make_step, new_model, on_cpu_and_gpu, random_ids
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from transformers import GPT2LMHeadModel
 
@@ -183,6 +184,14 @@ def test_compiling_without_a_compiler_is_refused(shards, monkeypatch):
         TrainingStep(new_model(), data, config, CPU)
 
 
+def test_compiling_without_pythons_headers_is_refused(shards, monkeypatch, tmp_path):
+    """Without Python.h, --compile is refused with the flag that turns it off."""
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    with pytest.raises(ValueError, match=r"needs .*Python\.h.*--no-compile"):
+        make_step(new_model(), shards, compile=True)
+
+
 def test_muons_state_continues_to_the_bit(shards):
     """Weights and state after 3 steps, in a new model, give exactly the same steps 4 to 6."""
     step = make_step(new_model(), shards, optimizer="muon")
@@ -249,6 +258,23 @@ def test_recomputing_stores_less():
         assert sum(tensor.numel() for tensor in stored) == size * idx.numel() * 64, mode
         found = [any(torch.equal(output, tensor) for tensor in stored) for output in outputs]
         assert found == [mode == "none"] * 9, mode
+
+
+@pytest.mark.parametrize("recompute", ["none", "light"])
+def test_all_lengths_share_two_graphs(tiny_config, recompute):
+    """Compiled, LoRA on twelve lengths needs two graphs, the second for any length, and no graph
+    break.
+    """
+    torch._dynamo.reset()
+    model = convert_linear_layer_to_lora(GPT(tiny_config), config=LoRAConfig(lora_dim=4))
+    only_optimize_lora_parameters(model)
+    apply_recompute(model, recompute)
+    hidden = torch.compile(model.hidden, backend="aot_eager")
+    counters.clear()
+    for T in range(8, 44, 3):
+        hidden(random_ids(4, T)).sum().backward()
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize("is_lora", [False, True])

@@ -7,12 +7,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, make_data, new_model
+from conftest import CPU, make_data, make_step, new_model
 
 from engine.checkpoint import list_checkpoints
-from engine.data import validation_batches
+from engine.data import PretrainingData, validation_batches
+from engine.distributed import open_device
+from engine.loss import SummedLoss
 from engine.metrics import Meter
-from engine.training import announce_run, evaluate_loss, train
+from engine.training import Evaluation, Prompt, announce_run, evaluate_loss, train
 from model import GPT
 from train_gpt2 import PretrainConfig
 
@@ -22,6 +24,7 @@ def test_evaluation_is_the_mean_over_tokens(shards):
     that is shorter than the others.
     """
     model = new_model()
+    summed_loss = SummedLoss(model)
     tokens = torch.from_numpy(shards.read(0, 501))
     total = 0.0
     with torch.no_grad():
@@ -32,7 +35,39 @@ def test_evaluation_is_the_mean_over_tokens(shards):
             ).item()
     for batch_size in (1, 3, 8):
         batches = validation_batches(shards, block_size=16, batch_size=batch_size, eval_tokens=500)
-        assert evaluate_loss(model, batches, CPU) == pytest.approx(total / 500, rel=1e-5)
+        assert evaluate_loss(summed_loss, batches, CPU) == pytest.approx(total / 500, rel=1e-5)
+
+
+@pytest.mark.parametrize("has_one_shape", [True, False])
+def test_what_is_compiled_and_planned_by_shape(shards, monkeypatch, has_one_shape):
+    """The validation loss runs in training's compiled model, samples do not. cuDNN may plan its
+    attention where training and validation have one shape, and never for samples.
+    """
+    monkeypatch.setattr(PretrainingData, "has_one_shape", has_one_shape)
+    step, calls = make_step(new_model(), shards, sample_every=1), []
+
+    def note(name, function):
+        def call(*args):
+            calls.append((name, torch.backends.cuda.cudnn_sdp_enabled()))
+            return function(*args)
+
+        return call
+
+    model, hidden = step.model, step.model.hidden
+    val = partial(validation_batches, shards, block_size=16, batch_size=4, eval_tokens=100)
+    expected = evaluate_loss(SummedLoss(model), val(), CPU)
+    model.hidden = note("eager", hidden)
+    step.summed_loss.hidden = torch.compile(hidden, backend=lambda graph, _: note("graph", graph))
+    open_device("cpu", 0)
+    try:
+        record = Evaluation(step, val, [Prompt("!", max_new_tokens=3)], []).evaluate_step(20)
+        step(1)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert record["val_loss"] == pytest.approx(expected, rel=1e-6)
+    batches, samples, micro_batches = calls[:2], calls[2:-3], calls[-3:]
+    assert batches + micro_batches == [("graph", has_one_shape)] * 5
+    assert samples == [("eager", False)] * 3
 
 
 @pytest.mark.parametrize("stop_at", [None, 5])
