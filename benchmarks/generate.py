@@ -2,9 +2,10 @@
 recomputing the prefix for every token as nanoGPT does.
 
     python benchmarks/generate.py   # two CPU threads, fp32: 4 minutes
+    python benchmarks/generate.py --device cuda --compile
 
 Equal random weights, greedy. The three take turns, each in a process of its own, and their tokens
-are compared.
+are compared. --compile adds transformers with a static cache, which it compiles.
 """
 
 import sys
@@ -73,7 +74,7 @@ def make_contender(size: Size, config: BenchmarkConfig, name: str, n: int) -> Ca
 
 def main(config: GenerateBenchmarkConfig) -> None:
     n, names = config.new_tokens, [OURS, TRANSFORMERS, PREFIX]
-    if config.open_device().type == "cuda":
+    if config.compile:
         names.insert(2, STATIC)
     makers = {name: partial(make_contender, name=name, n=n) for name in names}
     for batch_size in (1, 5):

@@ -6,6 +6,7 @@ over the rounds, and ratios of medians.
 
 import gc
 import itertools
+import json
 import multiprocessing
 import os
 import statistics
@@ -15,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from engine.config import Precision, TrainConfig, flag
 from engine.data import PretrainingData, TokenShards, write_manifest, write_shard
 from engine.distributed import Distributed, autocast_dtype, open_device
-from engine.metrics import flops_per_token
+from engine.metrics import flops_per_token, peak_memory
 from engine.step import TrainingStep
 from engine.tokenizer import END_OF_TEXT_ID
 from model import GPT, GPTConfig
@@ -47,6 +48,12 @@ class BenchmarkConfig:
     threads: int = flag(2, "CPU threads of each contender")
     device: str = flag("cpu", "cpu or cuda")
     precision: Precision = flag("fp32", "bf16 and fp16: autocast")
+    compile: bool = flag(False, "torch.compile, where the benchmark has something to compile")
+    contenders: list[str] = flag([], "only contenders whose name contains one of these")
+    one_by_one: bool = flag(
+        False, "run contenders one after another in this process, as always on CUDA"
+    )
+    json_file: str | None = flag(None, "append each contender's figures, a JSON object a line")
 
     def open_device(self) -> torch.device:
         return open_device(self.device, local_rank=0)
@@ -121,11 +128,28 @@ def measure(
     are added `seconds`, and `peak_bytes`: on a CPU the highest resident memory so far over that
     after a step of a tiny size, on CUDA the allocator's peak. On a CPU the contenders take turns.
     On CUDA each needs the GPU for itself, so they run one after another in this process; those
-    that run out of memory or lack a package are reported and left out.
+    that fail, out of memory or without a package, are reported and left out.
     """
-    if config.open_device().type == "cuda":
-        results = {name: measure_alone(name, makers[name], size, config, warmup) for name in makers}
+    chosen = {name: make for name, make in makers.items() if is_chosen(name, config)}
+    if not chosen:
+        raise ValueError(f"contenders is {config.contenders}, expected parts of {list(makers)}")
+    if config.one_by_one or config.open_device().type == "cuda":
+        results = {name: measure_alone(name, chosen[name], size, config, warmup) for name in chosen}
         return {name: turns for name, turns in results.items() if turns}
+    results = measure_in_turns(chosen, size, config, warmup)
+    for name, turns in results.items():
+        append_figures(name, turns, size, config)
+    return results
+
+
+def is_chosen(name: str, config: BenchmarkConfig) -> bool:
+    return not config.contenders or any(part in name for part in config.contenders)
+
+
+def measure_in_turns(
+    makers: Mapping[str, Maker], size: Size, config: BenchmarkConfig, warmup: int
+) -> Results:
+    """What contenders measure that take turns, each in a process of its own."""
     for name in [name for name in os.environ if name.startswith("OMP_")]:
         del os.environ[name]  # config.threads decides, not the shell
     with ExitStack() as stack:
@@ -140,24 +164,39 @@ def measure(
 def measure_alone(
     name: str, make: Maker, size: Size, config: BenchmarkConfig, warmup: int
 ) -> list[Result]:
-    """What a contender measures on CUDA; nothing if it cannot run there."""
+    """What a contender measures in this process; nothing if it cannot run."""
     print(f"measuring {name}, {size}", file=sys.stderr, flush=True)
     device = config.open_device()
     torch.compiler.reset()
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(0)
     try:
         step, turns = make(size, config), []
         for _ in range(warmup + config.rounds):
             started = read_clock(device)
             result = step() | {"seconds": read_clock(device) - started}
-            turns.append(result | {"peak_bytes": torch.cuda.max_memory_allocated(device)})
-    except (torch.OutOfMemoryError, ImportError) as error:
-        print(f"{name}, {size}: {str(error).splitlines()[0]}", flush=True)
+            turns.append(result | {"peak_bytes": peak_memory(device)})
+    except (RuntimeError, ImportError) as error:  # out of memory, not compiled, not installed
+        print(f"{name}, {size}, is missing: {str(error).splitlines()[0]}", flush=True)
         return []
+    append_figures(name, turns[warmup:], size, config)
     return turns[warmup:]
+
+
+def append_figures(name: str, turns: list[Result], size: Size, config: BenchmarkConfig) -> None:
+    """Append the medians of a contender's figures to `config.json_file`, if it is given."""
+    if config.json_file is None:
+        return
+    figures = {
+        key: median(turns, key) for key, value in turns[0].items() if isinstance(value, int | float)
+    }
+    benchmark = Path(sys.argv[0]).stem
+    record = {**asdict(config), "benchmark": benchmark, "size": str(size), "contender": name}
+    with Path(config.json_file).open("a") as file:
+        file.write(json.dumps(record | figures) + "\n")
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
     python benchmarks/lora.py           # the comparison, one CPU thread, fp32: 25 minutes
     python benchmarks/lora.py --table   # ranks 1 to 64, merged and full: 8 minutes
-    python benchmarks/lora.py --table --device cuda --precision bf16 --size 12x768:16x1024
+    python benchmarks/lora.py --table --device cuda --precision bf16 --compile --size 12x768:16x1024
 
+With --compile this project's contenders are compiled, and PEFT runs both compiled and as it is.
 Contenders take turns, each in a process of its own; on CUDA they run one after another. Compare the
 sum of forward and backward, because this project's loss computes its gradient in the forward pass.
 Memory on a CPU is that of all live tensors, counted at every operation of one more step; on CUDA it
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Result, Size
+from benchmarks.harness import BenchmarkConfig, Result, Size, Stopwatch
 from engine import lora
 from engine.config import flag, run_command
 from engine.data import Batch
@@ -52,7 +53,7 @@ class LoRABenchmarkConfig(BenchmarkConfig):
     recompute: Literal["none", "light", "block"] = flag("light", "of LoRA, with --table")
     rounds: int = flag(3, "measured steps of each contender, after one that warms up")
     threads: int = flag(1, "CPU threads of each contender")
-    compile: bool = flag(False, "torch.compile this project's contenders")
+    varying: bool = flag(False, "a step has each of eight lengths up to T, one after another")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -95,7 +96,8 @@ def make_model(kind: str, size: Size, rank: int) -> Any:
     if what == "transformers":
         return harness.transformers_gpt2(size.gpt_config())
     if what == "peft":
-        return make_peft(size, rank, checkpointing=recompute == "checkpointing")
+        model = make_peft(size, rank, checkpointing=recompute == "checkpointing")
+        return torch.compile(model) if recompute == "compiled" else model
     model = GPT(size.gpt_config())
     if what != "full":
         lora_config = lora.LoRAConfig(lora_dim=rank, lora_alpha=2 * rank)
@@ -124,13 +126,15 @@ def make_contender(
     size: Size, config: LoRABenchmarkConfig, kind: str, rank: int = RANK
 ) -> Callable[[], Result]:
     device = config.open_device()
-    model, idx = make_model(kind, size, rank).train().to(device), size.random_ids(device)
+    model = make_model(kind, size, rank).train().to(device)
+    lengths = range(size.T // 8, size.T + 1, size.T // 8) if config.varying else [size.T]
+    *_, longest = batches = [replace(size, T=T).random_ids(device) for T in lengths]
     if isinstance(model, GPT):
         summed_loss = SummedLoss(model, compile_trunk=config.compile, compile_head=config.compile)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-4, betas=BETAS, fused=True)
 
-    def compute_loss() -> torch.Tensor:
+    def compute_loss(idx: torch.Tensor) -> torch.Tensor:
         with config.autocast():
             if isinstance(model, GPT):
                 return summed_loss(Batch(idx, idx)) / idx.numel()
@@ -139,7 +143,7 @@ def make_contender(
     def update(live_bytes: Callable[[], int]) -> int:
         """Do a step; return the bytes that its forward pass keeps for the backward pass."""
         before = live_bytes()
-        loss = compute_loss()
+        loss = compute_loss(longest)
         kept = live_bytes() - before
         loss.backward()
         optimizer.step()
@@ -156,16 +160,21 @@ def make_contender(
         with LiveBytes([*model.parameters(), *model.buffers(), *states]) as live:
             kept = update(lambda: live.now)
         peak = live.peak
-    memory = {"peak": peak / 1e9, "kept": kept / idx.numel() / 1e3}
+    memory = {"peak": peak / 1e9, "kept": kept / longest.numel() / 1e3}
+
+    stopwatch = Stopwatch(device)
 
     def step() -> Result:
-        started = harness.read_clock(device)
-        loss = compute_loss()
-        between = harness.read_clock(device)
-        loss.backward()
-        ended = harness.read_clock(device)
-        optimizer.zero_grad()
-        return {"forward": between - started, "backward": ended - between, **memory}
+        stopwatch.times.clear()
+        for idx in batches:
+            optimizer.zero_grad()
+            stopwatch.note()
+            loss = compute_loss(idx)
+            stopwatch.note()
+            loss.backward()
+        stopwatch.note()
+        times = stopwatch.read()
+        return {"forward": sum(times[::2]), "backward": sum(times[1::2]), **memory}
 
     return step
 
@@ -174,7 +183,8 @@ def compare(makers: dict[str, Any], size: Size, config: LoRABenchmarkConfig) -> 
     """Measure the contenders; those called "full ..." are what the others are compared with."""
     results = harness.measure(makers, size, config)
     times = "forward ms", "backward ms", "sum", "/ full", "/ full with the same recomputation"
-    harness.print_header(str(size), *times, "peak memory, GB", "kept for backward, kB per token")
+    title = f"{size}, eight lengths" if config.varying else str(size)
+    harness.print_header(title, *times, "peak memory, GB", "kept for backward, kB per token")
     for step in [step for steps in results.values() for step in steps]:
         step["sum"] = step["forward"] + step["backward"]
     for name, steps in results.items():
@@ -192,7 +202,14 @@ def compare(makers: dict[str, Any], size: Size, config: LoRABenchmarkConfig) -> 
 def main(config: LoRABenchmarkConfig) -> None:
     size = Size.parse(config.size)
     if config.table:
-        kind, others = f"lora {config.recompute}", ("full none", "lora none", "merged none", *PEERS)
+        kind = f"lora {config.recompute}"
+        others = (
+            "full none",
+            "lora none",
+            "merged none",
+            *PEERS,
+            *["peft compiled"] * config.compile,
+        )
         makers = {f"rank {r}": partial(make_contender, kind=kind, rank=r) for r in RANKS}
         makers |= {kind: partial(make_contender, kind=kind) for kind in others}
         compare(makers, size, config)

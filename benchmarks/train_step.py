@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py                    # two sizes, two CPU threads, fp32: 7 minutes
     python benchmarks/train_step.py --peer ../nanoGPT  # also beside a checkout of nanoGPT
-    python benchmarks/train_step.py --device cuda --precision bf16 --sizes 12x768:64x1024
+    python benchmarks/train_step.py --device cuda --precision bf16 --compile --sizes 12x768:64x1024
 
 This project runs its real training step; the others run build-nanogpt's loop: forward, backward,
 clipping, fused AdamW. They take turns step by step, each in a process of its own with the memory
@@ -11,8 +11,9 @@ compare the sum of forward and backward; clipping counts as "optimizer". Peak me
 resident memory over that after a step of a tiny model. Peak FLOP/s are those of the fastest of the
 blocks' matrix products, measured in one more process in every round.
 
-On CUDA the contenders run one after another, compiled; peak FLOP/s are those of the GPU's data
-sheet, and memory is the allocator's.
+On CUDA the contenders run one after another; peak FLOP/s are those of the GPU's data sheet, and
+memory is the allocator's. With --compile this project and the peer are compiled, and transformers
+runs both compiled and as it is.
 """
 
 import importlib.util
@@ -161,20 +162,18 @@ def make_matmuls(size: Size, _: BenchmarkConfig) -> Callable[[], Result]:
 
 
 def list_makers(config: StepBenchmarkConfig) -> dict[str, Any]:
-    """The contenders: on CUDA compiled, and transformers also as it is without that."""
-    on_cuda = config.open_device().type == "cuda"
-    ours = partial(make_ours, recompute=config.recompute, compile=on_cuda)
+    ours = partial(make_ours, recompute=config.recompute, compile=config.compile)
     makers: dict[str, Any] = {OURS: ours, BASELINE: make_transformers}
-    if on_cuda:
+    if config.compile:
         makers[f"{BASELINE}, compiled"] = partial(make_transformers, compiled=True)
-    elif config.precision == "fp32":
+    if config.precision == "fp32" and config.open_device().type == "cpu":
         makers["matmul"] = make_matmuls
     if config.peer:
         folder = Path(config.peer).resolve()
         if not (folder / "model.py").exists():
             raise ValueError(f"peer is {config.peer}, expected a folder with model.py")
-        name = f"{folder.name}, compiled" if on_cuda else folder.name
-        makers[name] = partial(make_peer, folder=str(folder), compiled=on_cuda)
+        name = f"{folder.name}, compiled" if config.compile else folder.name
+        makers[name] = partial(make_peer, folder=str(folder), compiled=config.compile)
     return makers
 
 

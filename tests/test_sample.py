@@ -198,6 +198,15 @@ def test_wrong_settings_are_named(name, value):
         SampleConfig(**{name: value})
 
 
+@pytest.fixture
+def _heeds_ctrl_c():
+    """Processes started from a shell's background job would ignore SIGINT, as it does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeds_ctrl_c")
 def test_prompts_on_a_terminal(folder):
     """Without a prompt it asks for one on a terminal. Ctrl-C ends the text but not the session, and
     an empty line ends the session with exit code 0.

@@ -1,0 +1,61 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from benchmarks import gpu, harness
+from benchmarks.harness import BenchmarkConfig, Size
+
+SIZE = Size(n_layer=1, n_embd=8, batch_size=1, T=8)
+
+
+@pytest.mark.parametrize("part", gpu.PARTS)
+def test_a_dry_run_of_the_gpu_benchmark(tmp_path, part):
+    """Each part writes a table, and for every contender in it a line with its figures."""
+    rows = ["--data", str(ROOT / "tests" / "hellaswag_rows.jsonl")]
+    flags = ["--dry_run", "--parts", part, "--out_dir", str(tmp_path), *rows]
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    table = [line for line in lines if line.startswith("| ")]
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    names = [record["contender"] for record in records if record["contender"] != "matmul"]
+    headers = len({record["size"] for record in records})
+    assert len(names) == len(table) - headers
+    assert all(any(row.startswith(f"| {name} |") for row in table) for name in names)
+    assert all(record["seconds"] > 0 for record in records)
+
+
+def test_a_contender_that_fails_costs_no_other(tmp_path, capsys):
+    """A contender without its package, or without memory, is named with the reason; the others
+    are measured, and their figures are in the file.
+    """
+
+    def make_missing(*_):
+        raise ImportError("No module named 'peer'")
+
+    def make_too_large(*_):
+        raise RuntimeError("out of memory")
+
+    file = tmp_path / "figures.jsonl"
+    config = BenchmarkConfig(one_by_one=True, rounds=2, json_file=str(file))
+    makers = {"a": make_missing, "b": make_too_large, "c": lambda *_: lambda: {"x": 3}}
+    results = harness.measure(makers, SIZE, config)
+    assert list(results) == ["c"]
+    out = capsys.readouterr().out
+    assert "a, 1 x 8, 1 x 8, is missing: No module named 'peer'" in out
+    assert "b, 1 x 8, 1 x 8, is missing: out of memory" in out
+    (record,) = map(json.loads, file.read_text().splitlines())
+    assert (record["contender"], record["x"]) == ("c", 3)
+
+
+def test_contenders_are_chosen_by_name():
+    """`contenders` picks those whose names contain one of its texts; none is an error."""
+    makers = {name: lambda *_: dict for name in ("full none", "lora none", "peft")}
+    config = BenchmarkConfig(one_by_one=True, rounds=1, contenders=["none"])
+    assert list(harness.measure(makers, SIZE, config)) == ["full none", "lora none"]
+    with pytest.raises(ValueError, match="expected parts of"):
+        harness.measure(makers, SIZE, BenchmarkConfig(contenders=["nobody"]))
