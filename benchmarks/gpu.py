@@ -116,10 +116,11 @@ def main(config: GPUBenchmarkConfig) -> None:
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     device = "CPU" if config.dry_run else torch.cuda.get_device_name()
+    heading = f"# {device}, torch {torch.__version__}, {time.strftime('%Y-%m-%d %H:%M')}"
+    if not config.peer:
+        heading += "\n\nnanoGPT is missing: give its folder as --peer"
     with (out_dir / "results.md").open("a") as file:
-        print(
-            f"# {device}, torch {torch.__version__}, {time.strftime('%Y-%m-%d %H:%M')}", file=file
-        )
+        print(heading, file=file)
     commands = {part: make_command(part, config) for part in config.parts}
     if not config.dry_run:
         compile_all(command for command in commands.values() if "--compile" in command)

@@ -108,7 +108,7 @@ def open_device(name: str, local_rank: int) -> torch.device:
 
 @contextmanager
 def cudnn_attention(enabled: bool) -> Iterator[None]:
-    """Whether attention on CUDA may use cuDNN, which spends a second on a plan for every new shape."""
+    """Whether attention may use cuDNN, which takes a second to plan for every new shape."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(enabled)
     try:
