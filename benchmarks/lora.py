@@ -202,14 +202,9 @@ def compare(makers: dict[str, Any], size: Size, config: LoRABenchmarkConfig) -> 
 def main(config: LoRABenchmarkConfig) -> None:
     size = Size.parse(config.size)
     if config.table:
-        kind = f"lora {config.recompute}"
-        others = (
-            "full none",
-            "lora none",
-            "merged none",
-            *PEERS,
-            *["peft compiled"] * config.compile,
-        )
+        kind, others = f"lora {config.recompute}", ["full none", "lora none", "merged none", *PEERS]
+        if config.compile:
+            others.append("peft compiled")
         makers = {f"rank {r}": partial(make_contender, kind=kind, rank=r) for r in RANKS}
         makers |= {kind: partial(make_contender, kind=kind) for kind in others}
         compare(makers, size, config)

@@ -33,6 +33,7 @@ from engine.optim import build_optimizers
 from engine.scoring import score
 from engine.step import Prefetcher, apply_recompute
 from engine.tasks import count_correct, load_examples, make_record
+from engine.training import evaluate_loss
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 
@@ -105,6 +106,16 @@ def test_16_bit_training_follows_fp32(shards, precision, compile_step):
     for s in range(1, 11):
         assert rounded(s)[0].item() == pytest.approx(exact(s)[0].item(), rel=5e-3)
     assert {p.dtype for p in model.parameters()} == {FP32}
+
+
+def test_the_compiled_validation_loss_is_the_eager_one(shards):
+    """In bf16, evaluated by compiled code, the validation loss is that of the plain model."""
+    step = cuda_step(shards, precision="bf16", compile=True)
+    val = [make_data(shards).micro_batch(s, 1) for s in (1, 2)]
+    with step.eval_mode():
+        expected = evaluate_loss(SummedLoss(step.model), val, GPU)
+    with step.eval_mode(shapes_of_training=True):
+        assert evaluate_loss(step.summed_loss, val, GPU) == pytest.approx(expected, rel=1e-3)
 
 
 def test_steps_on_cuda_equal_those_on_a_cpu(shards):
