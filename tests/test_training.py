@@ -62,6 +62,7 @@ def test_what_is_compiled_and_planned_by_shape(shards, monkeypatch, has_one_shap
     try:
         record = Evaluation(step, val, [Prompt("!", max_new_tokens=3)], []).evaluate_step(20)
         step(1)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()  # for other commands
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
     assert record["val_loss"] == pytest.approx(expected, rel=1e-6)
