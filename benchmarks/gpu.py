@@ -1,8 +1,8 @@
 """What a GPU shows of this project beside its peers: training step, LoRA, HellaSwag, sampling.
 
-    python benchmarks/gpu.py --peer ../nanoGPT --data hellaswag_val.jsonl   # 8 minutes on an H100
-    python benchmarks/gpu.py --parts lora                                   # one part
-    python benchmarks/gpu.py --dry_run                                      # on a CPU: 1 minute
+    python benchmarks/gpu.py --peer ../nanoGPT --data hellaswag_val.jsonl
+    python benchmarks/gpu.py --parts lora   # one part
+    python benchmarks/gpu.py --dry_run      # on a CPU: 1 minute
 
 Each part is one of the other benchmarks, in a process of its own. At first all parts run at once
 for a step, because compiling takes most of the time; the measured runs then find the compiled code
