@@ -36,6 +36,7 @@ class GenerateBenchmarkConfig(BenchmarkConfig):
     new_tokens: int = flag(100, "tokens to generate")
     prompt_tokens: int = flag(32, "tokens of the prompt")
     n_layer: int = flag(12, "blocks of the model; its width is 768")
+    compile: bool = flag(False, "add transformers with a static cache, compiled")
 
 
 def make_contender(size: Size, config: BenchmarkConfig, name: str, n: int) -> Callable[[], Result]:

@@ -48,7 +48,6 @@ class BenchmarkConfig:
     threads: int = flag(2, "CPU threads of each contender")
     device: str = flag("cpu", "cpu or cuda")
     precision: Precision = flag("fp32", "bf16 and fp16: autocast")
-    compile: bool = flag(False, "torch.compile, where the benchmark has something to compile")
     contenders: list[str] = flag([], "only contenders whose name contains one of these")
     one_by_one: bool = flag(
         False, "run contenders one after another in this process, as always on CUDA"
@@ -128,7 +127,8 @@ def measure(
     are added `seconds`, and `peak_bytes`: on a CPU the highest resident memory so far over that
     after a step of a tiny size, on CUDA the allocator's peak. On a CPU the contenders take turns.
     On CUDA each needs the GPU for itself, so they run one after another in this process; those
-    that fail, out of memory or without a package, are reported and left out.
+    that fail, out of memory or without a package, are reported and left out. With `one_by_one` a
+    CPU does the same, and `peak_bytes` is the peak of the process.
     """
     chosen = {name: make for name, make in makers.items() if is_chosen(name, config)}
     if not chosen:

@@ -53,6 +53,7 @@ class LoRABenchmarkConfig(BenchmarkConfig):
     recompute: Literal["none", "light", "block"] = flag("light", "of LoRA, with --table")
     rounds: int = flag(3, "measured steps of each contender, after one that warms up")
     threads: int = flag(1, "CPU threads of each contender")
+    compile: bool = flag(False, "torch.compile; with --table PEFT also runs as it is")
     varying: bool = flag(False, "a step has each of eight lengths up to T, one after another")
 
 

@@ -49,6 +49,7 @@ class StepBenchmarkConfig(BenchmarkConfig):
     sizes: list[str] = flag(["12x768:2x512", "6x384:8x256"], "each LAYERSxWIDTH:BATCHxTOKENS")
     peer: str | None = flag(None, "folder of nanoGPT, or another with such a model.py")
     recompute: Literal["none", "light", "block"] = flag("none", "of this project's training step")
+    compile: bool = flag(False, "torch.compile all; transformers also runs as it is")
 
 
 class TimedStep(TrainingStep):

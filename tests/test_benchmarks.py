@@ -6,9 +6,7 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import gpu, harness
-from benchmarks.harness import BenchmarkConfig, Size
-
-SIZE = Size(n_layer=1, n_embd=8, batch_size=1, T=8)
+from benchmarks.harness import TINY, BenchmarkConfig
 
 
 @pytest.mark.parametrize("part", gpu.PARTS)
@@ -43,7 +41,7 @@ def test_a_contender_that_fails_costs_no_other(tmp_path, capsys):
     file = tmp_path / "figures.jsonl"
     config = BenchmarkConfig(one_by_one=True, rounds=2, json_file=str(file))
     makers = {"a": make_missing, "b": make_too_large, "c": lambda *_: lambda: {"x": 3}}
-    results = harness.measure(makers, SIZE, config)
+    results = harness.measure(makers, TINY, config)
     assert list(results) == ["c"]
     out = capsys.readouterr().out
     assert "a, 1 x 8, 1 x 8, is missing: No module named 'peer'" in out
@@ -56,6 +54,6 @@ def test_contenders_are_chosen_by_name():
     """`contenders` picks those whose names contain one of its texts; none is an error."""
     makers = {name: lambda *_: dict for name in ("full none", "lora none", "peft")}
     config = BenchmarkConfig(one_by_one=True, rounds=1, contenders=["none"])
-    assert list(harness.measure(makers, SIZE, config)) == ["full none", "lora none"]
+    assert list(harness.measure(makers, TINY, config)) == ["full none", "lora none"]
     with pytest.raises(ValueError, match="expected parts of"):
-        harness.measure(makers, SIZE, BenchmarkConfig(contenders=["nobody"]))
+        harness.measure(makers, TINY, BenchmarkConfig(contenders=["nobody"]))

@@ -110,11 +110,13 @@ def assert_same_curve(run: Path, single: Path) -> None:
         pytest.param(3, [], marks=pytest.mark.slow),
         pytest.param(4, [], marks=pytest.mark.slow),
         pytest.param(3, ["--parallel", "fsdp"], marks=pytest.mark.slow),
+        pytest.param(2, ["--compile"], marks=pytest.mark.slow),
+        pytest.param(2, ["--parallel", "fsdp", "--compile"], marks=pytest.mark.slow),
     ],
 )
 def test_the_curve_does_not_depend_on_ranks(workplace, single, n, args):
     """Training loss, validation loss and samples of 20 steps are those of one process on 2, 3 and
-    4 ranks, with DDP and with FSDP2, recomputation included.
+    4 ranks, with DDP and with FSDP2, recomputed or compiled.
     """
     name = f"ranks{n}{''.join(map(str, args))}".replace("--", "_")
     run = train_on_ranks(workplace, n, name, *args)
