@@ -91,10 +91,12 @@ class TokenGraph:
             self.hidden = self.compute_hidden()
 
     def load(self, caches: list[KVCache]) -> None:
-        """Start from the keys and values of a prompt."""
+        """Start from the keys and values of a prompt. Unused memory of the caches is not copied: it
+        may hold NaN, which no mask hides, because 0 * NaN is NaN.
+        """
         for mine, cache in zip(self.caches, caches, strict=True):
-            mine.k.copy_(cache.k)
-            mine.v.copy_(cache.v)
+            mine.k[:, :, : cache.length] = cache.k[:, :, : cache.length]
+            mine.v[:, :, : cache.length] = cache.v[:, :, : cache.length]
 
     def __call__(self, idx: torch.Tensor, position: int) -> torch.Tensor:
         self.idx.copy_(idx)

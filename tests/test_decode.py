@@ -64,5 +64,9 @@ def test_a_static_cache_gives_the_same_text(monkeypatch):
     model, idx = talkative_model(block_size=64).eval(), random_ids(2, 40)
     expected = model.generate(idx, 60, temperature=0)
     model.last_hidden = decode.GraphedDecoder(model)
-    for rows in (slice(2), slice(1), slice(2)):
-        assert torch.equal(model.generate(idx[rows], 60, temperature=0), expected[rows])
+    torch.use_deterministic_algorithms(True)  # new memory is NaN, not what was left in it
+    try:
+        for rows in (slice(2), slice(1), slice(2)):
+            assert torch.equal(model.generate(idx[rows], 60, temperature=0), expected[rows])
+    finally:
+        torch.use_deterministic_algorithms(False)
