@@ -1,28 +1,24 @@
 """Tokenize text into shards: from the hub, from files, or Python's own documentation."""
 
-import multiprocessing
-import os
 import re
-import signal
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from engine.config import flag, run_command
-from engine.data import count_tokens, open_shard, read_manifest, write_manifest, write_shard
 from engine.files import sha256_file
+from engine.shards import ShardFile, count_tokens, open_shard, read_manifest, write_manifest
 from engine.sources import HUB_TEXT, SUFFIXES, Piece, Source, open_source, reporting_hub_errors
-from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
+from engine.tokenizer import END_OF_TEXT_ID, BatchEncoder
 
 # Shards of 100M tokens on the hub, from modded-nanogpt (data/cached_*.py): repository, prefix of
 # the file names, number of training shards. Each has one validation shard besides.
@@ -36,8 +32,8 @@ DATASETS = (
     f"{', '.join(HUB_SHARDS)}; stdlib (Python's own documentation); or files, folders and globs of "
     f"{', '.join(SUFFIXES)}"
 )
-MAX_TOKENS, MAX_SHARD_SIZE = 10**15, 10**9  # a shard is held in memory, two bytes a token
-BATCH_CHARS = 1 << 20  # sent to a worker at once
+MAX_TOKENS, MAX_SHARD_SIZE = 10**15, 10**9
+BATCH_CHARS = 1 << 22  # encoded at once
 HUB_VAL_TOKENS = 10_485_760  # of FineWeb's validation shard, on which 124M speedruns are compared
 BYTES_PER_TOKEN = 4.4  # of English in GPT-2's BPE; for estimates
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -55,12 +51,11 @@ class PrepareConfig:
         None, "leading tokens, for validation (default: 10,485,760 from the hub, else about 5%)"
     )
     text_field: str = flag("text", "column or key of the text in .parquet and .jsonl")
-    num_proc: int = flag(min(os.cpu_count() or 1, 61), "worker processes; Windows allows 61")
 
     def __post_init__(self) -> None:
         if not self.dataset:
             raise ValueError("dataset is empty, expected a name, a file, a folder or a glob")
-        for name in ("shard_size", "num_proc", "val_tokens", "max_tokens"):
+        for name in ("shard_size", "val_tokens", "max_tokens"):
             value = getattr(self, name)
             most = MAX_SHARD_SIZE if name == "shard_size" else MAX_TOKENS
             if value is not None and not 1 <= value <= most:
@@ -76,33 +71,35 @@ def main(config: PrepareConfig) -> None:
         prepare(open_source(config.dataset, config.text_field), out_dir, config)
 
 
-def tokenize_pieces(pieces: list[Piece]) -> list[np.ndarray]:
-    """The tokens of each piece as uint16, after <|endoftext|> where a document starts. A blank
-    document has none; a lone surrogate becomes U+FFFD.
+class TokenizedPieces(NamedTuple):
+    tokens: np.ndarray  # uint16, of all pieces one after another
+    ends: np.ndarray  # where each piece ends in `tokens`
+    counts: np.ndarray  # (pieces, 3): starts a document, is empty, is undecodable
+
+
+def tokenize_pieces(encoder: BatchEncoder, pieces: list[Piece]) -> TokenizedPieces:
+    """The tokens of each piece, after <|endoftext|> where a document starts. A blank document has
+    none; a lone surrogate becomes U+FFFD.
     """
-    tokenizer = get_tokenizer()
-    start = np.array([END_OF_TEXT_ID], dtype=np.uint16)
-    rows: list[np.ndarray] = []
+    texts, counts = [], []
     for text, starts in pieces:
-        if starts and not text.strip():
-            rows.append(start[:0])
-            continue
-        try:
-            tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:
-            valid = SURROGATES.sub("\ufffd", text)
-            tokens = tokenizer.encode_to_numpy(valid, disallowed_special=())
-        tokens = tokens.astype(np.uint16)
-        rows.append(np.concatenate([start, tokens]) if starts else tokens)
-    return rows
+        valid = replace_surrogates(text)
+        texts.append("" if starts and not text.strip() else valid)
+        counts.append((starts, not texts[-1], valid != text))
+    tokens, lengths = encoder.encode(texts)
+    starts, is_empty, _ = np.array(counts).T
+    has_separator = starts & ~is_empty
+    begins = np.cumsum(lengths) - lengths
+    tokens = np.insert(tokens, begins[has_separator], END_OF_TEXT_ID)
+    return TokenizedPieces(tokens, np.cumsum(lengths + has_separator), np.array(counts))
 
 
-def has_surrogates(text: str) -> bool:
+def replace_surrogates(text: str) -> str:
     try:
         text.encode()  # faster than a regular expression
     except UnicodeEncodeError:
-        return True
-    return False
+        return SURROGATES.sub("\ufffd", text)
+    return text
 
 
 def batch_pieces(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
@@ -117,43 +114,16 @@ def batch_pieces(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def tokenize(
-    open_pieces: Callable[[], Iterator[Piece]], num_proc: int
-) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Each piece with its tokens, in order, from `num_proc` processes that run at most a few
-    batches ahead.
-    """
-    # The workers start before the source opens: a fork after its network threads could hang.
-    pool = ProcessPoolExecutor(num_proc, initializer=follow_parent)
-    try:
-        pool.submit(tokenize_pieces, []).result()
-        pending: deque[tuple[list[Piece], Future]] = deque()
-        for batch in batch_pieces(open_pieces()):
-            pending.append((batch, pool.submit(tokenize_pieces, batch)))
-            if len(pending) > 2 * num_proc:
-                done, result = pending.popleft()
-                yield from zip(done, result.result(), strict=True)
-        for done, result in pending:
-            yield from zip(done, result.result(), strict=True)
-    except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "a worker process was killed, most likely because memory ran out; the same command "
-            "resumes after the last complete shard, a smaller --num_proc needs less memory"
-        ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def follow_parent() -> None:
-    """Make a worker leave Ctrl-C to its parent and exit with it, even after kill -9."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def exit_with_parent() -> None:
-        if parent := multiprocessing.parent_process():
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+def tokenize(pieces: Iterator[Piece]) -> Iterator[TokenizedPieces]:
+    """The pieces in batches with their tokens. The next batch is read while one is encoded."""
+    encode = partial(tokenize_pieces, BatchEncoder())
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque[Future] = deque()
+        for batch in batch_pieces(pieces):
+            pending.append(pool.submit(encode, batch))
+            if len(pending) > 1:
+                yield pending.popleft().result()
+        yield from (future.result() for future in pending)
 
 
 @dataclass(frozen=True)
@@ -166,6 +136,17 @@ class Cursor:
     empty: int = 0
     undecodable: int = 0  # pieces with bytes that are not UTF-8, or with lone surrogates
 
+    def after(self, counts: np.ndarray, tokens: int = 0) -> "Cursor":
+        """The position after the pieces with these counts and `tokens` tokens of the next one."""
+        documents, empty, undecodable = (int(n) for n in counts.sum(axis=0))
+        return Cursor(
+            self.pieces + len(counts),
+            tokens,
+            self.documents + documents,
+            self.empty + empty,
+            self.undecodable + undecodable,
+        )
+
 
 class ShardWriter:
     """Cuts a stream of tokens into shards, those of the validation split first."""
@@ -173,37 +154,51 @@ class ShardWriter:
     def __init__(self, out_dir: Path, manifest: dict, max_tokens: int | None):
         self.out_dir, self.manifest = out_dir, manifest
         self.limit = MAX_TOKENS if max_tokens is None else max_tokens
-        self.total = sum(shard["tokens"] for shard in manifest["shards"])
-        self._start_shard()
+        shards = manifest["shards"]
+        self.total = sum(shard["tokens"] for shard in shards)
+        self.cursor = Cursor(**shards[-1]["cursor"]) if shards else Cursor()
+        self.shard: ShardFile | None = None
 
-    def _start_shard(self) -> None:
-        options = self.manifest["options"]
+    @property
+    def is_full(self) -> bool:
+        return self.total == self.limit
+
+    def add(self, pieces: TokenizedPieces) -> None:
+        """Write the pieces that begin at the cursor, as far as the limit allows."""
+        tokens, ends, counts = pieces
+        position = self.cursor.tokens  # where an earlier call stopped within the first piece
+        start = replace(self.cursor, tokens=0)
+        while position < len(tokens) and not self.is_full:
+            shard = self.shard = self.shard or self._start_shard()
+            n = min(self.size - shard.tokens, len(tokens) - position)
+            shard.write(tokens[position : position + n])
+            self.total += n
+            position += n
+            if shard.tokens == self.size:
+                last = int(np.searchsorted(ends, position))  # the piece of the last token
+                used = position - (int(ends[last - 1]) if last else 0)
+                self.cursor = start.after(counts[:last], used)
+                self.finish_shard()
+        n_pieces = int(np.searchsorted(ends, position)) + 1 if self.is_full else len(counts)
+        self.cursor = start.after(counts[:n_pieces])
+
+    def _start_shard(self) -> ShardFile:
+        options, shards = self.manifest["options"], self.manifest["shards"]
         val_left = options["val_tokens"] - self.total
         self.split, split_left = ("val", val_left) if val_left > 0 else ("train", MAX_TOKENS)
-        size = min(options["shard_size"], split_left, self.limit - self.total)
-        self.buffer = np.empty(size, dtype=np.uint16)
-        self.filled = 0
-
-    def add(self, tokens: np.ndarray, cursor: Cursor) -> None:
-        """Add the tokens of the piece that begins at `cursor`."""
-        used = cursor.tokens
-        while used < len(tokens) and self.total < self.limit:
-            n = min(len(self.buffer) - self.filled, len(tokens) - used)
-            self.buffer[self.filled : self.filled + n] = tokens[used : used + n]
-            self.filled += n
-            self.total += n
-            used += n
-            if self.filled == len(self.buffer):
-                self.finish_shard(replace(cursor, tokens=used))
-
-    def finish_shard(self, cursor: Cursor) -> None:
-        shards = self.manifest["shards"]
+        self.size = min(options["shard_size"], split_left, self.limit - self.total)
         index = sum(shard["split"] == self.split for shard in shards)
-        path = self.out_dir / f"{self.manifest['name']}_{self.split}_{index:06d}.npy"
-        entry = write_shard(path, self.buffer[: self.filled])
-        shards.append({**entry, "split": self.split, "cursor": asdict(cursor)})
+        name = f"{self.manifest['name']}_{self.split}_{index:06d}.npy"
+        return ShardFile(self.out_dir / name)
+
+    def finish_shard(self) -> None:
+        """Finish the current shard, if there is one, and list it in the manifest."""
+        if self.shard is None:
+            return
+        entry = {**self.shard.finish(), "split": self.split, "cursor": asdict(self.cursor)}
+        self.manifest["shards"].append(entry)
         write_manifest(self.out_dir, self.manifest)
-        self._start_shard()
+        self.shard = None
 
 
 def prepare(source: Source, out_dir: Path, config: PrepareConfig) -> None:
@@ -212,36 +207,26 @@ def prepare(source: Source, out_dir: Path, config: PrepareConfig) -> None:
     if manifest["complete"]:
         print(f"{out_dir} is complete: {summarize_manifest(manifest)}")
         return
-    shards = manifest["shards"]
-    cursor = Cursor(**shards[-1]["cursor"]) if shards else Cursor()
     writer = ShardWriter(out_dir, manifest, config.max_tokens)
+    shards, first, start = manifest["shards"], writer.total, time.perf_counter()
     problems: Counter = Counter()
-    open_pieces = partial(source.pieces, cursor.pieces, problems)
     expected = config.max_tokens or (source.n_bytes and int(source.n_bytes / BYTES_PER_TOKEN))
-    start, first = time.perf_counter(), writer.total
     with tqdm(
         desc=str(out_dir), initial=first, total=expected, unit=" tok", unit_scale=True, disable=None
     ) as bar:
-        for (text, starts), tokens in tokenize(open_pieces, config.num_proc):
+        for pieces in tokenize(source.pieces(writer.cursor.pieces, problems)):
             n_shards = len(shards)
-            writer.add(tokens, cursor)
-            cursor = Cursor(
-                pieces=cursor.pieces + 1,
-                documents=cursor.documents + starts,
-                empty=cursor.empty + (len(tokens) == 0),
-                undecodable=cursor.undecodable + has_surrogates(text),
-            )
+            writer.add(pieces)
             bar.update(writer.total - bar.n)
             if len(shards) > n_shards:
                 speed = (writer.total - first) / (time.perf_counter() - start)
                 minutes = max(0, (expected or 0) - writer.total) / speed / 60
                 left = f", about {minutes:.0f} min left" if expected else ""
                 bar.write(f"{shards[-1]['name']}: {speed:,.0f} tokens/s{left}")
-            if writer.total == writer.limit:
+            if writer.is_full:
                 break
-    if writer.filled:
-        writer.finish_shard(cursor)
-    finish_manifest(manifest, out_dir, cursor, problems)
+    writer.finish_shard()
+    finish_manifest(manifest, out_dir, writer.cursor, problems)
 
 
 def choose_options(source: Source, config: PrepareConfig) -> dict:

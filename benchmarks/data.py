@@ -1,23 +1,26 @@
 """How fast text becomes tokens, and tokens become batches.
 
-    python benchmarks/data.py                                    # Python's documentation: 3 minutes
+    python benchmarks/data.py                                    # Python's documentation: 2 minutes
     python benchmarks/data.py --data docs.jsonl more/*.parquet   # any text that fineweb.py reads
 
-Tokenization: fineweb.py's own code, tiktoken's encode_ordinary_batch over all documents, and one
-document at a time (build-nanogpt's fineweb.py: Pool.imap, chunks of 16) take turns, with equally
-many processes or threads and including their start. The tokens must be equal. Loader: batches of
-random tokens in the page cache, on one core. Prefetching: how long a step waits for its batch; the
-step is a sleep, as of a CPU whose GPU computes.
+Preparation: whole processes, from JSON lines to shards on disk. fineweb.py, which also checks the
+text and hashes the shards, and two programs with tiktoken (benchmarks/tiktoken_peers.py) take turns
+on all cores. The tokens must be equal. Repeated text flatters fineweb.py, because gigatoken caches
+words; so the encoders also encode one copy, without starting, reading and writing. Loader: batches
+of random tokens in the page cache, on one core. Prefetching: how long a step waits for its batch;
+the step is a sleep, as of a CPU whose GPU computes.
 """
 
-import multiprocessing
+import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +30,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from engine.config import flag, run_command
 from engine.data import PretrainingData
-from engine.sources import Piece, open_source
+from engine.shards import ShardFile, read_manifest
+from engine.sources import open_source
 from engine.step import Prefetcher
-from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
-from fineweb import tokenize
+from engine.tokenizer import BatchEncoder, get_tokenizer
+from fineweb import batch_pieces, tokenize_pieces
 
-OURS = "this project"
+OURS = "fineweb.py"
 
 
 @dataclass(frozen=True)
 class DataBenchmarkConfig:
     data: list[str] = flag(["stdlib"], "files, folders or globs of text, or stdlib")
-    repeat: int = flag(4, "times that the text is repeated, so that starting weighs less")
-    rounds: int = flag(5, "measured turns of each contender, after one that warms up")
-    processes: int = flag(os.cpu_count() or 1, "of tokenization; as many threads of tiktoken")
+    copies: int = flag(8, "copies of the text that are prepared, so that starting weighs less")
+    rounds: int = flag(3, "turns of each contender")
     tokens: int = flag(50_000_000, "tokens that the loader reads")
     block_size: int = flag(1024, "tokens per sequence")
     batch_size: int = flag(64, "sequences per batch")
@@ -48,50 +51,105 @@ class DataBenchmarkConfig:
     step_ms: float = flag(150.0, "milliseconds of a step")
 
 
-def to_array(ids: list[int]) -> np.ndarray:
-    return np.array([END_OF_TEXT_ID, *ids], dtype=np.uint16)
-
-
-def tokenize_document(document: str) -> np.ndarray:
-    return to_array(get_tokenizer().encode_ordinary(document))
-
-
-def tokenize_with_fineweb(pieces: list[Piece], n: int) -> np.ndarray:
-    return np.concatenate([tokens for _, tokens in tokenize(lambda: iter(pieces), n)])
-
-
-def tokenize_with_tiktoken(documents: list[str], n: int) -> np.ndarray:
-    rows = get_tokenizer().encode_ordinary_batch(documents, num_threads=n)
-    return np.concatenate([to_array(row) for row in rows])
-
-
-def tokenize_one_at_a_time(documents: list[str], n: int) -> np.ndarray:
-    with multiprocessing.Pool(n) as pool:
-        return np.concatenate(list(pool.imap(tokenize_document, documents, chunksize=16)))
-
-
-def compare_tokenization(config: DataBenchmarkConfig) -> None:
-    found = open_source(config.data, "text").pieces(0, Counter())
-    pieces = [piece for piece in found if piece[0].strip()] * config.repeat
+def read_documents(data: list[str]) -> list[str]:
     documents: list[str] = []
-    for text, is_start in pieces:
+    for text, is_start in open_source(data, "text").pieces(0, Counter()):
         if is_start:
             documents.append("")
         documents[-1] += text
-    contenders: dict[str, Callable[[int], np.ndarray]] = {
-        OURS: lambda n: tokenize_with_fineweb(pieces, n),
-        "encode_ordinary_batch": lambda n: tokenize_with_tiktoken(documents, n),
-        "one document at a time": lambda n: tokenize_one_at_a_time(documents, n),
+    return [document for document in documents if document.strip()]
+
+
+def run_process(arguments: list[str], folder: Path, turn: int) -> harness.Result:
+    """Run a program that writes shards to a new folder; return that and its peak memory."""
+    out_dir = folder / f"{Path(arguments[0]).stem}_{arguments[1].strip('-')}_{turn}"
+    out_dir.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, *arguments, str(out_dir)], cwd=harness.ROOT, stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)  # subprocess does not give the memory
+    if status:
+        raise ValueError(f"{' '.join(arguments)} failed, see above")
+    return {"out_dir": out_dir, "peak_bytes": usage.ru_maxrss * 1024}
+
+
+def read_tokens(out_dir: Path) -> np.ndarray:
+    names = [shard["name"] for shard in read_manifest(out_dir)["shards"]]
+    files = [out_dir / name for name in names] or sorted(out_dir.glob("*.npy"))
+    return np.concatenate([np.load(file) for file in files])
+
+
+def compare_preparation(documents: list[str], config: DataBenchmarkConfig) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, file = Path(name), Path(name) / "documents.jsonl"
+        lines = "".join(json.dumps({"text": d}, ensure_ascii=False) + "\n" for d in documents)
+        with file.open("w") as stream:
+            stream.writelines([lines] * config.copies)
+        peer = "benchmarks/tiktoken_peers.py"
+        commands = {
+            OURS: ["fineweb.py", "--dataset", str(file), "--out_dir"],
+            "tiktoken, encode_ordinary_batch": [peer, "batch", str(file)],
+            "tiktoken, a pool of processes": [peer, "pool", str(file)],
+        }
+        contenders = {n: partial(run_process, command, folder) for n, command in commands.items()}
+        results = harness.take_turns(contenders, range(config.rounds), warmup=0)
+        tokens = read_tokens(results[OURS][0]["value"]["out_dir"])
+        print(f"{file.stat().st_size / 1e6:.0f} MB of JSON lines, {os.cpu_count()} cores")
+        print(f"{len(documents) * config.copies:,} documents, {len(tokens):,} tokens")
+        harness.print_header("text to shards", "s", "peak MB", "ours takes")
+        for name, turns in results.items():
+            if not np.array_equal(read_tokens(turns[0]["value"]["out_dir"]), tokens):
+                raise ValueError(f"{name} makes other tokens of {config.data} than {OURS}")
+            peak = harness.median([turn["value"] for turn in turns], "peak_bytes") / 1e6
+            seconds = f"{harness.median(turns):.2f}"
+            times = harness.median(results[OURS]) / harness.median(turns)
+            harness.print_row(name, seconds, f"{peak:.0f}", f"{times:.3f}")
+        measure_parts(file, tokens, folder)
+
+
+def measure_parts(file: Path, tokens: np.ndarray, folder: Path) -> None:
+    """How long the parts of fineweb.py take when nothing runs beside them."""
+    encoder, encode = BatchEncoder(), 0.0
+    encoder.encode(["warm up"])
+    start = time.perf_counter()
+    for pieces in batch_pieces(open_source([str(file)], "text").pieces(0, Counter())):
+        began = time.perf_counter()
+        tokenize_pieces(encoder, pieces)
+        encode += time.perf_counter() - began
+    read = time.perf_counter() - start - encode
+    start = time.perf_counter()
+    shard = ShardFile(folder / "shard.npy")
+    shard.write(tokens)
+    shard.finish()
+    write = time.perf_counter() - start
+    harness.print_header("part of fineweb.py alone", "s", "share")
+    for part, seconds in (("reading", read), ("encoding", encode), ("writing", write)):
+        harness.print_row(part, f"{seconds:.2f}", f"{seconds / (read + encode + write):.0%}")
+
+
+def compare_encoders(documents: list[str], rounds: int) -> None:
+    """Encode one copy, with a new encoder in each round."""
+    batches = [[text for text, _ in b] for b in batch_pieces((d, True) for d in documents)]
+
+    def encode(encoder: BatchEncoder) -> None:
+        for texts in batches:
+            encoder.encode(texts)
+
+    def encode_with_tiktoken(_: BatchEncoder) -> None:
+        for texts in batches:
+            get_tokenizer().encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+    contenders = {
+        "gigatoken, empty cache": encode,
+        "gigatoken, again": encode,
+        "tiktoken, encode_ordinary_batch": encode_with_tiktoken,
     }
-    results = harness.take_turns(contenders, [config.processes] * (config.rounds + 1))
+    encoders = [BatchEncoder() for _ in range(rounds + 1)]
+    results = harness.take_turns(contenders, encoders)
     megabytes = sum(len(document.encode()) for document in documents) / 1e6
-    print(f"{megabytes:.1f} MB, {len(documents):,} documents, {config.processes} processes")
-    harness.print_header("tokenization", "MB/s", "ours is")
+    harness.print_header(f"encoding {megabytes:.1f} MB", "MB/s")
     for name, turns in results.items():
-        if not np.array_equal(turns[0]["value"], results[OURS][0]["value"]):
-            raise ValueError(f"{name} makes other tokens of {config.data} than {OURS}")
-        speed = f"{megabytes / harness.median(turns):.2f}"
-        harness.print_row(name, speed, f"{harness.ratio(results, name, OURS)} x")
+        harness.print_row(name, f"{megabytes / harness.median(turns):.1f}")
 
 
 def measure_loading(data: PretrainingData, config: DataBenchmarkConfig) -> None:
@@ -121,7 +179,9 @@ def main(config: DataBenchmarkConfig) -> None:
     total = config.batch_size * config.block_size
     if config.tokens <= total:
         raise ValueError(f"tokens is {config.tokens}, expected more than a batch of {total}")
-    compare_tokenization(config)
+    documents = read_documents(config.data)
+    compare_preparation(documents, config)
+    compare_encoders(documents, config.rounds)
     sizes = {"block_size": config.block_size, "batch_size": config.batch_size}
     with tempfile.TemporaryDirectory() as folder:
         shards = harness.random_shards(folder, config.tokens)

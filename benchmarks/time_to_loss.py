@@ -29,14 +29,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
 from engine.config import flag, run_command
-from engine.data import (
-    PretrainingData,
-    TokenShards,
-    validation_batches,
-    write_manifest,
-    write_shard,
-)
+from engine.data import PretrainingData, validation_batches
 from engine.distributed import Distributed
+from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
 from engine.tokenizer import END_OF_TEXT_ID
 from engine.training import evaluate_loss

@@ -27,7 +27,7 @@ EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "t
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 HELP_COLUMN, HELP_WIDTH = 30, 100  # where the help text starts, and where its lines end
 # Settings of earlier versions that config files may still contain.
-REMOVED_SETTINGS = {"find_batch_size"}
+REMOVED_SETTINGS = {"find_batch_size", "num_proc"}
 LOGGERS = ("tensorboard", "wandb")
 
 

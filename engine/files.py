@@ -1,33 +1,18 @@
-"""Files: atomic writes, JSON and JSON lines, tensor files, locks."""
+"""Files: atomic writes, JSON and JSON lines, locks."""
 
 import gzip
 import hashlib
 import json
 import os
-import pickle
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-# What torch.load raises for a damaged file, and what unexpected contents lead to.
-TORCH_LOAD_ERRORS = (
-    RuntimeError,
-    EOFError,
-    pickle.UnpicklingError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    TypeError,
-)
 DAMAGED_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
-MAX_NAMES_SHOWN = 4  # in an error about tensors
 
 
 @contextmanager
@@ -90,7 +75,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with open_binary(path) as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
+                if not line.isspace():
                     yield number, line
     except DAMAGED_GZIP as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
@@ -139,47 +124,3 @@ def lock_folder(folder: Path) -> Iterator[None]:
             f"{folder} is in use by another process; wait until it ends, or choose another "
             "--out_dir"
         ) from error
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file or of one written by torch.save; ValueError if it is
-    damaged or holds anything else.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, weights_only=True, map_location="cpu")
-        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise TypeError("it holds more than tensors")
-    except pickle.UnpicklingError as error:  # torch's message advises loading it unsafely
-        raise ValueError(f"{path} is damaged, or holds more than tensors; save it again") from error
-    except (SafetensorError, *TORCH_LOAD_ERRORS) as error:
-        raise ValueError(f"{path} is damaged: {error}; save or download it again") from error
-    return tensors
-
-
-def copy_tensors(
-    tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], source: str
-) -> None:
-    """Copy each tensor into the target of the same name. ValueError names what is missing,
-    unexpected or misshapen in `source`; then nothing is copied.
-    """
-    for problem, names in (
-        ("missing", targets.keys() - tensors.keys()),
-        ("unexpected", tensors.keys() - targets.keys()),
-    ):
-        if names:
-            shown = ", ".join(sorted(names)[:MAX_NAMES_SHOWN])
-            more = len(names) - MAX_NAMES_SHOWN
-            raise ValueError(
-                f"{source}: {problem} tensors: {shown}{f' and {more} more' if more > 0 else ''}; "
-                "it belongs to a different model"
-            )
-    for name, target in targets.items():
-        if tensors[name].shape != target.shape:
-            raise ValueError(
-                f"{source}: {name} is {tuple(tensors[name].shape)}, the model has "
-                f"{tuple(target.shape)}; it belongs to a different model"
-            )
-    for name, target in targets.items():
-        target.copy_(tensors[name])

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from engine.files import copy_tensors, read_json, read_tensors, write_json
+from engine.files import read_json, write_json
+from engine.tensors import copy_tensors, read_tensors
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"

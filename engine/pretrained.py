@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from engine.files import copy_tensors, read_json, read_tensors, write_json
+from engine.files import read_json, write_json
+from engine.tensors import copy_tensors, read_tensors
 from engine.tokenizer import END_OF_TEXT_ID
 from model import GPT, GPTConfig
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.checkpoint import read_run_config
-from engine.data import read_manifest
 from engine.distributed import Distributed
 from engine.files import naming_file, write_atomically
 from engine.metrics import read_metrics
+from engine.shards import read_manifest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

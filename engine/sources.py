@@ -125,8 +125,8 @@ def read_parquet(file: Path, text_field: str) -> Iterator[str]:
                 f"{file} has no column {text_field!r}; --text_field may be {' or '.join(columns)}"
             )
         for batch in parquet.iter_batches(batch_size=1000, columns=[text_field]):
-            for value in batch.column(0):
-                text = value.as_py() or ""
+            for value in batch.column(0).to_pylist():
+                text = value or ""
                 if not isinstance(text, str):
                     raise ValueError(
                         f"{file}: column {text_field!r} holds {type(text).__name__}, expected "

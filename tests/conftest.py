@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from engine.data import PretrainingData, TokenShards, write_manifest, write_shard
+from engine.data import PretrainingData
 from engine.distributed import Distributed
+from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig

@@ -30,7 +30,7 @@ import share
 import train_gpt2
 from engine.checkpoint import list_checkpoints, read_progress, read_state
 from engine.config import parse_flags
-from engine.data import TokenShards, read_manifest
+from engine.shards import TokenShards, read_manifest
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROW = {"ctx_a": "A man", "ctx_b": "he", "endings": ["sits.", "runs.", "is.", "eats."], "label": 0}

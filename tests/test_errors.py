@@ -19,10 +19,10 @@ import sample
 import share
 import train_gpt2
 from engine.config import run_command
-from engine.data import write_shard
 from engine.errors import with_reported_errors
 from engine.files import JSONLinesLog
 from engine.report import plot_runs
+from engine.shards import write_shard
 from engine.tokenizer import save_tokenizer
 from model import GPT, GPTConfig
 

@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON, JSON lines, tensor files, locks."""
+"""Files: atomic writes, JSON, JSON lines, locks."""
 
 import contextlib
 import gzip
@@ -9,19 +9,15 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import WORKERS, worker_env
-from safetensors.torch import save_file
 
 from engine.files import (
     JSONLinesLog,
-    copy_tensors,
     lock_folder,
     naming_file,
     open_binary,
     read_json,
     read_lines,
-    read_tensors,
     sha256_file,
     sha256_text,
     write_atomically,
@@ -175,54 +171,3 @@ def test_lock_ends_with_its_block(tmp_path):
         raise KeyError
     with lock_folder(tmp_path):
         pass
-
-
-@pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
-def test_tensor_files(tmp_path, name):
-    """Tensors read back bit for bit from either format; a damaged file is named with the remedy."""
-    tensors = {"a": torch.randn(3, 4), "b": torch.tensor([1, 2], dtype=torch.int64)}
-    file = tmp_path / name
-    (save_file if name.endswith(".safetensors") else torch.save)(tensors, file)
-    found = read_tensors(file)
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
-    intact = file.read_bytes()
-    for content in (intact[: len(intact) // 2], b"", bytes(range(256))):
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} is damaged.*again"):
-            read_tensors(file)
-
-
-class Unsafe:
-    """Something whose class would have to be imported from the file."""
-
-
-@pytest.mark.parametrize("content", [{"a": 1}, {"a": {"b": torch.ones(1)}}, [1], {"a": Unsafe()}])
-def test_files_of_anything_else_are_refused(tmp_path, content):
-    """A file by torch.save that holds more than tensors by name is refused, and loads no classes;
-    the error does not advise to load it unsafely.
-    """
-    torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"x\.pt is damaged") as raised:
-        read_tensors(tmp_path / "x.pt")
-    assert "weights_only" not in str(raised.value)
-
-
-def test_copying_tensors_is_all_or_nothing():
-    """Tensors are copied by name; where one is missing, unexpected or has another shape, the error
-    names it and nothing is copied.
-    """
-    names = [f"h.{i}" for i in range(6)]
-    targets = {name: torch.zeros(2, 3) for name in names}
-    tensors = {name: torch.full((2, 3), i + 1.0) for i, name in enumerate(names)}
-    without = {name: tensors[name] for name in names[:1]}
-    for wrong, expected in (
-        (without, r"x: missing tensors: h\.1, h\.2, h\.3, h\.4 and 1 more; it belongs"),
-        (tensors | {"more": torch.ones(1)}, "x: unexpected tensors: more; it belongs"),
-        (tensors | {"h.5": torch.ones(3, 2)}, r"x: h\.5 is \(3, 2\), the model has \(2, 3\)"),
-    ):
-        with pytest.raises(ValueError, match=expected):
-            copy_tensors(wrong, targets, "x")
-        assert not any(target.any() for target in targets.values())
-    copy_tensors(tensors, targets, "x")
-    assert all(torch.equal(targets[name], tensors[name]) for name in names)

@@ -26,9 +26,10 @@ HEAVY = {
 # The layers inside engine/, low to high. A module imports only from lower ones.
 LAYERS = [
     {"errors"},
-    {"config", "files", "tokenizer"},
-    {"pretrained", "lora", "sources", "data", "decode"},
-    {"instructions", "loss", "distributed", "scoring"},
+    {"config", "files", "tensors", "tokenizer"},
+    {"pretrained", "lora", "sources", "shards", "decode"},
+    {"data", "distributed", "scoring"},
+    {"instructions", "loss"},
     {"optim", "checkpoint", "tasks"},
     {"step", "metrics"},
     {"report"},

@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -19,12 +18,18 @@ from engine.sources import (
     read_documents,
     stdlib_documents,
 )
-from engine.tokenizer import get_tokenizer
+from engine.tokenizer import BatchEncoder, get_tokenizer
 from fineweb import tokenize_pieces
+
+ENCODER = BatchEncoder()
 
 
 def expected_tokens(documents: list[str]) -> list[int]:
     return [i for d in documents for i in (50256, *get_tokenizer().encode_ordinary(d))]
+
+
+def tokens_of(pieces: list[tuple[str, bool]]) -> list[int]:
+    return tokenize_pieces(ENCODER, pieces).tokens.tolist()
 
 
 def read_pieces(*dataset: object, skip: int = 0) -> tuple[list[tuple[str, bool]], Counter]:
@@ -39,7 +44,7 @@ def test_separators_in_a_txt(tmp_path, monkeypatch):
     for size in (1, 3, 10, 1000):
         monkeypatch.setattr(sources, "PIECE_CHARS", size)
         pieces = list(read_documents(tmp_path / "a.txt", "text", Counter()))
-        tokens = np.concatenate(tokenize_pieces(pieces)).tolist()
+        tokens = tokens_of(pieces)
         assert tokens == expected_tokens(documents)
 
 
@@ -54,7 +59,7 @@ def test_pieces_of_a_document_have_its_tokens(size, monkeypatch):
         pieces = list(cut_into_pieces(blocks))
         assert "".join(piece for piece, _ in pieces) == document
         assert [starts for _, starts in pieces] == [True] + [False] * (len(pieces) - 1)
-        assert np.concatenate(tokenize_pieces(pieces)).tolist() == expected_tokens([document])
+        assert tokens_of(pieces) == expected_tokens([document])
         assert len(pieces) >= 2
         assert list(cut_into_pieces([document])) == pieces
 
@@ -115,7 +120,7 @@ def test_bad_bytes_have_the_tokens_of_u_fffd(tmp_path, monkeypatch, bad, block):
         text = "".join(piece for piece, _ in pieces)
         assert text.count("\ufffd") == 1
         assert text.replace("\udcff", "\ufffd") == replaced
-        assert np.concatenate(tokenize_pieces(pieces)).tolist() == expected_tokens([replaced])
+        assert tokens_of(pieces) == expected_tokens([replaced])
         documents = read_documents(tmp_path / name, "text", Counter())
         assert "".join(piece for piece, _ in documents) == replaced
 

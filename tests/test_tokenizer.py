@@ -1,16 +1,18 @@
 import hashlib
 import importlib.metadata
 import importlib.util
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 from conftest import NASTY_TEXT, ROOT
 from transformers import AutoTokenizer, GPT2Tokenizer
 
-from engine.tokenizer import get_tokenizer, save_tokenizer
+from engine.tokenizer import CHECK_EVERY, BatchEncoder, get_tokenizer, save_tokenizer
 
 
 def packaged_file(name: str) -> Path:
@@ -90,3 +92,84 @@ def test_import_needs_no_tokenizers():
     """The package tokenizers is imported only by what writes tokenizer files."""
     program = "import sys, engine.tokenizer; sys.exit('tokenizers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+# Pieces on which pretokenizers differ: contractions, spaces of all kinds, digits of other scripts,
+# marks that combine, characters of two UTF-16 units, and what looks like a special token.
+HOSTILE = [
+    *"aZ09'\u2019.-_/#\"\\(){}<|>~éßİıǅ日本語العربيةनमस्ते٣४²½Ⅷ😀\u0301\u200d\ufe0f\ufffd\ufeff\U0001f468",
+    *" \t\n\r\v\f\x00\x1c\x85\xa0\u1680\u2003\u2028\u202f\u3000",
+    *("'s", "'S", "'re", "'LL", "'d", "\u2019t", "  ", "\n\n", "\r\n", " \n", "   x", "don't"),
+    *("the", " of", "HTTP", "x1", "1234567", "<|endoftext|>", "<|", "|>", "===", "def f(x):\n    "),
+]
+
+
+def encode_separately(encoder: BatchEncoder, texts: list[str]) -> list[list[int]]:
+    tokens, lengths = encoder.encode(texts)
+    assert tokens.dtype == np.uint16
+    assert lengths.sum() == len(tokens)
+    return [row.tolist() for row in np.split(tokens, np.cumsum(lengths)[:-1])]
+
+
+@pytest.fixture
+def without_gigatoken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+
+
+def test_many_texts_have_tiktokens_tokens():
+    """Of 100,000 strings of hostile pieces each has the tokens of tiktoken."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(HOSTILE, k=rng.randrange(20))) for _ in range(100_000)]
+    expected = get_tokenizer().encode_ordinary_batch(texts)
+    assert encode_separately(BatchEncoder(), texts) == expected
+
+
+LONG = ["a" * 3_000_000, "ab, " * 750_000, "\x00" * 300_000, "日本" * 300_000, "x" + " " * 900_000]
+
+
+@pytest.mark.parametrize("text", LONG, ids=["letter", "words", "NUL", "CJK", "spaces"])
+def test_long_lines_have_tiktokens_tokens(text):
+    """Lines of up to 3 million characters have the tokens of tiktoken, next to empty texts."""
+    tokens = get_tokenizer().encode_ordinary(text)
+    assert encode_separately(BatchEncoder(), ["", text, ""]) == [[], tokens, []]
+
+
+def test_a_million_spaces_are_encoded():
+    """Texts that are too much for tiktoken are not compared to it."""
+    tokens, _ = BatchEncoder().encode([" " * 2_000_000])
+    assert get_tokenizer().decode(tokens.tolist()) == " " * 2_000_000
+
+
+def test_without_gigatoken_tiktoken_encodes(without_gigatoken, capsys):
+    """Where gigatoken is missing, tiktoken gives the same tokens, and one line says so."""
+    encoder = BatchEncoder()
+    assert "falling back to tiktoken" in capsys.readouterr().out
+    texts = [NASTY_TEXT, "", " ", "<|endoftext|>"]
+    assert encode_separately(encoder, texts) == get_tokenizer().encode_ordinary_batch(texts)
+
+
+class WrongAfter:
+    """gigatoken, but with another token in the text of this number."""
+
+    def __init__(self, encoder: BatchEncoder, number: int):
+        self.gigatoken, self.left = encoder.gigatoken, number
+
+    def encode_batch(self, texts: list[str]):
+        if 0 <= self.left < len(texts):
+            texts = [*texts[: self.left], "wrong", *texts[self.left + 1 :]]
+        self.left -= len(texts)
+        return self.gigatoken.encode_batch(texts)
+
+
+@pytest.mark.parametrize("number", [0, 7, 2 * CHECK_EVERY])
+def test_a_difference_to_tiktoken_is_an_error(number):
+    """The first texts, and later one in CHECK_EVERY, are compared to tiktoken. A difference names
+    the text and both packages.
+    """
+    encoder = BatchEncoder()
+    encoder.gigatoken = WrongAfter(encoder, number)
+    texts = [f"text {i}" for i in range(3 * CHECK_EVERY)]
+    batches = [texts[first : first + 300] for first in range(0, len(texts), 300)]
+    match = rf"gigatoken 0.* and tiktoken 0.* on text {number + 1}, .* 'text {number}'; .*uninstall"
+    with pytest.raises(ValueError, match=match):
+        _ = [encoder.encode(batch) for batch in batches]

@@ -7,8 +7,9 @@ import sys
 
 import torch
 
-from engine.data import PretrainingData, TokenShards
+from engine.data import PretrainingData
 from engine.distributed import Distributed
+from engine.shards import TokenShards
 from engine.step import TrainingStep
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig

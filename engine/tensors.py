@@ -1,0 +1,64 @@
+"""Files of tensors: read them, and copy them into a model with every mismatch named."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+# What torch.load raises for a damaged file, and what unexpected contents lead to.
+TORCH_LOAD_ERRORS = (
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    TypeError,
+)
+MAX_NAMES_SHOWN = 4  # in an error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file or of one written by torch.save; ValueError if it is
+    damaged or holds anything else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, weights_only=True, map_location="cpu")
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise TypeError("it holds more than tensors")
+    except pickle.UnpicklingError as error:  # torch's message advises loading it unsafely
+        raise ValueError(f"{path} is damaged, or holds more than tensors; save it again") from error
+    except (SafetensorError, *TORCH_LOAD_ERRORS) as error:
+        raise ValueError(f"{path} is damaged: {error}; save or download it again") from error
+    return tensors
+
+
+def copy_tensors(
+    tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], source: str
+) -> None:
+    """Copy each tensor into the target of the same name. ValueError names what is missing,
+    unexpected or misshapen in `source`; then nothing is copied.
+    """
+    for problem, names in (
+        ("missing", targets.keys() - tensors.keys()),
+        ("unexpected", tensors.keys() - targets.keys()),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:MAX_NAMES_SHOWN])
+            more = len(names) - MAX_NAMES_SHOWN
+            raise ValueError(
+                f"{source}: {problem} tensors: {shown}{f' and {more} more' if more > 0 else ''}; "
+                "it belongs to a different model"
+            )
+    for name, target in targets.items():
+        if tensors[name].shape != target.shape:
+            raise ValueError(
+                f"{source}: {name} is {tuple(tensors[name].shape)}, the model has "
+                f"{tuple(target.shape)}; it belongs to a different model"
+            )
+    for name, target in targets.items():
+        target.copy_(tensors[name])
