@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from engine.tokenizer import BatchEncoder, get_tokenizer
 from fineweb import batch_pieces, tokenize_pieces
 
 OURS = "fineweb.py"
+POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,15 @@ def run_process(arguments: list[str], folder: Path, turn: int) -> harness.Result
     """Run a program that writes shards to a new folder; return that and its peak memory."""
     out_dir = folder / f"{Path(arguments[0]).stem}_{arguments[1].strip('-')}_{turn}"
     out_dir.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, *arguments, str(out_dir)], cwd=harness.ROOT, stdout=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)  # subprocess does not give the memory
-    if status:
-        raise ValueError(f"{' '.join(arguments)} failed, see above")
-    return {"out_dir": out_dir, "peak_bytes": usage.ru_maxrss * 1024}
+    command, peak = [sys.executable, *arguments, str(out_dir)], 0
+    with subprocess.Popen(command, cwd=harness.ROOT, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            with suppress(StopIteration, OSError):  # it may just have ended
+                peak = harness.read_memory("VmHWM", process.pid)
+            time.sleep(POLL_SECONDS)
+    if process.returncode:
+        raise ValueError(f"{' '.join(command)} failed, see above")
+    return {"out_dir": out_dir, "peak_bytes": peak}
 
 
 def read_tokens(out_dir: Path) -> np.ndarray:
@@ -80,8 +84,8 @@ def read_tokens(out_dir: Path) -> np.ndarray:
 
 
 def compare_preparation(documents: list[str], config: DataBenchmarkConfig) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder, file = Path(name), Path(name) / "documents.jsonl"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, file = Path(temporary), Path(temporary) / "documents.jsonl"
         lines = "".join(json.dumps({"text": d}, ensure_ascii=False) + "\n" for d in documents)
         with file.open("w") as stream:
             stream.writelines([lines] * config.copies)

@@ -281,9 +281,9 @@ def read_clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def read_memory(field: str) -> int:
-    """Bytes of this process: VmRSS, resident now, or VmHWM, their highest so far. Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def read_memory(field: str, process: int | str = "self") -> int:
+    """Bytes of a process: VmRSS, resident now, or VmHWM, their highest so far. Linux only."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 

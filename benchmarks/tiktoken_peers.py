@@ -44,7 +44,8 @@ def tokenize_in_a_pool(documents: Iterator[str]) -> Iterator[np.ndarray]:
 
 def write_shards(documents: Iterable[np.ndarray], out_dir: Path) -> None:
     shard, filled, index = np.empty(SHARD_SIZE, dtype=np.uint16), 0, 0
-    for tokens in documents:
+    for document in documents:
+        tokens = document
         while filled + len(tokens) > SHARD_SIZE:
             left = SHARD_SIZE - filled
             shard[filled:], tokens = tokens[:left], tokens[left:]
