@@ -212,7 +212,7 @@ def resolve_config(
                     f"{config.lora_load_path} has {found}"
                 )
             resolved[name] = found
-    return resolve_device_settings(replace(config, **resolved), dist.device)
+    return resolve_device_settings(replace(config, **resolved), dist)
 
 
 def announce_finetuning(model: GPT, config: FinetuneConfig) -> None:

@@ -52,7 +52,7 @@ class EvalConfig:
     )
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: Precision | None = flag(
-        None, "fp32, or autocast (default: bf16 on CUDA, fp16 on older GPUs, fp32 elsewhere)"
+        None, "fp32, or autocast (default: fp32 on a CPU; bf16 on CUDA, fp16 on older GPUs)"
     )
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ def score_examples(
     """The records of all examples: those in the log, and new ones, which are added to it."""
     records = {record["row"]: record for record in log.records} if log else {}
     done = frozenset(i for i, e in enumerate(examples) if e.record["row"] in records)
-    dtype = autocast_dtype(config.precision, device)
+    dtype = autocast_dtype(config.precision)
     bar = tqdm(total=len(examples), initial=len(done), unit=" rows", disable=None)
     shown_at, interval = time.perf_counter(), PROGRESS_SECONDS if bar.disable else BAR_SECONDS
     with torch.autocast(device.type, dtype, enabled=dtype is not None), bar:
@@ -136,7 +136,9 @@ def main(config: EvalConfig) -> None:
     dist = Distributed.start(config.device)
     if dist.world_size > 1:
         raise ValueError("evaluation runs in one process; start it without torchrun")
-    config = replace(config, precision=config.precision or default_precision(dist.device))
+    if config.precision is None:  # on a CPU exact, although it may train in bf16
+        is_cpu = dist.device.type == "cpu"
+        config = replace(config, precision="fp32" if is_cpu else default_precision(dist.device))
     model = load_model(config.model, config.lora_load_path)
     check_vocabulary(model, config.model)
     examples = load_examples(

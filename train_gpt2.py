@@ -66,7 +66,7 @@ def main(config: PretrainConfig) -> None:
             model, resumed = load_latest(run) or (build_model(config), None)
         shape = {name: getattr(model.config, name) for name in SHAPE}
         shape |= select_shape(config)  # a shorter block_size than the model's
-        config = resolve_device_settings(replace(config, **shape), dist.device)
+        config = resolve_device_settings(replace(config, **shape), dist)
         sizes: dict[str, Any] = {
             "block_size": config.block_size,
             "batch_size": config.batch_size,

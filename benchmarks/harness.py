@@ -9,6 +9,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -34,6 +36,7 @@ from model import GPT, GPTConfig
 
 ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
 HEAD_SIZE = 64  # of every GPT-2
+BF16_UNITS = ("avx512_bf16", "amx_bf16")  # as Linux names them
 VOCAB_SIZE = GPTConfig().padded_vocab_size  # of the peers' models, as of this project's
 
 Result = dict[str, Any]  # figures of a turn by name
@@ -60,7 +63,7 @@ class BenchmarkConfig:
 
     def autocast(self) -> AbstractContextManager:
         device = torch.device(self.device)
-        dtype = autocast_dtype(self.precision, device)
+        dtype = autocast_dtype(self.precision)
         return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
@@ -296,6 +299,18 @@ def ratio(results: Results, name: str, reference: str, figure: str = "seconds") 
     if not {name, reference} <= results.keys():
         return ""
     return f"{median(results[name], figure) / median(results[reference], figure):.2f}"
+
+
+def print_device(config: BenchmarkConfig) -> None:
+    """What the figures are of. Those of two kinds of CPU cannot be compared."""
+    if config.open_device().type == "cuda":
+        print(torch.cuda.get_device_name())
+        return
+    info = Path("/proc/cpuinfo").read_text()
+    names = re.findall(r"(?m)^model name\s*: (.*)", info)
+    units = [unit for unit in BF16_UNITS if unit in info.split()]
+    kind = f"{names[0] if names else platform.machine()} ({', '.join(units) or 'no bf16 units'})"
+    print(f"{kind}, {config.threads} threads, torch {torch.__version__}")
 
 
 def print_header(*columns: str) -> None:

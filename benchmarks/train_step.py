@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                    # two sizes, two CPU threads, fp32: 7 minutes
     python benchmarks/train_step.py --peer ../nanoGPT  # also beside a checkout of nanoGPT
+    python benchmarks/train_step.py --precision bf16 --also_fp32
     python benchmarks/train_step.py --device cuda --precision bf16 --compile --sizes 12x768:64x1024
 
 This project runs its real training step; the others run build-nanogpt's loop: forward, backward,
@@ -22,7 +23,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Result, Size, Stopwatch
+from benchmarks.harness import BenchmarkConfig, Maker, Result, Size, Stopwatch
 from engine.config import flag, run_command
 from engine.distributed import Distributed, keep_freed_memory
 from engine.metrics import peak_flops
@@ -50,6 +51,7 @@ class StepBenchmarkConfig(BenchmarkConfig):
     peer: str | None = flag(None, "folder of nanoGPT, or another with such a model.py")
     recompute: Literal["none", "light", "block"] = flag("none", "of this project's training step")
     compile: bool = flag(False, "torch.compile all; transformers also runs as it is")
+    also_fp32: bool = flag(False, "the contenders in fp32, and besides them in --precision")
 
 
 class TimedStep(TrainingStep):
@@ -167,19 +169,27 @@ def list_makers(config: StepBenchmarkConfig) -> dict[str, Any]:
     makers: dict[str, Any] = {OURS: ours, BASELINE: make_transformers}
     if config.compile:
         makers[f"{BASELINE}, compiled"] = partial(make_transformers, compiled=True)
-    if config.precision == "fp32" and config.open_device().type == "cpu":
-        makers["matmul"] = make_matmuls
     if config.peer:
         folder = Path(config.peer).resolve()
         if not (folder / "model.py").exists():
             raise ValueError(f"peer is {config.peer}, expected a folder with model.py")
         name = f"{folder.name}, compiled" if config.compile else folder.name
         makers[name] = partial(make_peer, folder=str(folder), compiled=config.compile)
+    if config.also_fp32:
+        in_16_bits = {f"{name}, {config.precision}": make for name, make in makers.items()}
+        makers = {name: partial(make_in_fp32, make) for name, make in makers.items()} | in_16_bits
+    if config.open_device().type == "cpu" and (config.also_fp32 or config.precision == "fp32"):
+        makers["matmul"] = make_matmuls
     return makers
+
+
+def make_in_fp32(make: Maker, size: Size, config: BenchmarkConfig) -> Callable[[], Result]:
+    return make(size, replace(config, precision="fp32"))
 
 
 def main(config: StepBenchmarkConfig) -> None:
     makers = list_makers(config)
+    harness.print_device(config)
     columns = "tokens/s", f"/ {BASELINE}'", *(f"{part} ms" for part in PARTS)
     columns += "peak MB", f"/ {BASELINE}'", "of peak FLOP/s"
     for size in map(Size.parse, config.sizes):

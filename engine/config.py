@@ -94,7 +94,8 @@ class TrainConfig:
 
     device: str = flag("auto", "auto, cpu, cuda or mps", group="system", may_change=True)
     precision: Precision = flag(
-        None, "fp32, or autocast (default: bf16 on CUDA, fp16 on older GPUs, fp32 elsewhere)"
+        None,
+        "fp32, or autocast (default: bf16 where there are units for it; else fp16 on CUDA, fp32)",
     )
     compile: bool = flag(
         None, "torch.compile the training step (default: on CUDA)", may_change=True

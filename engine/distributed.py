@@ -17,6 +17,7 @@ from model import GPT
 
 Config = TypeVar("Config", bound=TrainConfig)
 DEVICE_TYPES = ("cpu", "cuda", "mps")
+CPU_BF16_UNITS = ("avx512_bf16", "amx_bf16")  # as torch.cpu.get_capabilities names them
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # for mallopt, from glibc's malloc.h
 MAX_C_INT = 2**31 - 1
 BARRIER_TIMEOUT = timedelta(minutes=30)  # enough to download 6 GB of GPT-2 1.5B
@@ -117,24 +118,37 @@ def cudnn_attention(enabled: bool) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether the device computes in bf16, rather than emulating it slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(units.get(name, False) for name in CPU_BF16_UNITS)
+
+
 def default_precision(device: torch.device) -> Precision:
-    """bf16 on CUDA, fp16 on GPUs that only emulate it, fp32 elsewhere."""
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    """Of training: bf16 where the device has units for it, fp16 on other GPUs, else fp32."""
+    if has_bf16_units(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"
 
 
-def resolve_device_settings(config: Config, device: torch.device) -> Config:
+def resolve_device_settings(config: Config, dist: Distributed) -> Config:
     """The config with precision and compile for this device, where they were left open."""
+    device = dist.device
     precision = config.precision or default_precision(device)
+    if config.precision is None and device.type == "cpu" and dist.is_main:
+        has = "has" if precision == "bf16" else "has no"
+        print(
+            f"precision: {precision}, because this CPU {has} bf16 units; --precision overrides it"
+        )
     compile_step = device.type == "cuda" if config.compile is None else config.compile
     return replace(config, precision=precision, compile=compile_step)
 
 
-def autocast_dtype(precision: Precision | None, device: torch.device) -> torch.dtype | None:
-    """The dtype of matrix products under this precision, or the device's default; None is fp32."""
-    dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return dtypes[precision or default_precision(device)]
+def autocast_dtype(precision: Precision | None) -> torch.dtype | None:
+    """The dtype of matrix products under this precision; None is fp32."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "fp32")
 
 
 def shard_model(

@@ -14,6 +14,7 @@ from model import GPT
 # gradient of the head too often; elsewhere enough to keep the device busy.
 CHUNK_ROWS = {"cpu": 512}
 DEFAULT_CHUNK_ROWS = 4096
+CPU_SOFTMAX_ROWS = 32  # at once: 6 MB in fp32, which stay in the cache from one pass to the next
 
 Softmax = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -23,11 +24,14 @@ def softmax_(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> torch.
     of `ids` (n, 1) in fp32.
     """
     logits[:, vocab_size:] = -torch.inf  # padding is not in the vocabulary
-    in_place = logits if logits.dtype == torch.float32 else None
-    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=in_place)
-    target_log_probs = log_probs.gather(1, ids)
-    torch.exp(log_probs, out=logits)
-    return target_log_probs
+    n_rows = CPU_SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
+    target_log_probs = []
+    for rows, row_ids in zip(logits.split(n_rows), ids.split(n_rows), strict=True):
+        in_place = rows if rows.dtype == torch.float32 else None
+        log_probs = torch.log_softmax(rows, dim=-1, dtype=torch.float32, out=in_place)
+        target_log_probs.append(log_probs.gather(1, row_ids))
+        torch.exp(log_probs, out=rows)
+    return torch.cat(target_log_probs)
 
 
 def compile_softmax() -> Softmax:
@@ -68,12 +72,12 @@ class HeadLoss(torch.autograd.Function):
         total = x.new_zeros((), dtype=torch.float32)
         d_x = torch.empty_like(x) if with_grad else None
         needs_d_weight = with_grad and weight.requires_grad
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_d_weight else None
+        d_weight = None
         chunk_rows = max(1, min(CHUNK_ROWS.get(x.device.type, DEFAULT_CHUNK_ROWS), len(x)))
         # One buffer for all chunks: on a CPU, touching new memory costs more than the softmax.
         logits_buffer = x.new_empty(chunk_rows, len(weight), dtype=dtype)
         with torch.autocast(x.device.type, enabled=False):
-            for start in range(0, len(x), chunk_rows):
+            for start in range(0, max(1, len(x)), chunk_rows):
                 x_chunk = x[start : start + chunk_rows].to(dtype)
                 ids = targets[start : start + chunk_rows, None]
                 logits = torch.mm(x_chunk, head.t(), out=logits_buffer[: len(ids)])
@@ -83,8 +87,8 @@ class HeadLoss(torch.autograd.Function):
                     # p - 1 in fp32: in bf16, p near 1 is already rounded.
                     d_logits = logits.scatter_(1, ids, log_probs.expm1().to(dtype))
                     d_x[start : start + chunk_rows] = d_logits @ head
-                if d_weight is not None:
-                    add_product_(d_weight, d_logits.t(), x_chunk)
+                if needs_d_weight:
+                    d_weight = add_product(d_weight, d_logits.t(), x_chunk)
         ctx.gradients = d_x, None if d_weight is None else d_weight.to(weight.dtype)
         return total
 
@@ -95,14 +99,17 @@ class HeadLoss(torch.autograd.Function):
         return d_x.mul_(grad), None if d_weight is None else d_weight.mul_(grad), *[None] * 5
 
 
-def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add a @ b to `total`, which is fp32, without rounding the product to 16 bits on CUDA."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif a.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total += a @ b
+def add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, or `total` plus a @ b in its memory, in fp32. On CUDA a product of 16-bit matrices is
+    not rounded to 16 bits.
+    """
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        if total is None:
+            total = a.new_zeros(len(a), b.size(1), dtype=torch.float32)
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    if total is None:
+        return (a @ b).float()
+    return total.addmm_(a, b) if a.dtype == torch.float32 else total.add_(a @ b)
 
 
 class SummedLoss(nn.Module):

@@ -8,7 +8,7 @@ import torch.distributed
 from torch import nn
 
 from engine.config import TrainConfig
-from engine.distributed import full_tensor, shard_like
+from engine.distributed import full_tensor, has_bf16_units, shard_like
 from model import GPT
 
 BETAS, EPS = (0.9, 0.95), 1e-8  # GPT-3 paper, appendix B
@@ -86,7 +86,8 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     if not in_muon:
         return [adamw]
     muon_groups = [{"params": params, "parts": n} for n, params in matrices.items() if params]
-    return [adamw, Muon(muon_groups, config.muon_lr, config.muon_weight_decay)]
+    dtype = newton_schulz_dtype(model.lm_head.weight.device, config)
+    return [adamw, Muon(muon_groups, config.muon_lr, config.muon_weight_decay, dtype)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -100,7 +101,8 @@ class Muon(torch.optim.Optimizer):
 
     found_inf: torch.Tensor | None = None  # a scalar on the device, so that nothing waits for it
 
-    def __init__(self, groups: Iterable[dict], lr: float, weight_decay: float):
+    def __init__(self, groups: Iterable[dict], lr: float, weight_decay: float, dtype: torch.dtype):
+        self.dtype = dtype  # of the iteration
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM, "parts": 1}
         super().__init__(groups, defaults)
 
@@ -126,7 +128,7 @@ class Muon(torch.optim.Optimizer):
         rows, cols = shape[0] // group["parts"], shape[1]
         momenta = [full_tensor(momentum) for momentum in self._update_momenta(group, params)]
         stacked = torch.stack(momenta).view(-1, rows, cols)
-        updates = distributed_newton_schulz(stacked.to(newton_schulz_dtype(stacked.device)))
+        updates = distributed_newton_schulz(stacked.to(self.dtype))
         keep = 1.0 if self.found_inf is None else 1 - self.found_inf
         # Jordan's factor: a tall matrix changes its outputs as much as a square one.
         updates = updates.to(stacked.dtype) * (keep * (-lr * max(1.0, rows / cols) ** 0.5))
@@ -185,9 +187,10 @@ def distributed_newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     return gathered[: len(matrices)]
 
 
-def newton_schulz_dtype(device: torch.device) -> torch.dtype:
-    """bf16, which Newton-Schulz tolerates, where CUDA has units for it. A CPU without them would
-    take hundreds of times as long as in fp32.
+def newton_schulz_dtype(device: torch.device, config: TrainConfig) -> torch.dtype:
+    """bf16, which Newton-Schulz tolerates, where the device has units for it; elsewhere it would
+    take hundreds of times as long. On a CPU not if the training is in fp32, which then is the same
+    on any CPU.
     """
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float32
+    may_round = device.type == "cuda" or config.precision == "bf16"
+    return torch.bfloat16 if may_round and has_bf16_units(device) else torch.float32

@@ -38,7 +38,7 @@ class TrainingStep:
 
     def __init__(self, model: GPT, data: TrainingData, config: TrainConfig, dist: Distributed):
         self.model, self.data, self.config, self.dist = model.train(), data, config, dist
-        self.dtype = autocast_dtype(config.precision, dist.device)
+        self.dtype = autocast_dtype(config.precision)
         if self.dtype is not None and dist.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == torch.float16)
@@ -107,15 +107,11 @@ class TrainingStep:
         set_schedule(self.optimizers, step, self.config)
         n_targets = self.data.targets_in_step(step)
         total = torch.zeros((), device=self.dist.device)
-        for micro_step in range(1, self.data.grad_accum_steps + 1):
-            batch = self.batches(step, micro_step)
-            self._seed_dropout(step, micro_step)
-            with self._sync_gradients(is_last=micro_step == self.data.grad_accum_steps):
-                with self.autocast(), cudnn_attention(self.data.has_one_shape):
-                    loss = self.loss(batch) / n_targets
-                # DDP and FSDP average gradients over ranks, but we want the sum.
-                self.scaler.scale(loss * self.dist.world_size).backward()
-            total += loss.detach()
+        with self.autocast():  # around all micro-steps, so that weights are cast once
+            for micro_step in range(1, self.data.grad_accum_steps + 1):
+                is_last = micro_step == self.data.grad_accum_steps
+                with self._sync_gradients(is_last):
+                    total += self._micro_step(step, micro_step, n_targets)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = self._clip_gradients()
@@ -127,6 +123,17 @@ class TrainingStep:
             optimizer.zero_grad()
         self.scaler.update()
         return total, norm
+
+    def _micro_step(self, step: int, micro_step: int, n_targets: int) -> torch.Tensor:
+        """Add the gradients of a micro-step; return its share of the mean loss."""
+        batch = self.batches(step, micro_step)
+        self._seed_dropout(step, micro_step)
+        with cudnn_attention(self.data.has_one_shape):
+            loss = self.loss(batch) / n_targets
+        with torch.autocast(self.dist.device.type, enabled=False):
+            # DDP and FSDP average gradients over ranks, but we want the sum.
+            self.scaler.scale(loss * self.dist.world_size).backward()
+        return loss.detach()
 
     def _seed_dropout(self, step: int, micro_step: int) -> None:
         """Make dropout a function of seed, step, micro-step and rank: resuming repeats it."""

@@ -53,6 +53,7 @@ min_lr: 1.0e-3
 eval_tokens: 512
 sample_every: 20
 device: cpu
+precision: fp32
 """
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import (
+    CPU,
     ONE_THREAD,
     ROOT,
     TINY,
@@ -25,7 +26,8 @@ from conftest import (
 )
 
 from engine.checkpoint import list_checkpoints, read_state
-from engine.distributed import Distributed
+from engine.config import TrainConfig
+from engine.distributed import Distributed, has_bf16_units, resolve_device_settings
 from engine.metrics import read_metrics
 from model import GPT
 
@@ -268,3 +270,35 @@ def test_freed_memory_is_kept():
     line, faults = out.splitlines()
     assert "glibc keeps freed memory" in line
     assert int(faults) < 2**24 * 4 / 4096 / 100
+
+
+@pytest.mark.parametrize(
+    ("units", "expected"),
+    [
+        ({"avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True, "avx512_bf16": False}, "bf16"),
+        ({"avx512_bf16": False, "avx2": True}, "fp32"),
+        ({}, "fp32"),
+    ],
+)
+def test_a_cpu_with_bf16_units_trains_in_bf16(monkeypatch, capsys, units, expected):
+    """A CPU trains in bf16 where it has units for it, else in fp32, and a line says so. A precision
+    that is given stays.
+    """
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    assert resolve_device_settings(TrainConfig(), CPU).precision == expected
+    has = "has" if expected == "bf16" else "has no"
+    line = f"precision: {expected}, because this CPU {has} bf16 units; --precision overrides it\n"
+    assert capsys.readouterr().out == line
+    for precision in ("fp32", "bf16"):
+        config = TrainConfig(precision=precision)
+        assert resolve_device_settings(config, CPU).precision == precision
+    assert capsys.readouterr().out == ""
+
+
+def test_bf16_units_are_those_of_the_system():
+    """The units that are looked for are those that Linux lists for this CPU."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        pytest.skip("/proc/cpuinfo lists them on Linux and x86 only")
+    listed = set(Path("/proc/cpuinfo").read_text().split())
+    assert has_bf16_units(CPU.device) == bool(listed & {"avx512_bf16", "amx_bf16"})

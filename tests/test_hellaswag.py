@@ -55,10 +55,12 @@ def read_rows(out: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("stride", [None, 50])
-def test_perplexity_is_transformers(folder, tmp_path, stride):
+def test_perplexity_is_transformers(folder, tmp_path, monkeypatch, stride):
     """Token and word perplexity and bits per byte are those of windows that slide through
-    transformers' model, where each token of the text is predicted once.
+    transformers' model, where each token of the text is predicted once. On a CPU that trains in
+    bf16 evaluation is still in fp32.
     """
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     file = tmp_path / "text.txt"
     file.write_text(TEXT, encoding="utf-8")
     config = EvalConfig(
@@ -66,6 +68,7 @@ def test_perplexity_is_transformers(folder, tmp_path, stride):
     )
     main(config)
     found = read_results(tmp_path / "out")
+    assert found["config"]["precision"] == "fp32"
     theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
     ids = [50256, *encode(TEXT)]
     step = stride or BLOCK_SIZE

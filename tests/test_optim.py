@@ -7,7 +7,7 @@ import torch.optim._muon as torchs
 from conftest import SMALL, TORCHRUN, WORKERS, make_step, new_model, worker_env
 
 from engine import optim
-from engine.optim import Muon, learning_rate, newton_schulz, parameter_groups
+from engine.optim import Muon, build_optimizers, learning_rate, newton_schulz, parameter_groups
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 
@@ -83,6 +83,26 @@ def test_orthogonal_as_pytorchs_in_fp32(shape):
         assert off.abs().max() < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("precision", "has_units", "expected"),
+    [
+        ("bf16", True, torch.bfloat16),
+        ("bf16", False, torch.float32),
+        ("fp32", True, torch.float32),
+    ],
+)
+def test_the_iteration_on_a_cpu(monkeypatch, precision, has_units, expected):
+    """On a CPU, Muon iterates in bf16 only if the training is in bf16 and the CPU has units for it.
+    In bf16 the singular values are in the band of fp32.
+    """
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_units})
+    config = PretrainConfig(optimizer="muon", precision=precision)
+    _, muon = build_optimizers(new_model(), config)
+    assert muon.dtype == expected
+    values = torch.linalg.svdvals(newton_schulz(torch.randn(3, 48, 96).to(muon.dtype)).float())
+    assert 0.3 < values.min() <= values.max() < 1.3
+
+
 def test_zero_gradient_is_no_nan():
     """A gradient of zero, as zero-initialized projections give, changes nothing."""
     assert torch.equal(newton_schulz(torch.zeros(2, 8, 4)), torch.zeros(2, 8, 4))
@@ -98,7 +118,7 @@ def test_steps_equal_pytorchs_muon(monkeypatch):
     mine = [torch.nn.Parameter(qkv.clone()), torch.nn.Parameter(proj.clone())]
     theirs = [torch.nn.Parameter(t.clone()) for t in (*qkv.chunk(3), proj)]
     groups = [{"params": [mine[0]], "parts": 3}, {"params": [mine[1]]}]
-    ours = Muon(groups, lr=0.02, weight_decay=0.1)
+    ours = Muon(groups, lr=0.02, weight_decay=0.1, dtype=torch.float32)
     reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
     for _ in range(5):
         a, b = torch.randn(72, 24), torch.randn(24, 96)

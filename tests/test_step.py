@@ -11,6 +11,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel
 
 from engine.data import Batch, PretrainingData
@@ -129,6 +130,34 @@ def test_16_bit_training_follows_fp32(shards, precision):
         assert rounded(s)[0].item() == pytest.approx(exact(s)[0].item(), rel=5e-3)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert rounded.scaler.is_enabled() == (precision == "fp16")
+
+
+class CountCasts(TorchDispatchMode):
+    """Counts casts of fp32 tensors of one shape to bf16."""
+
+    def __init__(self, shape: torch.Size):
+        super().__init__()
+        self.shape, self.casts = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func == torch.ops.aten._to_copy.default and args[0].dtype == torch.float32:
+            self.casts += out.dtype == torch.bfloat16 and out.shape == self.shape
+        return out
+
+
+def test_weights_are_cast_once_a_step(shards):
+    """Under bf16, each matrix is cast once in a step of three micro-steps, whose loss and gradient
+    norm are those of one micro-step up to rounding.
+    """
+    models = [new_model(), new_model()]
+    three, one = (
+        make_step(m, shards, n, precision="bf16") for m, n in zip(models, (4, 12), strict=True)
+    )
+    with CountCasts(models[0].transformer.h[0].mlp.c_fc.weight.shape) as counter:
+        loss, norm = three(1)
+    assert counter.casts == len(models[0].transformer.h)
+    torch.testing.assert_close((loss, norm), one(1), atol=0, rtol=1e-2)
 
 
 @on_cpu_and_gpu

@@ -20,7 +20,7 @@ def train_steps(wrap: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tens
     torch.manual_seed(0)
     params = [torch.nn.Parameter(wrap(torch.randn(shape))) for shape in SHAPES]
     groups = [{"params": params[:1], "parts": 3}, {"params": params[1:]}]
-    optimizer = optim.Muon(groups, lr=0.1, weight_decay=0.1)
+    optimizer = optim.Muon(groups, lr=0.1, weight_decay=0.1, dtype=torch.float32)
     for found_inf in SKIPPED:
         optimizer.found_inf = torch.tensor(found_inf)
         for param in params:
