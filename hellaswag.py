@@ -4,7 +4,7 @@ perplexity of a text.
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -95,19 +95,31 @@ def score_examples(
     config: EvalConfig,
     model: GPT,
     examples: list[Example],
-    device: torch.device,
+    dist: Distributed,
     log: JSONLinesLog | None,
 ) -> list[dict]:
-    """The records of all examples: those in the log, and new ones, which are added to it."""
-    records = {record["row"]: record for record in log.records} if log else {}
+    """The records of all examples, which the ranks share out: those in the log of rank 0, and new
+    ones, which are added to it.
+    """
+    records = dist.all_gather({record["row"]: record for record in log.records} if log else {})[0]
     done = frozenset(i for i, e in enumerate(examples) if e.record["row"] in records)
     dtype = autocast_dtype(config.precision)
-    bar = tqdm(total=len(examples), initial=len(done), unit=" rows", disable=None)
+    bar = tqdm(
+        total=len(examples),
+        initial=len(done),
+        unit=" rows",
+        disable=None if dist.is_main else True,
+    )
     shown_at, interval = time.perf_counter(), PROGRESS_SECONDS if bar.disable else BAR_SECONDS
-    with torch.autocast(device.type, dtype, enabled=dtype is not None), bar:
-        for batch in score(model, [e.request for e in examples], device, done=done):
-            new = [make_record(config.task, examples[i], scores) for i, scores in batch]
-            new = [record for record in new if record["row"] not in records]
+    requests = [example.request for example in examples]
+    batches = score(
+        model, requests, dist.device, rank=dist.rank, world_size=dist.world_size, done=done
+    )
+    with torch.autocast(dist.device.type, dtype, enabled=dtype is not None), bar:
+        for batch in batches:
+            mine = [make_record(config.task, examples[i], scores) for i, scores in batch]
+            scored = [record for rank_scored in dist.all_gather(mine) for record in rank_scored]
+            new = [record for record in scored if record["row"] not in records]
             check_finite(new)
             records |= {record["row"]: record for record in new}
             if log:
@@ -134,27 +146,32 @@ def check_finite(records: list[dict]) -> None:
 
 def main(config: EvalConfig) -> None:
     dist = Distributed.start(config.device)
-    if dist.world_size > 1:
-        raise ValueError("evaluation runs in one process; start it without torchrun")
+    with nullcontext() if dist.is_main else redirect_stdout(None):  # rank 0 reports
+        evaluate(config, dist)
+    dist.stop()
+
+
+def evaluate(config: EvalConfig, dist: Distributed) -> None:
     if config.precision is None:  # on a CPU exact, although it may train in bf16
         is_cpu = dist.device.type == "cpu"
         config = replace(config, precision="fp32" if is_cpu else default_precision(dist.device))
-    model = load_model(config.model, config.lora_load_path)
-    check_vocabulary(model, config.model)
-    examples = load_examples(
-        config.task,
-        config.data,
-        model.config.block_size,
-        text=config.text,
-        limit=config.limit,
-        stride=config.stride,
-        skip_bad_rows=config.skip_bad_rows,
-    )
-    out = Path(config.out_dir) if config.out_dir else None
+    with dist.main_process_first():
+        model = load_model(config.model, config.lora_load_path)
+        check_vocabulary(model, config.model)
+        examples = load_examples(
+            config.task,
+            config.data,
+            model.config.block_size,
+            text=config.text,
+            limit=config.limit,
+            stride=config.stride,
+            skip_bad_rows=config.skip_bad_rows,
+        )
+    out = Path(config.out_dir) if config.out_dir and dist.is_main else None
     with lock_folder(out) if out else nullcontext():
         log = open_rows_log(out, find_settings(config, model)) if out else None
         started = time.perf_counter()
-        records = score_examples(config, model.to(dist.device), examples, dist.device, log)
+        records = score_examples(config, model.to(dist.device), examples, dist, log)
         seconds = time.perf_counter() - started
         metrics = compute_metrics(config.task, config.text, records)
         if out:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed
@@ -65,6 +65,13 @@ class Distributed:
         """A tensor summed over all ranks, in place. On CUDA this does not wait for the result."""
         if self.world_size > 1:
             torch.distributed.all_reduce(values)
+        return values
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in the order of the ranks."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(values, value, self.cpu_group)
         return values
 
     @contextmanager

@@ -222,8 +222,8 @@ def score(
     done: frozenset[int] = frozenset(),
 ) -> Iterator[list[tuple[int, list[Score]]]]:
     """Yield the scores of this rank's share of the requests with their indices, a batch at a time.
-    Batches whose requests are all `done` are skipped. Every rank calls the model equally often,
-    because sharded models are gathered by all ranks together.
+    Batches whose requests are all `done` are skipped. Every rank calls the model and yields equally
+    often, in the end perhaps an empty batch: sharded models are gathered by all ranks together.
     """
     block_size = model.config.block_size
     batch_tokens, multiple = BATCH_SHAPE.get(device.type, BATCH_SHAPE_ELSEWHERE)
@@ -237,5 +237,5 @@ def score(
         found: dict[int, dict[int, Score]] = {i: {} for i in batch}
         for (i, _), row_scores in zip(packed, scores, strict=True):
             found[i] |= row_scores
-        if is_mine:
-            yield [(i, [by_index[j] for j in sorted(by_index)]) for i, by_index in found.items()]
+        scored = [(i, [by_index[j] for j in sorted(by_index)]) for i, by_index in found.items()]
+        yield scored if is_mine else []

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TORCHRUN, run_script, talkative_model
+from conftest import ONE_THREAD, ROOT, TORCHRUN, run_script, talkative_model
 from transformers import GPT2LMHeadModel
 
 from engine import scoring
@@ -52,6 +53,19 @@ def read_results(out: Path) -> dict:
 def read_rows(out: Path) -> list[dict]:
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     return sorted(rows, key=lambda row: row["row"])
+
+
+def save_random_adapter(model: Path, folder: Path) -> GPT:
+    """Save an adapter with dropout for the model; return the model with it."""
+    adapted = GPT.from_pretrained(model)
+    convert_linear_layer_to_lora(adapted, config=LoRAConfig(lora_dim=2, lora_dropout=0.5))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, param in adapted.named_parameters():
+            if name.endswith("lora_B"):
+                param.normal_()
+    save_adapter(adapted, folder)
+    return adapted
 
 
 @pytest.mark.parametrize("stride", [None, 50])
@@ -116,14 +130,7 @@ def test_perplexity_of_one_endless_word(folder, tmp_path, capsys):
 
 def test_adapter_is_evaluated(folder, tmp_path):
     """With --lora_load_path the adapter is used, without its dropout."""
-    adapted = GPT.from_pretrained(folder)
-    convert_linear_layer_to_lora(adapted, config=LoRAConfig(lora_dim=2, lora_dropout=0.5))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, param in adapted.named_parameters():
-            if name.endswith("lora_B"):
-                param.normal_()
-    save_adapter(adapted, tmp_path / "adapter")
+    adapted = save_random_adapter(folder, tmp_path / "adapter")
     out = tmp_path / "out"
     main(EvalConfig(str(folder), str(tmp_path / "adapter"), data=str(ROWS), out_dir=str(out)))
     examples = load_examples("hellaswag", str(ROWS), BLOCK_SIZE)
@@ -196,6 +203,35 @@ def test_killed_evaluation_resumes(folder, tmp_path, monkeypatch):
     n_calls = 10
     main(killed)  # nothing is left to compute
     assert n_calls == 10
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "n_begun"), [(2, 7), pytest.param(3, 0, marks=pytest.mark.slow)]
+)
+def test_ranks_share_out_the_rows(folder, tmp_path, n_ranks, n_begun):
+    """On several ranks, rows.jsonl and the results are those of one process to the byte, with an
+    adapter, and where ranks resume what one process has begun.
+    """
+    save_random_adapter(folder, tmp_path / "adapter")
+    args = ["--model", folder, "--lora_load_path", tmp_path / "adapter", "--data", ROWS]
+
+    def evaluate(out: Path, *start: str) -> list[str]:
+        command = [*start, ROOT / "hellaswag.py", *args, "--out_dir", out, "--device", "cpu"]
+        result = subprocess.run(
+            [*map(str, command)], capture_output=True, text=True, env=ONE_THREAD
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("acc_norm ") == 1
+        return (out / "rows.jsonl").read_text().splitlines(keepends=True)
+
+    rows = evaluate(tmp_path / "one", sys.executable)
+    assert len(rows) == 20
+    shutil.copytree(tmp_path / "one", tmp_path / "ranks")
+    (tmp_path / "ranks" / "rows.jsonl").write_text("".join(rows[:n_begun]))
+    torchrun = [*TORCHRUN, "--standalone", f"--nproc_per_node={n_ranks}"]
+    assert evaluate(tmp_path / "ranks", *torchrun) == rows
+    one, ranks = (read_results(tmp_path / name) for name in ("one", "ranks"))
+    assert {**one, "config": 0} == {**ranks, "config": 0}
 
 
 def test_other_settings_do_not_resume(folder, tmp_path):
