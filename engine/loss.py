@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -14,6 +15,9 @@ from model import GPT
 # gradient of the head too often; elsewhere enough to keep the device busy.
 CHUNK_ROWS = {"cpu": 512}
 DEFAULT_CHUNK_ROWS = 4096
+# In 16 bits on a CPU, oneDNN makes and keeps kernels for each number of rows, and batches of
+# completions have many. So the number of rows is rounded up.
+CPU_ROW_MULTIPLE = 64
 CPU_SOFTMAX_ROWS = 32  # at once: 6 MB in fp32, which stay in the cache from one pass to the next
 
 Softmax = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -68,6 +72,8 @@ class HeadLoss(torch.autograd.Function):
         with_grad: bool,
         softmax: Softmax,
     ) -> torch.Tensor:
+        if x.device.type == "cpu" and dtype != torch.float32:
+            x = F.pad(x, (0, 0, 0, -len(x) % CPU_ROW_MULTIPLE))
         head = weight.to(dtype)
         total = x.new_zeros((), dtype=torch.float32)
         d_x = torch.empty_like(x) if with_grad else None
@@ -80,8 +86,8 @@ class HeadLoss(torch.autograd.Function):
             for start in range(0, max(1, len(x)), chunk_rows):
                 x_chunk = x[start : start + chunk_rows].to(dtype)
                 ids = targets[start : start + chunk_rows, None]
-                logits = torch.mm(x_chunk, head.t(), out=logits_buffer[: len(ids)])
-                log_probs = softmax(logits, ids, vocab_size)
+                logits = torch.mm(x_chunk, head.t(), out=logits_buffer[: len(x_chunk)])
+                log_probs = softmax(logits[: len(ids)], ids, vocab_size)
                 total -= log_probs.sum()
                 if d_x is not None:
                     # p - 1 in fp32: in bf16, p near 1 is already rounded.
@@ -89,7 +95,9 @@ class HeadLoss(torch.autograd.Function):
                     d_x[start : start + chunk_rows] = d_logits @ head
                 if needs_d_weight:
                     d_weight = add_product(d_weight, d_logits.t(), x_chunk)
-        ctx.gradients = d_x, None if d_weight is None else d_weight.to(weight.dtype)
+        d_x = None if d_x is None else d_x[: len(targets)]
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        ctx.gradients = d_x, d_weight
         return total
 
     @staticmethod

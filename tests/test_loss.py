@@ -127,3 +127,19 @@ def test_loss_never_holds_all_logits(monkeypatch):
         SummedLoss(model)(Batch(idx, idx)).backward()
     largest = max(event.cpu_memory_usage for event in prof.events())
     assert largest < 16 * 64 * 8192 * 4 / 4
+
+
+def test_products_of_the_head_have_few_shapes_in_16_bits(tiny_model):
+    """In bf16 on a CPU all batches with up to 64 targets have the same matrix products, so oneDNN
+    does not make kernels for each number of targets.
+    """
+    shapes = []
+    for n_targets in (1, 33, 64):
+        x = torch.randn(n_targets, 64, requires_grad=True)
+        weight, ids = tiny_model.lm_head.weight, random_ids(n_targets)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as prof:
+            HeadLoss.apply(x, weight, ids, 1000, torch.bfloat16, True, softmax_)
+        products = [event.input_shapes for event in prof.events() if event.name == "aten::mm"]
+        assert len(products) == 3  # logits, and the gradients of x and weight
+        shapes.append(products)
+    assert shapes[0] == shapes[1] == shapes[2]
