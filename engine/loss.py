@@ -16,7 +16,7 @@ from model import GPT
 CHUNK_ROWS = {"cpu": 512}
 DEFAULT_CHUNK_ROWS = 4096
 # In 16 bits on a CPU, oneDNN makes and keeps kernels for each number of rows, and batches of
-# completions have many. So the number of rows is rounded up.
+# completions have many. So the number of rows is rounded up, with rows of zeros.
 CPU_ROW_MULTIPLE = 64
 CPU_SOFTMAX_ROWS = 32  # at once: 6 MB in fp32, which stay in the cache from one pass to the next
 
