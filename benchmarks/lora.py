@@ -27,10 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from benchmarks.harness import BenchmarkConfig, Result, Size, Stopwatch
 from engine import lora
-from engine.config import flag, run_command
+from engine.config import TrainConfig, flag, run_command
 from engine.data import Batch
 from engine.loss import SummedLoss
-from engine.optim import BETAS
 from engine.step import apply_recompute
 from model import GPT
 
@@ -133,7 +132,8 @@ def make_contender(
     if isinstance(model, GPT):
         summed_loss = SummedLoss(model, compile_trunk=config.compile, compile_head=config.compile)
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=1e-4, betas=BETAS, fused=True)
+    betas = (TrainConfig.beta1, TrainConfig.beta2)
+    optimizer = torch.optim.AdamW(params, lr=1e-4, betas=betas, fused=True)
 
     def compute_loss(idx: torch.Tensor) -> torch.Tensor:
         with config.autocast():

@@ -1,22 +1,29 @@
 """Tokens and seconds that a recipe needs to reach the loss at which another ends, on real text.
 
-    python benchmarks/time_to_loss.py                   # Python's documentation: 1 hour
-    python benchmarks/time_to_loss.py --data data/mine  # shards made by fineweb.py
-    python benchmarks/time_to_loss.py --sweep           # how the recipes were tuned: 2 hours
+    python benchmarks/time_to_loss.py                          # Python's documentation
+    python benchmarks/time_to_loss.py --data data/mine --size 6x384 --steps 1500
+    python benchmarks/time_to_loss.py --data data/mine --sweep # how the recipes were tuned
 
-A schedule has a fixed length, so every length of a recipe is a run of its own. What counts is the
-shortest run that ends at or below the target, in the mean over the seeds. All runs of a seed take
-turns, step by step, in one process. The seconds of a run are its steps times the median of those
-steps that all runs did, without evaluation. The vocabulary is cut to the most frequent tokens of
-the text, and all others become one, so that a small model does not spend all its time in the head.
+A schedule has a fixed length, so every length of a recipe is a run of its own, in a process of its
+own; `--jobs` of them run at once, with one thread each. Between two lengths, losses are
+interpolated over the logarithm of the tokens. The seconds of a step are measured afterwards, in
+turns. OUT_DIR/runs.jsonl keeps finished runs, and a repeated command does only what is missing.
+
+The vocabulary is cut to the most frequent tokens of the text, and all others become one, so that a
+small model does not spend all its time in the head.
 """
 
+import itertools
+import math
+import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from engine.config import flag, run_command
 from engine.data import PretrainingData, validation_batches
-from engine.distributed import Distributed
+from engine.distributed import Distributed, default_precision, open_device
+from engine.files import JSONLinesLog
 from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
 from engine.tokenizer import END_OF_TEXT_ID
@@ -38,156 +46,243 @@ from engine.training import evaluate_loss
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig, zero_residual_projections
 
-SHAPE = GPTConfig(block_size=128, vocab_size=4096, n_layer=4, n_head=4, n_embd=256)
-BATCH_SIZE, EVAL_EVERY, EVAL_TOKENS, FIRST_SEED = 16, 15, 16_384, 1337
-BASELINE, TUNED, FAST = "build-nanogpt's", "AdamW, tuned", "fast"
-Recipes = dict[str, tuple[dict[str, Any], tuple[float, ...]]]  # settings; lengths / the baseline's
-LINEAR: dict[str, Any] = {"schedule": "wsd", "decay_fraction": 1.0}
-FAST_SETTINGS: dict[str, Any] = {"optimizer": "muon", "schedule": "wsd", "zero_residual": True}
-FAST_SETTINGS |= {"max_lr": 8e-3, "decay_fraction": 0.7}  # from --sweep, for so small a model
-RECIPES: Recipes = {
-    BASELINE: ({"max_lr": 6e-4, "min_lr": 6e-5}, (1.0,)),
-    TUNED: ({"max_lr": 1.5e-3, **LINEAR}, (1.0,)),  # from --sweep
-    FAST: (FAST_SETTINGS, (0.2, 0.225, 0.25, 0.3)),
+BLOCK_SIZE, BATCH_SIZE, VOCAB_SIZE = 128, 32, 4096
+STEP_TOKENS = BATCH_SIZE * BLOCK_SIZE
+EVALUATIONS, EVAL_TOKENS, FIRST_SEED, TIMED_STEPS = 5, 65_536, 1337, 15
+WARMUP_FRACTION = 0.1
+
+Settings = dict[str, Any]  # of PretrainConfig
+BASELINE, TUNED, FORMER, FAST = "build-nanogpt's", "AdamW, tuned", "fast, former", "fast"
+LINEAR: Settings = {"schedule": "wsd", "decay_fraction": 1.0}
+MUON: Settings = {"optimizer": "muon", "schedule": "wsd", "zero_residual": True}
+RECIPES: dict[str, Settings] = {
+    BASELINE: {"max_lr": 6e-4, "min_lr": 6e-5},
+    TUNED: {"max_lr": 3e-3, **LINEAR},
+    FORMER: {"max_lr": 8e-3, "decay_fraction": 0.7, **MUON},
+    FAST: {"max_lr": 8e-3, "decay_fraction": 0.7, **MUON},
 }
-SCHEDULES = {"cosine": {}, "wsd": {"schedule": "wsd"}, "linear to 0": LINEAR}
-SWEEP: Recipes = {
-    f"AdamW {lr:g}, {name}": ({"max_lr": lr, "min_lr": lr / 10, **schedule}, (1.0,))
-    for lr in (1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3)
-    for name, schedule in SCHEDULES.items()
-} | {
-    f"fast, {name} {value:g}": ({**FAST_SETTINGS, name: value}, (0.3,))
-    for name, values in (
-        ("muon_lr", (0.01, 0.02, 0.04)),
-        ("max_lr", (2e-3, 4e-3, 16e-3)),
-        ("decay_fraction", (0.4, 1.0)),
-        ("zero_residual", (False,)),
-    )
-    for value in values
-}
+LENGTHS = {FAST: (0.25, 0.4, 0.6, 0.85)}  # of the others', which have one
+# Changes to a recipe, each tried alone.
+SWEEP: dict[str, dict[str, tuple[Any, ...]]] = {TUNED: {}, FAST: {}}
 
 
 @dataclass(frozen=True)
 class TimeToLossConfig:
     data: str = flag("stdlib", "stdlib, prepared if it is not there, or a folder of shards")
-    sweep: bool = flag(False, "other settings of AdamW, and of the fast recipe at 0.3, one seed")
-    steps: int = flag(300, "steps of the baseline")
+    size: str = flag("4x256", "layers x width of the model")
+    steps: int = flag(600, f"steps of {STEP_TOKENS:,} tokens; of the fast recipe, also fewer")
     seeds: int = flag(3, "runs of each recipe, with other weights and another order of the data")
-    plot: str = flag("docs/time_to_loss.png", "the figure to write")
+    recipes: list[str] = flag(list(RECIPES), "recipes to run")
+    sweep: bool = flag(False, "change the tuned recipes, one setting at a time; one seed")
+    out_dir: str = flag("runs/time_to_loss", "folder of finished runs")
+    plot: str = flag("", "figure to write")
+    device: str = flag("cpu", "cpu or cuda")
+    jobs: int = flag(os.cpu_count() or 1, "runs at once")
 
 
+@dataclass(frozen=True)
 class Run:
-    """A recipe of a certain length, from a seed, on the shards of a folder."""
+    """A recipe with a schedule of `steps`, from a seed."""
 
-    def __init__(self, settings: dict[str, Any], steps: int, seed: int, folder: Path):
-        self.steps, self.dist = steps, Distributed(rank=0, world_size=1, device=harness.CPU)
-        settings = {"precision": "fp32", "compile": False, "seed": seed, **settings}
-        config = PretrainConfig(max_steps=steps, warmup_steps=round(0.1 * steps), **settings)
-        torch.manual_seed(seed)
-        model, sizes = GPT(SHAPE), {"block_size": SHAPE.block_size, "batch_size": BATCH_SIZE}
+    data: str  # fingerprint
+    size: str
+    recipe: str
+    settings: Settings
+    steps: int
+    seed: int
+
+    def is_in(self, record: dict) -> bool:
+        """Whether the record is this run's."""
+        return all(record.get(key) == value for key, value in asdict(self).items())
+
+
+def model_config(size: str) -> GPTConfig:
+    n_layer, _, n_embd = size.partition("x")
+    if not (n_layer.isdecimal() and n_embd.isdecimal() and int(n_embd) % harness.HEAD_SIZE == 0):
+        raise ValueError(
+            f"size is {size}, expected layers x width, a multiple of {harness.HEAD_SIZE}: 4x256"
+        )
+    n_head = int(n_embd) // harness.HEAD_SIZE
+    return GPTConfig(BLOCK_SIZE, VOCAB_SIZE, int(n_layer), n_head, int(n_embd))
+
+
+class Trainer:
+    """Trains a model of a run on the shards of a folder."""
+
+    def __init__(self, run: Run, folder: Path, device: torch.device):
+        self.run, self.dist = run, Distributed(rank=0, world_size=1, device=device)
+        config = PretrainConfig(
+            max_steps=run.steps,
+            warmup_steps=round(WARMUP_FRACTION * run.steps),
+            precision=default_precision(device),
+            compile=False,
+            seed=run.seed,
+            **run.settings,
+        )
+        torch.manual_seed(run.seed)
+        model = GPT(model_config(run.size))
         if config.zero_residual:
             zero_residual_projections(model)
         train, self.val = (TokenShards(folder, split) for split in ("train", "val"))
-        self.sizes, total = sizes, BATCH_SIZE * SHAPE.block_size
-        data = PretrainingData(train, total_batch_size=total, seed=seed, **sizes)
-        self.step = TrainingStep(model, data, config, self.dist)
-        self.seconds: list[float] = []
-        self.curve: list[tuple[int, float]] = []  # tokens, validation loss
+        self.sizes = {"block_size": BLOCK_SIZE, "batch_size": BATCH_SIZE}
+        data = PretrainingData(train, total_batch_size=STEP_TOKENS, seed=run.seed, **self.sizes)
+        self.step = TrainingStep(model.to(device), data, config, self.dist)
 
-    def advance(self, step: int) -> None:
-        started = time.perf_counter()
-        self.step(step)
-        self.seconds.append(time.perf_counter() - started)
-        if step % EVAL_EVERY == 0 or step == self.steps:
-            batches = validation_batches(self.val, eval_tokens=EVAL_TOKENS, **self.sizes)
-            with self.step.eval_mode(shapes_of_training=True):
-                loss = evaluate_loss(self.step.summed_loss, batches, self.dist)
-            self.curve.append((self.step.data.tokens_through(step), loss))
+    def train(self) -> list[tuple[int, float]]:
+        """The curve: steps and validation losses."""
+        curve = []
+        for step in range(1, self.run.steps + 1):
+            self.step(step)
+            if step * EVALUATIONS // self.run.steps > (step - 1) * EVALUATIONS // self.run.steps:
+                curve.append((step, self.evaluate()))
+        return curve
 
-
-@dataclass
-class Summary:
-    """The runs of a recipe and a length, with all seeds."""
-
-    recipe: str
-    steps: int
-    losses: list[float]  # at the end
-    seconds: float
-    curve: np.ndarray  # mean tokens and losses, (evaluations, 2)
-
-    @property
-    def loss(self) -> float:
-        return statistics.mean(self.losses)
+    def evaluate(self) -> float:
+        batches = validation_batches(self.val, eval_tokens=EVAL_TOKENS, **self.sizes)
+        with self.step.eval_mode(shapes_of_training=True):
+            return evaluate_loss(self.step.summed_loss, batches, self.dist)
 
 
-def train_all(recipes: Recipes, seeds: range, folder: Path, steps: int) -> list[Summary]:
-    """Train each recipe at its lengths with each seed."""
-    runs: dict[tuple[str, int], list[Run]] = {
-        (name, round(length * steps)): []
-        for name, (_, lengths) in recipes.items()
-        for length in lengths
-    }
-    for seed in seeds:
-        for (name, length), of_recipe in runs.items():
-            of_recipe.append(Run(recipes[name][0], length, seed, folder))
-        for step in tqdm(range(1, steps + 1), desc=f"seed {seed}", disable=None):
-            for (_, length), of_recipe in runs.items():
-                if step <= length:
-                    of_recipe[-1].advance(step)
-    summaries, common = [], min(length for _, length in runs)
-    for (name, length), of_recipe in runs.items():
-        step_seconds = statistics.mean(statistics.median(r.seconds[:common]) for r in of_recipe)
-        losses = [run.curve[-1][1] for run in of_recipe]
-        curve = np.mean([run.curve for run in of_recipe], axis=0)
-        summaries.append(Summary(name, length, losses, step_seconds * length, curve))
-    return summaries
+def train_run(run: Run, folder: Path, device: str) -> dict[str, Any]:
+    """The record of a run. Runs in a process of its own."""
+    torch.set_num_threads(1)
+    curve = Trainer(run, folder, open_device(device, local_rank=0)).train()
+    return {**asdict(run), "curve": curve, "loss": curve[-1][1]}
 
 
-def cut_vocabulary(source: Path, target: Path) -> None:
+def train_missing(runs: list[Run], config: TimeToLossConfig, folder: Path) -> list[dict[str, Any]]:
+    """The records of the runs, those of earlier commands included."""
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    log = JSONLinesLog(Path(config.out_dir) / "runs.jsonl", "loss")
+    found = [[record for record in log.records if run.is_in(record)] for run in runs]
+    missing = [run for run, records in zip(runs, found, strict=True) if not records]
+    records = [of_run[0] for of_run in found if of_run]
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(config.jobs, context) as pool,
+        tqdm(total=sum(run.steps for run in missing), unit="step", disable=None) as bar,
+    ):
+        longest_first = sorted(missing, key=lambda run: -run.steps)
+        futures = [pool.submit(train_run, run, folder, config.device) for run in longest_first]
+        for future in as_completed(futures):
+            record = future.result()
+            log.append(record)
+            records.append(record)
+            bar.update(record["steps"])
+    return records
+
+
+def plan_runs(config: TimeToLossConfig, data: str) -> list[Run]:
+    recipes = {name: RECIPES[name] for name in config.recipes}
+    if config.sweep:
+        recipes = SWEEP
+    return [
+        Run(data, config.size, name, settings, round(length * config.steps), seed)
+        for seed in range(FIRST_SEED, FIRST_SEED + (1 if config.sweep else config.seeds))
+        for name, settings in recipes.items()
+        for length in LENGTHS.get(name, (1.0,))
+    ]
+
+
+def measure_steps(runs: list[Run], folder: Path, config: TimeToLossConfig) -> dict[str, float]:
+    """The median seconds of a step of each recipe. The recipes take turns."""
+    torch.set_num_threads(1)
+    device = open_device(config.device, local_rank=0)
+
+    def make_step(run: Run) -> Callable[[int], object]:
+        trainer = Trainer(run, folder, device)
+
+        def step(i: int) -> None:
+            trainer.step(i)
+            harness.read_clock(device)
+
+        return step
+
+    contenders = {run.recipe: make_step(run) for run in runs}
+    turns = harness.take_turns(contenders, range(1, TIMED_STEPS + 1), warmup=3)
+    return {name: harness.median(of_recipe) for name, of_recipe in turns.items()}
+
+
+def steps_to(target: float, losses: dict[int, float]) -> float:
+    """The number of steps at which the loss is `target`, given the final losses of some numbers of
+    steps: interpolated over the logarithm of the steps. NaN beyond all of them.
+    """
+    for (short, high), (long, low) in itertools.pairwise(sorted(losses.items())):
+        if low <= target <= high:
+            return short * (long / short) ** ((high - target) / (high - low or 1))
+    return math.nan
+
+
+def cut_vocabulary(source: Path, target: Path) -> str:
     """Write the shards of `source` with their most frequent tokens as 0, 1, 2, ... and all others
-    as the last id.
+    as the last id. Return the fingerprint of the train split.
     """
     shards = {split: TokenShards(source, split) for split in ("train", "val")}
     tokens = {split: one.read(0, len(one)) for split, one in shards.items()}
     counts = np.bincount(tokens["train"], minlength=END_OF_TEXT_ID + 1)
-    frequent = np.argsort(-counts, kind="stable")[: SHAPE.vocab_size - 1]
-    new_id = np.full(len(counts), SHAPE.vocab_size - 1)
+    frequent = np.argsort(-counts, kind="stable")[: VOCAB_SIZE - 1]
+    new_id = np.full(len(counts), VOCAB_SIZE - 1)
     new_id[frequent] = np.arange(len(frequent))
     entries = [
         {**write_shard(target / f"x_{split}_000000.npy", new_id[ids]), "split": split}
         for split, ids in tokens.items()
     ]
     write_manifest(target, {"shards": entries})
+    return TokenShards(target, "train").fingerprint
 
 
-def compare(summaries: list[Summary]) -> None:
-    """Print the shares of tokens and seconds with which the fast recipe reaches others' losses."""
-    fast = [s for s in summaries if s.recipe == FAST]
-    for target in [s for s in summaries if s.recipe != FAST]:
-        what = f"\n{FAST}: the loss of {target.recipe}, {target.loss:.3f}, is"
-        reached = [s for s in fast if s.loss <= target.loss]
-        if not reached:
-            print(f"{what} not reached at these lengths")
-            continue
-        best = min(reached, key=lambda s: s.steps)
-        tokens, seconds = best.steps / target.steps, best.seconds / target.seconds
-        print(f"{what} reached with {tokens:.2f} of the tokens and {seconds:.2f} of the seconds")
+def losses_by_recipe(records: list[dict[str, Any]]) -> dict[str, dict[int, list[float]]]:
+    """The final losses of the seeds, in the seeds' order, by recipe and steps."""
+    losses: dict[str, dict[int, list[float]]] = {}
+    for record in sorted(records, key=lambda record: (record["steps"], record["seed"])):
+        by_steps = losses.setdefault(record["recipe"], {})
+        by_steps.setdefault(record["steps"], []).append(record["loss"])
+    return losses
 
 
-def draw(summaries: list[Summary], file: str) -> None:
+def print_losses(losses: dict[str, dict[int, list[float]]], seconds: dict[str, float]) -> None:
+    harness.print_header("recipe", "steps", "final loss, mean", "by seed", "ms per step")
+    for name, by_steps in losses.items():
+        for steps, of_seeds in by_steps.items():
+            each = ", ".join(f"{loss:.3f}" for loss in of_seeds)
+            mean, ms = statistics.mean(of_seeds), f"{1e3 * seconds[name]:.0f}"
+            harness.print_row(name, steps, f"{mean:.3f}", each, ms)
+
+
+def print_ratios(losses: dict[str, dict[int, list[float]]], seconds: dict[str, float]) -> None:
+    """The shares of tokens and seconds with which the fast recipe reaches the others' losses."""
+    harness.print_header("to the loss of", "tokens, mean", "least", "most", "seconds, mean")
+    by_length = losses[FAST]
+    for name in losses.keys() - {FAST}:
+        ((steps, targets),) = losses[name].items()
+        shares = [
+            steps_to(target, dict(zip(by_length, of_seed, strict=True))) / steps
+            for target, of_seed in zip(targets, zip(*by_length.values(), strict=True), strict=True)
+        ]
+        mean = statistics.mean(shares)
+        in_seconds = mean * seconds[FAST] / seconds[name]
+        cells = (f"{share:.2f}" for share in (mean, min(shares), max(shares), in_seconds))
+        harness.print_row(name, *cells)
+
+
+def draw(records: list[dict[str, Any]], file: str) -> None:
     """Mean curves over the seeds, all lengths of a recipe in one color."""
     figure = Figure(figsize=(9, 5), layout="constrained")
-    axes, colors = figure.subplots(), {name: f"C{i}" for i, name in enumerate(RECIPES)}
-    labels = {BASELINE: BASELINE, TUNED: TUNED, FAST: f"{FAST} (each length)"}
-    for s in summaries:
-        color, tokens, losses = colors[s.recipe], s.curve[:, 0] / 1e6, s.curve[:, 1]
-        axes.plot(tokens, losses, color=color, label=labels.pop(s.recipe, None), linewidth=1)
-        axes.plot(tokens[-1], losses[-1], "o", color=color, markersize=4)
-        if s.recipe != FAST:
-            axes.axhline(s.loss, color=color, linestyle=":", linewidth=1)
-    top = float(summaries[0].curve[:2, 1].min())  # the first losses would hide the rest
+    axes, labelled = figure.subplots(), set()
+    colors = {name: f"C{i}" for i, name in enumerate(RECIPES)}
+    curves: dict[tuple[str, int], list[list[tuple[int, float]]]] = {}
+    for record in records:
+        curves.setdefault((record["recipe"], record["steps"]), []).append(record["curve"])
+    for (name, _), of_seeds in curves.items():
+        steps, losses = np.mean(of_seeds, axis=0).T
+        label = None if name in labelled else name
+        labelled.add(name)
+        millions = steps * STEP_TOKENS / 1e6
+        axes.plot(millions, losses, color=colors[name], label=label, linewidth=1)
+        axes.plot(millions[-1], losses[-1], "o", color=colors[name], markersize=4)
+        if name != FAST:
+            axes.axhline(losses[-1], color=colors[name], linestyle=":", linewidth=1)
     axes.set(xlabel="million tokens", ylabel="validation loss, nats per token")
-    axes.set_ylim(top=top)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=150)
@@ -200,19 +295,17 @@ def main(config: TimeToLossConfig) -> None:
         source = harness.ROOT / "data" / "stdlib"
         command = [sys.executable, str(harness.ROOT / "fineweb.py"), "--dataset", "stdlib"]
         subprocess.run([*command, "--out_dir", str(source)], check=True)
-    seeds = range(FIRST_SEED, FIRST_SEED + (1 if config.sweep else config.seeds))
-    with tempfile.TemporaryDirectory() as folder:
-        cut_vocabulary(source, Path(folder))
-        recipes = SWEEP if config.sweep else RECIPES
-        summaries = train_all(recipes, seeds, Path(folder), config.steps)
-    harness.print_header("recipe", "steps", "tokens", "loss at the end: mean, seeds", "seconds")
-    for s in summaries:
-        losses = f"{s.loss:.3f}: {', '.join(f'{loss:.3f}' for loss in s.losses)}"
-        tokens = f"{s.curve[-1, 0]:,.0f}"
-        harness.print_row(s.recipe, s.steps, tokens, losses, f"{s.seconds:.0f}")
-    if not config.sweep:
-        compare(summaries)
-        draw(summaries, config.plot)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        runs = plan_runs(config, cut_vocabulary(source, folder))
+        records = train_missing(runs, config, folder)
+        seconds = measure_steps(runs, folder, config)
+    losses = losses_by_recipe(records)
+    print_losses(losses, seconds)
+    if not config.sweep and FAST in losses:
+        print_ratios(losses, seconds)
+    if config.plot:
+        draw(records, config.plot)
 
 
 if __name__ == "__main__":

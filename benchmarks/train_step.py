@@ -34,10 +34,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
 from benchmarks.harness import BenchmarkConfig, Maker, Result, Size, Stopwatch
-from engine.config import flag, run_command
+from engine.config import TrainConfig, flag, run_command
 from engine.distributed import Distributed, keep_freed_memory
 from engine.metrics import peak_flops
-from engine.optim import BETAS, parameter_groups
+from engine.optim import parameter_groups
 from engine.step import TrainingStep
 
 PARTS = ("forward", "backward", "optimizer")
@@ -119,7 +119,8 @@ def make_loop(
     """The training step of build-nanogpt's loop."""
     device = config.open_device()
     groups = parameter_groups(model.train().to(device), weight_decay=0.1)
-    optimizer = torch.optim.AdamW(groups, lr=1e-6, betas=BETAS, fused=True)
+    betas = (TrainConfig.beta1, TrainConfig.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=1e-6, betas=betas, fused=True)
     if config.precision != "fp32":
         torch.set_float32_matmul_precision("high")  # as this project's step does on CUDA
 

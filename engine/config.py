@@ -69,8 +69,13 @@ class TrainConfig:
     max_lr: float = flag(6e-4, "peak learning rate")
     min_lr: float = flag(6e-5, "learning rate to which a cosine decays")
     decay_fraction: float = flag(0.4, "fraction of the steps in which wsd decays to 0")
+    beta1: float = flag(0.9, "AdamW's decay of the mean of gradients")
+    beta2: float = flag(0.95, "AdamW's decay of the mean of squared gradients")
     weight_decay: float = flag(0.1, "AdamW's, on tensors of two or more dimensions")
     muon_lr: float = flag(0.02, "Muon's peak learning rate; it follows the same schedule")
+    muon_beta2: float = flag(
+        0.0, "NorMuon's decay of the mean of squared updates, 0.95 for instance; 0: plain Muon"
+    )
     muon_weight_decay: float = flag(0.0, "Muon's weight decay")
     grad_clip: float = flag(1.0, "maximum gradient norm; 0 disables clipping")
 
@@ -128,6 +133,9 @@ class TrainConfig:
             )
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction is {self.decay_fraction}, expected 0 to 1")
+        for name in ("beta1", "beta2", "muon_beta2"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}, expected at least 0 and less than 1")
 
     def _check_at_least(self, minimum: int, *names: str) -> None:
         for name in names:

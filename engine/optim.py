@@ -11,11 +11,12 @@ from engine.config import TrainConfig
 from engine.distributed import full_tensor, has_bf16_units, shard_like
 from model import GPT
 
-BETAS, EPS = (0.9, 0.95), 1e-8  # GPT-3 paper, appendix B
+EPS = 1e-8  # AdamW's; GPT-3 paper, appendix B
 # Keller Jordan, "Muon: An optimizer for hidden layers in neural networks", as in torch.optim.Muon.
 NS_STEPS, NS_COEFFICIENTS, NS_EPS = 5, (3.4445, -4.7750, 2.0315), 1e-7
 # modded-nanogpt: the momentum rises over the first steps, when old gradients mean little.
 FIRST_MOMENTUM, MOMENTUM, MOMENTUM_WARMUP_STEPS = 0.85, 0.95, 300
+MIN_SECOND_MOMENT = 1e-10  # NorMuon, as in modded-nanogpt
 BATCH_ELEMENTS = 2**24  # of matrices orthogonalized at once: enough to fill a GPU, 64 MB in fp32
 
 
@@ -82,12 +83,20 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     groups = parameter_groups(model, config.weight_decay)
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in in_muon]
-    adamw = torch.optim.AdamW(groups, lr=config.max_lr, betas=BETAS, eps=EPS, fused=True)
+    adamw = torch.optim.AdamW(
+        groups, lr=config.max_lr, betas=(config.beta1, config.beta2), eps=EPS, fused=True
+    )
     if not in_muon:
         return [adamw]
     muon_groups = [{"params": params, "parts": n} for n, params in matrices.items() if params]
-    dtype = newton_schulz_dtype(model.lm_head.weight.device, config)
-    return [adamw, Muon(muon_groups, config.muon_lr, config.muon_weight_decay, dtype)]
+    muon = Muon(
+        muon_groups,
+        config.muon_lr,
+        config.muon_weight_decay,
+        beta2=config.muon_beta2,
+        dtype=newton_schulz_dtype(model.lm_head.weight.device, config),
+    )
+    return [adamw, muon]
 
 
 class Muon(torch.optim.Optimizer):
@@ -101,7 +110,16 @@ class Muon(torch.optim.Optimizer):
 
     found_inf: torch.Tensor | None = None  # a scalar on the device, so that nothing waits for it
 
-    def __init__(self, groups: Iterable[dict], lr: float, weight_decay: float, dtype: torch.dtype):
+    def __init__(
+        self,
+        groups: Iterable[dict],
+        lr: float,
+        weight_decay: float,
+        *,
+        beta2: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.beta2 = beta2  # of NorMuon's second moments; 0: plain Muon
         self.dtype = dtype  # of the iteration
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM, "parts": 1}
         super().__init__(groups, defaults)
@@ -128,15 +146,38 @@ class Muon(torch.optim.Optimizer):
         rows, cols = shape[0] // group["parts"], shape[1]
         momenta = [full_tensor(momentum) for momentum in self._update_momenta(group, params)]
         stacked = torch.stack(momenta).view(-1, rows, cols)
-        updates = distributed_newton_schulz(stacked.to(self.dtype))
+        updates = distributed_newton_schulz(stacked.to(self.dtype)).to(stacked.dtype)
+        if self.beta2:
+            updates = self._normalize_rows(params, updates)
         keep = 1.0 if self.found_inf is None else 1 - self.found_inf
         # Jordan's factor: a tall matrix changes its outputs as much as a square one.
-        updates = updates.to(stacked.dtype) * (keep * (-lr * max(1.0, rows / cols) ** 0.5))
+        updates = updates * (keep * (-lr * max(1.0, rows / cols) ** 0.5))
         torch._foreach_mul_(params, 1 - keep * (lr * group["weight_decay"]))
         changes = updates.view(-1, *shape).unbind()
         torch._foreach_add_(
             params, [shard_like(p, change) for p, change in zip(params, changes, strict=True)]
         )
+
+    def _normalize_rows(self, params: list[torch.Tensor], updates: torch.Tensor) -> torch.Tensor:
+        """NorMuon: divide each row of the updates (n, rows, cols) by the running root mean square
+        of its elements, and keep the norm of each matrix. Of a wide matrix, each column.
+        """
+        is_wide = updates.size(1) < updates.size(2)
+        squares = updates.square().mean(1 if is_wide else 2, keepdim=True)
+        of_params = list(squares.view(len(params), -1).unbind())
+        for param, square in zip(params, of_params, strict=True):
+            if "second_moment" not in self.state[param]:
+                self.state[param]["second_moment"] = torch.zeros_like(square)
+        moments = [self.state[param]["second_moment"] for param in params]
+        if self.found_inf is not None:
+            skip = self.found_inf.bool()
+            of_params = [torch.where(skip, m, s) for m, s in zip(moments, of_params, strict=True)]
+        torch._foreach_lerp_(moments, of_params, 1 - self.beta2)
+        scales = torch.stack(moments).view_as(squares).clamp(min=MIN_SECOND_MOMENT).rsqrt()
+        norms = torch.linalg.vector_norm(updates, dim=(1, 2), keepdim=True)
+        updates = updates * scales
+        new_norms = torch.linalg.vector_norm(updates, dim=(1, 2), keepdim=True)
+        return updates * (norms / new_norms.clamp(min=NS_EPS))
 
     def _update_momenta(self, group: dict, params: list[torch.Tensor]) -> list[torch.Tensor]:
         """Update the running means of the gradients; return their Nesterov lookaheads, which may

@@ -1,12 +1,16 @@
 import json
+import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
-from benchmarks import gpu, harness
+from benchmarks import gpu, harness, time_to_loss
 from benchmarks.harness import TINY, BenchmarkConfig
+from benchmarks.time_to_loss import TimeToLossConfig
+from engine.shards import write_manifest, write_shard
 
 
 @pytest.mark.parametrize("part", gpu.PARTS)
@@ -57,3 +61,37 @@ def test_contenders_are_chosen_by_name():
     assert list(harness.measure(makers, TINY, config)) == ["full none", "lora none"]
     with pytest.raises(ValueError, match="expected parts of"):
         harness.measure(makers, TINY, BenchmarkConfig(contenders=["nobody"]))
+
+
+def test_steps_to_a_loss():
+    """Between two lengths the loss is a line over the logarithm of the steps; a loss beyond all
+    lengths has no number of steps.
+    """
+    losses = {100: 4.0, 400: 3.0, 800: 2.8}
+    assert time_to_loss.steps_to(4.0, losses) == 100
+    assert time_to_loss.steps_to(3.5, losses) == pytest.approx(200)
+    assert time_to_loss.steps_to(2.9, losses) == pytest.approx(400 * 2**0.5)
+    assert math.isnan(time_to_loss.steps_to(4.1, losses))
+    assert math.isnan(time_to_loss.steps_to(2.7, losses))
+
+
+def test_finished_runs_are_not_repeated(tmp_path, capsys):
+    """A repeated command trains only what is missing, here the second seed, and reports both."""
+    ids = np.arange(20_000) % 50_000
+    splits = {"train": ids, "val": ids[:2_000]}
+    entries = [
+        {**write_shard(tmp_path / f"x_{split}_000000.npy", of_split), "split": split}
+        for split, of_split in splits.items()
+    ]
+    write_manifest(tmp_path, {"shards": entries})
+    file, records = tmp_path / "out" / "runs.jsonl", []
+    for seeds in (1, 2):
+        sizes = {"size": "1x64", "steps": 2, "seeds": seeds, "jobs": 1}
+        folders = {"data": str(tmp_path), "out_dir": str(file.parent)}
+        time_to_loss.main(TimeToLossConfig(**sizes, **folders, recipes=[time_to_loss.TUNED]))
+        records.append([json.loads(line) for line in file.read_text().splitlines()])
+    assert [len(of_command) for of_command in records] == [1, 2]
+    assert records[0] == records[1][:1]
+    assert records[1][0]["loss"] != records[1][1]["loss"]
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "AdamW" in line][1:]
+    assert all(f"{record['loss']:.3f}" in row for record in records[1])

@@ -129,15 +129,20 @@ def test_the_curve_does_not_depend_on_ranks(workplace, single, n, args):
         torch.testing.assert_close(tensor, expected[tensor_name], atol=1e-3, rtol=1e-2)
 
 
+def back_to_step_10(run: Path) -> None:
+    """Leave a run as it was at step 10."""
+    shutil.rmtree(run / "checkpoints" / "step_000020")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:11]))
+
+
 @pytest.mark.slow
 def test_a_run_moves_between_layouts(workplace, single):
     """A run stopped at step 10 on 2 ranks with FSDP resumes in one process and on 4 ranks along the
     same curve; the optimizer's state in the checkpoint is complete and by name.
     """
     source = train_on_ranks(workplace, 2, "moving", "--parallel", "fsdp", "--keep", 9)
-    shutil.rmtree(source / "checkpoints" / "step_000020")
-    lines = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (source / "metrics.jsonl").write_text("".join(lines[:11]))
+    back_to_step_10(source)
     state = read_state(source / "checkpoints" / "step_000010")["optimizer"]["state"]
     assert state["transformer.wte.weight"]["exp_avg"].shape == (50304, 32)
     shutil.copytree(source, workplace / "runs" / "moved")
@@ -145,6 +150,20 @@ def test_a_run_moves_between_layouts(workplace, single):
     result = run_script("train_gpt2.py", *flags("moved", "--batch_size", 6), cwd=workplace)
     assert "resuming from step 10" in result.stdout
     assert_same_curve(workplace / "runs" / "moved", single)
+
+
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_normuon_resumes_to_the_bit(workplace, parallel):
+    """On 2 ranks, a run with NorMuon resumed at step 10 ends with exactly the weights of the run
+    that went on: its state is complete in the checkpoint, whether parameters are sharded or not.
+    """
+    args = ["--optimizer", "muon", "--muon_beta2", 0.95, "--parallel", parallel, "--keep", 9]
+    run = train_on_ranks(workplace, 2, f"normuon_{parallel}", *args)
+    expected = GPT.from_pretrained(list_checkpoints(run)[-1]).state_dict()
+    back_to_step_10(run)
+    train_on_ranks(workplace, 2, run.name, *args)
+    weights = GPT.from_pretrained(list_checkpoints(run)[-1]).state_dict()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_sizes_that_do_not_divide(workplace):

@@ -130,6 +130,53 @@ def test_steps_equal_pytorchs_muon(monkeypatch):
     torch.testing.assert_close(mine[1], theirs[3], atol=1e-5, rtol=1e-4)
 
 
+def normuon_by_hand(matrix: torch.Tensor, grads: list[torch.Tensor], *, lr: float, beta2: float):
+    """`matrix` after NorMuon's steps, in fp64 and row by row; a wide matrix is normalized by
+    columns, as in modded-nanogpt.
+    """
+    weights = matrix.double().clone()
+    mean = torch.zeros_like(weights)
+    is_wide = weights.size(0) < weights.size(1)
+    moments = [0.0] * max(weights.shape)
+    for grad in grads:
+        mean = 0.95 * mean + 0.05 * grad.double()
+        lookahead = 0.05 * grad + 0.95 * mean
+        update = newton_schulz(lookahead.float()[None])[0].double()
+        rows = list(update.T if is_wide else update)
+        norm_before = update.norm()
+        for i, row in enumerate(rows):
+            moments[i] = beta2 * moments[i] + (1 - beta2) * row.square().mean().item()
+            rows[i] = row / math.sqrt(moments[i])
+        normalized = torch.stack(rows)
+        normalized = normalized * norm_before / normalized.norm()
+        factor = math.sqrt(max(1.0, weights.size(0) / weights.size(1)))
+        weights -= lr * factor * (normalized.T if is_wide else normalized)
+    return weights
+
+
+def test_normuons_steps_are_the_published_ones():
+    """Four steps of tall, square, wide and stacked matrices equal NorMuon's formula in fp64."""
+    torch.manual_seed(0)
+    start = {shape: torch.randn(shape) for shape in [(72, 24), (96, 24), (24, 24), (24, 96)]}
+    grads = {shape: [torch.randn(shape) for _ in range(4)] for shape in start}
+    params = {shape: torch.nn.Parameter(matrix.clone()) for shape, matrix in start.items()}
+    qkv, *others = params.values()
+    groups = [{"params": [qkv], "parts": 3}, {"params": others}]
+    ours = Muon(groups, lr=0.02, weight_decay=0.0, beta2=0.95)
+    for i in range(4):
+        for shape, param in params.items():
+            param.grad = grads[shape][i].clone()
+        ours.step()
+    for shape, param in params.items():
+        parts = 3 if param is qkv else 1
+        of_parts = zip(*(grad.chunk(parts) for grad in grads[shape]), strict=True)
+        expected = [
+            normuon_by_hand(matrix, list(of_part), lr=0.02, beta2=0.95)
+            for matrix, of_part in zip(start[shape].chunk(parts), of_parts, strict=True)
+        ]
+        torch.testing.assert_close(param.double(), torch.cat(expected), atol=1e-5, rtol=1e-4)
+
+
 def test_batches_do_not_matter(monkeypatch, shards):
     """The number of matrices in a batch changes nothing but the order of sums."""
     losses = []
@@ -154,6 +201,13 @@ def test_muon_gets_the_matrices(shards):
     assert parts == expected
     others = [names[id(p)] for g in adamw.param_groups for p in g["params"]]
     assert sorted([*others, *parts]) == sorted(names.values())
+
+
+def test_betas_are_flags(shards):
+    """AdamW gets beta1 and beta2, in pretraining and beside Muon."""
+    for optimizer in ("adamw", "muon"):
+        step = make_step(new_model(), shards, optimizer=optimizer, beta1=0.8, beta2=0.99)
+        assert {group["betas"] for group in step.optimizers[0].param_groups} == {(0.8, 0.99)}
 
 
 def test_rates_and_momentum_follow_the_step(shards):

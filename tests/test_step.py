@@ -221,9 +221,10 @@ def test_compiling_without_pythons_headers_is_refused(shards, monkeypatch, tmp_p
         make_step(new_model(), shards, compile=True)
 
 
-def test_muons_state_continues_to_the_bit(shards):
+@pytest.mark.parametrize("beta2", [0.0, 0.95])
+def test_muons_state_continues_to_the_bit(shards, beta2):
     """Weights and state after 3 steps, in a new model, give exactly the same steps 4 to 6."""
-    step = make_step(new_model(), shards, optimizer="muon")
+    step = make_step(new_model(), shards, optimizer="muon", muon_beta2=beta2)
     for s in (1, 2, 3):
         step(s)
     weights, state = step.snapshot()
@@ -231,7 +232,7 @@ def test_muons_state_continues_to_the_bit(shards):
     expected = [step(s) for s in (4, 5, 6)]
     model = new_model()
     model.load_state_dict(weights, strict=False)
-    step = make_step(model, shards, optimizer="muon")
+    step = make_step(model, shards, optimizer="muon", muon_beta2=beta2)
     step.restore(state)
     assert [step(s) for s in (4, 5, 6)] == expected
 

@@ -1,7 +1,8 @@
 """Under torchrun with two ranks: Muon's steps, one of them skipped, on replicated and on sharded
-parameters equal those of one process, and no rank orthogonalizes all matrices.
+parameters equal those of one process, and no rank orthogonalizes all matrices; with NorMuon too.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -15,12 +16,12 @@ SHAPES = (72, 24), (24, 24), (24, 96)  # the first is three matrices, as c_attn
 SKIPPED = (0.0, 1.0, 0.0)  # found_inf of each step
 
 
-def train_steps(wrap: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+def train_steps(beta2: float, wrap: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
     """The parameters after three steps with random gradients."""
     torch.manual_seed(0)
     params = [torch.nn.Parameter(wrap(torch.randn(shape))) for shape in SHAPES]
     groups = [{"params": params[:1], "parts": 3}, {"params": params[1:]}]
-    optimizer = optim.Muon(groups, lr=0.1, weight_decay=0.1, dtype=torch.float32)
+    optimizer = optim.Muon(groups, lr=0.1, weight_decay=0.1, beta2=beta2)
     for found_inf in SKIPPED:
         optimizer.found_inf = torch.tensor(found_inf)
         for param in params:
@@ -36,16 +37,20 @@ if __name__ == "__main__":
         counts.append(len(matrices))
         return newton_schulz(matrices)
 
+    def replicate(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def shard(tensor: torch.Tensor) -> torch.Tensor:
+        return distribute_tensor(tensor, mesh, [Shard(0)])
+
     optim.newton_schulz = count_matrices
-    expected, n_alone = train_steps(lambda tensor: tensor), sum(counts)
+    expected = {beta2: train_steps(beta2, replicate) for beta2 in (0.0, 0.95)}
+    n_alone = sum(counts) // len(expected)
     torch.distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
-    for wrap in (
-        lambda tensor: tensor,
-        lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]),
-    ):
+    for beta2, wrap in itertools.product(expected, (replicate, shard)):
         counts.clear()
-        for param, reference in zip(train_steps(wrap), expected, strict=True):
+        for param, reference in zip(train_steps(beta2, wrap), expected[beta2], strict=True):
             torch.testing.assert_close(param, reference, atol=1e-5, rtol=1e-4)
         if sum(counts) >= n_alone:
             raise ValueError(f"{sum(counts)} matrices on this rank, {n_alone} in one process")

@@ -20,7 +20,12 @@ if __name__ == "__main__":
     dist = Distributed.start("cpu")
     model = GPT(GPTConfig(block_size=32, n_layer=1, n_head=1, n_embd=16))
     config = PretrainConfig(
-        parallel=sys.argv[1], optimizer="muon", precision="fp32", compile=False, device="cpu"
+        parallel=sys.argv[1],
+        optimizer="muon",
+        muon_beta2=0.95,
+        precision="fp32",
+        compile=False,
+        device="cpu",
     )
     data = PretrainingData(
         TokenShards("data/text", "train"),
