@@ -1,5 +1,6 @@
 """Pretrain GPT-2. On N devices: torchrun --standalone --nproc_per_node=N train_gpt2.py"""
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +37,9 @@ class PretrainConfig(TrainConfig):
         "scratch", "scratch, or a model: a hub name, folder, checkpoint or run", group="model"
     )
     zero_residual: bool = flag(False, "from scratch: start with c_proj weights of zero")
+    sinusoidal_wpe: float = flag(
+        0.0, "from scratch: start wpe with sines and cosines of this rms; 0: with random numbers"
+    )
     n_layer: int | None = flag(None, "blocks (default: 12, or those of init_from)")
     n_head: int | None = flag(None, "attention heads (default: 12, or those of init_from)")
     n_embd: int | None = flag(None, "width (default: 768, or that of init_from)")
@@ -44,8 +48,10 @@ class PretrainConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_at_least(1, "total_batch_size", "eval_tokens")
-        if self.zero_residual and self.init_from != "scratch":
-            raise ValueError(f"zero_residual does not work with init_from {self.init_from}")
+        self._check_at_least(0, "sinusoidal_wpe")
+        for name in ("zero_residual", "sinusoidal_wpe"):
+            if getattr(self, name) and self.init_from != "scratch":
+                raise ValueError(f"{name} does not work with init_from {self.init_from}")
 
 
 def main(config: PretrainConfig) -> None:
@@ -90,11 +96,7 @@ def build_model(config: PretrainConfig) -> GPT:
     """A new model, or that of init_from."""
     shape = select_shape(config)
     if config.init_from == "scratch":
-        torch.manual_seed(config.seed)
-        model = GPT(GPTConfig(**shape))
-        if config.zero_residual:
-            zero_residual_projections(model)
-        return model
+        return new_model(GPTConfig(**shape), config)
     model = load_model(config.init_from)
     for name, value in shape.items():
         found = getattr(model.config, name)
@@ -104,11 +106,24 @@ def build_model(config: PretrainConfig) -> GPT:
     return model
 
 
-def zero_residual_projections(model: GPT) -> None:
-    """Zero the residual projections, so that every block starts as the identity."""
-    for name, param in model.named_parameters():
-        if name.endswith("c_proj.weight"):
-            nn.init.zeros_(param)
+def new_model(model_config: GPTConfig, config: PretrainConfig) -> GPT:
+    """A model to be trained from scratch."""
+    torch.manual_seed(config.seed)
+    model = GPT(model_config)
+    if config.zero_residual:  # every block starts as the identity
+        for name, param in model.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.zeros_(param)
+    if config.sinusoidal_wpe:
+        wpe = model.get_parameter("transformer.wpe.weight").data
+        wpe.copy_(math.sqrt(2) * config.sinusoidal_wpe * sinusoids(*wpe.shape))
+    return model
+
+
+def sinusoids(T: int, C: int) -> torch.Tensor:
+    """The position embeddings (T, C) of "Attention Is All You Need": sines, then cosines."""
+    angles = torch.arange(T)[:, None] / 10_000 ** (torch.arange(0, C, 2) / C)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :C]
 
 
 if __name__ == "__main__":

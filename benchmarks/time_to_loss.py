@@ -43,8 +43,8 @@ from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
 from engine.tokenizer import END_OF_TEXT_ID
 from engine.training import evaluate_loss
-from model import GPT, GPTConfig
-from train_gpt2 import PretrainConfig, zero_residual_projections
+from model import GPTConfig
+from train_gpt2 import PretrainConfig, new_model
 
 BLOCK_SIZE, BATCH_SIZE, VOCAB_SIZE = 128, 32, 4096
 STEP_TOKENS = BATCH_SIZE * BLOCK_SIZE
@@ -119,10 +119,7 @@ class Trainer:
             seed=run.seed,
             **run.settings,
         )
-        torch.manual_seed(run.seed)
-        model = GPT(model_config(run.size))
-        if config.zero_residual:
-            zero_residual_projections(model)
+        model = new_model(model_config(run.size), config)
         train, self.val = (TokenShards(folder, split) for split in ("train", "val"))
         self.sizes = {"block_size": BLOCK_SIZE, "batch_size": BATCH_SIZE}
         data = PretrainingData(train, total_batch_size=STEP_TOKENS, seed=run.seed, **self.sizes)

@@ -463,6 +463,7 @@ WRONG_SETTINGS = [
     ({"eval_tokens": 0}, "eval_tokens is 0, expected at least 1"),
     ({"total_batch_size": 0}, "total_batch_size is 0, expected at least 1"),
     ({"zero_residual": True, "init_from": "gpt2"}, "zero_residual does not work with init_from"),
+    ({"sinusoidal_wpe": 0.1, "init_from": "gpt2"}, "sinusoidal_wpe does not work with init_from"),
 ]
 
 

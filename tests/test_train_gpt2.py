@@ -7,6 +7,7 @@ them depends on being started from the project's root.
 import functools
 import gzip
 import json
+import math
 import re
 import runpy
 import shutil
@@ -360,3 +361,21 @@ def test_zero_residual_blocks_add_nothing():
         assert name.endswith("c_proj.weight") or torch.equal(a, b)
     with pytest.raises(ValueError, match="does not work with init_from gpt2"):
         make(zero_residual=True, init_from="gpt2")
+
+
+def test_sinusoidal_positions():
+    """With sinusoidal_wpe, wpe holds the paper's sines and cosines with the given root mean square,
+    also where the width is odd; all other weights are unchanged.
+    """
+    make = functools.partial(PretrainConfig, n_layer=1, n_head=1, n_embd=15, block_size=8)
+    waves, plain = (build_model(make(sinusoidal_wpe=rms)) for rms in (0.1, 0.0))
+    for name, param in plain.named_parameters():
+        if name != "transformer.wpe.weight":
+            assert torch.equal(waves.get_parameter(name), param)
+    wpe = waves.transformer.wpe.weight / (0.1 * math.sqrt(2))
+    for position, i in ((0, 0), (1, 0), (5, 3), (7, 6)):
+        angle = position / 10_000 ** (2 * i / 15)
+        assert wpe[position, i].item() == pytest.approx(math.sin(angle), rel=1e-5)
+        assert wpe[position, 8 + i].item() == pytest.approx(math.cos(angle), rel=1e-5)
+    wide = build_model(make(sinusoidal_wpe=0.1, n_embd=16)).transformer.wpe.weight
+    assert wide.square().mean().sqrt().item() == pytest.approx(0.1, rel=1e-5)
