@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_loss.py                          # Python's documentation
     python benchmarks/time_to_loss.py --data data/mine --size 6x384 --steps 1500
-    python benchmarks/time_to_loss.py --data data/mine --sweep # how the recipes were tuned
+    python benchmarks/time_to_loss.py --data data/mine --sweep  # how the recipes were tuned
 
 A schedule has a fixed length, so every length of a recipe is a run of its own, in a process of its
 own; `--jobs` of them run at once, with one thread each. Between two lengths, losses are
@@ -54,16 +54,35 @@ WARMUP_FRACTION = 0.1
 Settings = dict[str, Any]  # of PretrainConfig
 BASELINE, TUNED, FORMER, FAST = "build-nanogpt's", "AdamW, tuned", "fast, former", "fast"
 LINEAR: Settings = {"schedule": "wsd", "decay_fraction": 1.0}
-MUON: Settings = {"optimizer": "muon", "schedule": "wsd", "zero_residual": True}
+MUON: Settings = {"optimizer": "muon", "schedule": "wsd", "decay_fraction": 0.7, "max_lr": 8e-3}
+MUON |= {"zero_residual": True}
 RECIPES: dict[str, Settings] = {
     BASELINE: {"max_lr": 6e-4, "min_lr": 6e-5},
-    TUNED: {"max_lr": 3e-3, **LINEAR},
-    FORMER: {"max_lr": 8e-3, "decay_fraction": 0.7, **MUON},
-    FAST: {"max_lr": 8e-3, "decay_fraction": 0.7, **MUON},
+    TUNED: {"max_lr": 3e-3, "beta2": 0.99, "zero_residual": True, **LINEAR},
+    FORMER: MUON,
+    FAST: MUON | {"muon_beta2": 0.95, "beta1": 0.8, "weight_decay": 0.0, "sinusoidal_wpe": 0.2},
 }
-LENGTHS = {FAST: (0.25, 0.4, 0.6, 0.85)}  # of the others', which have one
-# Changes to a recipe, each tried alone.
-SWEEP: dict[str, dict[str, tuple[Any, ...]]] = {TUNED: {}, FAST: {}}
+LENGTHS = {FAST: (0.25, 0.5, 0.85)}  # of the others', which have one
+# Other values of single settings, which --sweep tries.
+SWEEP: dict[str, dict[str, tuple[Any, ...]]] = {
+    TUNED: {
+        "max_lr": (1.5e-3, 6e-3),
+        "beta2": (0.95,),
+        "zero_residual": (False,),
+        "sinusoidal_wpe": (0.05, 0.2),
+        "schedule": ("cosine",),
+    },
+    FAST: {
+        "muon_beta2": (0.0,),
+        "beta1": (0.9,),
+        "weight_decay": (0.1,),
+        "sinusoidal_wpe": (0.0, 0.1, 0.4),
+        "muon_lr": (0.01, 0.04),
+        "max_lr": (2e-3, 16e-3),
+        "decay_fraction": (0.4, 1.0),
+        "muon_weight_decay": (0.1,),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -172,12 +191,17 @@ def train_missing(runs: list[Run], config: TimeToLossConfig, folder: Path) -> li
 def plan_runs(config: TimeToLossConfig, data: str) -> list[Run]:
     recipes = {name: RECIPES[name] for name in config.recipes}
     if config.sweep:
-        recipes = SWEEP
+        recipes |= {
+            f"{name}, {setting} {value}": {**RECIPES[name], setting: value}
+            for name, changes in SWEEP.items()
+            for setting, values in changes.items()
+            for value in values
+        }
     return [
         Run(data, config.size, name, settings, round(length * config.steps), seed)
         for seed in range(FIRST_SEED, FIRST_SEED + (1 if config.sweep else config.seeds))
         for name, settings in recipes.items()
-        for length in LENGTHS.get(name, (1.0,))
+        for length in ((1.0,) if config.sweep else LENGTHS.get(name, (1.0,)))
     ]
 
 
@@ -242,12 +266,14 @@ def print_losses(losses: dict[str, dict[int, list[float]]], seconds: dict[str, f
     for name, by_steps in losses.items():
         for steps, of_seeds in by_steps.items():
             each = ", ".join(f"{loss:.3f}" for loss in of_seeds)
-            mean, ms = statistics.mean(of_seeds), f"{1e3 * seconds[name]:.0f}"
-            harness.print_row(name, steps, f"{mean:.3f}", each, ms)
+            ms = f"{1e3 * seconds[name]:.0f}" if name in seconds else ""
+            harness.print_row(name, steps, f"{statistics.mean(of_seeds):.3f}", each, ms)
 
 
 def print_ratios(losses: dict[str, dict[int, list[float]]], seconds: dict[str, float]) -> None:
-    """The shares of tokens and seconds with which the fast recipe reaches the others' losses."""
+    """The shares of tokens and seconds with which the fast recipe reaches the others' losses; a
+    dash where a loss is outside of its lengths.
+    """
     harness.print_header("to the loss of", "tokens, mean", "least", "most", "seconds, mean")
     by_length = losses[FAST]
     for name in losses.keys() - {FAST}:
@@ -258,7 +284,8 @@ def print_ratios(losses: dict[str, dict[int, list[float]]], seconds: dict[str, f
         ]
         mean = statistics.mean(shares)
         in_seconds = mean * seconds[FAST] / seconds[name]
-        cells = (f"{share:.2f}" for share in (mean, min(shares), max(shares), in_seconds))
+        figures = (mean, min(shares), max(shares), in_seconds)
+        cells = ["-" if math.isnan(mean) else f"{figure:.2f}" for figure in figures]
         harness.print_row(name, *cells)
 
 
@@ -287,6 +314,8 @@ def draw(records: list[dict[str, Any]], file: str) -> None:
 
 
 def main(config: TimeToLossConfig) -> None:
+    if config.sweep and config.plot:
+        raise ValueError("plot shows the recipes without a sweep; leave out one of the flags")
     source = Path(config.data)
     if config.data == "stdlib":
         source = harness.ROOT / "data" / "stdlib"
@@ -296,7 +325,7 @@ def main(config: TimeToLossConfig) -> None:
         folder = Path(name)
         runs = plan_runs(config, cut_vocabulary(source, folder))
         records = train_missing(runs, config, folder)
-        seconds = measure_steps(runs, folder, config)
+        seconds = {} if config.sweep else measure_steps(runs, folder, config)
     losses = losses_by_recipe(records)
     print_losses(losses, seconds)
     if not config.sweep and FAST in losses:

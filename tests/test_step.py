@@ -168,8 +168,8 @@ def test_a_step_that_is_not_finite_is_skipped(shards, precision, optimizer, dist
     and step counters.
     """
     model = new_model().to(dist.device)
-    options = {"precision": precision, "optimizer": optimizer, "muon_weight_decay": 0.1}
-    step = make_step(model, shards, dist=dist, **options)
+    options = {"muon_weight_decay": 0.1, "muon_beta2": 0.95, "precision": precision}
+    step = make_step(model, shards, dist=dist, optimizer=optimizer, **options)
     step(1)
     state = copy.deepcopy(step.snapshot()[1]["optimizer"]["state"])
     before = {k: v.clone() for k, v in model.state_dict().items()}
