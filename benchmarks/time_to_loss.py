@@ -46,13 +46,12 @@ from engine.training import evaluate_loss
 from model import GPTConfig
 from train_gpt2 import PretrainConfig, new_model
 
-BLOCK_SIZE, BATCH_SIZE, VOCAB_SIZE = 128, 32, 4096
-STEP_TOKENS = BATCH_SIZE * BLOCK_SIZE
+STEP_TOKENS = VOCAB_SIZE = 4096
 EVALUATIONS, EVAL_TOKENS, FIRST_SEED, TIMED_STEPS = 5, 65_536, 1337, 15
 WARMUP_FRACTION = 0.1
 
 Settings = dict[str, Any]  # of PretrainConfig
-BASELINE, TUNED, FORMER, FAST = "build-nanogpt's", "AdamW, tuned", "fast, former", "fast"
+BASELINE, TUNED, FORMER, FAST = "build-nanogpt's", "tuned AdamW", "former fast", "fast"
 LINEAR: Settings = {"schedule": "wsd", "decay_fraction": 1.0}
 MUON: Settings = {"optimizer": "muon", "schedule": "wsd", "decay_fraction": 0.7, "max_lr": 8e-3}
 MUON |= {"zero_residual": True}
@@ -89,6 +88,7 @@ SWEEP: dict[str, dict[str, tuple[Any, ...]]] = {
 class TimeToLossConfig:
     data: str = flag("stdlib", "stdlib, prepared if it is not there, or a folder of shards")
     size: str = flag("4x256", "layers x width of the model")
+    block_size: int = flag(128, "tokens per sequence")
     steps: int = flag(600, f"steps of {STEP_TOKENS:,} tokens; of the fast recipe, also fewer")
     seeds: int = flag(3, "runs of each recipe, with other weights and another order of the data")
     recipes: list[str] = flag(list(RECIPES), "recipes to run")
@@ -105,6 +105,7 @@ class Run:
 
     data: str  # fingerprint
     size: str
+    block_size: int
     recipe: str
     settings: Settings
     steps: int
@@ -115,14 +116,14 @@ class Run:
         return all(record.get(key) == value for key, value in asdict(self).items())
 
 
-def model_config(size: str) -> GPTConfig:
+def model_config(size: str, block_size: int) -> GPTConfig:
     n_layer, _, n_embd = size.partition("x")
     if not (n_layer.isdecimal() and n_embd.isdecimal() and int(n_embd) % harness.HEAD_SIZE == 0):
         raise ValueError(
             f"size is {size}, expected layers x width, a multiple of {harness.HEAD_SIZE}: 4x256"
         )
     n_head = int(n_embd) // harness.HEAD_SIZE
-    return GPTConfig(BLOCK_SIZE, VOCAB_SIZE, int(n_layer), n_head, int(n_embd))
+    return GPTConfig(block_size, VOCAB_SIZE, int(n_layer), n_head, int(n_embd))
 
 
 class Trainer:
@@ -138,9 +139,10 @@ class Trainer:
             seed=run.seed,
             **run.settings,
         )
-        model = new_model(model_config(run.size), config)
+        model = new_model(model_config(run.size, run.block_size), config)
         train, self.val = (TokenShards(folder, split) for split in ("train", "val"))
-        self.sizes = {"block_size": BLOCK_SIZE, "batch_size": BATCH_SIZE}
+        batch_size = STEP_TOKENS // run.block_size
+        self.sizes = {"block_size": run.block_size, "batch_size": batch_size}
         data = PretrainingData(train, total_batch_size=STEP_TOKENS, seed=run.seed, **self.sizes)
         self.step = TrainingStep(model.to(device), data, config, self.dist)
 
@@ -198,7 +200,9 @@ def plan_runs(config: TimeToLossConfig, data: str) -> list[Run]:
             for value in values
         }
     return [
-        Run(data, config.size, name, settings, round(length * config.steps), seed)
+        Run(
+            data, config.size, config.block_size, name, settings, round(length * config.steps), seed
+        )
         for seed in range(FIRST_SEED, FIRST_SEED + (1 if config.sweep else config.seeds))
         for name, settings in recipes.items()
         for length in ((1.0,) if config.sweep else LENGTHS.get(name, (1.0,)))
@@ -314,6 +318,11 @@ def draw(records: list[dict[str, Any]], file: str) -> None:
 
 
 def main(config: TimeToLossConfig) -> None:
+    if unknown := set(config.recipes) - set(RECIPES):
+        raise ValueError(f"no recipe {', '.join(unknown)}, expected some of {', '.join(RECIPES)}")
+    if config.block_size < 1 or STEP_TOKENS % config.block_size:
+        raise ValueError(f"block_size is {config.block_size}, expected a divisor of {STEP_TOKENS}")
+    model_config(config.size, config.block_size)  # so that a wrong size is seen before any run
     if config.sweep and config.plot:
         raise ValueError("plot shows the recipes without a sweep; leave out one of the flags")
     source = Path(config.data)
