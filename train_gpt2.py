@@ -38,7 +38,7 @@ class PretrainConfig(TrainConfig):
     )
     zero_residual: bool = flag(False, "from scratch: start with c_proj weights of zero")
     sinusoidal_wpe: float = flag(
-        0.0, "from scratch: start wpe with sines and cosines of this rms; 0: with random numbers"
+        0.0, "from scratch: initialize wpe with sinusoids of this rms; 0: with random numbers"
     )
     n_layer: int | None = flag(None, "blocks (default: 12, or those of init_from)")
     n_head: int | None = flag(None, "attention heads (default: 12, or those of init_from)")
@@ -115,13 +115,16 @@ def new_model(model_config: GPTConfig, config: PretrainConfig) -> GPT:
             if name.endswith("c_proj.weight"):
                 nn.init.zeros_(param)
     if config.sinusoidal_wpe:
-        wpe = model.get_parameter("transformer.wpe.weight").data
-        wpe.copy_(math.sqrt(2) * config.sinusoidal_wpe * sinusoids(*wpe.shape))
+        wpe = model.get_parameter("transformer.wpe.weight")
+        with torch.no_grad():  # a sinusoid has an rms of 1 / sqrt(2)
+            wpe.copy_(config.sinusoidal_wpe * math.sqrt(2) * sinusoids(*wpe.shape))
     return model
 
 
 def sinusoids(T: int, C: int) -> torch.Tensor:
-    """The position embeddings (T, C) of "Attention Is All You Need": sines, then cosines."""
+    """The position embeddings (T, C) of "Attention Is All You Need", all sines before all
+    cosines.
+    """
     angles = torch.arange(T)[:, None] / 10_000 ** (torch.arange(0, C, 2) / C)
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :C]
 

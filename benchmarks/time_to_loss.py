@@ -1,6 +1,6 @@
 """Tokens and seconds that a recipe needs to reach the loss at which another ends, on real text.
 
-    python benchmarks/time_to_loss.py                          # Python's documentation
+    python benchmarks/time_to_loss.py                          # Python's documentation, four times
     python benchmarks/time_to_loss.py --data data/mine --size 6x384 --steps 1500
     python benchmarks/time_to_loss.py --data data/mine --sweep  # how the recipes were tuned
 
@@ -35,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from engine.config import flag, run_command
+from engine.config import Precision, flag, run_command
 from engine.data import PretrainingData, validation_batches
 from engine.distributed import Distributed, default_precision, open_device
 from engine.files import JSONLinesLog
@@ -89,10 +89,10 @@ class TimeToLossConfig:
     data: str = flag("stdlib", "stdlib, prepared if it is not there, or a folder of shards")
     size: str = flag("4x256", "layers x width of the model")
     block_size: int = flag(128, "tokens per sequence")
-    steps: int = flag(600, f"steps of {STEP_TOKENS:,} tokens; of the fast recipe, also fewer")
+    steps: int = flag(600, f"steps of {STEP_TOKENS:,} tokens; 0.25, 0.5 and 0.85 of them with fast")
     seeds: int = flag(3, "runs of each recipe, with other weights and another order of the data")
     recipes: list[str] = flag(list(RECIPES), "recipes to run")
-    sweep: bool = flag(False, "change the tuned recipes, one setting at a time; one seed")
+    sweep: bool = flag(False, "change one setting at a time; one seed, whatever --seeds says")
     out_dir: str = flag("runs/time_to_loss", "folder of finished runs")
     plot: str = flag("", "figure to write")
     device: str = flag("cpu", "cpu or cuda")
@@ -106,12 +106,13 @@ class Run:
     data: str  # fingerprint
     size: str
     block_size: int
+    precision: Precision
     recipe: str
     settings: Settings
     steps: int
     seed: int
 
-    def is_in(self, record: dict) -> bool:
+    def matches(self, record: dict) -> bool:
         """Whether the record is this run's."""
         return all(record.get(key) == value for key, value in asdict(self).items())
 
@@ -134,7 +135,7 @@ class Trainer:
         config = PretrainConfig(
             max_steps=run.steps,
             warmup_steps=round(WARMUP_FRACTION * run.steps),
-            precision=default_precision(device),
+            precision=run.precision,
             compile=False,
             seed=run.seed,
             **run.settings,
@@ -172,9 +173,8 @@ def train_missing(runs: list[Run], config: TimeToLossConfig, folder: Path) -> li
     """The records of the runs, those of earlier commands included."""
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     log = JSONLinesLog(Path(config.out_dir) / "runs.jsonl", "loss")
-    found = [[record for record in log.records if run.is_in(record)] for run in runs]
-    missing = [run for run, records in zip(runs, found, strict=True) if not records]
-    records = [of_run[0] for of_run in found if of_run]
+    records = list(log.records)
+    missing = [run for run in runs if not any(map(run.matches, records))]
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(config.jobs, context) as pool,
@@ -182,27 +182,31 @@ def train_missing(runs: list[Run], config: TimeToLossConfig, folder: Path) -> li
     ):
         longest_first = sorted(missing, key=lambda run: -run.steps)
         futures = [pool.submit(train_run, run, folder, config.device) for run in longest_first]
-        for future in as_completed(futures):
-            record = future.result()
-            log.append(record)
-            records.append(record)
-            bar.update(record["steps"])
-    return records
+        try:
+            for future in as_completed(futures):
+                record = future.result()
+                log.append(record)
+                records.append(record)
+                bar.update(record["steps"])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [next(filter(run.matches, records)) for run in runs]
 
 
 def plan_runs(config: TimeToLossConfig, data: str) -> list[Run]:
     recipes = {name: RECIPES[name] for name in config.recipes}
     if config.sweep:
         recipes |= {
-            f"{name}, {setting} {value}": {**RECIPES[name], setting: value}
-            for name, changes in SWEEP.items()
-            for setting, values in changes.items()
+            f"{name}, {setting} {value}": {**recipes[name], setting: value}
+            for name in recipes
+            for setting, values in SWEEP.get(name, {}).items()
             for value in values
         }
+    precision = default_precision(open_device(config.device, local_rank=0))
+    of_all = data, config.size, config.block_size, precision
     return [
-        Run(
-            data, config.size, config.block_size, name, settings, round(length * config.steps), seed
-        )
+        Run(*of_all, name, settings, round(length * config.steps), seed)
         for seed in range(FIRST_SEED, FIRST_SEED + (1 if config.sweep else config.seeds))
         for name, settings in recipes.items()
         for length in ((1.0,) if config.sweep else LENGTHS.get(name, (1.0,)))
@@ -223,7 +227,7 @@ def measure_steps(runs: list[Run], folder: Path, config: TimeToLossConfig) -> di
 
         return step
 
-    contenders = {run.recipe: make_step(run) for run in runs}
+    contenders = {name: make_step(run) for name, run in {run.recipe: run for run in runs}.items()}
     turns = harness.take_turns(contenders, range(1, TIMED_STEPS + 1), warmup=3)
     return {name: harness.median(of_recipe) for name, of_recipe in turns.items()}
 
@@ -280,7 +284,7 @@ def print_ratios(losses: dict[str, dict[int, list[float]]], seconds: dict[str, f
     """
     harness.print_header("to the loss of", "tokens, mean", "least", "most", "seconds, mean")
     by_length = losses[FAST]
-    for name in losses.keys() - {FAST}:
+    for name in (name for name in losses if name != FAST):
         ((steps, targets),) = losses[name].items()
         shares = [
             steps_to(target, dict(zip(by_length, of_seed, strict=True))) / steps
@@ -322,6 +326,9 @@ def main(config: TimeToLossConfig) -> None:
         raise ValueError(f"no recipe {', '.join(unknown)}, expected some of {', '.join(RECIPES)}")
     if config.block_size < 1 or STEP_TOKENS % config.block_size:
         raise ValueError(f"block_size is {config.block_size}, expected a divisor of {STEP_TOKENS}")
+    for name, minimum in (("steps", 4), ("seeds", 1), ("jobs", 1)):
+        if (value := getattr(config, name)) < minimum:
+            raise ValueError(f"{name} is {value}, expected at least {minimum}")
     model_config(config.size, config.block_size)  # so that a wrong size is seen before any run
     if config.sweep and config.plot:
         raise ValueError("plot shows the recipes without a sweep; leave out one of the flags")

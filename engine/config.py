@@ -69,12 +69,12 @@ class TrainConfig:
     max_lr: float = flag(6e-4, "peak learning rate")
     min_lr: float = flag(6e-5, "learning rate to which a cosine decays")
     decay_fraction: float = flag(0.4, "fraction of the steps in which wsd decays to 0")
-    beta1: float = flag(0.9, "AdamW's decay of the mean of gradients")
-    beta2: float = flag(0.95, "AdamW's decay of the mean of squared gradients")
+    beta1: float = flag(0.9, "AdamW's decay rate of the mean gradient")
+    beta2: float = flag(0.95, "AdamW's decay rate of the mean squared gradient")
     weight_decay: float = flag(0.1, "AdamW's, on tensors of two or more dimensions")
     muon_lr: float = flag(0.02, "Muon's peak learning rate; it follows the same schedule")
     muon_beta2: float = flag(
-        0.0, "NorMuon's decay of the mean of squared updates, 0.95 for instance; 0: plain Muon"
+        0.0, "NorMuon's decay rate of the mean squared update, such as 0.95; 0: plain Muon"
     )
     muon_weight_decay: float = flag(0.0, "Muon's weight decay")
     grad_clip: float = flag(1.0, "maximum gradient norm; 0 disables clipping")

@@ -105,7 +105,8 @@ class Muon(torch.optim.Optimizer):
     A parameter in a group with `parts` n is n matrices stacked on top of each other (c_attn is q, k
     and v). Each rank orthogonalizes a share of the matrices; parameters may be replicated or
     sharded by FSDP2. As with PyTorch's fused optimizers, a step whose `found_inf` is 1 changes
-    nothing. PyTorch's own Muon iterates in bf16 on any device and does not know ranks.
+    nothing. With `beta2`, rows are normalized afterwards (NorMuon). PyTorch's own Muon iterates in
+    bf16 on any device and does not know ranks.
     """
 
     found_inf: torch.Tensor | None = None  # a scalar on the device, so that nothing waits for it
@@ -147,9 +148,9 @@ class Muon(torch.optim.Optimizer):
         momenta = [full_tensor(momentum) for momentum in self._update_momenta(group, params)]
         stacked = torch.stack(momenta).view(-1, rows, cols)
         updates = distributed_newton_schulz(stacked.to(self.dtype)).to(stacked.dtype)
-        if self.beta2:
-            updates = self._normalize_rows(params, updates)
         keep = 1.0 if self.found_inf is None else 1 - self.found_inf
+        if self.beta2:
+            updates = self._normalize_rows(params, updates, keep * (1 - self.beta2))
         # Jordan's factor: a tall matrix changes its outputs as much as a square one.
         updates = updates * (keep * (-lr * max(1.0, rows / cols) ** 0.5))
         torch._foreach_mul_(params, 1 - keep * (lr * group["weight_decay"]))
@@ -158,26 +159,26 @@ class Muon(torch.optim.Optimizer):
             params, [shard_like(p, change) for p, change in zip(params, changes, strict=True)]
         )
 
-    def _normalize_rows(self, params: list[torch.Tensor], updates: torch.Tensor) -> torch.Tensor:
-        """NorMuon: divide each row of the updates (n, rows, cols) by the running root mean square
-        of its elements, and keep the norm of each matrix. Of a wide matrix, each column.
+    def _normalize_rows(
+        self, params: list[torch.Tensor], updates: torch.Tensor, weight: float | torch.Tensor
+    ) -> torch.Tensor:
+        """NorMuon: divide each row of the updates (n, rows, cols), or each column of wide ones, by
+        the running root mean square of its elements, and keep the norm of each matrix. `weight` is
+        that of the new squares in their running mean: 0 in a skipped step.
         """
         is_wide = updates.size(1) < updates.size(2)
         squares = updates.square().mean(1 if is_wide else 2, keepdim=True)
-        of_params = list(squares.view(len(params), -1).unbind())
-        for param, square in zip(params, of_params, strict=True):
+        for param in params:
             if "second_moment" not in self.state[param]:
-                self.state[param]["second_moment"] = torch.zeros_like(square)
+                zeros = squares.new_zeros(squares.numel() // len(params))
+                self.state[param]["second_moment"] = zeros
         moments = [self.state[param]["second_moment"] for param in params]
-        if self.found_inf is not None:
-            skip = self.found_inf.bool()
-            of_params = [torch.where(skip, m, s) for m, s in zip(moments, of_params, strict=True)]
-        torch._foreach_lerp_(moments, of_params, 1 - self.beta2)
-        scales = torch.stack(moments).view_as(squares).clamp(min=MIN_SECOND_MOMENT).rsqrt()
-        norms = torch.linalg.vector_norm(updates, dim=(1, 2), keepdim=True)
-        updates = updates * scales
-        new_norms = torch.linalg.vector_norm(updates, dim=(1, 2), keepdim=True)
-        return updates * (norms / new_norms.clamp(min=NS_EPS))
+        means = torch.stack(moments).view_as(squares).lerp(squares, weight)
+        torch._foreach_copy_(moments, list(means.view(len(params), -1).unbind()))
+        scales = means.clamp(min=MIN_SECOND_MOMENT).rsqrt()
+        before = squares.sum((1, 2), keepdim=True)
+        after = (squares * scales.square()).sum((1, 2), keepdim=True)
+        return updates * scales * (before / after.clamp(min=MIN_SECOND_MOMENT)).sqrt()
 
     def _update_momenta(self, group: dict, params: list[torch.Tensor]) -> list[torch.Tensor]:
         """Update the running means of the gradients; return their Nesterov lookaheads, which may

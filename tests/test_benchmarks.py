@@ -86,7 +86,7 @@ def test_finished_runs_are_not_repeated(tmp_path, capsys):
     write_manifest(tmp_path, {"shards": entries})
     file, records = tmp_path / "out" / "runs.jsonl", []
     for seeds in (1, 2):
-        sizes = {"size": "1x64", "steps": 2, "seeds": seeds, "jobs": 1}
+        sizes = {"size": "1x64", "steps": 4, "seeds": seeds, "jobs": 1}
         folders = {"data": str(tmp_path), "out_dir": str(file.parent)}
         time_to_loss.main(TimeToLossConfig(**sizes, **folders, recipes=[time_to_loss.TUNED]))
         records.append([json.loads(line) for line in file.read_text().splitlines()])

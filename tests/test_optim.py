@@ -130,7 +130,9 @@ def test_steps_equal_pytorchs_muon(monkeypatch):
     torch.testing.assert_close(mine[1], theirs[3], atol=1e-5, rtol=1e-4)
 
 
-def normuon_by_hand(matrix: torch.Tensor, grads: list[torch.Tensor], *, lr: float, beta2: float):
+def normuon_by_hand(
+    matrix: torch.Tensor, grads: list[torch.Tensor], *, lr: float, beta2: float
+) -> torch.Tensor:
     """`matrix` after NorMuon's steps, in fp64 and row by row; a wide matrix is normalized by
     columns, as in modded-nanogpt.
     """
@@ -154,8 +156,10 @@ def normuon_by_hand(matrix: torch.Tensor, grads: list[torch.Tensor], *, lr: floa
     return weights
 
 
-def test_normuons_steps_are_the_published_ones():
-    """Four steps of tall, square, wide and stacked matrices equal NorMuon's formula in fp64."""
+def test_normuons_steps_are_modded_nanogpts():
+    """Four steps of tall, square, wide and stacked matrices equal NorMuon's formula, in fp64 after
+    the same orthogonalization.
+    """
     torch.manual_seed(0)
     start = {shape: torch.randn(shape) for shape in [(72, 24), (96, 24), (24, 24), (24, 96)]}
     grads = {shape: [torch.randn(shape) for _ in range(4)] for shape in start}
@@ -175,6 +179,14 @@ def test_normuons_steps_are_the_published_ones():
             for matrix, of_part in zip(start[shape].chunk(parts), of_parts, strict=True)
         ]
         torch.testing.assert_close(param.double(), torch.cat(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_normuon_ignores_a_zero_gradient():
+    """A matrix that gets no gradient yet, as with zero_residual, stays as it is."""
+    param = torch.nn.Parameter(torch.randn(8, 4))
+    before, param.grad = param.detach().clone(), torch.zeros(8, 4)
+    Muon([{"params": [param]}], lr=0.02, weight_decay=0.0, beta2=0.95).step()
+    assert torch.equal(param, before)
 
 
 def test_batches_do_not_matter(monkeypatch, shards):
