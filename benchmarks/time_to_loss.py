@@ -1,7 +1,7 @@
 """Tokens and seconds that a recipe needs to reach the loss at which another ends, on real text.
 
     python benchmarks/time_to_loss.py                          # Python's documentation, four times
-    python benchmarks/time_to_loss.py --data data/mine --size 6x384 --steps 1500
+    python benchmarks/time_to_loss.py --data data/mine --size 6x384:32x128 --steps 1500
     python benchmarks/time_to_loss.py --data data/mine --sweep  # how the recipes were tuned
 
 A schedule has a fixed length, so every length of a recipe is a run of its own, in a process of its
@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +38,27 @@ from benchmarks import harness
 from engine.config import Precision, flag, run_command
 from engine.data import PretrainingData, validation_batches
 from engine.distributed import Distributed, default_precision, open_device
-from engine.files import JSONLinesLog
+from engine.files import JSONLinesLog, lock_folder
 from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
 from engine.tokenizer import END_OF_TEXT_ID
 from engine.training import evaluate_loss
-from model import GPTConfig
 from train_gpt2 import PretrainConfig, new_model
 
-STEP_TOKENS = VOCAB_SIZE = 4096
+VOCAB_SIZE = 4096
 EVALUATIONS, EVAL_TOKENS, FIRST_SEED, TIMED_STEPS = 5, 65_536, 1337, 15
 WARMUP_FRACTION = 0.1
 
 Settings = dict[str, Any]  # of PretrainConfig
 BASELINE, TUNED, FORMER, FAST = "build-nanogpt's", "tuned AdamW", "former fast", "fast"
 LINEAR: Settings = {"schedule": "wsd", "decay_fraction": 1.0}
-MUON: Settings = {"optimizer": "muon", "schedule": "wsd", "decay_fraction": 0.7, "max_lr": 8e-3}
-MUON |= {"zero_residual": True}
+MUON: Settings = {
+    "optimizer": "muon",
+    "max_lr": 8e-3,
+    "schedule": "wsd",
+    "decay_fraction": 0.7,
+    "zero_residual": True,
+}
 RECIPES: dict[str, Settings] = {
     BASELINE: {"max_lr": 6e-4, "min_lr": 6e-5},
     TUNED: {"max_lr": 3e-3, "beta2": 0.99, "zero_residual": True, **LINEAR},
@@ -87,9 +91,8 @@ SWEEP: dict[str, dict[str, tuple[Any, ...]]] = {
 @dataclass(frozen=True)
 class TimeToLossConfig:
     data: str = flag("stdlib", "stdlib, prepared if it is not there, or a folder of shards")
-    size: str = flag("4x256", "layers x width of the model")
-    block_size: int = flag(128, "tokens per sequence")
-    steps: int = flag(600, f"steps of {STEP_TOKENS:,} tokens; 0.25, 0.5 and 0.85 of them with fast")
+    size: str = flag("4x256:32x128", "layers x width of the model, sequences x tokens of a step")
+    steps: int = flag(600, "steps; 0.25, 0.5 and 0.85 of them with fast")
     seeds: int = flag(3, "runs of each recipe, with other weights and another order of the data")
     recipes: list[str] = flag(list(RECIPES), "recipes to run")
     sweep: bool = flag(False, "change one setting at a time; one seed, whatever --seeds says")
@@ -105,7 +108,6 @@ class Run:
 
     data: str  # fingerprint
     size: str
-    block_size: int
     precision: Precision
     recipe: str
     settings: Settings
@@ -115,16 +117,6 @@ class Run:
     def matches(self, record: dict) -> bool:
         """Whether the record is this run's."""
         return all(record.get(key) == value for key, value in asdict(self).items())
-
-
-def model_config(size: str, block_size: int) -> GPTConfig:
-    n_layer, _, n_embd = size.partition("x")
-    if not (n_layer.isdecimal() and n_embd.isdecimal() and int(n_embd) % harness.HEAD_SIZE == 0):
-        raise ValueError(
-            f"size is {size}, expected layers x width, a multiple of {harness.HEAD_SIZE}: 4x256"
-        )
-    n_head = int(n_embd) // harness.HEAD_SIZE
-    return GPTConfig(block_size, VOCAB_SIZE, int(n_layer), n_head, int(n_embd))
 
 
 class Trainer:
@@ -140,11 +132,11 @@ class Trainer:
             seed=run.seed,
             **run.settings,
         )
-        model = new_model(model_config(run.size, run.block_size), config)
+        size = harness.Size.parse(run.size)
+        model = new_model(replace(size.gpt_config(), vocab_size=VOCAB_SIZE), config)
         train, self.val = (TokenShards(folder, split) for split in ("train", "val"))
-        batch_size = STEP_TOKENS // run.block_size
-        self.sizes = {"block_size": run.block_size, "batch_size": batch_size}
-        data = PretrainingData(train, total_batch_size=STEP_TOKENS, seed=run.seed, **self.sizes)
+        self.sizes = {"block_size": size.T, "batch_size": size.batch_size}
+        data = PretrainingData(train, total_batch_size=size.tokens, seed=run.seed, **self.sizes)
         self.step = TrainingStep(model.to(device), data, config, self.dist)
 
     def train(self) -> list[tuple[int, float]]:
@@ -171,7 +163,6 @@ def train_run(run: Run, folder: Path, device: str) -> dict[str, Any]:
 
 def train_missing(runs: list[Run], config: TimeToLossConfig, folder: Path) -> list[dict[str, Any]]:
     """The records of the runs, those of earlier commands included."""
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     log = JSONLinesLog(Path(config.out_dir) / "runs.jsonl", "loss")
     records = list(log.records)
     missing = [run for run in runs if not any(map(run.matches, records))]
@@ -204,9 +195,8 @@ def plan_runs(config: TimeToLossConfig, data: str) -> list[Run]:
             for value in values
         }
     precision = default_precision(open_device(config.device, local_rank=0))
-    of_all = data, config.size, config.block_size, precision
     return [
-        Run(*of_all, name, settings, round(length * config.steps), seed)
+        Run(data, config.size, precision, name, settings, round(length * config.steps), seed)
         for seed in range(FIRST_SEED, FIRST_SEED + (1 if config.sweep else config.seeds))
         for name, settings in recipes.items()
         for length in ((1.0,) if config.sweep else LENGTHS.get(name, (1.0,)))
@@ -234,12 +224,13 @@ def measure_steps(runs: list[Run], folder: Path, config: TimeToLossConfig) -> di
 
 def steps_to(target: float, losses: dict[int, float]) -> float:
     """The number of steps at which the loss is `target`, given the final losses of some numbers of
-    steps: interpolated over the logarithm of the steps. NaN beyond all of them.
+    steps: interpolated over the logarithm of the steps. Infinite where even the most are too few,
+    minus infinity where even the fewest are too many.
     """
     for (short, high), (long, low) in itertools.pairwise(sorted(losses.items())):
         if low <= target <= high:
             return short * (long / short) ** ((high - target) / (high - low or 1))
-    return math.nan
+    return math.inf if target < min(losses.values()) else -math.inf
 
 
 def cut_vocabulary(source: Path, target: Path) -> str:
@@ -279,9 +270,7 @@ def print_losses(losses: dict[str, dict[int, list[float]]], seconds: dict[str, f
 
 
 def print_ratios(losses: dict[str, dict[int, list[float]]], seconds: dict[str, float]) -> None:
-    """The shares of tokens and seconds with which the fast recipe reaches the others' losses; a
-    dash where a loss is outside of its lengths.
-    """
+    """The shares of tokens and seconds with which the fast recipe reaches the others' losses."""
     harness.print_header("to the loss of", "tokens, mean", "least", "most", "seconds, mean")
     by_length = losses[FAST]
     for name in (name for name in losses if name != FAST):
@@ -293,12 +282,14 @@ def print_ratios(losses: dict[str, dict[int, list[float]]], seconds: dict[str, f
         mean = statistics.mean(shares)
         in_seconds = mean * seconds[FAST] / seconds[name]
         figures = (mean, min(shares), max(shares), in_seconds)
-        cells = ["-" if math.isnan(mean) else f"{figure:.2f}" for figure in figures]
+        words = {math.inf: "not reached", -math.inf: "below the shortest"}
+        cells = [words.get(figure, f"{figure:.2f}") for figure in figures]
         harness.print_row(name, *cells)
 
 
 def draw(records: list[dict[str, Any]], file: str) -> None:
     """Mean curves over the seeds, all lengths of a recipe in one color."""
+    step_tokens = harness.Size.parse(records[0]["size"]).tokens
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes, labelled = figure.subplots(), set()
     colors = {name: f"C{i}" for i, name in enumerate(RECIPES)}
@@ -309,7 +300,7 @@ def draw(records: list[dict[str, Any]], file: str) -> None:
         steps, losses = np.mean(of_seeds, axis=0).T
         label = None if name in labelled else name
         labelled.add(name)
-        millions = steps * STEP_TOKENS / 1e6
+        millions = steps * step_tokens / 1e6
         axes.plot(millions, losses, color=colors[name], label=label, linewidth=1)
         axes.plot(millions[-1], losses[-1], "o", color=colors[name], markersize=4)
         if name != FAST:
@@ -324,12 +315,10 @@ def draw(records: list[dict[str, Any]], file: str) -> None:
 def main(config: TimeToLossConfig) -> None:
     if unknown := set(config.recipes) - set(RECIPES):
         raise ValueError(f"no recipe {', '.join(unknown)}, expected some of {', '.join(RECIPES)}")
-    if config.block_size < 1 or STEP_TOKENS % config.block_size:
-        raise ValueError(f"block_size is {config.block_size}, expected a divisor of {STEP_TOKENS}")
     for name, minimum in (("steps", 4), ("seeds", 1), ("jobs", 1)):
         if (value := getattr(config, name)) < minimum:
             raise ValueError(f"{name} is {value}, expected at least {minimum}")
-    model_config(config.size, config.block_size)  # so that a wrong size is seen before any run
+    harness.Size.parse(config.size).gpt_config()  # so that a wrong size is seen before any run
     if config.sweep and config.plot:
         raise ValueError("plot shows the recipes without a sweep; leave out one of the flags")
     source = Path(config.data)
@@ -337,7 +326,7 @@ def main(config: TimeToLossConfig) -> None:
         source = harness.ROOT / "data" / "stdlib"
         command = [sys.executable, str(harness.ROOT / "fineweb.py"), "--dataset", "stdlib"]
         subprocess.run([*command, "--out_dir", str(source)], check=True)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, lock_folder(Path(config.out_dir)):
         folder = Path(name)
         runs = plan_runs(config, cut_vocabulary(source, folder))
         records = train_missing(runs, config, folder)

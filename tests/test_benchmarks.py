@@ -65,14 +65,14 @@ def test_contenders_are_chosen_by_name():
 
 def test_steps_to_a_loss():
     """Between two lengths the loss is a line over the logarithm of the steps; a loss beyond all
-    lengths has no number of steps.
+    lengths has an infinite number of steps.
     """
     losses = {100: 4.0, 400: 3.0, 800: 2.8}
     assert time_to_loss.steps_to(4.0, losses) == 100
     assert time_to_loss.steps_to(3.5, losses) == pytest.approx(200)
     assert time_to_loss.steps_to(2.9, losses) == pytest.approx(400 * 2**0.5)
-    assert math.isnan(time_to_loss.steps_to(4.1, losses))
-    assert math.isnan(time_to_loss.steps_to(2.7, losses))
+    assert time_to_loss.steps_to(4.1, losses) == -math.inf
+    assert time_to_loss.steps_to(2.7, losses) == math.inf
 
 
 def test_finished_runs_are_not_repeated(tmp_path, capsys):
@@ -86,7 +86,7 @@ def test_finished_runs_are_not_repeated(tmp_path, capsys):
     write_manifest(tmp_path, {"shards": entries})
     file, records = tmp_path / "out" / "runs.jsonl", []
     for seeds in (1, 2):
-        sizes = {"size": "1x64", "steps": 4, "seeds": seeds, "jobs": 1}
+        sizes = {"size": "1x64:4x32", "steps": 4, "seeds": seeds, "jobs": 1}
         folders = {"data": str(tmp_path), "out_dir": str(file.parent)}
         time_to_loss.main(TimeToLossConfig(**sizes, **folders, recipes=[time_to_loss.TUNED]))
         records.append([json.loads(line) for line in file.read_text().splitlines()])

@@ -457,6 +457,7 @@ WRONG_SETTINGS = [
     ({"min_lr": 0.1, "max_lr": 0.01}, "min_lr 0.1 and max_lr 0.01: expected 0 <= min <= max"),
     ({"min_lr": 0.0, "max_lr": 0.0}, "max > 0"),
     ({"decay_fraction": 1.5}, "decay_fraction is 1.5, expected 0 to 1"),
+    ({"beta1": -0.1}, "beta1 is -0.1, expected at least 0 and less than 1"),
     ({"beta2": 1.0}, "beta2 is 1.0, expected at least 0 and less than 1"),
     ({"muon_beta2": -0.1}, "muon_beta2 is -0.1, expected at least 0 and less than 1"),
     ({"log": "tensorbord"}, "log is tensorbord, expected tensorboard, wandb, or both"),
