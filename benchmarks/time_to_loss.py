@@ -270,18 +270,21 @@ def print_losses(losses: dict[str, dict[int, list[float]]], seconds: dict[str, f
 
 
 def print_ratios(losses: dict[str, dict[int, list[float]]], seconds: dict[str, float]) -> None:
-    """The shares of tokens and seconds with which the fast recipe reaches the others' losses."""
-    harness.print_header("to the loss of", "tokens, mean", "least", "most", "seconds, mean")
+    """The shares of tokens and seconds with which the fast recipe reaches the others' losses: for
+    the mean losses of the seeds, and the least and the most tokens of a single seed.
+    """
+    harness.print_header("to the loss of", "tokens", "least", "most", "seconds")
     by_length = losses[FAST]
+    curves = [tuple(map(statistics.mean, by_length.values()))]
+    curves += zip(*by_length.values(), strict=True)
     for name in (name for name in losses if name != FAST):
         ((steps, targets),) = losses[name].items()
-        shares = [
-            steps_to(target, dict(zip(by_length, of_seed, strict=True))) / steps
-            for target, of_seed in zip(targets, zip(*by_length.values(), strict=True), strict=True)
+        tokens, *of_seeds = [
+            steps_to(target, dict(zip(by_length, curve, strict=True))) / steps
+            for target, curve in zip([statistics.mean(targets), *targets], curves, strict=True)
         ]
-        mean = statistics.mean(shares)
-        in_seconds = mean * seconds[FAST] / seconds[name]
-        figures = (mean, min(shares), max(shares), in_seconds)
+        in_seconds = tokens * seconds[FAST] / seconds[name]
+        figures = (tokens, min(of_seeds), max(of_seeds), in_seconds)
         words = {math.inf: "not reached", -math.inf: "below the shortest"}
         cells = [words.get(figure, f"{figure:.2f}") for figure in figures]
         harness.print_row(name, *cells)

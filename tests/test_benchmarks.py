@@ -75,6 +75,20 @@ def test_steps_to_a_loss():
     assert time_to_loss.steps_to(2.7, losses) == math.inf
 
 
+def test_ratios_of_time_to_loss(capsys):
+    """The share of tokens is that of the mean losses over seeds; a seed may fail to get there."""
+    losses = {
+        time_to_loss.TUNED: {400: [3.5, 3.1]},  # the seeds: 200 steps and never
+        time_to_loss.FAST: {100: [4.0, 4.2], 400: [3.0, 3.2]},
+    }
+    seconds = {time_to_loss.TUNED: 1.0, time_to_loss.FAST: 2.0}
+    time_to_loss.print_ratios(losses, seconds)
+    row = capsys.readouterr().out.splitlines()[-1]
+    tokens = 0.25 * 4**0.8  # from 4.1 to 3.1, with 3.3 at 0.8 of the way
+    cells = [time_to_loss.TUNED, f"{tokens:.2f}", "0.50", "not reached", f"{2 * tokens:.2f}"]
+    assert [cell.strip() for cell in row.strip("| ").split("|")] == cells
+
+
 def test_finished_runs_are_not_repeated(tmp_path, capsys):
     """A repeated command trains only what is missing, here the second seed, and reports both."""
     ids = np.arange(20_000) % 50_000
