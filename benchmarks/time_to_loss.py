@@ -65,7 +65,7 @@ RECIPES: dict[str, Settings] = {
     FORMER: MUON,
     FAST: MUON | {"muon_beta2": 0.95, "beta1": 0.8, "weight_decay": 0.0, "sinusoidal_wpe": 0.2},
 }
-LENGTHS = {FAST: (0.25, 0.5, 0.85)}  # of the others', which have one
+LENGTHS = {FAST: (0.25, 0.5, 0.85, 1.0)}  # as shares of --steps; 1 for other recipes
 # Other values of single settings, which --sweep tries.
 SWEEP: dict[str, dict[str, tuple[Any, ...]]] = {
     TUNED: {
@@ -92,7 +92,7 @@ SWEEP: dict[str, dict[str, tuple[Any, ...]]] = {
 class TimeToLossConfig:
     data: str = flag("stdlib", "stdlib, prepared if it is not there, or a folder of shards")
     size: str = flag("4x256:32x128", "layers x width of the model, sequences x tokens of a step")
-    steps: int = flag(600, "steps; 0.25, 0.5 and 0.85 of them with fast")
+    steps: int = flag(600, "steps; fast also has shorter runs")
     seeds: int = flag(3, "runs of each recipe, with other weights and another order of the data")
     recipes: list[str] = flag(list(RECIPES), "recipes to run")
     sweep: bool = flag(False, "change one setting at a time; one seed, whatever --seeds says")

@@ -12,6 +12,7 @@ import re
 import runpy
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ import hellaswag
 import sample
 import share
 import train_gpt2
+from benchmarks.time_to_loss import BASELINE, FAST, RECIPES, TUNED, steps_to
 from engine.checkpoint import list_checkpoints, read_progress, read_state
 from engine.config import parse_flags
 from engine.shards import TokenShards, read_manifest
@@ -250,3 +252,44 @@ def test_links_resolve():
 def test_readme_is_short():
     """The README has at most 150 lines."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def read_table(page: str, start: str) -> list[dict[str, str]]:
+    """The rows of the table whose header starts with `start`, by the names of its columns."""
+    lines = page[page.index(f"\n| {start}") :].split("\n\n", maxsplit=1)[0].strip().splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_tables_of_time_to_loss_are_the_runs():
+    """The losses and shares of tokens in docs/results.md follow from docs/time_to_loss.jsonl, and
+    the README quotes the largest shares.
+    """
+    texts = {"7e1d0be1": "technical", "5ea0e1d3": "docstrings", "b7397e7f": "source code"}
+    losses: dict[tuple[str, str, int], list[float]] = {}  # by column, recipe and steps
+    for line in (ROOT / "docs" / "time_to_loss.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        if run["recipe"] in RECIPES:
+            column = f"{texts[run['data'][:8]]}, {run['size'].split(':')[0].replace('x', ' x ')}"
+            losses.setdefault((column, run["recipe"], run["steps"]), []).append(run["loss"])
+    means = {key: statistics.mean(of_seeds) for key, of_seeds in losses.items()}
+    page = (ROOT / "docs" / "results.md").read_text()
+    shown = {
+        (column, row["recipe"], int(row["steps"])): cell
+        for row in read_table(page, "recipe | steps")
+        for column, cell in row.items()
+        if cell and column not in ("recipe", "steps")
+    }
+    assert shown == {key: f"{mean:.3f}" for key, mean in means.items()}
+
+    shares: dict[str, float] = {}
+    for row in read_table(page, "to the loss of"):
+        column, recipe, steps = f"{row['text']}, {row['model']}", row["to the loss of"], 600
+        of_fast = {n: mean for (*key, n), mean in means.items() if key == [column, FAST]}
+        share = steps_to(means[column, recipe, steps], of_fast) / steps
+        assert row["tokens"] == (f"{share:.2f}" if share > 0 else "below 0.25"), row
+        assert int(row["seeds"]) == len(losses[column, recipe, steps]), row
+        shares[recipe] = max(share, shares.get(recipe, share))
+    readme = (ROOT / "README.md").read_text()
+    assert f"with {shares[BASELINE]:.2f} of the tokens" in readme.replace("\n", " ")
+    assert f"| tuned AdamW | {shares[TUNED]:.2f} |" in readme
