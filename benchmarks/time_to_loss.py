@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_loss.py                          # Python's documentation, four times
     python benchmarks/time_to_loss.py --data data/mine --size 6x384:32x128 --steps 1500
-    python benchmarks/time_to_loss.py --data data/mine --sweep  # how the recipes were tuned
+    python benchmarks/time_to_loss.py --data data/mine --sweep  # one setting at a time
 
 A schedule has a fixed length, so every length of a recipe is a run of its own, in a process of its
 own; `--jobs` of them run at once, with one thread each. Between two lengths, losses are
@@ -52,25 +52,34 @@ WARMUP_FRACTION = 0.1
 Settings = dict[str, Any]  # of PretrainConfig
 BASELINE, TUNED, FORMER, FAST = "build-nanogpt's", "tuned AdamW", "former fast", "fast"
 LINEAR: Settings = {"schedule": "wsd", "decay_fraction": 1.0}
-MUON: Settings = {
+FORMER_SETTINGS: Settings = {
     "optimizer": "muon",
     "max_lr": 8e-3,
     "schedule": "wsd",
     "decay_fraction": 0.7,
     "zero_residual": True,
 }
+FAST_CHANGES: Settings = {
+    "muon_beta2": 0.95,
+    "beta1": 0.8,
+    "weight_decay": 0.0,
+    "sinusoidal_wpe": 0.2,
+}
 RECIPES: dict[str, Settings] = {
     BASELINE: {"max_lr": 6e-4, "min_lr": 6e-5},
     TUNED: {"max_lr": 3e-3, "beta2": 0.99, "zero_residual": True, **LINEAR},
-    FORMER: MUON,
-    FAST: MUON | {"muon_beta2": 0.95, "beta1": 0.8, "weight_decay": 0.0, "sinusoidal_wpe": 0.2},
+    FORMER: FORMER_SETTINGS,
+    FAST: FORMER_SETTINGS | FAST_CHANGES,
 }
 LENGTHS = {FAST: (0.25, 0.5, 0.85, 1.0)}  # as shares of --steps; 1 for other recipes
 # Other values of single settings, which --sweep tries.
 SWEEP: dict[str, dict[str, tuple[Any, ...]]] = {
     TUNED: {
-        "max_lr": (1.5e-3, 6e-3),
+        "max_lr": (1.5e-3, 2e-3, 4e-3, 6e-3),
+        "beta1": (0.8,),
         "beta2": (0.95,),
+        "weight_decay": (0.0,),
+        "decay_fraction": (0.7,),
         "zero_residual": (False,),
         "sinusoidal_wpe": (0.05, 0.2),
         "schedule": ("cosine",),
@@ -274,20 +283,20 @@ def print_ratios(losses: dict[str, dict[int, list[float]]], seconds: dict[str, f
     the mean losses of the seeds, and the least and the most tokens of a single seed.
     """
     harness.print_header("to the loss of", "tokens", "least", "most", "seconds")
-    by_length = losses[FAST]
-    curves = [tuple(map(statistics.mean, by_length.values()))]
-    curves += zip(*by_length.values(), strict=True)
+    fast = losses[FAST]
+    means = {steps: statistics.mean(of_seeds) for steps, of_seeds in fast.items()}
+    by_seed = [dict(zip(fast, final, strict=True)) for final in zip(*fast.values(), strict=True)]
     for name in (name for name in losses if name != FAST):
         ((steps, targets),) = losses[name].items()
-        tokens, *of_seeds = [
-            steps_to(target, dict(zip(by_length, curve, strict=True))) / steps
-            for target, curve in zip([statistics.mean(targets), *targets], curves, strict=True)
-        ]
-        in_seconds = tokens * seconds[FAST] / seconds[name]
-        figures = (tokens, min(of_seeds), max(of_seeds), in_seconds)
-        words = {math.inf: "not reached", -math.inf: "below the shortest"}
-        cells = [words.get(figure, f"{figure:.2f}") for figure in figures]
-        harness.print_row(name, *cells)
+        share = steps_to(statistics.mean(targets), means) / steps
+        of_seeds = [steps_to(*pair) / steps for pair in zip(targets, by_seed, strict=True)]
+        words = {
+            math.inf: f"above {max(fast) / steps:.2f}",
+            -math.inf: f"below {min(fast) / steps:.2f}",
+        }
+        cells = [words.get(x, f"{x:.2f}") for x in (share, min(of_seeds), max(of_seeds))]
+        in_seconds = share * seconds[FAST] / seconds[name]
+        harness.print_row(name, *cells, f"{in_seconds:.2f}" if math.isfinite(share) else "")
 
 
 def draw(records: list[dict[str, Any]], file: str) -> None:

@@ -23,7 +23,7 @@ BATCH_ELEMENTS = 2**24  # of matrices orthogonalized at once: enough to fill a G
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The learning rate of `step`, counted from 1. After a linear warmup, `cosine` decays to
     min_lr; `wsd` stays at max_lr, then decays linearly to 0. Both would get there one step after
-    the last, so no step has a rate of 0. The rate is build-nanogpt's at its step - 1.
+    the last, so no step has a rate of 0. The rates are build-nanogpt's, which counts from 0.
     """
     done = step - 1
     if done < config.warmup_steps:
@@ -69,17 +69,18 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     """AdamW for all trainable parameters, or Muon for the matrices of the blocks and AdamW for the
     rest.
     """
-    matrices: dict[int, list[nn.Parameter]] = {1: [], 3: []}  # by the number in each parameter
+    single: list[nn.Parameter] = []  # matrices of the blocks
+    stacked: list[nn.Parameter] = []  # three on top of each other: c_attn's q, k and v
     if config.optimizer == "muon":
         for name, param in model.transformer.h.named_parameters():
             if param.requires_grad and name.endswith(".weight") and param.dim() == 2:
-                matrices[3 if name.endswith("c_attn.weight") else 1].append(param)
-        if not any(matrices.values()):
+                (stacked if name.endswith("c_attn.weight") else single).append(param)
+        if not single + stacked:
             raise ValueError(
                 "optimizer is muon, which trains the matrices of the blocks, but they are frozen; "
                 "use adamw, or train all weights"
             )
-    in_muon = {id(param) for params in matrices.values() for param in params}
+    in_muon = {id(param) for param in single + stacked}
     groups = parameter_groups(model, config.weight_decay)
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in in_muon]
@@ -88,9 +89,8 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     )
     if not in_muon:
         return [adamw]
-    muon_groups = [{"params": params, "parts": n} for n, params in matrices.items() if params]
     muon = Muon(
-        muon_groups,
+        [{"params": single, "parts": 1}, {"params": stacked, "parts": 3}],
         config.muon_lr,
         config.muon_weight_decay,
         beta2=config.muon_beta2,
@@ -105,8 +105,8 @@ class Muon(torch.optim.Optimizer):
     A parameter in a group with `parts` n is n matrices stacked on top of each other (c_attn is q, k
     and v). Each rank orthogonalizes a share of the matrices; parameters may be replicated or
     sharded by FSDP2. As with PyTorch's fused optimizers, a step whose `found_inf` is 1 changes
-    nothing. With `beta2`, rows are normalized afterwards (NorMuon). PyTorch's own Muon iterates in
-    bf16 on any device and does not know ranks.
+    nothing. With `beta2`, rows or columns are normalized afterwards (NorMuon). PyTorch's own Muon
+    iterates in bf16 on any device and does not know ranks.
     """
 
     found_inf: torch.Tensor | None = None  # a scalar on the device, so that nothing waits for it
@@ -148,18 +148,18 @@ class Muon(torch.optim.Optimizer):
         momenta = [full_tensor(momentum) for momentum in self._update_momenta(group, params)]
         stacked = torch.stack(momenta).view(-1, rows, cols)
         updates = distributed_newton_schulz(stacked.to(self.dtype)).to(stacked.dtype)
-        keep = 1.0 if self.found_inf is None else 1 - self.found_inf
+        apply = 1.0 if self.found_inf is None else 1 - self.found_inf
         if self.beta2:
-            updates = self._normalize_rows(params, updates, keep * (1 - self.beta2))
+            updates = self._normalize(params, updates, apply * (1 - self.beta2))
         # Jordan's factor: a tall matrix changes its outputs as much as a square one.
-        updates = updates * (keep * (-lr * max(1.0, rows / cols) ** 0.5))
-        torch._foreach_mul_(params, 1 - keep * (lr * group["weight_decay"]))
+        updates = updates * (apply * (-lr * max(1.0, rows / cols) ** 0.5))
+        torch._foreach_mul_(params, 1 - apply * (lr * group["weight_decay"]))
         changes = updates.view(-1, *shape).unbind()
         torch._foreach_add_(
             params, [shard_like(p, change) for p, change in zip(params, changes, strict=True)]
         )
 
-    def _normalize_rows(
+    def _normalize(
         self, params: list[torch.Tensor], updates: torch.Tensor, weight: float | torch.Tensor
     ) -> torch.Tensor:
         """NorMuon: divide each row of the updates (n, rows, cols), or each column of wide ones, by
@@ -181,8 +181,8 @@ class Muon(torch.optim.Optimizer):
         return updates * scales * (before / after.clamp(min=MIN_SECOND_MOMENT)).sqrt()
 
     def _update_momenta(self, group: dict, params: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Update the running means of the gradients; return their Nesterov lookaheads, which may
-        take the gradients' memory.
+        """Update the running means of the gradients; return their Nesterov lookaheads. This may
+        overwrite the gradients.
         """
         grads = [param.grad for param in params if param.grad is not None]
         for param, grad in zip(params, grads, strict=True):
@@ -231,8 +231,8 @@ def distributed_newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
 
 def newton_schulz_dtype(device: torch.device, config: TrainConfig) -> torch.dtype:
     """bf16, which Newton-Schulz tolerates, where the device has units for it; elsewhere it would
-    take hundreds of times as long. On a CPU not if the training is in fp32, which then is the same
-    on any CPU.
+    take hundreds of times as long. On a CPU only in bf16 training, so that training in fp32 is the
+    same on any CPU.
     """
     may_round = device.type == "cuda" or config.precision == "bf16"
     return torch.bfloat16 if may_round and has_bf16_units(device) else torch.float32

@@ -85,7 +85,7 @@ def test_ratios_of_time_to_loss(capsys):
     time_to_loss.print_ratios(losses, seconds)
     row = capsys.readouterr().out.splitlines()[-1]
     tokens = 0.25 * 4**0.8  # from 4.1 to 3.1, with 3.3 at 0.8 of the way
-    cells = [time_to_loss.TUNED, f"{tokens:.2f}", "0.50", "not reached", f"{2 * tokens:.2f}"]
+    cells = [time_to_loss.TUNED, f"{tokens:.2f}", "0.50", "above 1.00", f"{2 * tokens:.2f}"]
     assert [cell.strip() for cell in row.strip("| ").split("|")] == cells
 
 
