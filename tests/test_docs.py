@@ -262,8 +262,8 @@ def read_table(page: str, start: str) -> list[dict[str, str]]:
 
 
 def test_tables_of_time_to_loss_are_the_runs():
-    """The losses and shares of tokens in docs/results.md follow from docs/time_to_loss.jsonl, and
-    the README quotes the largest shares.
+    """The losses and shares of tokens in docs/results.md and recipe.md follow from the runs in
+    docs/time_to_loss.jsonl, and the README quotes the largest shares.
     """
     texts = {"7e1d0be1": "technical", "5ea0e1d3": "docstrings", "b7397e7f": "source code"}
     losses: dict[tuple[str, str, int], list[float]] = {}  # by column, recipe and steps
@@ -281,15 +281,26 @@ def test_tables_of_time_to_loss_are_the_runs():
     }
     assert shown == {key: f"{mean:.3f}" for key, mean in means.items()}
 
+    def share_of_tokens(column: str, recipe: str, steps: int) -> float:
+        of_fast = {n: mean for (*key, n), mean in means.items() if key == [column, FAST]}
+        return steps_to(means[column, recipe, steps], of_fast) / steps
+
     shares: dict[str, float] = {}
     for row in read_table(page, "to the loss of"):
         column, recipe = f"{row['text']}, {row['model']}", row["to the loss of"]
         steps = int(row["at steps"].replace(",", ""))
-        of_fast = {n: mean for (*key, n), mean in means.items() if key == [column, FAST]}
-        share = steps_to(means[column, recipe, steps], of_fast) / steps
+        share = share_of_tokens(column, recipe, steps)
         assert row["tokens"] == (f"{share:.2f}" if share > 0 else "below 0.25"), row
         assert int(row["seeds"]) == len(losses[column, recipe, steps]), row
         shares[recipe] = max(share, shares.get(recipe, share))
+
+    for row in read_table((ROOT / "docs" / "recipe.md").read_text(), "text | model | seeds"):
+        column = f"{row['text']}, {row['model']}"
+        without = (column, f"{FAST}, muon_beta2 0.0", 510)
+        assert int(row["seeds"]) == len(losses[without]), row
+        assert row["loss higher by"] == f"{means[without] - means[column, FAST, 510]:.3f}", row
+        assert row["fewer tokens"] == f"{1 - share_of_tokens(*without):.1%}", row
+
     readme = (ROOT / "README.md").read_text()
     assert f"with {shares[BASELINE]:.2f} of the tokens" in readme.replace("\n", " ")
     assert f"| tuned AdamW | {shares[TUNED]:.2f} |" in readme
