@@ -15,6 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ import hellaswag
 import sample
 import share
 import train_gpt2
-from benchmarks.time_to_loss import BASELINE, FAST, TUNED, steps_to
+from benchmarks.time_to_loss import BASELINE, FAST, FORMER, TUNED, steps_to
 from engine.checkpoint import list_checkpoints, read_progress, read_state
 from engine.config import parse_flags
 from engine.shards import TokenShards, read_manifest
@@ -295,6 +296,7 @@ def test_tables_of_time_to_loss_are_the_runs():
     assert shown == {key: f"{mean(key, seeds):.3f}" for key, seeds in losses.items()}
 
     shares: dict[str, float] = {}
+    quoted: defaultdict[tuple[str, str, str], set[str]] = defaultdict(set)
     for row in read_table(page, "to the loss of"):
         column, recipe = f"{row['text']}, {row['model']}", row["to the loss of"]
         steps = int(row["at steps"].replace(",", ""))
@@ -303,8 +305,14 @@ def test_tables_of_time_to_loss_are_the_runs():
         assert int(row["seeds"]) == len(losses[column, recipe, steps]), row
         name = recipe.split(",")[0]
         shares[name] = max(share, shares.get(name, share))
+        quoted[column, row["at steps"], name].add(row["tokens"])
 
-    for row in read_table((ROOT / "docs" / "recipe.md").read_text(), "without | text"):
+    recipe_page = (ROOT / "docs" / "recipe.md").read_text()
+    for row in read_table(recipe_page, "text | model | steps"):
+        for name in (BASELINE, TUNED, FORMER):
+            where = f"{row['text']}, {row['model']}", row["steps"], name
+            assert row[name] in quoted[where] | {""}, where
+    for row in read_table(recipe_page, "without | text"):
         column = f"{row['text']}, {row['model']}"
         setting = {"NorMuon": "muon_beta2 0.0", "sinusoids": "sinusoidal_wpe 0.0"}[row["without"]]
         without = (column, f"{FAST}, {setting}", 510)
