@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from engine.adapter import load_adapter
 from engine.checkpoint import (
     check_same_run,
     check_vocabulary,
@@ -30,7 +31,6 @@ from engine.instructions import (
 from engine.lora import (
     LoRAConfig,
     convert_linear_layer_to_lora,
-    load_adapter,
     lora_linears,
     merge_lora,
     only_optimize_lora_parameters,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import yaml
 
+from engine.adapter import ADAPTER_CONFIG_FILE, LORA_STATE_FILE, is_adapter, read_adapter_config
 from engine.checkpoint import best_checkpoint, latest_checkpoint, read_progress, read_run_config
 from engine.config import REMOVED_SETTINGS, TrainConfig, fixed_settings, flag, run_command
 from engine.files import naming_file, read_json, write_json
-from engine.lora import ADAPTER_CONFIG_FILE, LORA_STATE_FILE, is_adapter, read_adapter_config
 from engine.metrics import read_metrics
 from engine.report import plot_runs
 from engine.shards import count_tokens, read_manifest

@@ -22,9 +22,10 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
+from engine.adapter import is_adapter, load_adapter, read_adapter_config, save_adapter
 from engine.config import REMOVED_SETTINGS, fixed_settings
 from engine.files import fsync_folder, read_json
-from engine.lora import is_adapter, load_adapter, lora_linears, read_adapter_config, save_adapter
+from engine.lora import lora_linears
 from engine.pretrained import save_pretrained
 from engine.tensors import TORCH_LOAD_ERRORS
 from engine.tokenizer import get_tokenizer, save_tokenizer

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from engine.adapter import is_adapter
 from engine.checkpoint import list_checkpoints, read_run_config
 from engine.config import TrainConfig
 from engine.data import TrainingData
 from engine.distributed import Distributed
 from engine.files import JSONLinesLog
-from engine.lora import is_adapter
 from model import GPT
 
 if sys.platform != "win32":

@@ -17,8 +17,9 @@ from conftest import ONE_THREAD, ROOT, TORCHRUN, run_script, talkative_model
 from transformers import GPT2LMHeadModel
 
 from engine import scoring
+from engine.adapter import save_adapter
 from engine.checkpoint import load_model
-from engine.lora import LoRAConfig, convert_linear_layer_to_lora, merge_lora, save_adapter
+from engine.lora import LoRAConfig, convert_linear_layer_to_lora, merge_lora
 from engine.metrics import read_metrics
 from engine.scoring import encode, score
 from engine.tasks import count_correct, load_examples

@@ -28,6 +28,7 @@ LAYERS = [
     {"errors"},
     {"config", "files", "tensors", "tokenizer"},
     {"pretrained", "lora", "sources", "shards", "decode"},
+    {"adapter"},
     {"data", "distributed", "scoring"},
     {"instructions", "loss"},
     {"optim", "checkpoint", "tasks"},

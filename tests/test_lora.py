@@ -8,22 +8,24 @@ from conftest import random_ids
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from engine.adapter import (
+    AdapterConfig,
+    is_adapter,
+    load_adapter,
+    read_adapter_config,
+    save_adapter,
+)
 from engine.checkpoint import load_model
 from engine.data import Batch
 from engine.decode import speed_up_decoding
 from engine.lora import (
-    AdapterConfig,
     LoRAConfig,
     convert_linear_layer_to_lora,
     get_lora_state_dict,
-    is_adapter,
-    load_adapter,
     load_lora,
     lora_linears,
     merge_lora,
     only_optimize_lora_parameters,
-    read_adapter_config,
-    save_adapter,
     unmerge_lora,
 )
 from engine.loss import SummedLoss
