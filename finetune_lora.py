@@ -30,6 +30,7 @@ from engine.instructions import (
 )
 from engine.lora import (
     LoRAConfig,
+    cast_frozen_weights,
     convert_linear_layer_to_lora,
     lora_linears,
     merge_lora,
@@ -98,6 +99,16 @@ class FinetuneConfig(TrainConfig):
         None, "adapter to start from: a PEFT folder, a run, or a lora.pt"
     )
 
+    lora_form: Literal["separate", "summed"] = flag(
+        "separate",
+        "separate: x W' + s (x A') B'; summed: x (W + s B A)', with the sum built once per step, "
+        "which takes memory",
+        may_change=True,
+    )
+    base_precision: Literal["fp32", "bf16"] = flag(
+        "fp32", "of the frozen weights; bf16 halves their memory"
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_at_least(1, "examples_per_step", "epochs")
@@ -105,7 +116,13 @@ class FinetuneConfig(TrainConfig):
             raise ValueError(f"val_fraction is {self.val_fraction}, expected between 0 and 1")
         if self.use_lora:
             new_lora_config(self)  # checks its values
+            if self.lora_form == "summed" and self.lora_dropout:
+                raise ValueError("lora_form is summed, which needs lora_dropout 0; use separate")
+            if self.lora_form == "summed" and self.parallel == "fsdp":
+                raise ValueError("lora_form is summed, which needs parallel ddp; use separate")
             return
+        if self.base_precision == "bf16":
+            raise ValueError("base_precision is bf16, which needs --use_lora")
         for name in ("lora_load_path", *LORA_SETTINGS):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} is given, which needs --use_lora")
@@ -128,7 +145,7 @@ def main(config: FinetuneConfig) -> None:
         examples, held_out = split_examples(examples, config.val_fraction, config.seed)
         config = resolve_config(config, model, len(examples), dist)
         if config.use_lora:
-            only_optimize_lora_parameters(model)
+            freeze_base(model, config)
         sizes: dict[str, Any] = {
             "batch_size": config.batch_size,
             "rank": dist.rank,
@@ -213,6 +230,15 @@ def resolve_config(
                 )
             resolved[name] = found
     return resolve_device_settings(replace(config, **resolved), dist)
+
+
+def freeze_base(model: GPT, config: FinetuneConfig) -> None:
+    """Train only the adapter, in the form of `config`, on a base of its precision."""
+    only_optimize_lora_parameters(model)
+    for linear in lora_linears(model).values():
+        linear.sums_weight = config.lora_form == "summed"
+    if config.base_precision == "bf16":
+        cast_frozen_weights(model, torch.bfloat16)
 
 
 def announce_finetuning(model: GPT, config: FinetuneConfig) -> None:

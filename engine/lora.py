@@ -1,16 +1,23 @@
 """LoRA (Hu et al., 2021): low-rank updates of frozen linear layers."""
 
+import functools
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from engine.tensors import copy_tensors
+from model import GPT
 
+CPU_ROWS = 128  # of a gradient, read twice: at 124M 1.5 MB, which stay in the cache
 Model = TypeVar("Model", bound=nn.Module)
 Tensors = dict[str, torch.Tensor]
 
@@ -38,6 +45,59 @@ class LoRAConfig:
         return self.lora_alpha / (math.sqrt(self.lora_dim) if self.use_rslora else self.lora_dim)
 
 
+class LowRankUpdate(torch.autograd.Function):
+    """A LoRALinear in two parts: returns b + scaling * (x A') B', to which the caller adds x W'
+    without autograd. The gradients are those of the sum.
+
+    If `is_summed`, `weight` is W + scaling * B A already, and only b is returned. The gradients of
+    A and B still come from thin products, never from an (out, in) gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # torch's FunctionCtx, which accepts any attribute
+        x: torch.Tensor,  # (n, in)
+        dropped: torch.Tensor | None,  # x after dropout, if there is any
+        weight: torch.Tensor,  # (out, in), maybe in a smaller dtype
+        bias: torch.Tensor,
+        down: torch.Tensor,  # A (r, in)
+        up: torch.Tensor,  # scaling * B' (r, out)
+        is_summed: bool,
+    ) -> torch.Tensor:
+        low = (x if dropped is None else dropped) @ down.t()
+        needs_input = dropped is None or ctx.needs_input_grad[2]
+        ctx.save_for_backward(x if needs_input else None, dropped, weight, down, up, low)
+        ctx.is_summed = is_summed
+        return bias.repeat(len(x), 1) if is_summed else torch.addmm(bias, low, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, dropped, weight, down, up, low = ctx.saved_tensors
+        needs_x, needs_dropped, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        d_x = d_y @ weight.to(d_y.dtype) if needs_x else None
+        d_low, d_up = thin_products(d_y, low, up)
+        d_down = d_low.t() @ (x if dropped is None else dropped)
+        d_dropped = d_low @ down if needs_dropped else None
+        if d_x is not None and dropped is None and not ctx.is_summed:
+            d_x.addmm_(d_low, down)
+        d_weight = d_y.t() @ x if needs_weight else None
+        d_bias = d_y.sum(0) if needs_bias else None
+        return d_x, d_dropped, d_weight, d_bias, d_down, d_up, None
+
+
+def thin_products(
+    d_y: torch.Tensor, low: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """d_y up' (n, r) and low' d_y (r, out). On a CPU both take rows of `d_y` that fit the cache."""
+    is_chunked = d_y.device.type == "cpu" and d_y.dtype.itemsize >= 4  # sums in 16 bits would round
+    n_rows = CPU_ROWS if is_chunked and not torch.compiler.is_compiling() else len(d_y)
+    rows = zip(d_y.split(n_rows), low.split(n_rows), strict=True)
+    products = [(d_rows @ up.t(), low_rows.t() @ d_rows) for d_rows, low_rows in rows]
+    d_low, d_up = zip(*products, strict=True)
+    return torch.cat(d_low), functools.reduce(torch.add, d_up)
+
+
 class LoRALinear(nn.Linear):
     """A linear layer with weight W + scaling * B A, where lora_A is (r, in) and lora_B (out, r). It
     replaces an `nn.Linear`, or transformers' Conv1D, whose weight is (in, out).
@@ -53,6 +113,8 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, config.lora_dim))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in PEFT and nn.Linear
         self.before_merge: tuple[torch.Tensor, nn.Parameter, nn.Parameter] | None = None
+        self.sums_weight = False  # in training, for a step at a time
+        self.summed_weight: torch.Tensor | None = None  # in `summed_weights`
         self.train(linear.training)
 
     @property
@@ -60,24 +122,31 @@ class LoRALinear(nn.Linear):
         return self.before_merge is not None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = cast_for_autocast(x)
         if self.is_merged:
             return F.linear(x, self._matrix(), self.bias)
-        if not torch.is_grad_enabled():
-            update = F.linear(self._project_down(x), self.lora_B)
-            return F.linear(x, self._matrix(), self.bias) + self.scaling * update
-        shape, device_type = x.shape[:-1], x.device.type
-        if torch.is_autocast_enabled(device_type):
-            x = x.to(torch.get_autocast_dtype(device_type))
-        x = x.flatten(0, -2)
-        # The low-rank products first, then the full one added in place: one pass over the output.
-        # It is last so that recomputation can stop before it.
-        low = self._project_down(x)
-        up = self.lora_B.t().contiguous()  # row-major: its gradients are several times faster
-        y = torch.addmm(self.bias, low, up, alpha=self.scaling)
-        return y.addmm_(x, self._matrix().t().to(x.dtype)).view(*shape, self.out_features)
+        shape, x = x.shape[:-1], x.flatten(0, -2)
+        weight = self._matrix() if self.summed_weight is None else self.summed_weight
+        up = (self.scaling * self.lora_B).t().contiguous()  # row-major is several times faster
+        is_dropping = self.training and self.config.lora_dropout > 0
+        y = LowRankUpdate.apply(
+            x,
+            F.dropout(x, self.config.lora_dropout) if is_dropping else None,
+            weight,
+            self.bias.to(x.dtype),
+            self.lora_A.to(x.dtype),
+            up.to(x.dtype),
+            self.summed_weight is not None,
+        )
+        with torch.no_grad():  # last, so that recomputation can stop before it
+            y.addmm_(x, weight.t().to(x.dtype))
+        return y.view(*shape, self.out_features)
 
-    def _project_down(self, x: torch.Tensor) -> torch.Tensor:  # (..., r)
-        return F.linear(F.dropout(x, self.config.lora_dropout, self.training), self.lora_A)
+    @torch.no_grad()
+    def sum_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """W + scaling * B A, a copy (out, in) in `dtype`, by default that of A."""
+        matrix = self._matrix().to(self.lora_A.dtype)
+        return torch.addmm(matrix, self.lora_B, self.lora_A, alpha=self.scaling).to(dtype)
 
     def _matrix(self) -> torch.Tensor:  # (out, in)
         return self.weight.t() if self.is_conv1d else self.weight
@@ -101,6 +170,64 @@ class LoRALinear(nn.Linear):
 
 def lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+@contextmanager
+def summed_weights(linears: list[LoRALinear], dtype: torch.dtype | None) -> Iterator[None]:
+    """Within it, the layers multiply with W + scaling * B A as it is at the start, in `dtype`, that
+    of the products (default: fp32). Layers with dropout, or with a trained W, stay as they are.
+    """
+    for linear in linears:
+        if not linear.config.lora_dropout and not linear.weight.requires_grad:
+            linear.summed_weight = linear.sum_weight(dtype)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.summed_weight = None
+
+
+def cast_frozen_weights(model: GPT, dtype: torch.dtype) -> None:
+    """Keep the frozen embedding, with the head, and the frozen weights of linear layers in `dtype`.
+    Products still have the dtype of their input, for which a weight is cast each time. The rest,
+    a thousandth of the model, stays in fp32.
+    """
+    for module in model.modules():
+        is_embedding = module is model.transformer.wte
+        if not (is_embedding or isinstance(module, nn.Linear)) or module.weight.requires_grad:
+            continue
+        module.weight.data = module.weight.data.to(dtype)
+        if not is_embedding and not isinstance(module, LoRALinear):
+            module.forward = partial(frozen_linear, module)  # type: ignore[arg-type]
+
+
+def frozen_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return FrozenLinear.apply(cast_for_autocast(x), linear.weight, linear.bias)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """A linear layer whose weight is cast in both passes, so that the cast one is not stored."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return d_y @ weight.to(d_y.dtype), None, None
+
+
+def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that products have: autocast's where it is on, else its own."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
 
 
 def convertible_linears(model: nn.Module) -> list[str]:

@@ -12,9 +12,10 @@ from engine.data import Batch
 from model import GPT
 
 # Rows whose logits exist at once. On a CPU 512 take 100 MB, and fewer would read and write the
-# gradient of the head too often; elsewhere enough to keep the device busy.
-CHUNK_ROWS = {"cpu": 512}
+# gradient of the head too often; a frozen head has none. Elsewhere enough to keep the device busy.
+CPU_CHUNK_ROWS, CPU_FROZEN_CHUNK_ROWS = 512, 256
 DEFAULT_CHUNK_ROWS = 4096
+CAST_ROWS = 8192  # of a head in fewer bits than the products, cast at once: 25 MB at 124M
 # In 16 bits on a CPU, oneDNN makes and keeps kernels for each number of rows, and batches of
 # completions have many. So the number of rows is rounded up, with rows of zeros.
 CPU_ROW_MULTIPLE = 64
@@ -74,25 +75,33 @@ class HeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         if x.device.type == "cpu" and dtype != torch.float32:
             x = F.pad(x, (0, 0, 0, -len(x) % CPU_ROW_MULTIPLE))
-        head = weight.to(dtype)
+        is_cast = weight.dtype.itemsize < dtype.itemsize
+        pieces = weight.split(CAST_ROWS) if is_cast else (weight.to(dtype),)
         total = x.new_zeros((), dtype=torch.float32)
-        d_x = torch.empty_like(x) if with_grad else None
+        d_x = torch.zeros_like(x) if with_grad else None
         needs_d_weight = with_grad and weight.requires_grad
         d_weight = None
-        chunk_rows = max(1, min(CHUNK_ROWS.get(x.device.type, DEFAULT_CHUNK_ROWS), len(x)))
+        chunk_rows = DEFAULT_CHUNK_ROWS
+        if x.device.type == "cpu":
+            chunk_rows = CPU_CHUNK_ROWS if needs_d_weight else CPU_FROZEN_CHUNK_ROWS
+        chunk_rows = max(1, min(chunk_rows, len(x)))
         # One buffer for all chunks: on a CPU, touching new memory costs more than the softmax.
         logits_buffer = x.new_empty(chunk_rows, len(weight), dtype=dtype)
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, max(1, len(x)), chunk_rows):
                 x_chunk = x[start : start + chunk_rows].to(dtype)
                 ids = targets[start : start + chunk_rows, None]
-                logits = torch.mm(x_chunk, head.t(), out=logits_buffer[: len(x_chunk)])
+                logits = logits_buffer[: len(x_chunk)]
+                columns = logits.split([len(piece) for piece in pieces], dim=1)
+                for piece, out in zip(pieces, columns, strict=True):
+                    torch.mm(x_chunk, piece.to(dtype).t(), out=out)
                 log_probs = softmax(logits[: len(ids)], ids, vocab_size)
                 total -= log_probs.sum()
                 if d_x is not None:
                     # p - 1 in fp32: in bf16, p near 1 is already rounded.
                     d_logits = logits.scatter_(1, ids, log_probs.expm1().to(dtype))
-                    d_x[start : start + chunk_rows] = d_logits @ head
+                    for piece, d_out in zip(pieces, columns, strict=True):
+                        d_x[start : start + chunk_rows] += d_out @ piece.to(dtype)
                 if needs_d_weight:
                     d_weight = add_product(d_weight, d_logits.t(), x_chunk)
         d_x = None if d_x is None else d_x[: len(targets)]

@@ -26,6 +26,7 @@ from engine.distributed import (
     full_tensor,
     shard_model,
 )
+from engine.lora import lora_linears, summed_weights
 from engine.loss import SummedLoss
 from engine.optim import build_optimizers, set_schedule
 from model import GPT, Block
@@ -47,6 +48,7 @@ class TrainingStep:
         self.summed_loss = self._compile_loss()
         self.loss = self._wrap_in_ddp()
         self.optimizers = build_optimizers(model, config)
+        self.summing = [linear for linear in lora_linears(model).values() if linear.sums_weight]
         self.host_copy: dict | None = None  # memory of the last snapshot
 
     def _compile_loss(self) -> SummedLoss:
@@ -107,7 +109,8 @@ class TrainingStep:
         set_schedule(self.optimizers, step, self.config)
         n_targets = self.data.targets_in_step(step)
         total = torch.zeros((), device=self.dist.device)
-        with self.autocast():  # around all micro-steps, so that weights are cast once
+        # Around all micro-steps, so that weights are cast and summed once.
+        with self.autocast(), summed_weights(self.summing, self.dtype):
             for micro_step in range(1, self.data.grad_accum_steps + 1):
                 is_last = micro_step == self.data.grad_accum_steps
                 with self._sync_gradients(is_last):

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 
@@ -8,6 +9,7 @@ from conftest import random_ids
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from engine import lora
 from engine.adapter import (
     AdapterConfig,
     is_adapter,
@@ -20,12 +22,15 @@ from engine.data import Batch
 from engine.decode import speed_up_decoding
 from engine.lora import (
     LoRAConfig,
+    LoRALinear,
+    cast_frozen_weights,
     convert_linear_layer_to_lora,
     get_lora_state_dict,
     load_lora,
     lora_linears,
     merge_lora,
     only_optimize_lora_parameters,
+    summed_weights,
     unmerge_lora,
 )
 from engine.loss import SummedLoss
@@ -97,9 +102,10 @@ def test_initialization_is_pefts():
 
 @pytest.mark.parametrize("recompute", ["none", "light", "block"])
 @pytest.mark.parametrize("trained", ["adapter", "everything"])
-def test_gradients_equal_those_of_the_summed_weight(tiny_model, idx, recompute, trained):
-    """Loss and gradients equal those of an ordinary model whose weights are W + scaling * B A, with
-    and without recomputation, with the base frozen or trained.
+@pytest.mark.parametrize("form", ["separate", "summed"])
+def test_gradients_equal_those_of_the_summed_weight(tiny_model, idx, recompute, trained, form):
+    """Loss and gradients equal those of an ordinary model whose weights are W + scaling * B A, in
+    both forms, with and without recomputation, with the base frozen or trained.
     """
     convert_linear_layer_to_lora(tiny_model, config=LoRAConfig(lora_dim=4, lora_alpha=6))
     randomize(tiny_model)
@@ -117,8 +123,11 @@ def test_gradients_equal_those_of_the_summed_weight(tiny_model, idx, recompute, 
     if trained == "adapter":
         only_optimize_lora_parameters(tiny_model)
     apply_recompute(tiny_model, recompute)
-    loss = mean_loss(tiny_model, idx)
-    loss.backward()
+    linears = [*lora_linears(tiny_model).values()]
+    with summed_weights(linears if form == "summed" else [], None):
+        loss = mean_loss(tiny_model, idx)
+        loss.backward()
+    assert all(linear.summed_weight is None for linear in linears)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     for name, param in names.items():
         if param.requires_grad:
@@ -126,6 +135,77 @@ def test_gradients_equal_those_of_the_summed_weight(tiny_model, idx, recompute, 
             torch.testing.assert_close(param.grad, values[name].grad, rtol=0, atol=1e-5 * scale)
         else:
             assert param.grad is None
+
+
+@pytest.mark.parametrize("form", ["separate", "summed"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradients_of_a_layer_are_numerical_ones(monkeypatch, form, dropout):
+    """In float64, the gradients of a layer are those of finite differences, in rows that do not fit
+    a chunk, with dropout and without.
+    """
+    monkeypatch.setattr(lora, "CPU_ROWS", 4)
+    torch.manual_seed(0)
+    config = LoRAConfig(lora_dim=2, lora_alpha=3, lora_dropout=dropout)
+    linear = LoRALinear(torch.nn.Linear(5, 6).double(), config).requires_grad_(False)
+    del linear.lora_A, linear.lora_B  # parameters, which `forward` replaces with its arguments
+
+    def forward(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        linear.lora_A, linear.lora_B = a, b
+        torch.manual_seed(1)  # the same dropout in every call
+        with summed_weights([linear] if form == "summed" else [], None):
+            assert (linear.summed_weight is None) == (form == "separate" or dropout > 0)
+            return linear(x)
+
+    shapes = (3, 3, 5), (2, 5), (6, 2)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(forward, inputs)
+
+
+@pytest.mark.parametrize("form", ["separate", "summed"])
+def test_compiled_gradients(tiny_model, idx, form):
+    """Traced by torch.compile without a graph break, with recomputation, gradients are the same."""
+    only_optimize_lora_parameters(convert_linear_layer_to_lora(tiny_model))
+    randomize(tiny_model)
+    apply_recompute(tiny_model, "light")
+    trained = [p for p in tiny_model.parameters() if p.requires_grad]
+    compiled = torch.compile(tiny_model.hidden, backend="aot_eager", fullgraph=True)
+    linears = [*lora_linears(tiny_model).values()] if form == "summed" else []
+    with summed_weights(linears, None):
+        eager, traced = (
+            torch.autograd.grad(hidden(idx).square().mean(), trained)
+            for hidden in (tiny_model.hidden, compiled)
+        )
+    for mine, expected in zip(traced, eager, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("part", ["h.", "attn.c_attn"])
+@pytest.mark.parametrize("recompute", ["none", "light", "block"])
+def test_frozen_weights_in_bf16(tiny_model, idx, part, recompute):
+    """Gradients and logits are those of a model in fp32 with the same, rounded, weights. Vectors,
+    positions and the adapter stay in fp32.
+    """
+    convert_linear_layer_to_lora(tiny_model, part)
+    randomize(only_optimize_lora_parameters(tiny_model))
+    rounded = copy.deepcopy(tiny_model)
+    for name, param in rounded.named_parameters():
+        if name.endswith(".weight") and param.dim() == 2 and "wpe" not in name:
+            param.data = param.bfloat16().float()
+    cast_frozen_weights(tiny_model, torch.bfloat16)
+    apply_recompute(tiny_model, recompute)
+    n_bf16 = sum(p.numel() for p in tiny_model.parameters() if p.dtype == torch.bfloat16)
+    assert n_bf16 == 1024 * 64 + 2 * 12 * 64 * 64
+    losses = []
+    for model in (tiny_model, rounded):
+        losses.append(mean_loss(model, idx))
+        losses[-1].backward()
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    expected = dict(rounded.named_parameters())
+    for name, param in tiny_model.named_parameters():
+        if param.requires_grad:
+            assert param.dtype == torch.float32
+            torch.testing.assert_close(param.grad, expected[name].grad, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(logits(tiny_model, idx), logits(rounded, idx), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("recompute", ["light", "block"])
@@ -153,14 +233,20 @@ def test_dropout_survives_recomputation(tiny_model, idx, recompute):
     assert all(torch.equal(p, before[n]) for n, p in tiny_model.named_parameters())
 
 
-def test_autocast(tiny_model, idx):
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["separate", "summed"])
+def test_autocast(tiny_model, idx, form, base_dtype):
     """Under bf16 autocast, gradients are in fp32 and have the direction of those without it."""
     only_optimize_lora_parameters(convert_linear_layer_to_lora(tiny_model))
     randomize(tiny_model)
+    linears = [*lora_linears(tiny_model).values()] if form == "summed" else []
     flat = []
     for enabled in (False, True):
         tiny_model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        dtype = torch.bfloat16 if enabled else None
+        if enabled:
+            cast_frozen_weights(tiny_model, base_dtype)
+        with torch.autocast("cpu", dtype, enabled=enabled), summed_weights(linears, dtype):
             mean_loss(tiny_model, idx).backward()
         grads = [p.grad for p in tiny_model.parameters() if p.requires_grad]
         assert {g.dtype for g in grads} == {torch.float32}

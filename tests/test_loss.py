@@ -31,7 +31,7 @@ def test_loss_equals_plain_cross_entropy(tiny_model, reduction, chunk_rows, monk
     """Loss and gradients equal those of cross-entropy over the real vocabulary, in chunks or not,
     with ignored targets; padding rows get no gradient.
     """
-    monkeypatch.setitem(loss_module.CHUNK_ROWS, "cpu", chunk_rows)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_ROWS", chunk_rows)
     idx, targets = random_ids(3, 40), random_ids(3, 40).roll(1)
     targets[0, :11] = -100
     plain = F.cross_entropy(
@@ -49,12 +49,30 @@ def test_loss_equals_plain_cross_entropy(tiny_model, reduction, chunk_rows, monk
     assert (gradients[0][1000:] == 0).all()
 
 
+def test_a_frozen_head_in_bf16(tiny_model, monkeypatch):
+    """With fp32 products, loss and gradient are those of cross-entropy with the same head in fp32,
+    and no allocation is as large as that head.
+    """
+    monkeypatch.setattr(loss_module, "CAST_ROWS", 300)  # no divisor of the 1024 rows
+    monkeypatch.setattr(loss_module, "CPU_FROZEN_CHUNK_ROWS", 32)
+    x = torch.randn(100, 64, requires_grad=True)
+    targets, head = random_ids(100, 1)[:, 0], tiny_model.lm_head.weight.detach().bfloat16()
+    plain = F.cross_entropy(x @ head[:1000].float().t(), targets, reduction="sum")
+    (expected,) = torch.autograd.grad(plain, x)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        loss = HeadLoss.apply(x, head, targets, 1000, torch.float32, True, softmax_)
+    (gradient,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert max(event.cpu_memory_usage for event in prof.events()) < 4 * head.numel()
+
+
 @pytest.mark.parametrize("chunk_rows", [16, 1000])
 def test_loss_keeps_its_precision_under_autocast(tiny_model, chunk_rows, monkeypatch):
     """Under bf16 autocast the loss is summed in fp32: its error is that of bf16 logits, not of a
     bf16 sum.
     """
-    monkeypatch.setitem(loss_module.CHUNK_ROWS, "cpu", chunk_rows)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_ROWS", chunk_rows)
     idx = random_ids(8, 48)
     exact = SummedLoss(tiny_model)(Batch(idx, idx.roll(1)))
     with torch.autocast("cpu", torch.bfloat16):
@@ -120,7 +138,7 @@ def test_the_head_skips_rows_that_do_not_count(tiny_model, dtype):
 
 def test_loss_never_holds_all_logits(monkeypatch):
     """No single allocation of a loss with its backward is as large as the (B·T, V) logits."""
-    monkeypatch.setitem(loss_module.CHUNK_ROWS, "cpu", 32)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_ROWS", 32)
     config = GPTConfig(block_size=64, vocab_size=8192, n_layer=1, n_head=1, n_embd=8)
     model, idx = GPT(config), random_ids(16, 64)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
