@@ -10,6 +10,8 @@ demo: .venv/installed
 	$(BIN)/python fineweb.py --dataset stdlib
 	$(BIN)/python train_gpt2.py --config configs/demo.yaml
 	$(BIN)/python finetune_lora.py --config configs/demo_lora.yaml
+	$(BIN)/python sample.py --model runs/demo_lora --temperature 0 \
+	    --instruction "def read_lines(path, encoding=None):"
 
 test: .venv/installed-dev
 	$(TESTS) -m "not slow"

@@ -14,6 +14,7 @@ from engine.checkpoint import (
     check_same_run,
     check_vocabulary,
     hash_weights,
+    keep_for_adapter,
     latest_checkpoint,
     load_latest,
     load_model,
@@ -26,6 +27,7 @@ from engine.instructions import (
     InstructionData,
     held_out_batches,
     read_examples,
+    save_prompt_template,
     split_examples,
 )
 from engine.lora import (
@@ -132,7 +134,6 @@ def main(config: FinetuneConfig) -> None:
     dist = Distributed.start(config.device)
     keep_freed_memory(dist)
     run = Path(config.out_dir)
-    check_merge_out(config)
     with lock_folder(run) if dist.is_main else nullcontext():
         with dist.main_process_first():
             base = load_model(config.model_name_or_path)
@@ -144,6 +145,8 @@ def main(config: FinetuneConfig) -> None:
             examples = read_examples(config.data, base.config.block_size)
         examples, held_out = split_examples(examples, config.val_fraction, config.seed)
         config = resolve_config(config, model, len(examples), dist)
+        if not (resumed and resumed.progress["step"] == config.max_steps):
+            check_merge_out(config)
         if config.use_lora:
             freeze_base(model, config)
         sizes: dict[str, Any] = {
@@ -156,6 +159,10 @@ def main(config: FinetuneConfig) -> None:
         )
         val = partial(held_out_batches, held_out, **sizes)
         prompts = [Prompt(e.prompt, ANSWER_TOKENS, 1, e.completion) for e in held_out[:N_ANSWERS]]
+        if dist.is_main and not resumed:
+            save_prompt_template(examples, run)
+            if config.use_lora and base.name_or_path:
+                keep_for_adapter(Path(base.name_or_path), run)
         if dist.is_main:
             announce_finetuning(model, config)
         try:
@@ -167,7 +174,8 @@ def main(config: FinetuneConfig) -> None:
             # The base as loaded above: a run may have a later checkpoint by now.
             source = base.name_or_path if config.use_lora else None
             tuned = load_model(source, run) if source else load_model(run)
-            save_merged(tuned, config.merge_out)
+            save_merged(tuned, Path(config.merge_out))
+            save_prompt_template(examples, Path(config.merge_out))
     dist.stop()
 
 
@@ -264,12 +272,19 @@ def write_train_data(run: Path) -> None:
     write_atomically(run / "train_data.json", (json.dumps(data) + "\n").encode())
 
 
-def save_merged(model: GPT, folder: str) -> None:
-    """Save the model as an ordinary checkpoint, with its adapter merged."""
+def save_merged(model: GPT, folder: Path) -> None:
+    """Save the model as an ordinary checkpoint, with its adapter merged. ValueError if the folder
+    already holds anything else.
+    """
     if lora_linears(model):
         merge_lora(model)
+    if folder.is_dir() and any(folder.iterdir()):
+        if hash_weights(load_model(folder)) != hash_weights(model):
+            raise ValueError(f"merge_out {folder} holds another model; choose another folder")
+        print(f"merged model     {folder}, as before")
+        return
     model.save_pretrained(folder)
-    save_tokenizer(Path(folder), model.config.block_size)
+    save_tokenizer(folder, model.config.block_size)
     print(f"merged model     {folder}")
 
 

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.checkpoint import check_vocabulary, load_model
+from engine.checkpoint import check_vocabulary, latest_checkpoint, load_model
 from engine.config import flag, run_command
 from engine.decode import speed_up_decoding
 from engine.distributed import Distributed
+from engine.instructions import TEMPLATE_FILE, PromptTemplate, find_prompt_template
 from engine.lora import lora_linears, merge_lora
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from model import GPT
+
+PROMPT_TOKENS, ANSWER_TOKENS = 50, 256  # maximum of a continuation, and of an answer
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,16 @@ class SampleConfig:
     prompt: str | None = flag(
         None, "text to continue; empty starts a document (default: ask on a terminal, else stdin)"
     )
+    instruction: str | None = flag(
+        None, "instruction to answer, in the prompt that the model was fine-tuned with"
+    )
+    input: str | None = flag(None, "input of the instruction")
     num_return_sequences: int = flag(
         1, "continuations to generate: one is streamed, several are printed when all are complete"
     )
-    max_new_tokens: int = flag(50, "maximum tokens in each continuation")
+    max_new_tokens: int = flag(
+        None, "maximum tokens in each continuation (default: 50, in answers 256)"
+    )
     stop: list[str] = flag([], "strings that end a continuation and are not printed")
     temperature: float = flag(1.0, "0 takes the most likely token; higher is more varied")
     top_k: int | None = flag(50, "sample from the k most likely tokens (null: from all)")
@@ -38,10 +47,11 @@ class SampleConfig:
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
     def __post_init__(self) -> None:
+        n_tokens = self.max_new_tokens
         for name, is_valid, expected in (
             ("num_return_sequences", self.num_return_sequences >= 1, "at least 1"),
             ("seed", 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("max_new_tokens", n_tokens is None or n_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "at least 0"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1, or null"),
@@ -49,6 +59,10 @@ class SampleConfig:
         ):
             if not is_valid:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+        if self.instruction is not None and self.prompt is not None:
+            raise ValueError("instruction and prompt are both given, expected one of them")
+        if self.instruction is None and self.input is not None:
+            raise ValueError("input is given, which needs --instruction")
 
 
 class Continuation:
@@ -102,18 +116,24 @@ class Continuation:
 
 
 def print_continuations(
-    model: GPT, prompt: str, config: SampleConfig, generator: torch.Generator
+    model: GPT,
+    prompt: str,
+    config: SampleConfig,
+    generator: torch.Generator,
+    *,
+    is_answer: bool = False,
 ) -> None:
-    """Print the prompt with its continuations, and the speed to stderr."""
+    """Print the prompt with its continuations, or answers alone; the speed goes to stderr."""
     ids = get_tokenizer().encode(prompt, disallowed_special=()) or [END_OF_TEXT_ID]
     rows = [Continuation(config.stop) for _ in range(config.num_return_sequences)]
     streaming = len(rows) == 1
+    shown, max_new_tokens = ("", ANSWER_TOKENS) if is_answer else (prompt, PROMPT_TOKENS)
     started = time.perf_counter()
     if streaming:
-        print(prompt, end="", flush=True)
+        print(shown, end="", flush=True)
     for next_ids in model.stream(
         torch.tensor([ids] * len(rows), device=generator.device),
-        config.max_new_tokens,
+        config.max_new_tokens or max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
@@ -130,24 +150,30 @@ def print_continuations(
     if streaming:
         print(texts[0], flush=True)
     else:
-        print(*(f"> {prompt}{row.text}\n" for row in rows), sep="\n", flush=True)
+        print(*(f"> {shown}{row.text}\n" for row in rows), sep="\n", flush=True)
     n_tokens = sum(row.n_tokens for row in rows)
     print(f"{n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
 
 
-def prompt_loop(model: GPT, config: SampleConfig, generator: torch.Generator) -> None:
-    """Ask for prompts until an empty one. Ctrl-C ends the text that is being generated."""
+def prompt_loop(
+    model: GPT, config: SampleConfig, generator: torch.Generator, template: PromptTemplate | None
+) -> None:
+    """Ask for prompts, or for instructions if there is a template, until an empty one. Ctrl-C ends
+    the text that is being generated.
+    """
     print("Ctrl-C stops a text; an empty line or Ctrl-D quits", file=sys.stderr)
     while True:
         try:
-            prompt = input("prompt: ")
+            prompt = input("instruction: " if template else "prompt: ")
+            if not prompt:
+                return
+            if template:
+                prompt = template.fill(prompt, input("input: ") if template.with_input else "")
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return
-        if not prompt:
-            return
         try:
-            print_continuations(model, prompt, config, generator)
+            print_continuations(model, prompt, config, generator, is_answer=template is not None)
         except KeyboardInterrupt:
             print(flush=True)
 
@@ -161,8 +187,16 @@ def read_stdin() -> str:
 
 
 def main(config: SampleConfig) -> None:
+    template = find_prompt_template(latest_checkpoint(config.lora_load_path or config.model))
     prompt = config.prompt
-    if prompt is None and not sys.stdin.isatty():
+    if config.instruction is not None:
+        if template is None:
+            raise ValueError(
+                f"{config.lora_load_path or config.model} has no {TEMPLATE_FILE}, as fine-tuned "
+                "models have; give the full text as --prompt"
+            )
+        prompt = template.fill(config.instruction, config.input or "")
+    elif prompt is None and not sys.stdin.isatty():
         prompt = read_stdin()
     device = Distributed.start(config.device).device
     model = load_model(config.model, config.lora_load_path).to(device)
@@ -174,9 +208,10 @@ def main(config: SampleConfig) -> None:
     speed_up_decoding(model)
     generator = torch.Generator(device).manual_seed(config.seed)
     if prompt is None:
-        prompt_loop(model, config, generator)
+        prompt_loop(model, config, generator, template)
     else:
-        print_continuations(model, prompt, config, generator)
+        is_answer = config.instruction is not None
+        print_continuations(model, prompt, config, generator, is_answer=is_answer)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,22 @@ from pathlib import Path
 import yaml
 
 from engine.adapter import ADAPTER_CONFIG_FILE, LORA_STATE_FILE, is_adapter, read_adapter_config
-from engine.checkpoint import best_checkpoint, latest_checkpoint, read_progress, read_run_config
+from engine.checkpoint import (
+    KEEP_FILE,
+    best_checkpoint,
+    latest_checkpoint,
+    read_progress,
+    read_run_config,
+)
 from engine.config import REMOVED_SETTINGS, TrainConfig, fixed_settings, flag, run_command
 from engine.files import naming_file, read_json, write_json
+from engine.instructions import TEMPLATE_FILE
 from engine.metrics import read_metrics
 from engine.report import plot_runs
 from engine.shards import count_tokens, read_manifest
 
 # Only this project reads them; lora.pt repeats adapter_model.safetensors.
-NOT_UPLOADED = ("state.pt", "progress.json", LORA_STATE_FILE)
+NOT_UPLOADED = ("state.pt", "progress.json", LORA_STATE_FILE, KEEP_FILE)
 # Settings of the training commands that do not shape the curve, besides those of TrainConfig.
 FREE_SETTINGS = {"data_dir", "model_name_or_path", "merge_out", *REMOVED_SETTINGS}
 LOGGED = {
@@ -125,7 +132,7 @@ def write_files(config: ShareConfig) -> Path:
     folder = run / "share"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for file in checkpoint.iterdir():
+    for file in [*checkpoint.iterdir(), *run.glob(TEMPLATE_FILE)]:
         if file.name not in NOT_UPLOADED:
             with naming_file(folder / file.name):
                 shutil.copy(file, folder)

@@ -5,6 +5,7 @@ RUN/metrics.jsonl                  one line per step
 RUN/loss.png, report.html          the same as pictures
 RUN/checkpoints/step_000500/       a Hugging Face model and tokenizer, or a PEFT adapter, and
     progress.json, state.pt        step and losses; optimizer and random number generators
+    keep                           present: never deleted, an adapter stands on it
 """
 
 import hashlib
@@ -33,6 +34,9 @@ from model import GPT
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+
+KEEP_FILE = "keep"
 
 
 class RunState(NamedTuple):
@@ -79,11 +83,34 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
                 f"{name_or_path} is an adapter; give its base model {base or '(not named)'}, and "
                 "the adapter as --lora_load_path"
             )
+        if Path(base).is_absolute() and not Path(base).exists():
+            raise FileNotFoundError(
+                f"the base model of {name_or_path}, {base}, no longer exists{describe_base(path)}; "
+                "give a copy of it, and the adapter as --lora_load_path"
+            )
         return load_adapter(load_model(base), path).eval()
     model = GPT.from_pretrained(path if path.exists() else name_or_path)
     if lora_load_path is not None:
         load_adapter(model, latest_checkpoint(lora_load_path))
     return model.eval()
+
+
+def describe_base(adapter: Path) -> str:
+    """The hash of the weights that an adapter's checkpoint stands on, if its run has noted it."""
+    run = adapter.absolute().parents[1]
+    found = read_run_config(run).get("base_sha256") if (run / "config.yaml").is_file() else None
+    return f" (sha256 of its weights: {found})" if found else ""
+
+
+def keep_for_adapter(checkpoint: Path, run: Path) -> None:
+    """Mark a run's checkpoint as the base of the adapter in `run`, so that it is not deleted."""
+    if not (checkpoint / "progress.json").is_file():  # no run deletes it
+        return
+    try:
+        with (checkpoint / KEEP_FILE).open("a") as file:
+            file.write(f"the base of {run.absolute()}\n")
+    except OSError as error:
+        print(f"{checkpoint} may be deleted by its run, as it cannot be marked: {error}")
 
 
 def check_vocabulary(model: GPT, name: str) -> None:
@@ -125,7 +152,7 @@ def load_latest(run: Path | str, base: str | None = None) -> tuple[GPT, RunState
 
 def save_checkpoint(run: Path, model: GPT, params: dict, state: RunState, *, keep: int) -> None:
     """Save a checkpoint of `params`, the parameters of `model` or copies of them; with LoRA only
-    the adapter. Then delete all but the latest `keep` and the best.
+    the adapter. Then delete all but the latest `keep`, the best, and those that adapters stand on.
 
     The folder gets its name when all of it is on the disk, so a crash leaves the earlier
     checkpoints and never half of one.
@@ -161,7 +188,8 @@ def save_checkpoint(run: Path, model: GPT, params: dict, state: RunState, *, kee
         ) from error
     checkpoints = list_checkpoints(run)
     for old in set(checkpoints) - {best_checkpoint(run), *checkpoints[-keep:]}:
-        shutil.rmtree(old)
+        if not (old / KEEP_FILE).exists():
+            shutil.rmtree(old)
 
 
 class BackgroundSave:

@@ -4,30 +4,52 @@ import ast
 import functools
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from engine.data import IGNORE_INDEX, Batch, epoch_entries, epoch_order, make_batch
-from engine.files import read_lines, sha256_text
+from engine.files import read_json, read_lines, sha256_text, write_json
 from engine.sources import load_hub_rows, stdlib_definitions
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 
 DEFAULT_DATA = "yahma/alpaca-cleaned"
-# The prompts of Stanford Alpaca's train.py.
-PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-PROMPT_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-)
+TEMPLATE_FILE = "prompt_template.json"
 DOCSTRING_WORDS = range(5, 60)  # longer or shorter first paragraphs are left out
 PAD_MULTIPLE = 8  # tensor cores need sizes that are multiples of 8
+
+
+class PromptTemplate(NamedTuple):
+    """How an instruction becomes a prompt, without and with an input (None: it takes none)."""
+
+    without_input: str
+    with_input: str | None = None
+
+    def fill(self, instruction: str, input_text: str = "") -> str:
+        template, values = self.without_input, {"instruction": instruction, "input": input_text}
+        if input_text.strip():
+            if self.with_input is None:
+                raise ValueError(
+                    "the model was fine-tuned on prompts without an input; omit --input"
+                )
+            template = self.with_input
+        return re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], template)
+
+
+ALPACA = PromptTemplate(  # the prompts of Stanford Alpaca's train.py
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n",
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+)
+PROMPT = PromptTemplate("{instruction}")  # rows of prompt and completion
+FUNCTION = PromptTemplate("{instruction}\n")  # of stdlib, whose prompts are "def name(...):\n"
 
 
 @dataclass(frozen=True)
@@ -38,6 +60,7 @@ class PromptCompletion:
     completion: str
     tokens: np.ndarray
     n_prompt: int
+    template: PromptTemplate = PROMPT
 
 
 def read_examples(name: str, block_size: int) -> list[PromptCompletion]:
@@ -49,14 +72,16 @@ def read_examples(name: str, block_size: int) -> list[PromptCompletion]:
     examples, skipped, tokenizer = [], [], get_tokenizer()
     block_size = max(1, block_size // PAD_MULTIPLE) * PAD_MULTIPLE  # batches are padded to it
     for number, row in enumerate(rows, start=1):
-        prompt, completion = parse_row(row, f"{name} row {number}")
+        prompt, completion, template = parse_row(row, f"{name} row {number}")
+        if name == "stdlib":
+            template = FUNCTION
         prompt_ids = tokenizer.encode_ordinary(prompt) or [END_OF_TEXT_ID]
         ids = [*prompt_ids, *tokenizer.encode_ordinary(completion), END_OF_TEXT_ID]
         if not completion.strip() or len(prompt_ids) > block_size:
             skipped.append(number)
             continue
         tokens = np.array(ids[: block_size + 1])
-        examples.append(PromptCompletion(prompt, completion, tokens, len(prompt_ids)))
+        examples.append(PromptCompletion(prompt, completion, tokens, len(prompt_ids), template))
     if skipped:
         print(
             f"{name}: skipped {len(skipped)} of {len(rows)} rows, which have no completion or a "
@@ -100,7 +125,8 @@ def stdlib_rows() -> list[dict]:
     return [{"prompt": p, "completion": rows[p]} for p in sorted(rows, key=sha256_text)]
 
 
-def parse_row(row: object, where: str) -> tuple[str, str]:
+def parse_row(row: object, where: str) -> tuple[str, str, PromptTemplate]:
+    """A row's prompt and completion, and the template of the prompt."""
     if not isinstance(row, dict):
         raise ValueError(f"{where} is a {type(row).__name__}, expected an object")
     if {"instruction", "output"} <= row.keys():
@@ -117,9 +143,31 @@ def parse_row(row: object, where: str) -> tuple[str, str]:
         if not isinstance(row[field], str):
             raise ValueError(f"{where}: {field} is {row[field]!r}, expected a string")
     if "prompt" in fields:
-        return row["prompt"], row["completion"]
-    template = PROMPT_WITH_INPUT if row["input"].strip() else PROMPT_WITHOUT_INPUT
-    return template.format(instruction=row["instruction"], input=row["input"]), row["output"]
+        return row["prompt"], row["completion"], PROMPT
+    return ALPACA.fill(row["instruction"], row["input"]), row["output"], ALPACA
+
+
+def save_prompt_template(examples: list[PromptCompletion], folder: Path) -> None:
+    """Write prompt_template.json: the template of most examples."""
+    ((template, _),) = Counter(example.template for example in examples).most_common(1)
+    write_json(folder / TEMPLATE_FILE, template._asdict())
+
+
+def find_prompt_template(path: Path) -> PromptTemplate | None:
+    """The template of a model, an adapter or a run; None if there is none."""
+    folder = (path if path.is_dir() else path.parent).absolute()
+    if folder.parent.name == "checkpoints":
+        folder = folder.parents[1]
+    file = folder / TEMPLATE_FILE
+    if not path.exists() or not file.is_file():
+        return None
+    try:
+        template = PromptTemplate(**read_json(file, "delete it"))
+        if not all(isinstance(text, str | None) for text in template) or not template.without_input:
+            raise TypeError("expected strings")
+    except TypeError as error:
+        raise ValueError(f"{file} is damaged: {error}; delete it") from error
+    return template
 
 
 def split_examples(

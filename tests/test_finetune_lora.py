@@ -151,11 +151,19 @@ def test_a_killed_run_resumes_to_the_bit(folder, use_lora):
     assert len(state) == (96 if use_lora else 148)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_ranks_do_not_change_the_curve(folder, parallel):
+@pytest.mark.parametrize(
+    ("parallel", "settings"),
+    [
+        ("ddp", {"lora_form": "summed", "base_precision": "bf16"}),
+        pytest.param("ddp", {}, marks=pytest.mark.slow),
+        pytest.param("fsdp", {"base_precision": "bf16"}, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_do_not_change_the_curve(folder, parallel, settings):
     """Two ranks have the losses of one process, and one process resumes their run."""
-    single = finetune("runs/single")
-    flags = as_flags({**SETTINGS, "out_dir": "runs/two", "parallel": parallel})
+    settings = {"precision": "fp32", **settings}
+    single = finetune("runs/single", **settings)
+    flags = as_flags({**SETTINGS, **settings, "out_dir": "runs/two", "parallel": parallel})
     torchrun = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
     torchrun += [str(ROOT / "finetune_lora.py"), *flags]
     result = subprocess.run(torchrun, capture_output=True, text=True, timeout=120, env=ONE_THREAD)
@@ -163,7 +171,7 @@ def test_ranks_do_not_change_the_curve(folder, parallel):
     for ours, expected in zip(read_losses(Path("runs/two")), read_losses(single), strict=True):
         pairs = [(a, b) for a, b in zip(ours, expected, strict=True) if (a, b) != (None, None)]
         assert all(a == pytest.approx(b, rel=1e-4) for a, b in pairs)
-    finetune("runs/two")  # already finished
+    finetune("runs/two", **settings)  # already finished
 
 
 def test_starting_from_an_adapter(folder):
