@@ -279,8 +279,9 @@ def save_merged(model: GPT, folder: Path) -> None:
     if lora_linears(model):
         merge_lora(model)
     if folder.is_dir() and any(folder.iterdir()):
-        if hash_weights(load_model(folder)) != hash_weights(model):
-            raise ValueError(f"merge_out {folder} holds another model; choose another folder")
+        is_model = (folder / "config.json").is_file()
+        if not is_model or hash_weights(load_model(folder)) != hash_weights(model):
+            raise ValueError(f"merge_out {folder} holds something else; choose another folder")
         print(f"merged model     {folder}, as before")
         return
     model.save_pretrained(folder)

@@ -16,9 +16,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune_lora
 from engine import training
-from engine.checkpoint import list_checkpoints, load_model, read_run_config, read_state
+from engine.checkpoint import (
+    RunState,
+    hash_weights,
+    latest_checkpoint,
+    list_checkpoints,
+    load_model,
+    read_run_config,
+    read_state,
+    save_checkpoint,
+)
 from engine.lora import lora_linears
 from engine.metrics import read_metrics
+from engine.tensors import read_tensors
 from finetune_lora import FinetuneConfig
 from model import GPT, GPTConfig
 
@@ -114,6 +124,55 @@ def test_the_adapter_is_merged_into_the_base_it_was_trained_on(folder, monkeypat
     with torch.no_grad():
         merged, expected = load_model("merged")(idx), load_model(first, run)(idx)
     torch.testing.assert_close(merged, expected, atol=1e-4, rtol=0)
+
+
+def test_a_finished_run_merges(folder, capsys):
+    """--merge_out on a finished run merges, into the base as it was before --base_precision; given
+    again it changes nothing. A folder with anything else in it is refused.
+    """
+    settings = {"base_precision": "bf16", "max_steps": 4}
+    Path("other").mkdir()
+    Path("other/file").touch()
+    with pytest.raises(ValueError, match="merge_out other already exists"):
+        finetune("runs/a", **settings, merge_out="other")
+    run = finetune("runs/a", **settings)
+    assert {t.dtype for t in read_tensors(latest_checkpoint(run) / "lora.pt").values()} == {
+        torch.float32
+    }
+    idx = torch.arange(20)[None]
+    for time_of_file in (None, 0.0):
+        finetune("runs/a", **settings, merge_out="merged")
+        with torch.no_grad():
+            merged, expected = load_model("merged")(idx), load_model("base", run)(idx)
+        torch.testing.assert_close(merged, expected, atol=1e-5, rtol=0)
+        assert time_of_file in (None, Path("merged/model.safetensors").stat().st_mtime)
+        os.utime("merged/model.safetensors", (0, 0))
+    assert "already finished" in capsys.readouterr().out
+    assert (
+        Path("merged/prompt_template.json").read_text()
+        == (run / "prompt_template.json").read_text()
+    )
+    for name in ("base", "other"):
+        with pytest.raises(ValueError, match=f"merge_out {name} holds something else"):
+            finetune("runs/a", **settings, merge_out=name)
+
+
+def test_the_base_of_an_adapter_is_kept(folder):
+    """A run does not delete the checkpoint that an adapter stands on. Where it is gone after all,
+    the error has the hash of its weights.
+    """
+    first = Path("base_run/checkpoints/step_000001")
+    shutil.copytree("base", first)
+    (first / "progress.json").write_text('{"step": 1}')
+    run = finetune("runs/a", model_name_or_path="base_run", max_steps=1)
+    base = load_model("base")
+    for step in (2, 3, 4):
+        save_checkpoint(Path("base_run"), base, {}, RunState({"step": step}, {}), keep=1)
+    assert [p.name for p in list_checkpoints("base_run")] == ["step_000001", "step_000004"]
+    assert lora_linears(load_model(run))
+    shutil.rmtree("base_run")
+    with pytest.raises(FileNotFoundError, match=rf"no longer exists .*{hash_weights(base)}"):
+        load_model(run)
 
 
 def test_training_all_weights(folder):
@@ -219,6 +278,15 @@ def test_another_base_is_refused(folder):
 
 WRONG_SETTINGS = [
     ({"lora_dim": 0}, "lora_dim is 0, expected at least 1"),
+    (
+        {"lora_form": "summed", "lora_dropout": 0.1},
+        "lora_form is summed, which needs lora_dropout 0",
+    ),
+    ({"lora_form": "summed", "parallel": "fsdp"}, "lora_form is summed, which needs parallel ddp"),
+    (
+        {"base_precision": "bf16", "use_lora": False},
+        "base_precision is bf16, which needs --use_lora",
+    ),
     ({"lora_module_name": "q_proj"}, "no linear layer has 'q_proj' in its name"),
     ({"model_name_or_path": "other_vocab"}, "has 1000 tokens, GPT-2's tokenizer has 50257"),
     ({"lora_load_path": "nowhere"}, "nowhere does not exist"),

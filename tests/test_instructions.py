@@ -13,9 +13,11 @@ from engine.instructions import (
     DEFAULT_DATA,
     InstructionData,
     PromptCompletion,
+    find_prompt_template,
     held_out_batches,
     pad,
     read_examples,
+    save_prompt_template,
     split_examples,
 )
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
@@ -43,6 +45,31 @@ def examples(write):
     """50 examples of different lengths."""
     rows = [{"prompt": "word " * (i % 7 + 1), "completion": "x " * i} for i in range(1, 51)]
     return read_examples(write(rows), 1024)
+
+
+def test_templates_give_the_prompts_of_training(write, tmp_path):
+    """A run keeps the template of most of its rows. It is found from the run, its checkpoints and
+    their files, and gives the prompts that were trained.
+    """
+    examples = read_examples(write(ROWS), 1024)
+    assert examples[0].template.fill("Say hello.") == examples[0].prompt
+    assert examples[1].template.fill("Translate.", "Bonjour") == examples[1].prompt
+    assert examples[2].template.fill("2 + 2 =") == examples[2].prompt
+    assert "{input} and {instruction}\n" in examples[0].template.fill("{input} and {instruction}")
+    with pytest.raises(ValueError, match="without inputs; omit --input"):
+        examples[2].template.fill("2 + 2 =", "x")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "lora.pt").touch()
+    assert find_prompt_template(checkpoint) is None
+    save_prompt_template([examples[0], examples[2], examples[1]], tmp_path / "run")
+    for path in (tmp_path / "run", checkpoint, checkpoint / "lora.pt"):
+        assert find_prompt_template(path) == examples[0].template
+    assert find_prompt_template(tmp_path / "run" / "nowhere") is None
+    for content in ('{"with_input": "x"}', '{"without_input": 1}', '{"prompt": "x"}', "[1]", "{"):
+        (tmp_path / "run" / "prompt_template.json").write_text(content)
+        with pytest.raises(ValueError, match=r"prompt_template.json is damaged"):
+            find_prompt_template(checkpoint)
 
 
 def test_rows_become_prompts_and_completions(write):

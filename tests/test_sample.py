@@ -1,9 +1,11 @@
 import codecs
 import io
+import json
 import os
 import pty
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -17,7 +19,7 @@ from conftest import NASTY_TEXT, command, talkative_model
 from engine.config import parse_flags
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer, save_tokenizer
 from model import GPT
-from sample import Continuation, SampleConfig, print_continuations
+from sample import Continuation, SampleConfig, main, print_continuations
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +198,48 @@ def test_wrong_settings_are_named(name, value):
     """A setting out of its range is an error with its value and what is expected."""
     with pytest.raises(ValueError, match=f"^{re.escape(f'{name} is {value}, expected ')}"):
         SampleConfig(**{name: value})
+
+
+@pytest.fixture
+def tuned(folder, tmp_path) -> Path:
+    """The model with a template beside it, as --merge_out writes it."""
+    shutil.copytree(folder, tmp_path / "tuned")
+    texts = {"without_input": "Task: {instruction}\n", "with_input": "{instruction}, {input}\n"}
+    (tmp_path / "tuned" / "prompt_template.json").write_text(json.dumps(texts))
+    return tmp_path / "tuned"
+
+
+def greedy_text(folder: Path, prompt: str, n_tokens: int) -> str:
+    idx = torch.tensor([get_tokenizer().encode(prompt)])
+    out = GPT.from_pretrained(folder).eval().generate(idx, n_tokens, temperature=0)
+    return get_tokenizer().decode(out[0, idx.size(1) :].tolist())
+
+
+def test_instructions_are_filled_into_the_template(tuned, folder, capsys):
+    """The answer is what follows the prompt of the model's template, and is printed alone."""
+    settings = {"model": str(tuned), "temperature": 0.0, "max_new_tokens": 9, "device": "cpu"}
+    for instruction, input_text, prompt in (
+        ("Say hi", None, "Task: Say hi\n"),
+        ("Translate", "Bonjour", "Translate, Bonjour\n"),
+    ):
+        main(SampleConfig(**settings, instruction=instruction, input=input_text))
+        assert capsys.readouterr().out == greedy_text(tuned, prompt, 9) + "\n"
+    with pytest.raises(ValueError, match=r"has no prompt_template.json, .*; give .* as --prompt"):
+        main(SampleConfig(**{**settings, "model": str(folder)}, instruction="Say hi"))
+    for wrong in ({"prompt": "a", "instruction": "b"}, {"input": "a"}):
+        with pytest.raises(ValueError, match=r"expected one of them|needs --instruction"):
+            SampleConfig(**wrong)
+
+
+def test_instructions_on_a_terminal(tuned, monkeypatch, capsys):
+    """On a terminal a fine-tuned model asks for instructions and inputs, until an empty line."""
+    asked, typed = [], iter(["Say hi", "", "Translate", "Bonjour", ""])
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or next(typed))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    main(SampleConfig(str(tuned), temperature=0.0, max_new_tokens=9, device="cpu"))
+    assert asked == ["instruction: ", "input: "] * 2 + ["instruction: "]
+    answers = [greedy_text(tuned, p, 9) for p in ("Task: Say hi\n", "Translate, Bonjour\n")]
+    assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in answers)
 
 
 @pytest.fixture
