@@ -30,7 +30,7 @@ FOLDER = Path(__file__).parent
 PART_SECONDS = 240  # after which a part is stopped
 ON_GPU = "--device cuda --precision bf16 --compile"
 DRY = "--device cpu --one_by_one --rounds 1"
-LORA = "lora.py --table --contenders full lora 'rank 8' peft"
+LORA = "lora.py --table --contenders full 'rank 8' autograd peft"
 # What runs for each part: on a GPU, and in a dry run.
 PARTS = {
     "train_step_16": (

@@ -1,14 +1,16 @@
 """LoRA at GPT-2 124M beside full fine-tuning and PEFT: time and memory of a step.
 
     python benchmarks/lora.py           # the comparison, one CPU thread, fp32: 25 minutes
-    python benchmarks/lora.py --table   # ranks 1 to 64, merged and full: 8 minutes
+    python benchmarks/lora.py --table   # ranks 1 to 64 in both forms, and others: 10 minutes
     python benchmarks/lora.py --table --device cuda --precision bf16 --compile --size 12x768:16x1024
 
-With --compile this project's contenders are compiled, and PEFT runs both compiled and as it is.
-Contenders take turns, each in a process of its own; on CUDA they run one after another. Compare the
-sum of forward and backward, because this project's loss computes its gradient in the forward pass.
-Memory on a CPU is that of all live tensors, counted at every operation of one more step; on CUDA it
-is the allocator's figure.
+`lora` computes x W' + s (x A') B', `summed` x (W + s B A)' with a sum that is built once per step,
+and `autograd` the same as PyTorch does it by itself, with the gradient of the sum. `bf16` is `lora`
+with the base in bf16; `frozen` trains nothing but wpe. With --compile this project's contenders are
+compiled, and PEFT runs both compiled and as it is. Contenders take turns, each in a process of its
+own; on CUDA they run one after another. Compare the sum of forward and backward, because this
+project's loss computes its gradient in the forward pass. Memory on a CPU is that of all live
+tensors, counted at every operation of one more step; on CUDA it is the allocator's figure.
 """
 
 import sys
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -29,6 +32,7 @@ from benchmarks.harness import BenchmarkConfig, Result, Size, Stopwatch
 from engine import lora
 from engine.config import TrainConfig, flag, run_command
 from engine.data import Batch
+from engine.distributed import autocast_dtype
 from engine.loss import SummedLoss
 from engine.step import apply_recompute
 from model import GPT
@@ -40,20 +44,28 @@ BLOCK, PEERS = ("full block", "lora block"), ("transformers none", "peft none")
 COMPARED = (  # batch size, length, contenders; all at once, 16 x 139 would need 24 GB
     (4, 128, (*OWN, *BLOCK, "peft none")),
     (2, 512, OWN),
-    (16, 139, (*OWN, *BLOCK)),
+    (16, 139, (*OWN, *BLOCK, "bf16 light", "bf16 block")),
     (16, 139, ("full none", *PEERS, "peft checkpointing")),
 )
 
 
 @dataclass(frozen=True)
 class LoRABenchmarkConfig(BenchmarkConfig):
-    table: bool = flag(False, "measure ranks 1 to 64, merged and full instead")
+    table: bool = flag(False, "measure ranks 1 to 64, in both forms, instead")
     size: str = flag("12x768:4x128", "LAYERSxWIDTH:BATCHxTOKENS; the batch counts with --table")
     recompute: Literal["none", "light", "block"] = flag("light", "of LoRA, with --table")
     rounds: int = flag(3, "measured steps of each contender, after one that warms up")
     threads: int = flag(1, "CPU threads of each contender")
     compile: bool = flag(False, "torch.compile; with --table PEFT also runs as it is")
     varying: bool = flag(False, "a step has each of eight lengths up to T, one after another")
+
+
+class AutogradLoRA(lora.LoRALinear):
+    """x (W + s B A)' by autograd alone: the sum and its gradient are computed at every call."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self._matrix() + self.scaling * self.lora_B @ self.lora_A
+        return F.linear(x, weight, self.bias)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -103,9 +115,15 @@ def make_model(kind: str, size: Size, rank: int) -> Any:
         lora_config = lora.LoRAConfig(lora_dim=rank, lora_alpha=2 * rank)
         lora.convert_linear_layer_to_lora(model, config=lora_config)
         lora.only_optimize_lora_parameters(model)
-    if what == "merged":  # trains nothing but wpe, which lets gradients flow through all blocks
+    if what == "frozen":  # wpe lets gradients flow through all blocks
         lora.merge_lora(model)
         model.transformer.wpe.weight.requires_grad_()
+    if what == "bf16":
+        lora.cast_frozen_weights(model, torch.bfloat16)
+    for linear in lora.lora_linears(model).values():
+        linear.sums_weight = what == "summed"
+        if what == "autograd":
+            linear.__class__ = AutogradLoRA
     apply_recompute(model, recompute)
     return model
 
@@ -131,6 +149,8 @@ def make_contender(
     *_, longest = batches = [replace(size, T=T).random_ids(device) for T in lengths]
     if isinstance(model, GPT):
         summed_loss = SummedLoss(model, compile_trunk=config.compile, compile_head=config.compile)
+    summing = [linear for linear in lora.lora_linears(model).values() if linear.sums_weight]
+    summed_weights = partial(lora.summed_weights, summing, autocast_dtype(config.precision))
     params = [p for p in model.parameters() if p.requires_grad]
     betas = (TrainConfig.beta1, TrainConfig.beta2)
     optimizer = torch.optim.AdamW(params, lr=1e-4, betas=betas, fused=True)
@@ -144,9 +164,10 @@ def make_contender(
     def update(live_bytes: Callable[[], int]) -> int:
         """Do a step; return the bytes that its forward pass keeps for the backward pass."""
         before = live_bytes()
-        loss = compute_loss(longest)
-        kept = live_bytes() - before
-        loss.backward()
+        with summed_weights():
+            loss = compute_loss(longest)
+            kept = live_bytes() - before
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return kept
@@ -170,9 +191,10 @@ def make_contender(
         for idx in batches:
             optimizer.zero_grad()
             stopwatch.note()
-            loss = compute_loss(idx)
-            stopwatch.note()
-            loss.backward()
+            with summed_weights():
+                loss = compute_loss(idx)
+                stopwatch.note()
+                loss.backward()
         stopwatch.note()
         times = stopwatch.read()
         return {"forward": sum(times[::2]), "backward": sum(times[1::2]), **memory}
@@ -190,7 +212,7 @@ def compare(makers: dict[str, Any], size: Size, config: LoRABenchmarkConfig) -> 
         step["sum"] = step["forward"] + step["backward"]
     for name, steps in results.items():
         seconds = [harness.median(steps, part) for part in ("forward", "backward", "sum")]
-        references = "full none", f"full {name.split()[1]}"
+        references = "full none", f"full {name.split()[1].strip(',')}"
         harness.print_row(
             name,
             *(f"{value * 1e3:.0f}" for value in seconds),
@@ -203,11 +225,15 @@ def compare(makers: dict[str, Any], size: Size, config: LoRABenchmarkConfig) -> 
 def main(config: LoRABenchmarkConfig) -> None:
     size = Size.parse(config.size)
     if config.table:
-        kind, others = f"lora {config.recompute}", ["full none", "lora none", "merged none", *PEERS]
+        others = ["full none", "autograd none", "frozen none", *PEERS]
         if config.compile:
             others.append("peft compiled")
-        makers = {f"rank {r}": partial(make_contender, kind=kind, rank=r) for r in RANKS}
-        makers |= {kind: partial(make_contender, kind=kind) for kind in others}
+        makers = {kind: partial(make_contender, kind=kind) for kind in others}
+        for form in ("lora", "summed"):
+            kind = f"{form} {config.recompute}"
+            makers |= {
+                f"{kind}, rank {r}": partial(make_contender, kind=kind, rank=r) for r in RANKS
+            }
         compare(makers, size, config)
         return
     for batch_size, T, kinds in COMPARED:
