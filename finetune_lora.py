@@ -1,6 +1,7 @@
 """Fine-tune GPT-2 on instructions, with LoRA or all weights."""
 
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -14,17 +15,19 @@ from engine.checkpoint import (
     check_same_run,
     check_vocabulary,
     hash_weights,
-    keep_for_adapter,
     latest_checkpoint,
     load_latest,
     load_model,
+    mark_base,
 )
 from engine.config import TrainConfig, flag, run_command
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
 from engine.files import lock_folder, write_atomically
 from engine.instructions import (
     DEFAULT_DATA,
+    TEMPLATE_FILE,
     InstructionData,
+    PromptCompletion,
     held_out_batches,
     read_examples,
     save_prompt_template,
@@ -45,6 +48,9 @@ from engine.training import Prompt, train
 from model import GPT
 
 LORA_SETTINGS = tuple(f.name for f in fields(LoRAConfig))
+# The sum would lose dropout, which is on the inputs of A alone; small updates, where W has no more
+# bits than the sum; and FSDP's shards.
+SUMMED_NEEDS = {"lora_dropout": 0.0, "base_precision": "fp32", "parallel": "ddp"}
 N_ANSWERS, ANSWER_TOKENS = 3, 64  # samples, each shown beside its reference
 
 
@@ -118,13 +124,13 @@ class FinetuneConfig(TrainConfig):
             raise ValueError(f"val_fraction is {self.val_fraction}, expected between 0 and 1")
         if self.use_lora:
             new_lora_config(self)  # checks its values
-            if self.lora_form == "summed" and self.lora_dropout:
-                raise ValueError("lora_form is summed, which needs lora_dropout 0; use separate")
-            if self.lora_form == "summed" and self.parallel == "fsdp":
-                raise ValueError("lora_form is summed, which needs parallel ddp; use separate")
+            for name, needed in SUMMED_NEEDS.items():
+                if self.lora_form == "summed" and getattr(self, name) not in (None, needed):
+                    raise ValueError(f"lora_form is summed, which needs {name} {needed}")
             return
-        if self.base_precision == "bf16":
-            raise ValueError("base_precision is bf16, which needs --use_lora")
+        for name, default in (("lora_form", "separate"), ("base_precision", "fp32")):
+            if (value := getattr(self, name)) != default:
+                raise ValueError(f"{name} is {value}, which needs --use_lora")
         for name in ("lora_load_path", *LORA_SETTINGS):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} is given, which needs --use_lora")
@@ -143,6 +149,8 @@ def main(config: FinetuneConfig) -> None:
             adapter_base = config.model_name_or_path if config.use_lora else None
             model, resumed = load_latest(run, adapter_base) or (build_model(base, config), None)
             examples = read_examples(config.data, base.config.block_size)
+        base_path = str(base.name_or_path)
+        del base  # gigabytes, where the model was resumed
         examples, held_out = split_examples(examples, config.val_fraction, config.seed)
         config = resolve_config(config, model, len(examples), dist)
         if not (resumed and resumed.progress["step"] == config.max_steps):
@@ -159,11 +167,11 @@ def main(config: FinetuneConfig) -> None:
         )
         val = partial(held_out_batches, held_out, **sizes)
         prompts = [Prompt(e.prompt, ANSWER_TOKENS, 1, e.completion) for e in held_out[:N_ANSWERS]]
-        if dist.is_main and not resumed:
-            save_prompt_template(examples, run)
-            if config.use_lora and base.name_or_path:
-                keep_for_adapter(Path(base.name_or_path), run)
         if dist.is_main:
+            if not (run / TEMPLATE_FILE).exists():
+                save_prompt_template(examples, run)
+            if config.use_lora:
+                mark_base(Path(base_path), run)
             announce_finetuning(model, config)
         try:
             train(model, data, val, prompts, config, dist, resumed)
@@ -172,10 +180,8 @@ def main(config: FinetuneConfig) -> None:
                 write_train_data(run)
         if dist.is_main and config.merge_out:
             # The base as loaded above: a run may have a later checkpoint by now.
-            source = base.name_or_path if config.use_lora else None
-            tuned = load_model(source, run) if source else load_model(run)
-            save_merged(tuned, Path(config.merge_out))
-            save_prompt_template(examples, Path(config.merge_out))
+            tuned = load_model(base_path, run) if config.use_lora else load_model(run)
+            save_merged(tuned, examples, Path(config.merge_out))
     dist.stop()
 
 
@@ -241,7 +247,7 @@ def resolve_config(
 
 
 def freeze_base(model: GPT, config: FinetuneConfig) -> None:
-    """Train only the adapter, in the form of `config`, on a base of its precision."""
+    """Freeze all but the adapter; apply lora_form and base_precision."""
     only_optimize_lora_parameters(model)
     for linear in lora_linears(model).values():
         linear.sums_weight = config.lora_form == "summed"
@@ -272,7 +278,7 @@ def write_train_data(run: Path) -> None:
     write_atomically(run / "train_data.json", (json.dumps(data) + "\n").encode())
 
 
-def save_merged(model: GPT, folder: Path) -> None:
+def save_merged(model: GPT, examples: list[PromptCompletion], folder: Path) -> None:
     """Save the model as an ordinary checkpoint, with its adapter merged. ValueError if the folder
     already holds anything else.
     """
@@ -284,8 +290,12 @@ def save_merged(model: GPT, folder: Path) -> None:
             raise ValueError(f"merge_out {folder} holds something else; choose another folder")
         print(f"merged model     {folder}, as before")
         return
-    model.save_pretrained(folder)
-    save_tokenizer(folder, model.config.block_size)
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    save_tokenizer(temporary, model.config.block_size)
+    save_prompt_template(examples, temporary)
+    temporary.rename(folder)
     print(f"merged model     {folder}")
 
 

@@ -192,8 +192,8 @@ def main(config: SampleConfig) -> None:
     if config.instruction is not None:
         if template is None:
             raise ValueError(
-                f"{config.lora_load_path or config.model} has no {TEMPLATE_FILE}, as fine-tuned "
-                "models have; give the full text as --prompt"
+                f"{config.lora_load_path or config.model} has no {TEMPLATE_FILE} on this "
+                "machine, as fine-tuned models have; give the full text as --prompt"
             )
         prompt = template.fill(config.instruction, config.input or "")
     elif prompt is None and not sys.stdin.isatty():

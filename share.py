@@ -8,7 +8,7 @@ import yaml
 
 from engine.adapter import ADAPTER_CONFIG_FILE, LORA_STATE_FILE, is_adapter, read_adapter_config
 from engine.checkpoint import (
-    KEEP_FILE,
+    BASE_MARK,
     best_checkpoint,
     latest_checkpoint,
     read_progress,
@@ -22,7 +22,7 @@ from engine.report import plot_runs
 from engine.shards import count_tokens, read_manifest
 
 # Only this project reads them; lora.pt repeats adapter_model.safetensors.
-NOT_UPLOADED = ("state.pt", "progress.json", LORA_STATE_FILE, KEEP_FILE)
+NOT_UPLOADED = ("state.pt", "progress.json", LORA_STATE_FILE, BASE_MARK)
 # Settings of the training commands that do not shape the curve, besides those of TrainConfig.
 FREE_SETTINGS = {"data_dir", "model_name_or_path", "merge_out", *REMOVED_SETTINGS}
 LOGGED = {

@@ -92,7 +92,9 @@ def main(config: OverfitBenchmarkConfig) -> None:
             curves.setdefault(f"full, rate {rate:g}", []).append(read_curve(full))
             curves.setdefault(f"LoRA, rate {10 * rate:g}", []).append(read_curve(lora))
     plot_curves(curves, Path(config.plot))
-    harness.print_header("run", "best val loss", "at step", "last val loss", "least", "most")
+    harness.print_header(
+        "run", "best val loss", "at step", "last val loss", "lowest seed", "highest seed"
+    )
     for name, runs in curves.items():
         means = {step: statistics.mean(run[step] for run in runs) for step in runs[0]}
         best, last = min(means, key=lambda step: means[step]), max(means)

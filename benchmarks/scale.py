@@ -91,10 +91,8 @@ def predict_memory(config: GPTConfig, batch_size: int, setup: Setup) -> Memory:
     kept = (2 * 4 + 14 * product_bytes) * C
     activations = tokens * (L * 2 * 4 * C + kept if setup.recompute else L * kept)
     activations += tokens * 3 * 4 * C  # the last block's output, ln_f's, and its gradient
-    rows = CPU_CHUNK_ROWS if setup.device_type == "cpu" else DEFAULT_CHUNK_ROWS
-    logits = (
-        min(tokens, rows) * V * product_bytes + V * C * 4
-    )  # of a chunk, and the head's gradient
+    rows = min(tokens, CPU_CHUNK_ROWS if setup.device_type == "cpu" else DEFAULT_CHUNK_ROWS)
+    logits = rows * V * product_bytes + V * C * 4  # of a chunk, and the head's gradient
     gradients = 4 * P if setup.accumulate else 0  # not sharded: synchronized once a step
     return Memory(weights, gradients, 8 * P / setup.ranks, activations, logits)
 

@@ -5,7 +5,7 @@ RUN/metrics.jsonl                  one line per step
 RUN/loss.png, report.html          the same as pictures
 RUN/checkpoints/step_000500/       a Hugging Face model and tokenizer, or a PEFT adapter, and
     progress.json, state.pt        step and losses; optimizer and random number generators
-    keep                           present: never deleted, an adapter stands on it
+    adapter_base                   present: the base of an adapter, never deleted
 """
 
 import hashlib
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-KEEP_FILE = "keep"
+BASE_MARK = "adapter_base"
 
 
 class RunState(NamedTuple):
@@ -85,8 +85,8 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
             )
         if Path(base).is_absolute() and not Path(base).exists():
             raise FileNotFoundError(
-                f"the base model of {name_or_path}, {base}, no longer exists{describe_base(path)}; "
-                "give a copy of it, and the adapter as --lora_load_path"
+                f"{base}, the base model of {name_or_path}, no longer exists"
+                f"{base_hash_note(path)}; give a copy of it, and the adapter as --lora_load_path"
             )
         return load_adapter(load_model(base), path).eval()
     model = GPT.from_pretrained(path if path.exists() else name_or_path)
@@ -95,20 +95,22 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
     return model.eval()
 
 
-def describe_base(adapter: Path) -> str:
-    """The hash of the weights that an adapter's checkpoint stands on, if its run has noted it."""
-    run = adapter.absolute().parents[1]
+def base_hash_note(adapter: Path) -> str:
+    """For an error: the hash of the weights of an adapter's base, if its run has recorded it."""
+    run = adapter.absolute().parent.parent
     found = read_run_config(run).get("base_sha256") if (run / "config.yaml").is_file() else None
     return f" (sha256 of its weights: {found})" if found else ""
 
 
-def keep_for_adapter(checkpoint: Path, run: Path) -> None:
-    """Mark a run's checkpoint as the base of the adapter in `run`, so that it is not deleted."""
+def mark_base(checkpoint: Path, adapter_run: Path) -> None:
+    """Mark a run's checkpoint as the base of an adapter, so that it is not deleted."""
     if not (checkpoint / "progress.json").is_file():  # no run deletes it
         return
     try:
-        with (checkpoint / KEEP_FILE).open("a") as file:
-            file.write(f"the base of {run.absolute()}\n")
+        with (checkpoint / BASE_MARK).open("a+") as file:
+            file.seek(0)
+            if (line := f"{adapter_run.absolute()}\n") not in file:
+                file.write(line)
     except OSError as error:
         print(f"{checkpoint} may be deleted by its run, as it cannot be marked: {error}")
 
@@ -152,7 +154,7 @@ def load_latest(run: Path | str, base: str | None = None) -> tuple[GPT, RunState
 
 def save_checkpoint(run: Path, model: GPT, params: dict, state: RunState, *, keep: int) -> None:
     """Save a checkpoint of `params`, the parameters of `model` or copies of them; with LoRA only
-    the adapter. Then delete all but the latest `keep`, the best, and those that adapters stand on.
+    the adapter. Then delete all but the latest `keep`, the best, and bases of adapters.
 
     The folder gets its name when all of it is on the disk, so a crash leaves the earlier
     checkpoints and never half of one.
@@ -174,6 +176,8 @@ def save_checkpoint(run: Path, model: GPT, params: dict, state: RunState, *, kee
         for file in [*temporary.iterdir(), *run.glob("metrics.jsonl")]:
             with file.open("r+b") as stream:
                 os.fsync(stream.fileno())
+        if (folder / BASE_MARK).exists():
+            shutil.copy(folder / BASE_MARK, temporary)
         fsync_folder(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
@@ -188,7 +192,7 @@ def save_checkpoint(run: Path, model: GPT, params: dict, state: RunState, *, kee
         ) from error
     checkpoints = list_checkpoints(run)
     for old in set(checkpoints) - {best_checkpoint(run), *checkpoints[-keep:]}:
-        if not (old / KEEP_FILE).exists():
+        if not (old / BASE_MARK).exists():
             shutil.rmtree(old)
 
 

@@ -45,12 +45,10 @@ class LoRAConfig:
         return self.lora_alpha / (math.sqrt(self.lora_dim) if self.use_rslora else self.lora_dim)
 
 
-class LowRankUpdate(torch.autograd.Function):
-    """A LoRALinear in two parts: returns b + scaling * (x A') B', to which the caller adds x W'
-    without autograd. The gradients are those of the sum.
-
-    If `is_summed`, `weight` is W + scaling * B A already, and only b is returned. The gradients of
-    A and B still come from thin products, never from an (out, in) gradient.
+class LoRAFunction(torch.autograd.Function):
+    """A LoRALinear, except for the product x W', which the caller adds without autograd: returns
+    b + scaling * (x A') B', or only b if `weight` is W + scaling * B A already. The gradients are
+    those of the complete layer; those of A and B come from thin products in either case.
     """
 
     @staticmethod
@@ -113,7 +111,7 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, config.lora_dim))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in PEFT and nn.Linear
         self.before_merge: tuple[torch.Tensor, nn.Parameter, nn.Parameter] | None = None
-        self.sums_weight = False  # in training, for a step at a time
+        self.sums_weight = False  # whether training sums W + scaling * B A, once a step
         self.summed_weight: torch.Tensor | None = None  # in `summed_weights`
         self.train(linear.training)
 
@@ -124,12 +122,12 @@ class LoRALinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = cast_for_autocast(x)
         if self.is_merged:
-            return F.linear(x, self._matrix(), self.bias)
+            return F.linear(x, self._matrix().to(x.dtype), self.bias.to(x.dtype))
         shape, x = x.shape[:-1], x.flatten(0, -2)
         weight = self._matrix() if self.summed_weight is None else self.summed_weight
         up = (self.scaling * self.lora_B).t().contiguous()  # row-major is several times faster
         is_dropping = self.training and self.config.lora_dropout > 0
-        y = LowRankUpdate.apply(
+        y = LoRAFunction.apply(
             x,
             F.dropout(x, self.config.lora_dropout) if is_dropping else None,
             weight,
@@ -145,8 +143,9 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def sum_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W + scaling * B A, a copy (out, in) in `dtype`, by default that of A."""
-        matrix = self._matrix().to(self.lora_A.dtype)
-        return torch.addmm(matrix, self.lora_B, self.lora_A, alpha=self.scaling).to(dtype)
+        with torch.autocast(self.weight.device.type, enabled=False):  # W would lose the update
+            matrix = self._matrix().to(self.lora_A.dtype)
+            return torch.addmm(matrix, self.lora_B, self.lora_A, alpha=self.scaling).to(dtype)
 
     def _matrix(self) -> torch.Tensor:  # (out, in)
         return self.weight.t() if self.is_conv1d else self.weight
@@ -164,7 +163,7 @@ class LoRALinear(nn.Linear):
         if self.before_merge is not None:
             weight, self.lora_A, self.lora_B = self.before_merge
             self.weight.copy_(weight)
-            self.to(self.weight)  # the model may have been moved since
+            self.to(self.weight.device)  # the model may have been moved since
             self.before_merge = None
 
 
@@ -188,9 +187,8 @@ def summed_weights(linears: list[LoRALinear], dtype: torch.dtype | None) -> Iter
 
 
 def cast_frozen_weights(model: GPT, dtype: torch.dtype) -> None:
-    """Keep the frozen embedding, with the head, and the frozen weights of linear layers in `dtype`.
-    Products still have the dtype of their input, for which a weight is cast each time. The rest,
-    a thousandth of the model, stays in fp32.
+    """Store the frozen embedding, the head and the frozen linear weights in `dtype`. Each use casts
+    the weight to the dtype of its input. The rest, under 1% of the model, stays in fp32.
     """
     for module in model.modules():
         is_embedding = module is model.transformer.wte
@@ -219,7 +217,8 @@ class FrozenLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return d_y @ weight.to(d_y.dtype), None, None
+        d_bias = d_y.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return d_y @ weight.to(d_y.dtype), None, d_bias
 
 
 def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ from engine.data import Batch
 from model import GPT
 
 # Rows whose logits exist at once. On a CPU 512 take 100 MB, and fewer would read and write the
-# gradient of the head too often; a frozen head has none. Elsewhere enough to keep the device busy.
-CPU_CHUNK_ROWS, CPU_FROZEN_CHUNK_ROWS = 512, 256
+# gradient of the head too often, where it has one. Elsewhere enough to keep the device busy.
+CPU_CHUNK_ROWS, CPU_CHUNK_ROWS_NO_GRAD = 512, 256
 DEFAULT_CHUNK_ROWS = 4096
 CAST_ROWS = 8192  # of a head in fewer bits than the products, cast at once: 25 MB at 124M
 # In 16 bits on a CPU, oneDNN makes and keeps kernels for each number of rows, and batches of
@@ -83,7 +83,7 @@ class HeadLoss(torch.autograd.Function):
         d_weight = None
         chunk_rows = DEFAULT_CHUNK_ROWS
         if x.device.type == "cpu":
-            chunk_rows = CPU_CHUNK_ROWS if needs_d_weight else CPU_FROZEN_CHUNK_ROWS
+            chunk_rows = CPU_CHUNK_ROWS if needs_d_weight else CPU_CHUNK_ROWS_NO_GRAD
         chunk_rows = max(1, min(chunk_rows, len(x)))
         # One buffer for all chunks: on a CPU, touching new memory costs more than the softmax.
         logits_buffer = x.new_empty(chunk_rows, len(weight), dtype=dtype)

@@ -48,7 +48,9 @@ class TrainingStep:
         self.summed_loss = self._compile_loss()
         self.loss = self._wrap_in_ddp()
         self.optimizers = build_optimizers(model, config)
-        self.summing = [linear for linear in lora_linears(model).values() if linear.sums_weight]
+        self.summed_linears = [
+            linear for linear in lora_linears(model).values() if linear.sums_weight
+        ]
         self.host_copy: dict | None = None  # memory of the last snapshot
 
     def _compile_loss(self) -> SummedLoss:
@@ -110,7 +112,7 @@ class TrainingStep:
         n_targets = self.data.targets_in_step(step)
         total = torch.zeros((), device=self.dist.device)
         # Around all micro-steps, so that weights are cast and summed once.
-        with self.autocast(), summed_weights(self.summing, self.dtype):
+        with self.autocast(), summed_weights(self.summed_linears, self.dtype):
             for micro_step in range(1, self.data.grad_accum_steps + 1):
                 is_last = micro_step == self.data.grad_accum_steps
                 with self._sync_gradients(is_last):

@@ -158,17 +158,19 @@ def test_a_finished_run_merges(folder, capsys):
 
 
 def test_the_base_of_an_adapter_is_kept(folder):
-    """A run does not delete the checkpoint that an adapter stands on. Where it is gone after all,
-    the error has the hash of its weights.
+    """A run does not delete the base of an adapter, also if it saves that step again. Where the
+    base is missing, the error has the hash of its weights.
     """
     first = Path("base_run/checkpoints/step_000001")
     shutil.copytree("base", first)
     (first / "progress.json").write_text('{"step": 1}')
     run = finetune("runs/a", model_name_or_path="base_run", max_steps=1)
     base = load_model("base")
-    for step in (2, 3, 4):
+    for step in (1, 2, 3, 4):
         save_checkpoint(Path("base_run"), base, {}, RunState({"step": step}, {}), keep=1)
     assert [p.name for p in list_checkpoints("base_run")] == ["step_000001", "step_000004"]
+    finetune("runs/a", model_name_or_path=str(first), max_steps=1)  # already finished
+    assert (first / "adapter_base").read_text() == f"{run.absolute()}\n"
     assert lora_linears(load_model(run))
     shutil.rmtree("base_run")
     with pytest.raises(FileNotFoundError, match=rf"no longer exists .*{hash_weights(base)}"):
@@ -213,8 +215,8 @@ def test_a_killed_run_resumes_to_the_bit(folder, use_lora):
 @pytest.mark.parametrize(
     ("parallel", "settings"),
     [
-        ("ddp", {"lora_form": "summed", "base_precision": "bf16"}),
-        pytest.param("ddp", {}, marks=pytest.mark.slow),
+        ("ddp", {"lora_form": "summed"}),
+        pytest.param("ddp", {"base_precision": "bf16"}, marks=pytest.mark.slow),
         pytest.param("fsdp", {"base_precision": "bf16"}, marks=pytest.mark.slow),
     ],
 )
@@ -278,15 +280,11 @@ def test_another_base_is_refused(folder):
 
 WRONG_SETTINGS = [
     ({"lora_dim": 0}, "lora_dim is 0, expected at least 1"),
-    (
-        {"lora_form": "summed", "lora_dropout": 0.1},
-        "lora_form is summed, which needs lora_dropout 0",
-    ),
-    ({"lora_form": "summed", "parallel": "fsdp"}, "lora_form is summed, which needs parallel ddp"),
-    (
-        {"base_precision": "bf16", "use_lora": False},
-        "base_precision is bf16, which needs --use_lora",
-    ),
+    ({"lora_form": "summed", "lora_dropout": 0.1}, "summed, which needs lora_dropout 0.0"),
+    ({"lora_form": "summed", "parallel": "fsdp"}, "summed, which needs parallel ddp"),
+    ({"lora_form": "summed", "base_precision": "bf16"}, "summed, which needs base_precision fp32"),
+    ({"lora_form": "summed", "use_lora": False}, "lora_form is summed, which needs --use_lora"),
+    ({"base_precision": "bf16", "use_lora": False}, "bf16, which needs --use_lora"),
     ({"lora_module_name": "q_proj"}, "no linear layer has 'q_proj' in its name"),
     ({"model_name_or_path": "other_vocab"}, "has 1000 tokens, GPT-2's tokenizer has 50257"),
     ({"lora_load_path": "nowhere"}, "nowhere does not exist"),

@@ -179,6 +179,20 @@ def test_compiled_gradients(tiny_model, idx, form):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-7)
 
 
+def test_sums_keep_small_updates():
+    """Under bf16 autocast the sum is rounded once, to bf16, so that updates far smaller than the
+    spacing of bf16 numbers still act on average.
+    """
+    torch.manual_seed(0)
+    linear = LoRALinear(torch.nn.Linear(768, 768), LoRAConfig())
+    linear.requires_grad_(False).weight.normal_(std=0.14)
+    linear.lora_B.normal_(std=5e-4)
+    update = linear.scaling * linear.lora_B @ linear.lora_A
+    with torch.autocast("cpu", torch.bfloat16), summed_weights([linear], torch.bfloat16):
+        difference = linear.summed_weight.float() - linear.weight
+    assert (difference * update).sum() / update.square().sum() == pytest.approx(1, abs=0.1)
+
+
 @pytest.mark.parametrize("part", ["h.", "attn.c_attn"])
 @pytest.mark.parametrize("recompute", ["none", "light", "block"])
 def test_frozen_weights_in_bf16(tiny_model, idx, part, recompute):
@@ -206,6 +220,11 @@ def test_frozen_weights_in_bf16(tiny_model, idx, part, recompute):
             assert param.dtype == torch.float32
             torch.testing.assert_close(param.grad, expected[name].grad, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(logits(tiny_model, idx), logits(rounded, idx), rtol=0, atol=1e-5)
+    merge_lora(tiny_model)
+    torch.testing.assert_close(logits(tiny_model, idx), logits(rounded, idx), rtol=0, atol=2e-2)
+    before = {name: param.clone() for name, param in rounded.named_parameters()}
+    for name, param in unmerge_lora(tiny_model).named_parameters():
+        assert torch.equal(param.float(), before[name])
 
 
 @pytest.mark.parametrize("recompute", ["light", "block"])

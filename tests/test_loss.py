@@ -54,7 +54,7 @@ def test_a_frozen_head_in_bf16(tiny_model, monkeypatch):
     and no allocation is as large as that head.
     """
     monkeypatch.setattr(loss_module, "CAST_ROWS", 300)  # no divisor of the 1024 rows
-    monkeypatch.setattr(loss_module, "CPU_FROZEN_CHUNK_ROWS", 32)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_ROWS_NO_GRAD", 32)
     x = torch.randn(100, 64, requires_grad=True)
     targets, head = random_ids(100, 1)[:, 0], tiny_model.lm_head.weight.detach().bfloat16()
     plain = F.cross_entropy(x @ head[:1000].float().t(), targets, reduction="sum")

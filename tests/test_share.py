@@ -114,9 +114,11 @@ def test_shared_adapter_names_its_base_on_the_hub(run, adapter):
         share.main(ShareConfig(str(adapter), "me/lora", dry_run=True))
     assert not (adapter / "share").exists()
     config = ShareConfig(str(adapter), "me/lora", base_model="me/my-gpt2", dry_run=True)
+    (adapter / "prompt_template.json").write_text('{"without_input": "{instruction}"}')
     share.main(config)
     folder = adapter / "share"
     expected = {"README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png"}
+    expected.add("prompt_template.json")
     assert {file.name for file in folder.iterdir()} == expected
     stock = AutoModelForCausalLM.from_pretrained(list_checkpoints(run)[-1])
     idx = torch.arange(100)[None]
