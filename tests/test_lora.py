@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import random_ids
 from safetensors.torch import save_file
+from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine import lora
@@ -177,6 +178,21 @@ def test_compiled_gradients(tiny_model, idx, form):
         )
     for mine, expected in zip(traced, eager, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", ["separate", "summed"])
+def test_no_gradient_has_the_size_of_the_weight(form):
+    """The backward pass of a frozen layer allocates nothing as large as the weight."""
+    linear = LoRALinear(torch.nn.Linear(256, 256), LoRAConfig())
+    linear.weight.requires_grad_(False)
+    linear.bias.requires_grad_(False)
+    x = torch.randn(4, 8, 256, requires_grad=True)
+    with summed_weights([linear] if form == "summed" else [], None):
+        y = linear(x).sum()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+            y.backward()
+    assert linear.lora_B.grad.abs().sum() > 0
+    assert 0 < max(event.cpu_memory_usage for event in prof.events()) < 256 * 256 * 4
 
 
 def test_sums_keep_small_updates():
