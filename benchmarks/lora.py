@@ -43,7 +43,7 @@ OWN = "full none", "full light", "lora none", "lora light"
 BLOCK, PEERS = ("full block", "lora block"), ("transformers none", "peft none")
 COMPARED = (  # batch size, length, contenders; all at once, 16 x 139 would need 24 GB
     (4, 128, (*OWN, *BLOCK, "peft none")),
-    (2, 512, OWN),
+    (2, 512, ("frozen none", *OWN)),
     (16, 139, (*OWN, *BLOCK, "bf16 light", "bf16 block")),
     (16, 139, ("full none", *PEERS, "peft checkpointing")),
 )
@@ -225,7 +225,7 @@ def compare(makers: dict[str, Any], size: Size, config: LoRABenchmarkConfig) -> 
 def main(config: LoRABenchmarkConfig) -> None:
     size = Size.parse(config.size)
     if config.table:
-        others = ["full none", "autograd none", "frozen none", *PEERS]
+        others = ["full none", "autograd none", "frozen none", f"bf16 {config.recompute}", *PEERS]
         if config.compile:
             others.append("peft compiled")
         makers = {kind: partial(make_contender, kind=kind) for kind in others}
