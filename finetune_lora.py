@@ -1,7 +1,7 @@
 """Fine-tune GPT-2 on instructions, with LoRA or all weights."""
 
 import json
-import shutil
+import os
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -284,14 +284,13 @@ def save_merged(model: GPT, examples: list[PromptCompletion], folder: Path) -> N
     """
     if lora_linears(model):
         merge_lora(model)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         is_model = (folder / "config.json").is_file()
         if not is_model or hash_weights(load_model(folder)) != hash_weights(model):
             raise ValueError(f"merge_out {folder} holds something else; choose another folder")
         print(f"merged model     {folder}, as before")
         return
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     model.save_pretrained(temporary)
     save_tokenizer(temporary, model.config.block_size)
     save_prompt_template(examples, temporary)

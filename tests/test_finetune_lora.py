@@ -152,7 +152,7 @@ def test_a_finished_run_merges(folder, capsys):
         Path("merged/prompt_template.json").read_text()
         == (run / "prompt_template.json").read_text()
     )
-    for name in ("base", "other"):
+    for name in ("base", "other", "rows.jsonl"):
         with pytest.raises(ValueError, match=f"merge_out {name} holds something else"):
             finetune("runs/a", **settings, merge_out=name)
 
