@@ -16,6 +16,7 @@ from engine.checkpoint import (
     check_vocabulary,
     hash_weights,
     latest_checkpoint,
+    list_checkpoints,
     load_latest,
     load_model,
     mark_base,
@@ -140,6 +141,8 @@ def main(config: FinetuneConfig) -> None:
     dist = Distributed.start(config.device)
     keep_freed_memory(dist)
     run = Path(config.out_dir)
+    if not list_checkpoints(run):
+        check_merge_out(config)
     with lock_folder(run) if dist.is_main else nullcontext():
         with dist.main_process_first():
             base = load_model(config.model_name_or_path)
@@ -153,7 +156,7 @@ def main(config: FinetuneConfig) -> None:
         del base  # gigabytes, where the model was resumed
         examples, held_out = split_examples(examples, config.val_fraction, config.seed)
         config = resolve_config(config, model, len(examples), dist)
-        if not (resumed and resumed.progress["step"] == config.max_steps):
+        if resumed and resumed.progress["step"] < config.max_steps:
             check_merge_out(config)
         if config.use_lora:
             freeze_base(model, config)

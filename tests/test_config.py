@@ -41,6 +41,7 @@ FREE_TO_CHANGE = {
     "profile",
     "parallel",
     "recompute",
+    "lora_form",
     "keep",
     "merge_out",
     "model_name_or_path",

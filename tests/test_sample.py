@@ -224,7 +224,7 @@ def test_instructions_are_filled_into_the_template(tuned, folder, capsys):
     ):
         main(SampleConfig(**settings, instruction=instruction, input=input_text))
         assert capsys.readouterr().out == greedy_text(tuned, prompt, 9) + "\n"
-    with pytest.raises(ValueError, match=r"has no prompt_template.json, .*; give .* as --prompt"):
+    with pytest.raises(ValueError, match=r"has no prompt_template.json .*; give .* as --prompt"):
         main(SampleConfig(**{**settings, "model": str(folder)}, instruction="Say hi"))
     for wrong in ({"prompt": "a", "instruction": "b"}, {"input": "a"}):
         with pytest.raises(ValueError, match=r"expected one of them|needs --instruction"):
