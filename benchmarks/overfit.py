@@ -1,6 +1,6 @@
 """How LoRA and full fine-tuning overfit a small set of examples: three seeds, two rates each.
 
-    python benchmarks/overfit.py --model runs/demo      # on 2 cores: 40 minutes
+    python benchmarks/overfit.py --model runs/demo   # 25 minutes on one core
 
 The model is a small one that this project pretrained. The examples are Python functions and the
 first paragraphs of their docstrings, or those of --data. The figure shows the validation losses, as
