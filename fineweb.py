@@ -3,21 +3,35 @@
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from engine.config import flag, run_command
-from engine.files import sha256_file
-from engine.shards import ShardFile, count_tokens, open_shard, read_manifest, write_manifest
-from engine.sources import HUB_TEXT, SUFFIXES, Piece, Source, open_source, reporting_hub_errors
+from engine.documents import SUFFIXES
+from engine.files import lock_folder, sha256_file
+from engine.shards import (
+    Cursor,
+    ShardWriter,
+    TokenizedPieces,
+    count_tokens,
+    open_shard,
+    read_manifest,
+    write_manifest,
+)
+from engine.sources import (
+    HUB_TEXT,
+    Source,
+    draw_validation,
+    open_source,
+    reporting_hub_errors,
+)
 from engine.tokenizer import END_OF_TEXT_ID, BatchEncoder
 
 # Shards of 100M tokens on the hub, from modded-nanogpt (data/cached_*.py): repository, prefix of
@@ -36,6 +50,9 @@ MAX_TOKENS, MAX_SHARD_SIZE = 10**15, 10**9
 BATCH_CHARS = 1 << 22  # encoded at once
 HUB_VAL_TOKENS = 10_485_760  # of FineWeb's validation shard, on which 124M speedruns are compared
 BYTES_PER_TOKEN = 4.4  # of English in GPT-2's BPE; for estimates
+VAL_FRACTION, MAX_VAL_FRACTION = 0.05, 0.5  # of text that is not from the hub
+MIN_TOKENS = {"train": 2, "val": 1}
+SplitPiece = tuple[str, bool, bool]  # a piece, and whether it is drawn for validation
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -48,9 +65,12 @@ class PrepareConfig:
     )
     shard_size: int = flag(100_000_000, "tokens in a shard")
     val_tokens: int | None = flag(
-        None, "leading tokens, for validation (default: 10,485,760 from the hub, else about 5%)"
+        None,
+        "tokens for validation: about as many of own files, drawn from all of them, else the "
+        "leading ones (default: 5%, at most 10,485,760)",
     )
     text_field: str = flag("text", "column or key of the text in .parquet and .jsonl")
+    skip_bad_files: bool = flag(False, "leave out files that are not UTF-8 instead of stopping")
 
     def __post_init__(self) -> None:
         if not self.dataset:
@@ -66,23 +86,34 @@ def main(config: PrepareConfig) -> None:
     name = re.sub(r"[^\w-]+", "", Path(config.dataset[0]).name.split(".")[0]) or "text"
     out_dir = Path(config.out_dir or f"data/{name}")
     if config.dataset[0] in HUB_SHARDS:
-        download_shards(config.dataset[0], out_dir, config.max_tokens)
+        with lock_folder(out_dir):
+            download_shards(config.dataset[0], out_dir, config.max_tokens)
     else:
-        prepare(open_source(config.dataset, config.text_field), out_dir, config)
+        source = open_source(config.dataset, config.text_field, config.skip_bad_files)
+        with lock_folder(out_dir):
+            prepare(source, out_dir, config)
 
 
-class TokenizedPieces(NamedTuple):
-    tokens: np.ndarray  # uint16, of all pieces one after another
-    ends: np.ndarray  # where each piece ends in `tokens`
-    counts: np.ndarray  # (pieces, 3): starts a document, is empty, is undecodable
+def split_pieces(
+    source: Source, options: dict, skip: int, problems: Counter
+) -> Iterator[SplitPiece]:
+    """The pieces of `source` from piece `skip` on. Without a val_fraction in the options none is
+    drawn for validation, which then is the leading tokens.
+    """
+    if "val_fraction" not in options:
+        return ((*piece, False) for piece in source.pieces(skip, problems))
+    drawn = draw_validation(
+        source.pieces(0, problems), options["val_fraction"], source.n_bytes or 0
+    )
+    return islice(drawn, skip, None)
 
 
-def tokenize_pieces(encoder: BatchEncoder, pieces: list[Piece]) -> TokenizedPieces:
+def tokenize_pieces(encoder: BatchEncoder, pieces: list[SplitPiece]) -> TokenizedPieces:
     """The tokens of each piece, after <|endoftext|> where a document starts. A blank document has
     none; a lone surrogate becomes U+FFFD.
     """
     texts, counts = [], []
-    for text, starts in pieces:
+    for text, starts, _ in pieces:
         valid = replace_surrogates(text)
         texts.append("" if starts and not text.strip() else valid)
         counts.append((starts, not texts[-1], valid != text))
@@ -91,7 +122,8 @@ def tokenize_pieces(encoder: BatchEncoder, pieces: list[Piece]) -> TokenizedPiec
     has_separator = starts & ~is_empty
     begins = np.cumsum(lengths) - lengths
     tokens = np.insert(tokens, begins[has_separator], END_OF_TEXT_ID)
-    return TokenizedPieces(tokens, np.cumsum(lengths + has_separator), np.array(counts))
+    is_val = np.array([piece[2] for piece in pieces])
+    return TokenizedPieces(tokens, np.cumsum(lengths + has_separator), np.array(counts), is_val)
 
 
 def replace_surrogates(text: str) -> str:
@@ -102,7 +134,7 @@ def replace_surrogates(text: str) -> str:
     return text
 
 
-def batch_pieces(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+def batch_pieces(pieces: Iterable[SplitPiece]) -> Iterator[list[SplitPiece]]:
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -114,7 +146,7 @@ def batch_pieces(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def tokenize(pieces: Iterator[Piece]) -> Iterator[TokenizedPieces]:
+def tokenize(pieces: Iterator[SplitPiece]) -> Iterator[TokenizedPieces]:
     """The pieces in batches with their tokens. The next batch is read while one is encoded."""
     encode = partial(tokenize_pieces, BatchEncoder())
     with ThreadPoolExecutor(1) as pool:
@@ -126,95 +158,21 @@ def tokenize(pieces: Iterator[Piece]) -> Iterator[TokenizedPieces]:
         yield from (future.result() for future in pending)
 
 
-@dataclass(frozen=True)
-class Cursor:
-    """A position in the source, from which an interrupted preparation resumes."""
-
-    pieces: int = 0  # before the position
-    tokens: int = 0  # of the current piece, before the position
-    documents: int = 0
-    empty: int = 0
-    undecodable: int = 0  # pieces with bytes that are not UTF-8, or with lone surrogates
-
-    def after(self, counts: np.ndarray, tokens: int = 0) -> "Cursor":
-        """The position after the pieces with these counts and `tokens` tokens of the next one."""
-        documents, empty, undecodable = (int(n) for n in counts.sum(axis=0))
-        return Cursor(
-            self.pieces + len(counts),
-            tokens,
-            self.documents + documents,
-            self.empty + empty,
-            self.undecodable + undecodable,
-        )
-
-
-class ShardWriter:
-    """Cuts a stream of tokens into shards, those of the validation split first."""
-
-    def __init__(self, out_dir: Path, manifest: dict, max_tokens: int | None):
-        self.out_dir, self.manifest = out_dir, manifest
-        self.limit = MAX_TOKENS if max_tokens is None else max_tokens
-        shards = manifest["shards"]
-        self.total = sum(shard["tokens"] for shard in shards)
-        self.cursor = Cursor(**shards[-1]["cursor"]) if shards else Cursor()
-        self.shard: ShardFile | None = None
-
-    @property
-    def is_full(self) -> bool:
-        return self.total == self.limit
-
-    def add(self, pieces: TokenizedPieces) -> None:
-        """Write the pieces that begin at the cursor, as far as the limit allows."""
-        tokens, ends, counts = pieces
-        position = self.cursor.tokens  # where an earlier call stopped within the first piece
-        start = replace(self.cursor, tokens=0)
-        while position < len(tokens) and not self.is_full:
-            shard = self.shard = self.shard or self._start_shard()
-            n = min(self.size - shard.tokens, len(tokens) - position)
-            shard.write(tokens[position : position + n])
-            self.total += n
-            position += n
-            if shard.tokens == self.size:
-                last = int(np.searchsorted(ends, position))  # the piece of the last token
-                used = position - (int(ends[last - 1]) if last else 0)
-                self.cursor = start.after(counts[:last], used)
-                self.finish_shard()
-        n_pieces = int(np.searchsorted(ends, position)) + 1 if self.is_full else len(counts)
-        self.cursor = start.after(counts[:n_pieces])
-
-    def _start_shard(self) -> ShardFile:
-        options, shards = self.manifest["options"], self.manifest["shards"]
-        val_left = options["val_tokens"] - self.total
-        self.split, split_left = ("val", val_left) if val_left > 0 else ("train", MAX_TOKENS)
-        self.size = min(options["shard_size"], split_left, self.limit - self.total)
-        index = sum(shard["split"] == self.split for shard in shards)
-        name = f"{self.manifest['name']}_{self.split}_{index:06d}.npy"
-        return ShardFile(self.out_dir / name)
-
-    def finish_shard(self) -> None:
-        """Finish the current shard, if there is one, and list it in the manifest."""
-        if self.shard is None:
-            return
-        entry = {**self.shard.finish(), "split": self.split, "cursor": asdict(self.cursor)}
-        self.manifest["shards"].append(entry)
-        write_manifest(self.out_dir, self.manifest)
-        self.shard = None
-
-
 def prepare(source: Source, out_dir: Path, config: PrepareConfig) -> None:
     """Write the shards of `source`, after the intact ones of an earlier call."""
     manifest = start_manifest(source, out_dir, config)
     if manifest["complete"]:
         print(f"{out_dir} is complete: {summarize_manifest(manifest)}")
         return
-    writer = ShardWriter(out_dir, manifest, config.max_tokens)
+    writer = ShardWriter(out_dir, manifest, config.max_tokens or MAX_TOKENS)
     shards, first, start = manifest["shards"], writer.total, time.perf_counter()
     problems: Counter = Counter()
     expected = config.max_tokens or (source.n_bytes and int(source.n_bytes / BYTES_PER_TOKEN))
     with tqdm(
         desc=str(out_dir), initial=first, total=expected, unit=" tok", unit_scale=True, disable=None
     ) as bar:
-        for pieces in tokenize(source.pieces(writer.cursor.pieces, problems)):
+        options, skip = manifest["options"], writer.cursor.pieces
+        for pieces in tokenize(split_pieces(source, options, skip, problems)):
             n_shards = len(shards)
             writer.add(pieces)
             bar.update(writer.total - bar.n)
@@ -225,30 +183,37 @@ def prepare(source: Source, out_dir: Path, config: PrepareConfig) -> None:
                 bar.write(f"{shards[-1]['name']}: {speed:,.0f} tokens/s{left}")
             if writer.is_full:
                 break
-    writer.finish_shard()
+    writer.finish_shards()
     finish_manifest(manifest, out_dir, writer.cursor, problems)
 
 
-def choose_options(source: Source, config: PrepareConfig) -> dict:
-    """What the content of the shards depends on."""
-    val_tokens = config.val_tokens
-    if val_tokens is None:
-        val_tokens = HUB_VAL_TOKENS
-        if source.n_bytes is not None:
-            val_tokens = max(1, min(val_tokens, int(source.n_bytes / BYTES_PER_TOKEN / 20)))
-    if config.max_tokens is not None and config.max_tokens < val_tokens + 2:
-        raise ValueError(
-            f"max_tokens is {config.max_tokens}, expected val_tokens + 2 = {val_tokens + 2} or more"
-        )
+def choose_options(source: Source, config: PrepareConfig, old: dict) -> dict:
+    """What the content of the shards depends on. A folder whose `old` options are from before
+    validation was drawn keeps its leading tokens.
+    """
     settings = {key: getattr(config, key) for key in ("text_field", "max_tokens", "shard_size")}
-    return {"source": source.identity, **settings, "val_tokens": val_tokens}
+    settings = {"source": source.identity, **settings}
+    limit = config.max_tokens or MAX_TOKENS
+    expected = None if source.n_bytes is None else max(1, source.n_bytes / BYTES_PER_TOKEN)
+    if source.is_ordered and expected and "val_tokens" not in old:
+        expected = min(expected, limit)
+        wanted = config.val_tokens or min(HUB_VAL_TOKENS, expected * VAL_FRACTION)
+        return {**settings, "val_fraction": min(MAX_VAL_FRACTION, wanted / expected)}
+    val_tokens = config.val_tokens or (old.get("val_tokens") if source.is_ordered else None)
+    if val_tokens is None:
+        val_tokens = min(HUB_VAL_TOKENS, max(1, int((expected or MAX_TOKENS) * VAL_FRACTION)))
+    if limit < val_tokens + 2:
+        raise ValueError(
+            f"max_tokens is {limit}, expected val_tokens + 2 = {val_tokens + 2} or more"
+        )
+    return {**settings, "val_tokens": val_tokens}
 
 
 def start_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict:
     """The manifest to continue: the intact shards of an earlier call with the same options."""
-    options = choose_options(source, config)
     earlier = read_manifest(out_dir)
     old = earlier.get("options", {})
+    options = choose_options(source, config, old)
     changed = [key for key in options if old.get(key) != options[key]]
     if changed and any(shard["split"] == "train" for shard in earlier["shards"]):
         before, now = ({key: values.get(key) for key in changed} for values in (old, options))
@@ -263,6 +228,9 @@ def start_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict
         return file.exists() and sha256_file(file) == shard["sha256"]
 
     shards = list(takewhile(is_intact, earlier["shards"] if old == options else []))
+    # Shards with one cursor were finished together, so none is of use without the others.
+    lost = [shard["cursor"] for shard in earlier["shards"][len(shards) :]]
+    shards = [shard for shard in shards if shard["cursor"] not in lost]
     if shards and len(shards) == len(earlier["shards"]) and earlier["complete"]:
         return earlier
     if shards:
@@ -273,14 +241,14 @@ def start_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict
 
 def finish_manifest(manifest: dict, out_dir: Path, cursor: Cursor, problems: Counter) -> None:
     tokens = {split: count_tokens(manifest, split) for split in ("val", "train")}
-    if tokens["train"] < 2:
-        options = manifest["options"]
-        raise ValueError(
-            f"{cursor.documents} documents have {sum(tokens.values())} tokens and val_tokens is "
-            f"{options['val_tokens']}, which leaves none for training; lower --val_tokens or add "
-            f"text ({problems['bad rows']} rows had none under --text_field "
-            f"{options['text_field']})"
-        )
+    for split, remedy in (("train", "lower"), ("val", "raise")):
+        if tokens[split] < MIN_TOKENS[split]:
+            raise ValueError(
+                f"of the {sum(tokens.values())} tokens in {cursor.documents} documents "
+                f"{tokens[split]} are for {split}, expected at least {MIN_TOKENS[split]}; {remedy} "
+                f"--val_tokens, or add text ({problems['bad rows']} rows had none under "
+                f"--text_field {manifest['options']['text_field']})"
+            )
     manifest["complete"] = True
     manifest["summary"] = {
         "documents": cursor.documents,
@@ -289,6 +257,7 @@ def finish_manifest(manifest: dict, out_dir: Path, cursor: Cursor, problems: Cou
         "pieces with undecodable bytes": cursor.undecodable,
         "bad rows": problems["bad rows"],
         "truncated files": problems["truncated files"],
+        "bad files left out": problems["bad files"],
     }
     write_manifest(out_dir, manifest)
     print(f"{out_dir}: {summarize_manifest(manifest)}")

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from engine.checkpoint import check_vocabulary, hash_weights, load_model
 from engine.config import Precision, flag, run_command
 from engine.distributed import Distributed, autocast_dtype, default_precision
+from engine.documents import find_files
 from engine.files import JSONLinesLog, lock_folder, read_json, sha256_file, write_json
 from engine.metrics import PROGRESS_SECONDS
 from engine.scoring import score
-from engine.sources import find_files
 from engine.tasks import HUB_ROWS, Example, compute_metrics, load_examples, make_record
 from model import GPT
 

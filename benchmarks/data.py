@@ -116,9 +116,10 @@ def measure_parts(file: Path, tokens: np.ndarray, folder: Path) -> None:
     encoder, encode = BatchEncoder(), 0.0
     encoder.encode(["warm up"])
     start = time.perf_counter()
-    for pieces in batch_pieces(open_source([str(file)], "text").pieces(0, Counter())):
+    pieces = open_source([str(file)], "text").pieces(0, Counter())
+    for batch in batch_pieces((text, starts, False) for text, starts in pieces):
         began = time.perf_counter()
-        tokenize_pieces(encoder, pieces)
+        tokenize_pieces(encoder, batch)
         encode += time.perf_counter() - began
     read = time.perf_counter() - start - encode
     start = time.perf_counter()
@@ -133,7 +134,8 @@ def measure_parts(file: Path, tokens: np.ndarray, folder: Path) -> None:
 
 def compare_encoders(documents: list[str], rounds: int) -> None:
     """Encode one copy, with a new encoder in each round."""
-    batches = [[text for text, _ in b] for b in batch_pieces((d, True) for d in documents)]
+    pieces = ((document, True, False) for document in documents)
+    batches = [[text for text, *_ in batch] for batch in batch_pieces(pieces)]
 
     def encode(encoder: BatchEncoder) -> None:
         for texts in batches:

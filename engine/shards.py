@@ -4,7 +4,9 @@ import hashlib
 import io
 import os
 import re
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -50,6 +52,107 @@ class ShardFile:
         sha256 = sha256_file(self.temporary)
         self.temporary.replace(self.path)
         return {"name": self.path.name, "tokens": self.tokens, "sha256": sha256}
+
+
+class TokenizedPieces(NamedTuple):
+    """Pieces of documents as tokens."""
+
+    tokens: np.ndarray  # uint16, of all pieces one after another
+    ends: np.ndarray  # where each piece ends in `tokens`
+    counts: np.ndarray  # (pieces, 3): starts a document, is empty, is undecodable
+    is_val: np.ndarray  # (pieces,): is drawn for validation
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A position in the source, from which an interrupted preparation resumes."""
+
+    pieces: int = 0  # before the position
+    tokens: int = 0  # of the current piece, before the position
+    documents: int = 0
+    empty: int = 0
+    undecodable: int = 0  # pieces with bytes that are not UTF-8, or with lone surrogates
+
+    def after(self, counts: np.ndarray, tokens: int = 0) -> "Cursor":
+        """The position after the pieces with these counts and `tokens` tokens of the next one."""
+        documents, empty, undecodable = (int(n) for n in counts.sum(axis=0))
+        return Cursor(
+            self.pieces + len(counts),
+            tokens,
+            self.documents + documents,
+            self.empty + empty,
+            self.undecodable + undecodable,
+        )
+
+
+class ShardWriter:
+    """Cuts a stream of tokens into shards. For validation are the pieces drawn for it, or, where
+    the options have val_tokens, so many leading tokens.
+
+    When a shard is full, that of the other split is finished as well: the cursor that they share is
+    then a place to resume from.
+    """
+
+    def __init__(self, out_dir: Path, manifest: dict, limit: int):
+        self.out_dir, self.manifest, self.limit = out_dir, manifest, limit
+        self.shard_size = manifest["options"]["shard_size"]
+        self.val_tokens: int | None = manifest["options"].get("val_tokens")
+        shards = manifest["shards"]
+        self.total = sum(shard["tokens"] for shard in shards)
+        self.cursor = Cursor(**shards[-1]["cursor"]) if shards else Cursor()
+        self.unfinished: dict[str, ShardFile] = {}  # by split
+
+    @property
+    def is_full(self) -> bool:
+        return self.total == self.limit
+
+    def add(self, pieces: TokenizedPieces) -> None:
+        """Write the pieces that begin at the cursor, as far as the limit allows."""
+        tokens, ends, counts, _ = pieces
+        position = self.cursor.tokens  # where an earlier call stopped within the first piece
+        start = replace(self.cursor, tokens=0)
+        while position < len(tokens) and not self.is_full:
+            split, end = self._find_split(pieces, position)
+            shard = self.unfinished.get(split) or self._start_shard(split)
+            end = min(end, position + self.shard_size - shard.tokens)
+            end = min(end, position + self.limit - self.total)
+            shard.write(tokens[position:end])
+            self.total += end - position
+            position = end
+            if shard.tokens == self.shard_size or self.total in (self.val_tokens, self.limit):
+                last = int(np.searchsorted(ends, position))  # the piece of the last token
+                used = position - (int(ends[last - 1]) if last else 0)
+                self.cursor = start.after(counts[:last], used)
+                self.finish_shards()
+        n_pieces = int(np.searchsorted(ends, position)) + 1 if self.is_full else len(counts)
+        self.cursor = start.after(counts[:n_pieces])
+
+    def _find_split(self, pieces: TokenizedPieces, position: int) -> tuple[str, int]:
+        """The split of the token at `position`, and the position up to which it is the same."""
+        if self.val_tokens is not None:
+            val_left = self.val_tokens - self.total
+            is_val, end = val_left > 0, position + val_left
+            return ("val", end) if is_val else ("train", len(pieces.tokens))
+        piece = int(np.searchsorted(pieces.ends, position, side="right"))
+        is_val = bool(pieces.is_val[piece])
+        others = np.flatnonzero(pieces.is_val[piece:] != is_val)
+        last = piece + int(others[0]) - 1 if len(others) else -1
+        return "val" if is_val else "train", int(pieces.ends[last])
+
+    def _start_shard(self, split: str) -> ShardFile:
+        index = sum(shard["split"] == split for shard in self.manifest["shards"])
+        name = f"{self.manifest['name']}_{split}_{index:06d}.npy"
+        self.unfinished[split] = ShardFile(self.out_dir / name)
+        return self.unfinished[split]
+
+    def finish_shards(self) -> None:
+        """Finish the shards that were started, and list them in the manifest."""
+        for split, shard in sorted(self.unfinished.items(), reverse=True):  # val first
+            entry = {**shard.finish(), "split": split, "cursor": asdict(self.cursor)}
+            self.manifest["shards"].append(entry)
+        if self.unfinished:
+            write_manifest(self.out_dir, self.manifest)
+        self.unfinished.clear()
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> dict:

@@ -2,9 +2,7 @@
 
 import ast
 import codecs
-import glob
-import json
-import re
+import hashlib
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from engine.files import DAMAGED_GZIP, open_binary, read_lines, sha256_file, sha256_text
+from engine.documents import Piece, check_encoding, cut_into_pieces, find_files, read_documents
+from engine.files import sha256_file, sha256_text
 
 # Text on the hub: repository and configuration.
 HUB_TEXT = {
@@ -23,13 +22,9 @@ HUB_TEXT = {
     "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
     "slimpajama": ("DKYoon/SlimPajama-6B", "default"),
 }
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
-SEPARATOR = "<|endoftext|>"  # between the documents of a .txt
-PIECE_CHARS = 1 << 20  # longer documents are tokenized in pieces
-MAX_PIECE_CHARS = 1 << 24  # a text without spaces is cut here
+COMPRESSION = 3  # about that of text in .gz and .parquet
+SECTIONS = 400  # a document of more than this part of the text is drawn in sections
 HUB_REMEDY = "The same command resumes; without a network, use --dataset stdlib or your own files"
-
-Piece = tuple[str, bool]  # text of about PIECE_CHARS at most, and whether a document starts here
 
 
 @dataclass(frozen=True)
@@ -42,10 +37,13 @@ class Source:
     identity: str
     pieces: Callable[[int, Counter], Iterator[Piece]]
     n_bytes: int | None  # approximate
+    is_ordered: bool = False  # neighbours are alike, so that the first are no random sample
 
 
-def open_source(dataset: list[str], text_field: str) -> Source:
-    """The source for "stdlib", a key of HUB_TEXT, or files, folders and globs."""
+def open_source(dataset: list[str], text_field: str, skip_bad_files: bool = False) -> Source:
+    """The source for "stdlib", a key of HUB_TEXT, or files, folders and globs. ValueError names a
+    file that is not UTF-8; with `skip_bad_files` such files are left out.
+    """
     if len(dataset) > 1 and (known := {"stdlib", *HUB_TEXT} & set(dataset)):
         raise ValueError(f"{' and '.join(known)} cannot be combined; prepare each dataset alone")
     if dataset == ["stdlib"]:
@@ -59,136 +57,60 @@ def open_source(dataset: list[str], text_field: str) -> Source:
     if dataset[0] in HUB_TEXT:
         repo, name = HUB_TEXT[dataset[0]]
         return Source(dataset[0], f"{repo} {name}", partial(stream_hub_text, repo, name), None)
-    files = find_files(dataset)
+    found = find_files(dataset)
+    files = select_text(found, skip_bad_files)
     # Like "replace", whose U+FFFD may also be in valid text.
     codecs.register_error("lone_surrogate", lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
 
     def pieces(skip: int, problems: Counter) -> Iterator[Piece]:
+        problems["bad files"] = len(found) - len(files)
         read = partial(read_documents, text_field=text_field, problems=problems)
         return islice((p for f in files for p in read(f, errors="lone_surrogate")), skip, None)
 
     n_bytes = sum(f.stat().st_size for f in files)
+    n_compressed = sum(f.stat().st_size for f in files if f.suffix in (".gz", ".parquet"))
     sha256 = sha256_text(" ".join(map(sha256_file, files)))
-    return Source("files", f"{len(files)} files, {n_bytes} bytes, {sha256}", pieces, n_bytes)
+    identity = f"{len(files)} files, {n_bytes} bytes, {sha256}"
+    n_text_bytes = n_bytes + (COMPRESSION - 1) * n_compressed
+    return Source("files", identity, pieces, n_text_bytes, is_ordered=True)
 
 
-def find_files(paths: list[str]) -> list[Path]:
-    """The text files named by paths, folders (searched recursively) and globs, each sorted."""
-    files = []
-    for path in paths:
-        if Path(path).is_file():
-            inside = [Path(path)]
-        elif path and Path(path).is_dir():
-            inside = list(Path(path).rglob("*"))
-        else:
-            inside = [Path(p) for p in glob.glob(path, recursive=True)]  # noqa: PTH207 (any root)
-        found = sorted(f for f in inside if f.is_file() and f.name.endswith(SUFFIXES))
-        if not found:
-            raise FileNotFoundError(
-                f"{path} is neither a dataset (-h lists them) nor a file, folder or glob with "
-                f"any of the suffixes {', '.join(SUFFIXES)}"
-            )
-        files += found
-    return files
-
-
-def read_documents(
-    file: Path, text_field: str, problems: Counter, errors: str = "replace"
-) -> Iterator[Piece]:
-    """The documents of a file in pieces. Bad rows and truncated files are skipped, reported and
-    counted in `problems`. `errors` is the decoding error handler for bytes that are not UTF-8.
+def select_text(files: list[Path], skip_bad_files: bool) -> list[Path]:
+    """The files that are text. ValueError names the first other one, or, with `skip_bad_files`,
+    says that there is none.
     """
-    if file.suffix == ".parquet":
-        documents = read_parquet(file, text_field)
-    elif ".jsonl" in file.suffixes:
-        documents = read_jsonl(file, text_field, problems, errors)
-    else:
-        with open_binary(file) as stream:
-            blocks = iter(partial(stream.read1, PIECE_CHARS), b"")  # type: ignore[attr-defined]
-            blocks = stop_at_damage(blocks, file, problems)
-            decoded = codecs.iterdecode(blocks, "utf-8-sig", errors=errors)
-            yield from cut_into_pieces(decoded, SEPARATOR)
-        return
-    for text in documents:
-        starts = range(0, len(text), PIECE_CHARS)
-        yield from cut_into_pieces(text[i : i + PIECE_CHARS] for i in starts)
-
-
-def read_parquet(file: Path, text_field: str) -> Iterator[str]:
-    import pyarrow.parquet
-
-    try:
-        parquet = pyarrow.parquet.ParquetFile(file)
-        columns = parquet.schema_arrow.names
-        if text_field not in columns:
-            raise ValueError(
-                f"{file} has no column {text_field!r}; --text_field may be {' or '.join(columns)}"
-            )
-        for batch in parquet.iter_batches(batch_size=1000, columns=[text_field]):
-            for value in batch.column(0).to_pylist():
-                text = value or ""
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"{file}: column {text_field!r} holds {type(text).__name__}, expected "
-                        "text; choose another with --text_field"
-                    )
-                yield text
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged or not parquet: {error}; download it again") from error
-
-
-def read_jsonl(file: Path, text_field: str, problems: Counter, errors: str) -> Iterator[str]:
-    for number, line in stop_at_damage(read_lines(file), file, problems):
+    selected = []
+    for file in files:
         try:
-            text = json.loads(line.decode(errors=errors).lstrip("\ufeff"))[text_field]
-            if not isinstance(text, str):
-                raise TypeError(f"{type(text).__name__} instead of a string")
-        except (ValueError, KeyError, TypeError) as error:
-            if not problems["bad rows"]:
-                print(f"{file} line {number}: no text under {text_field!r} ({error!r}); skipped")
-            problems["bad rows"] += 1
+            check_encoding(file)
+        except ValueError as error:
+            if not skip_bad_files:
+                raise ValueError(f"{error}, or leave such files out: --skip_bad_files") from error
+            print(f"{error}; left out")
         else:
-            yield text
+            selected.append(file)
+    if not selected:
+        raise ValueError(f"none of the {len(files)} files is text in UTF-8; give others")
+    return selected
 
 
-def stop_at_damage(parts: Iterable[Any], file: Path, problems: Counter) -> Iterator[Any]:
-    """The lines or blocks of a file, up to where its compression is damaged."""
-    try:
-        yield from parts
-    except (ValueError, *DAMAGED_GZIP):
-        problems["truncated files"] += 1
-        print(f"{file} is truncated or damaged; only the text before the damage is used")
-
-
-def cut_into_pieces(blocks: Iterable[str], separator: str | None = None) -> Iterator[Piece]:
-    """Cut text into documents, and long documents where that does not change their tokens."""
-    text, starts = "", True
-    for block in blocks:
-        text += block
-        if separator:
-            *documents, text = text.split(separator)
-            for document in documents:
-                yield document, starts
-                starts = True
-        while end := find_cut(text):
-            yield text[:end], starts
-            text, starts = text[end:], False
-    if text or starts:
-        yield text, starts
-
-
-def find_cut(text: str) -> int:
-    """Where to cut a piece off a long text, or 0 if more must be read first: before a space or
-    newline after a non-space, because no token of GPT-2's pattern crosses there. The place depends
-    on the text alone, not on how much of it has been read.
+def draw_validation(
+    pieces: Iterable[Piece], fraction: float, n_bytes: int
+) -> Iterator[tuple[str, bool, bool]]:
+    """The pieces, each with whether it is drawn for validation: by the hash of its text, so that a
+    document and its copies are always in the same split. Documents that are long for a text of
+    `n_bytes` are drawn in sections, and a section whose neighbour is in the other split starts a
+    document.
     """
-    if len(text) <= PIECE_CHARS:
-        return 0
-    if cut := re.match(r"(?s).*(?<=\S)(?=[ \n])", text[: PIECE_CHARS + 1]):
-        return cut.end()
-    if cut := re.search(r"\S(?=[ \n])", text[PIECE_CHARS : MAX_PIECE_CHARS + 1]):
-        return PIECE_CHARS + cut.end()
-    return MAX_PIECE_CHARS if len(text) > MAX_PIECE_CHARS else 0
+    limit = round(fraction * 2**64)
+    section_chars = max(1, n_bytes // SECTIONS)
+    was_val = False
+    for piece, starts in pieces:
+        for section, is_first in cut_into_pieces([piece], n_chars=section_chars):
+            digest = hashlib.sha256(section.encode(errors="surrogatepass")).digest()
+            is_val = int.from_bytes(digest[:8]) < limit
+            yield section, (starts and is_first) or is_val != was_val, is_val
+            was_val = is_val
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from engine.documents import check_encoding, find_files, read_documents
 from engine.files import read_lines
 from engine.scoring import Request, Score, encode, encode_request, score
-from engine.sources import find_files, load_hub_rows, read_documents
+from engine.sources import load_hub_rows
 from engine.tokenizer import END_OF_TEXT_ID
 from model import GPT
 
@@ -121,6 +122,7 @@ def load_text(
     documents: list[list[str]] = []
     problems: Counter = Counter()
     for file in find_files([data]):
+        check_encoding(file)
         for piece, starts in read_documents(file, "text", problems):
             if starts:
                 documents.append([])

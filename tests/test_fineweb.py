@@ -1,10 +1,12 @@
 import gzip
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,16 @@ import pyarrow.parquet
 import pytest
 from conftest import NASTY_TEXT, ROOT
 
+import fineweb
 from engine.config import parse_flags
+from engine.files import lock_folder
 from engine.shards import TokenShards, open_shard, read_manifest
+from engine.sources import open_source
 from engine.tokenizer import get_tokenizer
 from fineweb import PrepareConfig, main
 
-DOCUMENTS = [NASTY_TEXT, "One.\n", "  two  ", "Three and\n\n\nthree. " * 40, NASTY_TEXT[::-1]] * 6
+TEXTS = (NASTY_TEXT, "One.\n", "  two  ", "Three and\n\n\nthree. " * 40, NASTY_TEXT[::-1])
+DOCUMENTS = [f"{text}{i}" for i in range(6) for text in TEXTS]
 
 
 def expected_tokens(documents: list[str]) -> list[int]:
@@ -32,6 +38,31 @@ def expected_tokens(documents: list[str]) -> list[int]:
 def all_tokens(folder: Path) -> list[int]:
     shards = [open_shard(folder / s["name"]) for s in read_manifest(folder)["shards"]]
     return np.concatenate(shards).tolist()
+
+
+def split_tokens(folder: Path) -> tuple[list[int], list[int]]:
+    """The tokens for training and for validation."""
+    splits = [TokenShards(folder, split) for split in ("train", "val")]
+    train, val = (split.read(0, len(split)).tolist() for split in splits)
+    return train, val
+
+
+def expected_split(documents: list[str], fraction: float) -> tuple[list[int], list[int]]:
+    """The tokens for training and for validation, if whole documents are drawn: those whose sha256
+    is among the lowest.
+    """
+    hashes = [int(hashlib.sha256(d.encode()).hexdigest(), 16) / 16**64 for d in documents]
+    pairs = list(zip(documents, hashes, strict=True))
+    return (
+        expected_tokens([document for document, x in pairs if x >= fraction]),
+        expected_tokens([document for document, x in pairs if x < fraction]),
+    )
+
+
+@pytest.fixture
+def whole_documents(monkeypatch):
+    """Documents are never drawn in sections."""
+    monkeypatch.setattr("engine.sources.SECTIONS", 1)
 
 
 def prepare(folder: Path, *dataset: object, **options) -> dict:
@@ -51,9 +82,19 @@ def jsonl(tmp_path):
     return file
 
 
-def test_every_format_gives_the_same_tokens(tmp_path, jsonl):
+@pytest.fixture
+def unordered(monkeypatch):
+    """Files in a random order, as documents of the hub are: validation is their first tokens."""
+
+    def open_unordered(*args):
+        return replace(open_source(*args), is_ordered=False)
+
+    monkeypatch.setattr(fineweb, "open_source", open_unordered)
+
+
+def test_every_format_gives_the_same_tokens(tmp_path, jsonl, whole_documents):
     """.jsonl, .jsonl.gz, .parquet and one .txt a document become exactly the documents' tokens,
-    each after <|endoftext|>. The validation shard comes first and has the requested size.
+    each after <|endoftext|>, in the split that its hash gives. Full shards have the requested size.
     """
     with gzip.open(tmp_path / "documents.jsonl.gz", "wb") as file:
         file.write(jsonl.read_bytes())
@@ -64,20 +105,20 @@ def test_every_format_gives_the_same_tokens(tmp_path, jsonl):
     for i, document in enumerate(DOCUMENTS):
         text = document.replace("<|endoftext|>", "<|end|>")  # in a .txt it is a separator
         (folder / f"{i:03d}.txt").write_bytes(text.encode())
-    expected = expected_tokens(DOCUMENTS)
     for i, source in enumerate(("documents.jsonl", "documents.jsonl.gz", "documents.parquet")):
         manifest = prepare(tmp_path / f"out{i}", tmp_path / source)
-        assert all_tokens(tmp_path / f"out{i}") == expected
+        fraction = manifest["options"]["val_fraction"]
+        assert split_tokens(tmp_path / f"out{i}") == expected_split(DOCUMENTS, fraction)
         assert manifest["complete"]
-        assert [s["tokens"] for s in manifest["shards"]][:2] == [100, 300]
-    prepare(tmp_path / "out_txt", tmp_path / "txt")
+        sizes = [s["tokens"] for s in manifest["shards"] if s["split"] == "train"]
+        assert set(sizes[:-1]) == {300}
+    manifest = prepare(tmp_path / "out_txt", tmp_path / "txt")
     separated = [d.replace("<|endoftext|>", "<|end|>") for d in DOCUMENTS]
-    assert all_tokens(tmp_path / "out_txt") == expected_tokens(separated)
-    assert len(TokenShards(tmp_path / "out0", "val")) == 100
-    assert len(TokenShards(tmp_path / "out0", "train")) == len(expected) - 100
+    fraction = manifest["options"]["val_fraction"]
+    assert split_tokens(tmp_path / "out_txt") == expected_split(separated, fraction)
 
 
-def test_bad_input_is_handled_and_counted(tmp_path, capsys):
+def test_bad_input_is_handled_and_counted(tmp_path, capsys, unordered):
     """Empty documents, bytes that are not UTF-8, bad rows and a truncated .gz affect nothing else
     and are counted in the summary; the first bad row is named by its line.
     """
@@ -90,14 +131,16 @@ def test_bad_input_is_handled_and_counted(tmp_path, capsys):
     (tmp_path / "b.txt.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "c.jsonl").write_text('{"text": "lone \\ud800 surrogate"}\n')
     manifest = prepare(tmp_path / "out", tmp_path)
+    train, val = split_tokens(tmp_path / "out")
     assert manifest["summary"] == {
         "documents": 25,
-        "val tokens": 100,
-        "train tokens": sum(s["tokens"] for s in manifest["shards"]) - 100,
+        "val tokens": len(val),
+        "train tokens": len(train),
         "empty documents": 2,
         "pieces with undecodable bytes": 2,
         "bad rows": 3,
         "truncated files": 1,
+        "bad files left out": 0,
     }
     out = capsys.readouterr().out
     assert "a.jsonl line 23" in out
@@ -105,10 +148,11 @@ def test_bad_input_is_handled_and_counted(tmp_path, capsys):
     assert "3 bad rows" in out
 
 
-def test_genuine_u_fffd_is_not_undecodable(tmp_path):
+def test_genuine_u_fffd_is_not_undecodable(tmp_path, monkeypatch, unordered):
     """U+FFFD in valid UTF-8, as a character or as an escape of JSON, is text like any other; the
     count is of pieces with bytes that are not UTF-8. Both give the tokens of U+FFFD.
     """
+    monkeypatch.setattr("engine.documents.MAX_UNDECODABLE", 1)
     text = "a genuine \ufffd stays " * 40
     escaped = json.dumps({"text": text})
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
@@ -125,7 +169,85 @@ def test_genuine_u_fffd_is_not_undecodable(tmp_path):
     assert all_tokens(tmp_path / "invalid") == expected
 
 
-def test_documents_longer_than_a_shard(tmp_path):
+def prepare_sections(folder: Path, text: str, name: str = "a.txt", **options) -> list[list[str]]:
+    """Prepare one document; return the parts of it in either split."""
+    folder.mkdir()
+    (folder / name).write_text(text)
+    prepare(folder / "out", folder / name, val_tokens=None, shard_size=10**6, **options)
+    decode = get_tokenizer().decode
+    return [decode(tokens).split("<|endoftext|>")[1:] for tokens in split_tokens(folder / "out")]
+
+
+def test_validation_is_drawn_from_all_of_a_long_document(tmp_path):
+    """One long document is drawn in sections of a 400th: together they are the document, about 5%
+    are for validation, from its first, second, third and last quarter alike, and each part starts
+    with <|endoftext|>.
+    """
+    text = " ".join(f"word{i}" for i in range(40_000))
+    train, val = prepare_sections(tmp_path / "a", text)
+    assert "".join(sorted(train + val, key=text.index)) == text
+    assert 0.02 < len("".join(val)) / len(text) < 0.09
+    assert {4 * text.index(part) // len(text) for part in val} == {0, 1, 2, 3}
+
+
+def test_a_document_and_its_copies_are_in_one_split(tmp_path):
+    """Among copies, adding other documents before them or after them changes no split."""
+    documents = [f"document {i} " * 20 for i in range(400)]
+    for name, rows in (("one", documents), ("two", [*documents[::-1], "new " * 99, *documents])):
+        lines = [json.dumps({"text": row}) for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        prepare(tmp_path / name, tmp_path / f"{name}.jsonl", val_tokens=None, shard_size=10**6)
+    splits = [
+        [set(get_tokenizer().decode(tokens).split("<|endoftext|>")) for tokens in split_tokens(out)]
+        for out in (tmp_path / "one", tmp_path / "two")
+    ]
+    assert 8 < len(splits[0][1]) < 40
+    assert splits[0][1] == splits[1][1]
+    assert splits[0][0] == splits[1][0] - {"new " * 99}
+
+
+def test_an_earlier_folder_keeps_its_validation_tokens(tmp_path, jsonl, monkeypatch):
+    """A folder of files whose validation split is their first tokens, as earlier versions wrote
+    them, is complete, and resumes, with those.
+    """
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb, "open_source", lambda *a: replace(open_source(*a), is_ordered=False))
+        prepare(tmp_path / "out", jsonl, val_tokens=None)
+    before = snapshot(tmp_path / "out")
+    prepare(tmp_path / "out", jsonl, val_tokens=None)
+    assert snapshot(tmp_path / "out") == before
+    (tmp_path / "out" / "out_train_000004.npy").unlink()
+    prepare(tmp_path / "out", jsonl, val_tokens=None)
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_files_that_are_not_utf8(tmp_path, capsys):
+    """A file in Latin-1 is refused by name, before anything is written; with --skip_bad_files it is
+    left out and counted.
+    """
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "good.txt").write_text("Un café. " * 900)
+    (tmp_path / "text" / "latin.txt").write_bytes(("Un café. " * 900).encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8: 11.1%.*iconv.*--skip_bad_files"):
+        prepare(tmp_path / "out", tmp_path / "text")
+    assert not (tmp_path / "out").exists()
+    manifest = prepare(tmp_path / "out", tmp_path / "text", skip_bad_files=True)
+    assert manifest["summary"]["bad files left out"] == 1
+    assert "latin.txt is not UTF-8" in capsys.readouterr().out
+    text = get_tokenizer().decode(all_tokens(tmp_path / "out")).replace("<|endoftext|>", "")
+    assert sorted(text) == sorted("Un café. " * 900)
+
+
+def test_two_preparations_in_one_folder(tmp_path, jsonl):
+    """A second fineweb.py that would write into the same folder is refused while the first runs."""
+    with (
+        lock_folder(tmp_path / "out"),
+        pytest.raises(ValueError, match="out is in use by another process; wait"),
+    ):
+        prepare(tmp_path / "out", jsonl)
+
+
+def test_documents_longer_than_a_shard(tmp_path, unordered):
     """A document may span many shards; no shard is too long and no token is lost."""
     (tmp_path / "long.txt").write_text("All work and no play. " * 1000)
     manifest = prepare(tmp_path / "out", tmp_path / "long.txt", shard_size=77)
@@ -134,7 +256,7 @@ def test_documents_longer_than_a_shard(tmp_path):
     assert all_tokens(tmp_path / "out") == expected_tokens(["All work and no play. " * 1000])
 
 
-def test_max_tokens_is_exact(tmp_path, jsonl):
+def test_max_tokens_is_exact(tmp_path, jsonl, unordered):
     """The first max_tokens tokens are written and no others."""
     prepare(tmp_path / "out", jsonl, max_tokens=1234)
     assert all_tokens(tmp_path / "out") == expected_tokens(DOCUMENTS)[:1234]
@@ -169,10 +291,14 @@ def test_a_killed_preparation_resumes_byte_identically(tmp_path):
     assert snapshot(killed) == snapshot(tmp_path / "whole" / "out")
 
 
-def test_any_shard_is_a_place_to_resume(tmp_path, jsonl):
+@pytest.mark.parametrize("is_ordered", [True, False])
+def test_any_shard_is_a_place_to_resume(tmp_path, jsonl, is_ordered, request):
     """From the manifest after any shard the same command completes the same files, with max_tokens
-    as without. The cursor keeps the names that earlier versions wrote.
+    as without, whether validation is drawn or leads. The cursor keeps the names that earlier
+    versions wrote.
     """
+    if not is_ordered:
+        request.getfixturevalue("unordered")
     for name, options in (("all", {}), ("some", {"max_tokens": 2500})):
         folder = tmp_path / name
         prepare(folder, jsonl, **options)
@@ -181,7 +307,10 @@ def test_any_shard_is_a_place_to_resume(tmp_path, jsonl):
         names = {"pieces", "tokens", "documents", "empty", "undecodable"}
         assert all(shard["cursor"].keys() == names for shard in manifest["shards"])
         del manifest["summary"]
-        for n in range(0, len(manifest["shards"]), 3):
+        cursors = [shard["cursor"] for shard in manifest["shards"]]
+        for n in range(0, len(cursors), 3):
+            if n and cursors[n] == cursors[n - 1]:  # finished together
+                continue
             for shard in manifest["shards"][n:]:
                 (folder / shard["name"]).unlink()
             unfinished = {**manifest, "complete": False, "shards": manifest["shards"][:n]}
@@ -204,7 +333,7 @@ def test_a_damaged_shard_is_written_again(tmp_path, jsonl):
     assert snapshot(tmp_path / "out") == before
 
 
-def test_complete_and_changed_preparations(tmp_path, jsonl, capsys):
+def test_complete_and_changed_preparations(tmp_path, jsonl, capsys, whole_documents):
     """A second call reports that the folder is complete; one with other options is refused and
     changes nothing.
     """
@@ -218,7 +347,7 @@ def test_complete_and_changed_preparations(tmp_path, jsonl, capsys):
     assert snapshot(tmp_path / "out") == before
 
 
-def test_too_little_text_is_an_error_with_a_remedy(tmp_path, jsonl):
+def test_too_little_text_is_an_error_with_a_remedy(tmp_path, jsonl, unordered):
     """val_tokens that leave nothing for training are an error; a smaller number then works."""
     with pytest.raises(ValueError, match="lower --val_tokens"):
         prepare(tmp_path / "out", jsonl, val_tokens=10**6, shard_size=10**6)
@@ -317,12 +446,13 @@ def test_stdlib_becomes_shards(tmp_path, monkeypatch, capsys):
     assert len(TokenShards(tmp_path / "out", "val")) == val
     expected = (
         f"out: 50 documents, {val:,} val tokens, {len(tokens) - val:,} train tokens, 0 empty "
-        "documents, 0 pieces with undecodable bytes, 0 bad rows, 0 truncated files, 2 shards"
+        "documents, 0 pieces with undecodable bytes, 0 bad rows, 0 truncated files, 0 bad files "
+        "left out, 2 shards"
     )
     assert expected in capsys.readouterr().out
 
 
-def test_real_text_has_the_tokens_of_tiktoken(shared_data, tmp_path):
+def test_real_text_has_the_tokens_of_tiktoken(shared_data, tmp_path, unordered):
     """Real web text and a play of a million characters become exactly tiktoken's tokens."""
     web, play = shared_data / "fineweb_edu_sample_docs.jsonl", shared_data / "tinyshakespeare.txt"
     prepare(tmp_path / "out", web, play, shard_size=100_000, val_tokens=20_000)

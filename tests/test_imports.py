@@ -27,8 +27,8 @@ HEAVY = {
 LAYERS = [
     {"errors"},
     {"config", "files", "tensors", "tokenizer"},
-    {"pretrained", "lora", "sources", "shards", "decode"},
-    {"adapter"},
+    {"pretrained", "lora", "documents", "shards", "decode"},
+    {"adapter", "sources"},
     {"data", "distributed", "scoring"},
     {"instructions", "loss"},
     {"optim", "checkpoint", "tasks"},

@@ -1,23 +1,12 @@
-import gzip
 import json
-import os
 from collections import Counter
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import NASTY_TEXT
 
 from engine import sources
-from engine.sources import (
-    cut_into_pieces,
-    find_files,
-    load_hub_rows,
-    open_source,
-    read_documents,
-    stdlib_documents,
-)
+from engine.sources import load_hub_rows, open_source, stdlib_documents
 from engine.tokenizer import BatchEncoder, get_tokenizer
 from fineweb import tokenize_pieces
 
@@ -29,48 +18,12 @@ def expected_tokens(documents: list[str]) -> list[int]:
 
 
 def tokens_of(pieces: list[tuple[str, bool]]) -> list[int]:
-    return tokenize_pieces(ENCODER, pieces).tokens.tolist()
+    return tokenize_pieces(ENCODER, [(*piece, False) for piece in pieces]).tokens.tolist()
 
 
 def read_pieces(*dataset: object, skip: int = 0) -> tuple[list[tuple[str, bool]], Counter]:
     problems: Counter = Counter()
     return list(open_source([str(d) for d in dataset], "text").pieces(skip, problems)), problems
-
-
-def test_separators_in_a_txt(tmp_path, monkeypatch):
-    """<|endoftext|> in a .txt separates documents, wherever the reader's blocks end."""
-    documents = ["First one.", " second\n", "third " * 9]
-    (tmp_path / "a.txt").write_text("<|endoftext|>".join(documents))
-    for size in (1, 3, 10, 1000):
-        monkeypatch.setattr(sources, "PIECE_CHARS", size)
-        pieces = list(read_documents(tmp_path / "a.txt", "text", Counter()))
-        tokens = tokens_of(pieces)
-        assert tokens == expected_tokens(documents)
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 50])
-def test_pieces_of_a_document_have_its_tokens(size, monkeypatch):
-    """The tokens of a document's pieces add up to the document's, with blank runs, numbers,
-    accents, emoji and code. Only the first piece starts a document.
-    """
-    monkeypatch.setattr(sources, "PIECE_CHARS", size)
-    for document in (NASTY_TEXT, "a " * 30 + "\n\n\n  b", Path(__file__).read_text()):
-        blocks = [document[i : i + size] for i in range(0, len(document), size)]
-        pieces = list(cut_into_pieces(blocks))
-        assert "".join(piece for piece, _ in pieces) == document
-        assert [starts for _, starts in pieces] == [True] + [False] * (len(pieces) - 1)
-        assert tokens_of(pieces) == expected_tokens([document])
-        assert len(pieces) >= 2
-        assert list(cut_into_pieces([document])) == pieces
-
-
-def test_a_text_without_spaces_is_cut(monkeypatch):
-    """No piece is longer than MAX_PIECE_CHARS, even where a text offers no place to cut."""
-    monkeypatch.setattr(sources, "PIECE_CHARS", 10)
-    monkeypatch.setattr(sources, "MAX_PIECE_CHARS", 40)
-    pieces = [piece for piece, _ in cut_into_pieces("ab" * 5 for _ in range(20))]
-    assert "".join(pieces) == "ab" * 100
-    assert max(map(len, pieces)) == 40
 
 
 def test_a_source_continues_at_any_piece(tmp_path, monkeypatch):
@@ -92,87 +45,6 @@ def test_identity_depends_on_the_content(tmp_path):
     assert open_source([str(tmp_path / "a.txt")], "text").identity == before
     (tmp_path / "a.txt").write_text("two")
     assert open_source([str(tmp_path)], "text").identity != before
-
-
-BAD_UTF8 = [
-    b"caf\xe9 au lait",
-    b"\xff\xfe",
-    b"cut \xe2\x82 and \xf0\x9f\x98",
-    b"surrogate \xed\xa0\xbd\xed\xb8\x80",
-    b"overlong \xc0\xaf",
-]
-
-
-@pytest.mark.parametrize("block", [1, 2, 3, 1000])
-@pytest.mark.parametrize("bad", BAD_UTF8)
-def test_bad_bytes_have_the_tokens_of_u_fffd(tmp_path, monkeypatch, bad, block):
-    """Bytes that are not UTF-8 are lone surrogates in a source's pieces, as many as Python's
-    "replace" makes U+FFFD, and give its tokens. Genuine U+FFFD stays what it is.
-    """
-    content = b"genuine \xef\xbf\xbd; " + bad + b" end"
-    replaced = content.decode(errors="replace")
-    row = b'{"text": "' + content + b'"}'
-    (tmp_path / "a.txt").write_bytes(content)
-    (tmp_path / "a.jsonl").write_bytes(row)
-    monkeypatch.setattr(sources, "PIECE_CHARS", block)
-    for name in ("a.txt", "a.jsonl"):
-        pieces, _ = read_pieces(tmp_path / name)
-        text = "".join(piece for piece, _ in pieces)
-        assert text.count("\ufffd") == 1
-        assert text.replace("\udcff", "\ufffd") == replaced
-        assert tokens_of(pieces) == expected_tokens([replaced])
-        documents = read_documents(tmp_path / name, "text", Counter())
-        assert "".join(piece for piece, _ in documents) == replaced
-
-
-def test_bad_rows_and_truncated_files(tmp_path, capsys):
-    """Bad rows and truncated files are counted; the first is named by its line, and what is before
-    the damage is used. Byte order marks and blank lines are no problem.
-    """
-    rows = ['\ufeff{"text": "first"}', "", '{"text": ""}', "{broken", '{"other": 1}', '{"text": 5}']
-    (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfsecond")
-    pieces, problems = read_pieces(tmp_path)
-    assert pieces == [("first", True), ("", True), ("second", True)]
-    assert problems == {"bad rows": 3}
-    out = capsys.readouterr().out
-    assert "a.jsonl line 4: no text under 'text'" in out
-    assert out.count("\n") == 1
-    text = os.urandom(200_000).hex()
-    for name, content in (("c.txt.gz", text), ("d.jsonl.gz", f'{{"text": "x"}}\n{text}')):
-        whole = gzip.compress(content.encode())
-        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-        pieces, problems = read_pieces(tmp_path / name)
-        assert problems == {"truncated files": 1}
-        assert f"{name} is truncated or damaged" in capsys.readouterr().out
-        assert pieces[0][0] == "x" or (text.startswith(pieces[0][0]) and len(pieces[0][0]) > 50_000)
-
-
-def test_files_folders_and_globs(tmp_path):
-    """Files are taken as they are, folders searched recursively, globs expanded, each sorted; only
-    files with known suffixes count.
-    """
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    for name in ("b.txt", "a.parquet", "deep/c.jsonl", "deep/er/d.txt.gz", "deep/e.png", "[1].txt"):
-        (tmp_path / name).touch()
-
-    def found(*paths: str) -> list[str]:
-        files = find_files([str(tmp_path / path) for path in paths])
-        return [file.relative_to(tmp_path).as_posix() for file in files]
-
-    assert found("") == ["[1].txt", "a.parquet", "b.txt", "deep/c.jsonl", "deep/er/d.txt.gz"]
-    assert found("b.txt", "deep", "[1].txt") == [
-        "b.txt",
-        "deep/c.jsonl",
-        "deep/er/d.txt.gz",
-        "[1].txt",
-    ]
-    assert found("**/*.gz", "?.txt") == ["deep/er/d.txt.gz", "b.txt"]
-    for path in ("deep/e.png", "nothing", "*.md"):
-        with pytest.raises(FileNotFoundError, match="is neither a dataset"):
-            found(path)
-    with pytest.raises(FileNotFoundError, match=r"^ is neither a dataset"):
-        find_files([""])
 
 
 def test_wrong_sources_are_named(tmp_path):
