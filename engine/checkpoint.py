@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from engine.adapter import is_adapter, load_adapter, read_adapter_config, save_adapter
 from engine.config import REMOVED_SETTINGS, fixed_settings
+from engine.errors import parse
 from engine.files import fsync_folder, read_json
 from engine.lora import lora_linears
 from engine.pretrained import save_pretrained
@@ -87,6 +88,11 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
             raise FileNotFoundError(
                 f"{base}, the base model of {name_or_path}, no longer exists"
                 f"{base_hash_note(path)}; give a copy of it, and the adapter as --lora_load_path"
+            )
+        if is_adapter(latest_checkpoint(base)):  # it may even be this one
+            raise ValueError(
+                f"{name_or_path} is an adapter of {base}, which is an adapter itself; expected a "
+                "model without LoRA: merge that one first"
             )
         return load_adapter(load_model(base), path).eval()
     model = GPT.from_pretrained(path if path.exists() else name_or_path)
@@ -236,7 +242,7 @@ def read_run_config(run: Path | str) -> dict:
     file = Path(run) / "config.yaml"
     try:
         with file.open() as stream:  # an OSError then has the file's name
-            return dict(yaml.safe_load(stream))
+            return dict(parse(yaml.safe_load, stream))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}; repair it, or choose another run") from error
 

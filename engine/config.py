@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import yaml
 
-from engine.errors import BAD_INPUT, with_reported_errors
+from engine.errors import BAD_INPUT, parse, with_reported_errors
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -321,8 +321,8 @@ def read_config_file(file: str, parser: Parser) -> dict[str, Any]:
         parser.error(f"{file}: no such file; --config expects a YAML file")
     try:
         with Path(file).open(encoding="utf-8") as stream:
-            content = yaml.safe_load(stream)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            content = parse(yaml.safe_load, stream)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(f"{file} is not YAML: {error}")
     if not isinstance(content, dict):
         parser.error(f"{file} holds {content!r:.60}, expected lines of NAME: VALUE")

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine.errors import parse
 from engine.files import DAMAGED_GZIP, open_binary, read_lines
 
 SUFFIXES = (".txt", ".txt.gz", ".md", ".rst", ".py", ".jsonl", ".jsonl.gz", ".parquet")
@@ -141,7 +142,7 @@ def read_parquet(file: Path, text_field: str) -> Iterator[str]:
 def read_jsonl(file: Path, text_field: str, problems: Counter, errors: str) -> Iterator[str]:
     for number, line in stop_at_damage(read_lines(file), file, problems):
         try:
-            text = json.loads(line.decode(errors=errors).lstrip("\ufeff"))[text_field]
+            text = parse(json.loads, line.decode(errors=errors).lstrip("\ufeff"))[text_field]
             if not isinstance(text, str):
                 raise TypeError(f"{type(text).__name__} instead of a string")
         except (ValueError, KeyError, TypeError) as error:

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 BAD_INPUT = 2  # argparse's exit code for bad usage
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: 128 + SIGINT
@@ -33,6 +34,14 @@ def with_reported_errors(call: Callable[[], None], debug: bool = False) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def parse(load: Callable[[Any], Any], source: Any) -> Any:
+    """What `load`, such as json.loads, makes of the source; ValueError if it is nested too deep."""
+    try:
+        return load(source)
+    except RecursionError as error:
+        raise ValueError("brackets are nested too deep") from error
 
 
 def describe_error(error: Exception) -> str | None:

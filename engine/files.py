@@ -12,6 +12,8 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
+from engine.errors import parse
+
 DAMAGED_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
@@ -58,7 +60,7 @@ def write_json(path: Path, content: dict) -> None:
 def read_json(path: Path, remedy: str) -> dict:
     """The JSON object in a file; ValueError with the remedy if there is none."""
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(parse(json.loads, path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}; {remedy}") from error
 
@@ -98,7 +100,7 @@ class JSONLinesLog:
         lines = path.read_bytes()
         lines = lines[: lines.rfind(b"\n") + 1]
         try:
-            records = [dict(json.loads(line)) for line in lines.splitlines()]
+            records = [dict(parse(json.loads, line)) for line in lines.splitlines()]
             _ = [record[key] + 0 for record in records]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.data import IGNORE_INDEX, Batch, epoch_entries, epoch_order, make_batch
+from engine.errors import parse
 from engine.files import read_json, read_lines, sha256_text, write_json
 from engine.sources import load_hub_rows, stdlib_definitions
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
@@ -106,7 +107,7 @@ def read_rows(name: str) -> Iterable:
 
 def parse_json(text: bytes, where: str) -> object:
     try:
-        return json.loads(text)
+        return parse(json.loads, text)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from engine.documents import check_encoding, find_files, read_documents
+from engine.errors import parse
 from engine.files import read_lines
 from engine.scoring import Request, Score, encode, encode_request, score
 from engine.sources import load_hub_rows
@@ -187,7 +188,7 @@ def load_examples(
     n_joined = 0  # rows with ctx, but without the parts that lm-eval joins
     for number, line in islice(read_rows(task, data), limit):
         try:
-            row = json.loads(line) if isinstance(line, bytes) else line
+            row = parse(json.loads, line) if isinstance(line, bytes) else line
             request, record = make_example(task, row, text, block_size)
         except (ValueError, KeyError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error

@@ -18,9 +18,11 @@ import plot
 import sample
 import share
 import train_gpt2
+from engine.adapter import save_adapter
 from engine.config import run_command
 from engine.errors import with_reported_errors
 from engine.files import JSONLinesLog
+from engine.lora import convert_linear_layer_to_lora
 from engine.report import plot_runs
 from engine.shards import write_shard
 from engine.tokenizer import save_tokenizer
@@ -47,6 +49,8 @@ WRONG = [
     ("train_gpt2 --config list.yaml", "list.yaml holds ['a'], expected lines of NAME: VALUE"),
     ("train_gpt2 --config file", "file holds None, expected lines of NAME: VALUE"),
     ("train_gpt2 --config syntax.yaml", 'in "syntax.yaml", line 1'),
+    ("train_gpt2 --config deep.yaml", "deep.yaml is not YAML: brackets are nested too deep"),
+    ("train_gpt2 --data_dir deep", "deep/manifest.json is damaged: brackets are nested too deep"),
     ("train_gpt2 --config key.yaml", "key.yaml: max_stepz is not a setting of this command"),
     ("train_gpt2 --config choice.yaml", "choice.yaml: optimizer is sgd, expected adamw or muon"),
     ("train_gpt2 --config null.yaml", "batch_size is null"),
@@ -67,12 +71,18 @@ WRONG = [
     ),
     ("finetune_lora --model_name_or_path tiny --lora_load_path noise.pt", "noise.pt"),
     ("finetune_lora --model_name_or_path tiny --data noise.json", "noise.json is not JSON"),
+    ("finetune_lora --model_name_or_path tiny --data deep.json", "deep.json is not JSON: brackets"),
+    ("finetune_lora --model_name_or_path tiny --data deep.jsonl", "deep.jsonl line 1 is not JSON"),
     ("finetune_lora --model_name_or_path tiny --data empty", "empty: Is a directory"),
     ("finetune_lora --model_name_or_path tiny --merge_out file", "merge_out file already exists"),
     ("hellaswag --model tiny --data nothing.jsonl", "nothing.jsonl: No such file"),
     ("hellaswag --model tiny --data noise.jsonl.gz", "noise.jsonl.gz is truncated or damaged"),
     ("hellaswag --model tiny --data row.jsonl --out_dir torn", "torn/settings.json is damaged"),
     ("hellaswag --model tiny --data row.jsonl --out_dir file", "file: File exists; expected a"),
+    ("hellaswag --model tiny --data deep.jsonl", "deep.jsonl line 1: brackets are nested too"),
+    ("sample --model deep --prompt x", "deep/config.json is damaged: brackets are nested too deep"),
+    ("sample --model own_base --prompt x", "own_base is an adapter of own_base, which is an"),
+    ("sample --model second_base --prompt x", "second_base is an adapter of own_base, which is"),
     ("sample --model empty --prompt x", "empty holds no config.json"),
     ("sample --model gpt2-nowhere --prompt x", "Without a network, name a folder"),
     ("sample --model tiny --top_p 2", "top_p is 2.0, expected above 0"),
@@ -80,9 +90,11 @@ WRONG = [
     ("sample --model broken --prompt x", "broken has weights that are not finite"),
     ("fineweb --dataset empty", "empty is neither a dataset"),
     ("fineweb --dataset text.txt --out_dir file", "file"),
+    ("fineweb --dataset deep.jsonl --out_dir new", "(1 rows had none under --text_field text)"),
     ("plot nothing", "nothing/metrics.jsonl does not exist; expected the --out_dir"),
     ("plot word_run", "word_run/metrics.jsonl is damaged"),
     ("plot syntax_run", "syntax_run/config.yaml is damaged"),
+    ("plot deep", "deep/metrics.jsonl is damaged"),
     ("plot noise_run", "noise_run/metrics.jsonl is damaged"),
     ("plot list_run", "list_run/metrics.jsonl is damaged"),
     ("share --repo_id me/x --dry_run true --run bare", "step_000001/progress.json: No such file"),
@@ -107,8 +119,13 @@ def workplace(tmp_path_factory) -> Path:
         save_tokenizer(folder / name, 32)
         config = json.loads((folder / name / "config.json").read_text())
         (folder / name / "config.json").write_text(json.dumps(config | wrong))
-    for name in ("empty", "torn", "noise_run", "list_run", "word_run", "syntax_run", "half", "few"):
+    for name in ("empty", "torn", "half", "few", "deep"):
         (folder / name).mkdir()
+    for name in ("noise_run", "list_run", "word_run", "syntax_run"):
+        (folder / name).mkdir()
+    for name in ("own_base", "second_base"):
+        adapter = convert_linear_layer_to_lora(GPT(GPTConfig(32, n_layer=1, n_head=1, n_embd=8)))
+        save_adapter(adapter, folder / name, "own_base")
     for name in ("bare", "list_run"):
         (folder / name / "checkpoints" / "step_000001").mkdir(parents=True)
     for split in ("train", "val"):
@@ -136,6 +153,12 @@ def workplace(tmp_path_factory) -> Path:
         "syntax_run/metrics.jsonl": b'{"step": 1, "tokens": 1, "val_loss": 1.0}\n',
         "syntax_run/config.yaml": b"seed: [1\n",
         "file": b"",
+        "deep.yaml": b"[" * 100_000,
+        "deep.json": b"[" * 100_000,
+        "deep.jsonl": b"[" * 100_000 + b"\n",
+        "deep/config.json": b"[" * 100_000,
+        "deep/manifest.json": b"[" * 100_000,
+        "deep/metrics.jsonl": b"[" * 100_000 + b"\n",
     }.items():
         (folder / name).write_bytes(content)
     return folder
