@@ -143,6 +143,11 @@ def load_adapter(model: Model, path: Path | str, config: LoRAConfig | None = Non
         name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor
         for name, tensor in read_tensors(file).items()
     }
+    for name, tensor in tensors.items():  # before memory is allocated
+        if name.endswith("lora_A") and tensor.shape[:1] < (config.lora_dim,):
+            raise ValueError(
+                f"{path}: {name} is {tuple(tensor.shape)}, the model has lora_dim {config.lora_dim}"
+            )
     targets = adapter.target_modules if adapter else [n.removesuffix(".lora_A") for n in tensors]
     chosen = match_targets(convertible_linears(model), targets)
     if not chosen:

@@ -48,12 +48,13 @@ def load_pretrained(name_or_path: str | Path) -> GPT:
     """
     folder = find_pretrained(name_or_path)
     config = read_config(folder / "config.json")
+    tensors = read_weights(folder)
+    check_shape(config, tensors, folder)
     with torch.device("meta"):  # no memory or random numbers for weights that are replaced
         model = GPT(config)
     model.to_empty(device="cpu")
     model.tie_weights()
     model.zero_vocab_padding()
-    tensors = read_weights(folder)
     if config.tie_weights:  # old files repeat the embedding as the head
         head = tensors.pop("lm_head.weight", None)
         wte = tensors.get("transformer.wte.weight")
@@ -127,6 +128,25 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         for name, tensor in tensors.items()
         if not name.endswith((".attn.bias", ".attn.masked_bias"))
     }
+
+
+def check_shape(config: GPTConfig, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """ValueError if the weights are those of a smaller or wider model than config.json, which may
+    ask for any amount of memory.
+    """
+    for name, length in (("wte", config.vocab_size), ("wpe", config.block_size)):
+        found, shape = tensors.get(f"transformer.{name}.weight"), (length, config.n_embd)
+        if found is not None and found.shape != shape:
+            raise ValueError(
+                f"{folder}: transformer.{name}.weight is {tuple(found.shape)}, the model has "
+                f"{shape}; it belongs to a different model"
+            )
+    layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
+    if config.n_layer > len(layers):
+        raise ValueError(
+            f"{folder}/config.json: n_layer is {config.n_layer}, but {len(layers)} layers have "
+            "weights; save or download it again"
+        )
 
 
 def hf_tensors(

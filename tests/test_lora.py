@@ -493,6 +493,7 @@ def test_bad_adapters_are_errors(base, tmp_path):
     check_error("init_lora_weights 'pissa'", config={"init_lora_weights": "pissa"})
     check_error("peft_type 'IA3' is not supported", config={"peft_type": "IA3"})
     check_error("lora_dim is '8'", config={"r": "8"})
+    check_error("the model has lora_dim 1000000000000000", config={"r": 10**15})
     check_error("lora_alpha is 0", config={"lora_alpha": 0})
     check_error("lora_dropout is 1.5", config={"lora_dropout": 1.5})
     check_error("base_model_name_or_path is 5", config={"base_model_name_or_path": 5})

@@ -94,6 +94,10 @@ def test_unsupported_options_are_refused(folder, option, value):
         ("n_layer", "two", "config.json: n_layer is 'two', expected an integer"),
         ("n_positions", 0, "config.json: block_size is 0, expected at least 1"),
         ("n_head", 3, "config.json: n_embd 64 is not divisible by n_head 3"),
+        ("n_layer", 10**9, "config.json: n_layer is 1000000000, but 2 layers have weights"),
+        ("n_embd", 10**9, r"wte.weight is \(1000, 64\), the model has \(1000, 1000000000\)"),
+        ("n_positions", 10**12, r"wpe.weight is \(48, 64\), the model has \(1000000000000, 64\)"),
+        ("layer_norm_epsilon", -1.0, "layer_norm_epsilon is -1.0, expected above 0"),
         ("layer_norm_epsilon", "x", "config.json: layer_norm_epsilon is 'x', expected a number"),
         ("tie_word_embeddings", 1, "tie_word_embeddings is 1, expected true or false"),
     ],
@@ -117,6 +121,10 @@ def test_damaged_and_missing_files(folder):
     with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
         GPT.from_pretrained(folder)
     file.unlink()
+    file.mkdir()
+    with pytest.raises(OSError, match=r"model.safetensors is a folder"):
+        GPT.from_pretrained(folder)
+    file.rmdir()
     with pytest.raises(FileNotFoundError, match="holds none of"):
         GPT.from_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
