@@ -48,9 +48,10 @@ class RunState(NamedTuple):
 
 
 def list_checkpoints(run: Path | str) -> list[Path]:
-    """The run's complete checkpoints, oldest first."""
+    """The run's checkpoints, oldest first: complete, unless a file in them was damaged later."""
     found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in Path(run).glob("checkpoints/*")]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+    steps = sorted((int(match[1]), path) for match, path in found if match)
+    return [path for _, path in steps if path.is_dir() and any(path.iterdir())]
 
 
 def latest_checkpoint(name_or_path: str | Path) -> Path:
@@ -148,9 +149,12 @@ def load_latest(run: Path | str, base: str | None = None) -> tuple[GPT, RunState
     for folder in reversed(folders):
         try:
             model = load_model(base, folder) if base else load_model(folder)
-            return model, RunState(read_progress(folder), read_state(folder))
+            state = RunState(read_progress(folder), read_state(folder))
+            check_state(state)
         except (OSError, ValueError, *TORCH_LOAD_ERRORS) as error:
             print(f"{folder} is damaged ({error}); falling back to the one before")
+        else:
+            return model, state
     if folders:
         raise ValueError(
             f"none of the {len(folders)} checkpoints in {run} can be read; choose another --out_dir"
@@ -169,8 +173,8 @@ def save_checkpoint(run: Path, model: GPT, params: dict, state: RunState, *, kee
     folder = run / "checkpoints" / f"step_{step:06d}"
     temporary = folder.with_suffix(".tmp")
     try:
-        for leftover in folder.parent.glob("*.tmp"):  # from interrupted saves
-            shutil.rmtree(leftover)
+        for leftover in folder.parent.glob("step_*.tmp"):  # from interrupted saves
+            remove(leftover)
         temporary.mkdir(parents=True)
         if lora_linears(model):
             save_adapter(model, temporary, model.name_or_path, params)
@@ -185,7 +189,7 @@ def save_checkpoint(run: Path, model: GPT, params: dict, state: RunState, *, kee
         if (folder / BASE_MARK).exists():
             shutil.copy(folder / BASE_MARK, temporary)
         fsync_folder(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         temporary.rename(folder)
         fsync_folder(folder.parent)
     # On a full disk torch.save raises a RuntimeError, and safetensors its own error.
@@ -200,6 +204,14 @@ def save_checkpoint(run: Path, model: GPT, params: dict, state: RunState, *, kee
     for old in set(checkpoints) - {best_checkpoint(run), *checkpoints[-keep:]}:
         if not (old / BASE_MARK).exists():
             shutil.rmtree(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder or a file, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class BackgroundSave:
@@ -229,12 +241,26 @@ def read_progress(checkpoint: Path) -> dict:
     progress = read_json(file, "delete the checkpoint")
     if not isinstance(progress.get("step"), int):
         raise ValueError(f"{file} is damaged: it has no step; delete the checkpoint")
+    if not isinstance(progress.get("val_loss"), int | float | None):
+        raise ValueError(f"{file} is damaged: its val_loss is no number; delete the checkpoint")
     return progress
 
 
 def read_state(checkpoint: Path) -> dict:
     """Optimizer, scaler and random number generators, on the CPU."""
     return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+
+
+def check_state(state: RunState) -> None:
+    """ValueError if a part is missing with which the run resumes exactly."""
+    if not isinstance(state.progress.get("data"), str):
+        raise ValueError("progress.json lacks data")
+    optimizer, rng = (state.tensors.get(part, {}) for part in ("optimizer", "rng"))
+    trained = {name for group in optimizer.get("param_groups", []) for name in group["params"]}
+    if not trained or trained != optimizer.get("state", {}).keys():
+        raise ValueError("state.pt lacks optimizer state")
+    if "scaler" not in state.tensors or not isinstance(rng.get("cpu"), torch.Tensor):
+        raise ValueError("state.pt lacks scaler or rng")
 
 
 def read_run_config(run: Path | str) -> dict:

@@ -21,10 +21,16 @@ from engine.config import flag
 from engine.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
+STATE = {
+    "optimizer": {"state": {"w": {"step": 1}}, "param_groups": [{"params": ["w"]}]},
+    "scaler": {},
+    "rng": {"cpu": torch.zeros(1), "cuda": None},
+}
+
 
 def save(run, model, step: int, val_loss: float | None = None, keep: int = 2):
     params = dict(model.named_parameters())
-    state = RunState({"step": step, "val_loss": val_loss}, {"x": 1})
+    state = RunState({"step": step, "val_loss": val_loss, "data": "abc"}, STATE)
     save_checkpoint(run, model, params, state, keep=keep)
     return run / "checkpoints" / f"step_{step:06d}"
 
@@ -100,7 +106,7 @@ def test_failing_save_loses_nothing(tmp_path, tiny_model, monkeypatch):
             with pytest.raises(OSError, match="No space left"):
                 save(tmp_path, tiny_model, 2)
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
-        assert read_state(list_checkpoints(tmp_path)[0]) == {"x": 1}
+        assert read_state(list_checkpoints(tmp_path)[0]) == STATE
     save(tmp_path, tiny_model, 2)
     assert steps(tmp_path) == [1, 2]
     assert not list(tmp_path.glob("checkpoints/*.tmp"))
@@ -166,6 +172,56 @@ def test_a_damaged_checkpoint_falls_back(tmp_path, tiny_model, capsys):
         (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 2 checkpoints"):
         load_latest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _: {},
+        lambda _: {"optimizer": {}},
+        lambda s: {**s, "optimizer": {**s["optimizer"], "state": {}}},
+        lambda s: {**s, "optimizer": {"state": {}, "param_groups": []}},
+        lambda s: {**s, "rng": {"cpu": None, "cuda": None}},
+        lambda s: {**s, "rng": {}},
+        lambda s: {"optimizer": s["optimizer"], "rng": s["rng"]},
+        lambda _: [1],
+    ],
+)
+def test_missing_parts_of_the_state_are_damage(tmp_path, tiny_model, change, capsys):
+    """A checkpoint whose state.pt or progress.json lacks a part is damaged: the one before is used,
+    and the optimizer never starts afresh.
+    """
+    for step in (1, 2):
+        folder = save(tmp_path, tiny_model, step)
+    torch.save(change(STATE), folder / "state.pt")
+    assert load_latest(tmp_path)[1].progress["step"] == 1
+    assert "step_000002 is damaged" in capsys.readouterr().out
+    torch.save(STATE, folder / "state.pt")
+    for progress in ('{"step": 2}', '{"step": 2, "data": null}', "{}", "[" * 100_000):
+        (folder / "progress.json").write_text(progress)
+        assert load_latest(tmp_path)[1].progress["step"] == 1
+    (folder / "progress.json").write_text('{"step": 2, "val_loss": "low", "data": "abc"}')
+    assert best_checkpoint(tmp_path) is None
+
+
+def test_files_and_empty_folders_are_no_checkpoints(tmp_path, tiny_model):
+    """A plain file or an empty folder with a checkpoint's name is not taken for one, and saving
+    replaces it, as it does a plain file with the name of an unfinished checkpoint.
+    """
+    save(tmp_path, tiny_model, 1)
+    for name, make in (
+        ("step_000099", lambda path: path.write_text("x")),
+        ("step_000098", lambda path: path.mkdir()),
+        ("step_000097.tmp", lambda path: path.write_text("x")),
+        ("step_000099.tmp", lambda path: path.write_text("x")),
+    ):
+        make(tmp_path / "checkpoints" / name)
+    assert steps(tmp_path) == [1]
+    for step in (98, 99):
+        save(tmp_path, tiny_model, step, keep=5)
+    assert steps(tmp_path) == [1, 98, 99]
+    assert load_latest(tmp_path)[1].progress["step"] == 99
+    assert not list(tmp_path.glob("checkpoints/*.tmp"))
 
 
 def test_a_failed_background_save_is_not_silent():

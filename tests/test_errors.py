@@ -97,7 +97,7 @@ WRONG = [
     ("plot deep", "deep/metrics.jsonl is damaged"),
     ("plot noise_run", "noise_run/metrics.jsonl is damaged"),
     ("plot list_run", "list_run/metrics.jsonl is damaged"),
-    ("share --repo_id me/x --dry_run true --run bare", "step_000001/progress.json: No such file"),
+    ("share --repo_id me/x --dry_run true --run bare", "bare holds no checkpoint; expected an"),
     ("share --repo_id me/x --dry_run true --run list_run", "progress.json is damaged"),
 ]
 
