@@ -21,7 +21,7 @@ from engine.checkpoint import (
     load_model,
     mark_base,
 )
-from engine.config import TrainConfig, flag, run_command
+from engine.config import MAX_STEPS, TrainConfig, flag, run_command
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
 from engine.files import lock_folder, write_atomically
 from engine.instructions import (
@@ -52,6 +52,7 @@ LORA_SETTINGS = tuple(f.name for f in fields(LoRAConfig))
 # The sum would lose dropout, which is on the inputs of A alone; small updates, where W has no more
 # bits than the sum; and FSDP's shards.
 SUMMED_NEEDS = {"lora_dropout": 0.0, "base_precision": "fp32", "parallel": "ddp"}
+MAX_STEP_EXAMPLES = 2**20  # which are sorted by length
 N_ANSWERS, ANSWER_TOKENS = 3, 64  # samples, each shown beside its reference
 
 
@@ -121,6 +122,8 @@ class FinetuneConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_at_least(1, "examples_per_step", "epochs")
+        self._check_at_most(MAX_STEP_EXAMPLES, "examples_per_step")
+        self._check_at_most(MAX_STEPS, "epochs")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction is {self.val_fraction}, expected between 0 and 1")
         if self.use_lora:

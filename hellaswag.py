@@ -22,6 +22,7 @@ from engine.scoring import score
 from engine.tasks import HUB_ROWS, Example, compute_metrics, load_examples, make_record
 from model import GPT
 
+MAX_ROWS = 10**18
 BAR_SECONDS = 1.0  # between updates of the figures beside a progress bar
 
 
@@ -59,6 +60,10 @@ class EvalConfig:
         for name in ("limit", "stride"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if (self.limit or 0) > MAX_ROWS:
+            raise ValueError(f"limit is {self.limit}, expected at most {MAX_ROWS:,}")
+        if self.out_dir == "":
+            raise ValueError("out_dir is empty, expected a folder such as --out_dir results")
         for name, task in (("stride", "text"), ("text", "hellaswag")):
             if self.task != task and getattr(self, name) not in (None, "lm-eval"):
                 raise ValueError(f"--{name} is for --task {task}, but the task is {self.task}")

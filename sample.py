@@ -13,12 +13,13 @@ import torch
 from engine.checkpoint import check_vocabulary, latest_checkpoint, load_model
 from engine.config import flag, run_command
 from engine.decode import speed_up_decoding
-from engine.distributed import Distributed
+from engine.distributed import Distributed, check_memory
 from engine.instructions import TEMPLATE_FILE, PromptTemplate, find_prompt_template
 from engine.lora import lora_linears, merge_lora
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from model import GPT
 
+MAX_NEW_TOKENS = 10**6
 PROMPT_TOKENS, ANSWER_TOKENS = 50, 256  # maximum of a continuation, and of an answer
 
 
@@ -47,11 +48,11 @@ class SampleConfig:
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
     def __post_init__(self) -> None:
-        n_tokens = self.max_new_tokens
+        n_tokens = PROMPT_TOKENS if self.max_new_tokens is None else self.max_new_tokens
         for name, is_valid, expected in (
             ("num_return_sequences", self.num_return_sequences >= 1, "at least 1"),
             ("seed", 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
-            ("max_new_tokens", n_tokens is None or n_tokens >= 1, "at least 1"),
+            ("max_new_tokens", 1 <= n_tokens <= MAX_NEW_TOKENS, f"1 to {MAX_NEW_TOKENS:,}"),
             ("temperature", self.temperature >= 0, "at least 0"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1, or null"),
@@ -124,8 +125,11 @@ def print_continuations(
     is_answer: bool = False,
 ) -> None:
     """Print the prompt with its continuations, or answers alone; the speed goes to stderr."""
+    shape, n = model.config, config.num_return_sequences
+    cache = 2 * shape.n_layer * shape.block_size * shape.n_embd  # keys and values
+    check_memory(4 * n * (cache + shape.vocab_size), f"{n} continuations", generator.device.type)
     ids = get_tokenizer().encode(prompt, disallowed_special=()) or [END_OF_TEXT_ID]
-    rows = [Continuation(config.stop) for _ in range(config.num_return_sequences)]
+    rows = [Continuation(config.stop) for _ in range(n)]
     streaming = len(rows) == 1
     shown, max_new_tokens = ("", ANSWER_TOKENS) if is_answer else (prompt, PROMPT_TOKENS)
     started = time.perf_counter()
@@ -196,6 +200,8 @@ def main(config: SampleConfig) -> None:
                 "machine, as fine-tuned models have; give the full text as --prompt"
             )
         prompt = template.fill(config.instruction, config.input or "")
+    elif prompt is None and sys.stdin is None:
+        raise ValueError("stdin is closed and --prompt is missing, expected one of them")
     elif prompt is None and not sys.stdin.isatty():
         prompt = read_stdin()
     device = Distributed.start(config.device).device

@@ -13,12 +13,14 @@ from torch import nn
 from engine.checkpoint import check_same_run, load_latest, load_model
 from engine.config import TrainConfig, flag, run_command
 from engine.data import PretrainingData, validation_batches
-from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
+from engine.distributed import Distributed, check_memory, keep_freed_memory, resolve_device_settings
 from engine.files import lock_folder
 from engine.shards import TokenShards
 from engine.training import Prompt, train
 from model import GPT, GPTConfig
 
+MAX_STEP_TOKENS = 2**28  # several times the largest published
+BYTES_PER_BLOCK = 35_000  # of a block's Python objects, measured
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
 
@@ -49,6 +51,7 @@ class PretrainConfig(TrainConfig):
         super().__post_init__()
         self._check_at_least(1, "total_batch_size", "eval_tokens")
         self._check_at_least(0, "sinusoidal_wpe")
+        self._check_at_most(MAX_STEP_TOKENS, "total_batch_size")
         for name in ("zero_residual", "sinusoidal_wpe"):
             if getattr(self, name) and self.init_from != "scratch":
                 raise ValueError(f"{name} does not work with init_from {self.init_from}")
@@ -108,6 +111,7 @@ def build_model(config: PretrainConfig) -> GPT:
 
 def new_model(model_config: GPTConfig, config: PretrainConfig) -> GPT:
     """A model to be trained from scratch."""
+    check_size(model_config)
     torch.manual_seed(config.seed)
     model = GPT(model_config)
     if config.zero_residual:  # every block starts as the identity
@@ -119,6 +123,14 @@ def new_model(model_config: GPTConfig, config: PretrainConfig) -> GPT:
         with torch.no_grad():  # a sinusoid has an rms of 1 / sqrt(2)
             wpe.copy_(config.sinusoidal_wpe * math.sqrt(2) * sinusoids(*wpe.shape))
     return model
+
+
+def check_size(config: GPTConfig) -> None:
+    """MemoryError if the weights alone would not fit into this machine's memory."""
+    C, rows = config.n_embd, config.padded_vocab_size + config.block_size
+    block = 12 * C * C + 13 * C  # weights, biases
+    n_bytes = config.n_layer * (4 * block + BYTES_PER_BLOCK) + 4 * rows * C
+    check_memory(n_bytes, f"{config.n_layer} layers of width {C}")
 
 
 def sinusoids(T: int, C: int) -> torch.Tensor:

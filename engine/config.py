@@ -29,6 +29,8 @@ HELP_COLUMN, HELP_WIDTH = 30, 100  # where the help text starts, and where its l
 # Settings of earlier versions that config files may still contain.
 REMOVED_SETTINGS = {"find_batch_size", "num_proc"}
 LOGGERS = ("tensorboard", "wandb")
+MAX_STEPS = 10**9  # weeks, even at a millisecond each
+MAX_PROFILED_STEPS = 1000  # each takes megabytes of memory and of the trace
 
 
 def flag(default: Any, help: str = "", *, group: str = "", may_change: bool = False) -> Any:  # noqa: A002
@@ -119,6 +121,10 @@ class TrainConfig:
         self._check_at_least(1, "batch_size", "max_steps", "eval_every", "save_every", "keep")
         self._check_at_least(0, "warmup_steps", "grad_clip", "sample_every", "weight_decay", "seed")
         self._check_at_least(0, "hellaswag_every", "profile", "muon_lr", "muon_weight_decay")
+        self._check_at_most(MAX_STEPS, "max_steps")
+        self._check_at_most(MAX_PROFILED_STEPS, "profile")
+        if not self.out_dir:
+            raise ValueError("out_dir is empty, expected a folder such as --out_dir runs/demo")
         for name in self.loggers:
             if name not in LOGGERS:
                 raise ValueError(f"log is {self.log}, expected {', '.join(LOGGERS)}, or both")
@@ -141,6 +147,11 @@ class TrainConfig:
         for name in names:
             if (value := getattr(self, name)) is not None and value < minimum:
                 raise ValueError(f"{name} is {value}, expected at least {minimum}")
+
+    def _check_at_most(self, maximum: int, *names: str) -> None:
+        for name in names:
+            if (value := getattr(self, name)) is not None and value > maximum:
+                raise ValueError(f"{name} is {value}, expected at most {maximum:,}")
 
     @property
     def loggers(self) -> list[str]:

@@ -62,6 +62,26 @@ WRONG = [
     ("train_gpt2 --data_dir few --block_size 9", "block_size is 9, but few has 9 training tokens"),
     ("train_gpt2 --max_lr nan", "nan"),
     ("train_gpt2 surplus", "surplus"),
+    ("train_gpt2 --max_steps 1000000000000000000", "expected at most 1,000,000,000"),
+    ("train_gpt2 --profile 1000000000", "profile is 1000000000, expected at most 1,000"),
+    ("train_gpt2 --total_batch_size 1125899906842624", "expected at most 268,435,456"),
+    (
+        "train_gpt2 --data_dir few --batch_size 1000000000000",
+        "not a multiple of batch_size 1000000",
+    ),
+    (
+        "train_gpt2 --data_dir few --block_size 8 --n_layer 1000000000 --n_head 1 --n_embd 8",
+        "not enough memory: 1000000000 layers of width 8 take at least 38,488 GB",
+    ),
+    (
+        "train_gpt2 --data_dir few --block_size 8 --n_layer 1 --n_head 1 --n_embd 1" + "0" * 30,
+        "not enough memory: 1 layers of width 1" + "0" * 30,
+    ),
+    ("train_gpt2 --out_dir=", "out_dir is empty, expected a folder"),
+    (
+        "train_gpt2 --data_dir few --block_size 8 --init_from=",
+        "the name of a model or an adapter is",
+    ),
     ("train_gpt2 --seed 99999999999999999999999", "expected less than 2**63"),
     ("finetune_lora --model_name_or_path words", "words/config.json: n_layer is 'two'"),
     ("finetune_lora --model_name_or_path slack", "slack/config.json: layer_norm_epsilon is 'x'"),
@@ -75,6 +95,10 @@ WRONG = [
     ("finetune_lora --model_name_or_path tiny --data deep.jsonl", "deep.jsonl line 1 is not JSON"),
     ("finetune_lora --model_name_or_path tiny --data empty", "empty: Is a directory"),
     ("finetune_lora --model_name_or_path tiny --merge_out file", "merge_out file already exists"),
+    ("finetune_lora --examples_per_step 1125899906842624", "expected at most 1,048,576"),
+    ("finetune_lora --epochs 1000000000000", "epochs is 1000000000000, expected at most 1,000,000"),
+    ("hellaswag --limit 1" + "0" * 30, "expected at most 1,000,000,000,000,000,000"),
+    ("hellaswag --out_dir=", "out_dir is empty, expected a folder"),
     ("hellaswag --model tiny --data nothing.jsonl", "nothing.jsonl: No such file"),
     ("hellaswag --model tiny --data noise.jsonl.gz", "noise.jsonl.gz is truncated or damaged"),
     ("hellaswag --model tiny --data row.jsonl --out_dir torn", "torn/settings.json is damaged"),
@@ -85,6 +109,12 @@ WRONG = [
     ("sample --model second_base --prompt x", "second_base is an adapter of own_base, which is"),
     ("sample --model empty --prompt x", "empty holds no config.json"),
     ("sample --model gpt2-nowhere --prompt x", "Without a network, name a folder"),
+    (
+        "sample --model tiny --prompt x --num_return_sequences 1000000000000",
+        "not enough memory: 1000000000000 continuations take at least",
+    ),
+    ("sample --model tiny --max_new_tokens 1000000000000", "expected 1 to 1,000,000"),
+    ("sample --model= --prompt x", "the name of a model or an adapter is empty"),
     ("sample --model tiny --top_p 2", "top_p is 2.0, expected above 0"),
     ("sample --model slack --prompt x", "slack/config.json: layer_norm_epsilon is 'x'"),
     ("sample --model broken --prompt x", "broken has weights that are not finite"),
@@ -187,6 +217,16 @@ def test_wrong_input_ends_in_one_line(workplace, monkeypatch, capsys, line, expe
     assert expected in error
     assert error.count("error: ") == 1
     assert error.count("\n") == 1
+
+
+def test_a_closed_stdin_is_reported(workplace, monkeypatch, capsys):
+    """Without a prompt and without stdin, sampling ends in one line."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", "tiny", "--device", "cpu"])
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit):
+        command("sample")
+    assert capsys.readouterr().err.startswith("error: stdin is closed and --prompt is missing")
 
 
 def test_damaged_rows_of_an_evaluation_are_named(tmp_path):
