@@ -160,7 +160,7 @@ class Trainer:
     def evaluate(self) -> float:
         batches = validation_batches(self.val, eval_tokens=EVAL_TOKENS, **self.sizes)
         with self.step.eval_mode(shapes_of_training=True):
-            return evaluate_loss(self.step.summed_loss, batches, self.dist)
+            return evaluate_loss(self.step.summed_loss, batches, self.dist)[0]
 
 
 def train_run(run: Run, folder: Path, device: str) -> dict[str, Any]:

@@ -53,6 +53,13 @@ def get_tokenizer() -> tiktoken.Encoding:
         ) from error
 
 
+@functools.cache
+def token_lengths() -> np.ndarray:
+    """The bytes of text in each token; <|endoftext|> has none."""
+    token_of = get_tokenizer().decode_single_token_bytes
+    return np.array([*(len(token_of(i)) for i in range(END_OF_TEXT_ID)), 0])
+
+
 def build_encoding(encoder: dict[str, int]) -> tiktoken.Encoding:
     byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
     ranks = {bytes(byte_of[c] for c in t): rank for t, rank in encoder.items() if t != ENDOFTEXT}

@@ -1,5 +1,6 @@
 """The training loop and its evaluations."""
 
+import math
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ from engine.optim import learning_rate, parameter_groups
 from engine.report import plot_runs, write_report
 from engine.step import TrainingStep
 from engine.tasks import Example, count_correct, load_examples
-from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
+from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer, token_lengths
 from model import GPT
 
 ValidationBatches = Callable[[], Iterable[Batch]]  # this rank's share, the same at every call
@@ -202,8 +203,9 @@ class Evaluation:
         dist = self.training_step.dist
         if is_due(config.eval_every, step, config):
             with self.training_step.eval_mode(shapes_of_training=True):
-                loss = evaluate_loss(self.training_step.summed_loss, self.val(), dist)
+                loss, bpb = evaluate_loss(self.training_step.summed_loss, self.val(), dist)
             record["val_loss"] = finite_or_none(loss)
+            record["val_bpb"] = None if bpb is None else finite_or_none(bpb)
         with self.training_step.eval_mode():
             if is_due(config.sample_every, step, config):
                 record["samples"] = generate_samples(
@@ -215,14 +217,21 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate_loss(summed_loss: SummedLoss, batches: Iterable[Batch], dist: Distributed) -> float:
-    """The mean loss in nats over all targets in the batches of all ranks."""
-    loss_sum, n_targets = 0.0, 0
+def evaluate_loss(
+    summed_loss: SummedLoss, batches: Iterable[Batch], dist: Distributed
+) -> tuple[float, float | None]:
+    """The mean loss in nats over all targets in the batches of all ranks, and their bits per byte
+    of text, which is None if they have no text.
+    """
+    lengths = torch.from_numpy(token_lengths())
+    loss_sum, n_targets, n_bytes = 0.0, 0, 0
     for batch in batches:
         loss_sum += summed_loss(batch.to(dist.device)).item()
-        n_targets += int((batch.targets != IGNORE_INDEX).sum())
-    total, n = dist.sum(loss_sum, n_targets)
-    return total / n
+        targets = batch.targets[batch.targets != IGNORE_INDEX]
+        n_targets += len(targets)
+        n_bytes += int(lengths[targets].sum())
+    nats, targets_sum, bytes_sum = dist.sum(loss_sum, n_targets, n_bytes)
+    return nats / targets_sum, nats / math.log(2) / bytes_sum if bytes_sum else None
 
 
 def evaluate_hellaswag(model: GPT, examples: list[Example], dist: Distributed) -> dict[str, float]:

@@ -99,7 +99,7 @@ def read_values(run: Path, key: str = "train_loss") -> list:
 
 def assert_same_curve(run: Path, single: Path) -> None:
     assert read_values(run, "step") == list(range(21))
-    for key in ("train_loss", "val_loss"):
+    for key in ("train_loss", "val_loss", "val_bpb"):
         assert read_values(run, key) == pytest.approx(read_values(single, key), rel=1e-4)
     assert read_values(run, "samples") == read_values(single, "samples")
 

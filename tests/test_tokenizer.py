@@ -12,7 +12,13 @@ import tiktoken
 from conftest import NASTY_TEXT, ROOT
 from transformers import AutoTokenizer, GPT2Tokenizer
 
-from engine.tokenizer import CHECK_EVERY, BatchEncoder, get_tokenizer, save_tokenizer
+from engine.tokenizer import (
+    CHECK_EVERY,
+    BatchEncoder,
+    get_tokenizer,
+    save_tokenizer,
+    token_lengths,
+)
 
 
 def packaged_file(name: str) -> Path:
@@ -173,3 +179,12 @@ def test_a_difference_to_tiktoken_is_an_error(number):
     match = rf"gigatoken 0.* and tiktoken 0.* on text {number + 1}, .* 'text {number}'; .*uninstall"
     with pytest.raises(ValueError, match=match):
         _ = [encoder.encode(batch) for batch in batches]
+
+
+def test_lengths_of_tokens():
+    """Together the tokens of a text have as many bytes as its UTF-8; <|endoftext|> has none."""
+    lengths = token_lengths()
+    assert len(lengths) == 50_257
+    ids = get_tokenizer().encode_ordinary(NASTY_TEXT)
+    assert lengths[ids].sum() == len(NASTY_TEXT.encode())
+    assert lengths[50_256] == 0

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from conftest import CPU, make_data, make_step, new_model
 
 from engine.checkpoint import list_checkpoints
-from engine.data import PretrainingData, validation_batches
-from engine.distributed import open_device
+from engine.data import IGNORE_INDEX, Batch, PretrainingData, validation_batches
+from engine.distributed import Distributed, open_device
 from engine.loss import SummedLoss
 from engine.metrics import Meter
+from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from engine.training import Evaluation, Prompt, announce_run, evaluate_loss, train
 from model import GPT
 from train_gpt2 import PretrainConfig
@@ -35,7 +36,33 @@ def test_evaluation_is_the_mean_over_tokens(shards):
             ).item()
     for batch_size in (1, 3, 8):
         batches = validation_batches(shards, block_size=16, batch_size=batch_size, eval_tokens=500)
-        assert evaluate_loss(summed_loss, batches, CPU) == pytest.approx(total / 500, rel=1e-5)
+        loss, _ = evaluate_loss(summed_loss, batches, CPU)
+        assert loss == pytest.approx(total / 500, rel=1e-5)
+
+
+def test_bits_per_byte():
+    """The nats of all targets, also of <|endoftext|>, in bits and divided by the bytes of their
+    text, over all ranks; None where there is no text.
+    """
+
+    class Two(Distributed):
+        """This rank, and another with the same batches."""
+
+        def sum(self, *values):
+            return [2 * value for value in values]
+
+    tokenizer = get_tokenizer()
+    ids = tokenizer.encode("Hello — 日本語")
+    targets = torch.tensor([[*ids, END_OF_TEXT_ID, IGNORE_INDEX]])
+    batch = Batch(torch.zeros_like(targets), targets)
+    n_bytes = 5 + 1 + 3 + 1 + 3 * 3  # of UTF-8
+    two = Two(0, 2, torch.device("cpu"))
+    for dist in (CPU, two):
+        loss, bpb = evaluate_loss(lambda batch: torch.tensor(6.0), [batch, batch], dist)
+        assert loss == pytest.approx(6 / (len(ids) + 1))
+        assert bpb == pytest.approx(6 / 0.6931471805599453 / n_bytes)
+    end = Batch(targets[:, -2:-1], targets[:, -2:-1])
+    assert evaluate_loss(lambda batch: torch.tensor(6.0), [end], CPU) == (6.0, None)
 
 
 @pytest.mark.parametrize("has_one_shape", [True, False])
@@ -55,7 +82,7 @@ def test_what_is_compiled_and_planned_by_shape(shards, monkeypatch, has_one_shap
 
     model, hidden = step.model, step.model.hidden
     val = partial(validation_batches, shards, block_size=16, batch_size=4, eval_tokens=100)
-    expected = evaluate_loss(SummedLoss(model), val(), CPU)
+    expected, bpb = evaluate_loss(SummedLoss(model), val(), CPU)
     model.hidden = note("eager", hidden)
     step.summed_loss.hidden = torch.compile(hidden, backend=lambda graph, _: note("graph", graph))
     open_device("cpu", 0)
@@ -66,6 +93,7 @@ def test_what_is_compiled_and_planned_by_shape(shards, monkeypatch, has_one_shap
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
     assert record["val_loss"] == pytest.approx(expected, rel=1e-6)
+    assert record["val_bpb"] == pytest.approx(bpb, rel=1e-6)
     batches, samples, micro_batches = calls[:2], calls[2:-3], calls[-3:]
     assert batches + micro_batches == [("graph", has_one_shape)] * 5
     assert samples == [("eager", False)] * 3
