@@ -75,6 +75,13 @@ class TrainingData(Protocol):
     def tokens_through(self, step: int) -> int:
         """Tokens of all steps up to and including this one."""
 
+    @property
+    def epoch_size(self) -> str:
+        """The tokens or examples of an epoch, for the user."""
+
+    @property
+    def steps_per_epoch(self) -> float: ...
+
     def summary(self) -> str:
         """The sizes that follow from the config, for the user."""
 
@@ -179,13 +186,20 @@ class PretrainingData:
     def tokens_through(self, step: int) -> int:
         return step * self.total_batch_size
 
+    @property
+    def epoch_size(self) -> str:
+        return f"{len(self.shards):,} tokens"
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.shards) / self.total_batch_size
+
     def summary(self) -> str:
         return (
             f"tokens per step: {self.total_batch_size:,} = {self.batch_size} sequences x "
             f"{self.block_size} tokens x {self.world_size} ranks x grad_accum_steps "
             f"{self.grad_accum_steps}\n"
-            f"data: {len(self.shards):,} tokens, an epoch is "
-            f"{len(self.shards) / self.total_batch_size:,.1f} steps"
+            f"data: {self.epoch_size}, an epoch is {self.steps_per_epoch:,.1f} steps"
         )
 
 

@@ -258,14 +258,21 @@ class InstructionData:
         ids = epoch_order(self.seed, epochs, n)[:rest]
         return int(epochs * self.lengths.sum() + self.lengths[ids].sum())
 
+    @property
+    def epoch_size(self) -> str:
+        return f"{len(self.examples):,} examples"
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.examples) / self.examples_per_step
+
     def summary(self) -> str:
-        n = len(self.examples)
         return (
             f"examples per step: {self.examples_per_step} = {self.batch_size} x {self.world_size} "
             f"ranks x grad_accum_steps {self.grad_accum_steps}\n"
-            f"data: {n:,} examples with {self.lengths.sum():,} tokens, "
+            f"data: {self.epoch_size} with {self.lengths.sum():,} tokens, "
             f"{count_targets(self.examples):,} of them predicted; the longest has "
-            f"{self.block_size}; an epoch is {n / self.examples_per_step:,.1f} steps"
+            f"{self.block_size}; an epoch is {self.steps_per_epoch:,.1f} steps"
         )
 
 

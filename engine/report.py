@@ -3,6 +3,7 @@
 import importlib.metadata
 import io
 import itertools
+import json
 import os
 import platform
 import shlex
@@ -13,8 +14,9 @@ from collections.abc import Iterable
 from datetime import datetime, timedelta
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from engine.checkpoint import read_run_config
@@ -41,10 +43,19 @@ HELLASWAG = (
 )
 # The label and the style of a curve, by its key in the log.
 CURVES: dict[str, tuple[str, dict[str, Any]]] = {
-    "train_loss": ("{} train {:.3f}", {"alpha": 0.4, "linewidth": 0.8}),
-    "val_loss": ("{} val {:.3f}", {"marker": "o", "markersize": 3}),
+    "train_loss": ("{} train {:.3f}", {"linewidth": 1.2}),
+    "val_loss": ("{} val {:.3f}", {"marker": "o", "markersize": 4, "linestyle": "--"}),
     "hellaswag_acc_norm": ("{}, lm-eval acc_norm {:.4f}", {"marker": "o"}),
 }
+SMOOTHED = 0.02  # share of the steps in the running mean of the training loss
+# What the report shows on hover, for at most MAX_TITLES points of a curve.
+TITLES = {
+    "train_loss": "running mean of the training loss",
+    "val_loss": "validation loss",
+    "hellaswag_acc_norm": "HellaSwag acc_norm",
+}
+MAX_TITLES = 100
+SVG_DPI = 72  # of matplotlib's SVG
 X_AXES = ("step", "tokens", "seconds")
 LOSS_HEIGHT, HELLASWAG_HEIGHT, EXTRA_HEIGHT, WIDTH = 5.0, 4.0, 2.2, 9.0  # of panels, in inches
 REPORT_PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
@@ -58,15 +69,19 @@ body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; background: var(--p
   color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
 h1 { margin: 0; } h2 { margin: 2.5rem 0 .75rem; font-size: 1.25rem; }
 p { margin: .25rem 0; } .faint, th, dt { color: var(--faint); }
-dl { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.5rem 0; }
-dl div { flex: 1 1 9rem; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr));
+  gap: .75rem; margin: 1.5rem 0 .75rem; }
 dl div, pre { padding: .6rem .9rem; border-radius: .4rem; background: var(--soft); }
-dt { font-size: .85rem; } dd { margin: 0; font-size: 1.1rem; font-weight: 600; }
+dt { font-size: .85rem; } dd { margin: 0; font-size: 1.1rem; font-weight: 600;
+  overflow-wrap: anywhere; } h1 { overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; } tr { border-bottom: 1px solid var(--line); }
-th, td { padding: .3rem .75rem .3rem 0; text-align: left; vertical-align: top; font-weight: 400;
-  overflow-wrap: anywhere; } th { width: 14rem; }
-pre { margin: .25rem 0 1rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
-svg { width: 100%; height: auto; } svg text { fill: currentColor; }
+th, td { padding: .3rem 1.5rem .3rem 0; text-align: left; vertical-align: top; font-weight: 400; }
+th { width: 1%; white-space: nowrap; } td { overflow-wrap: anywhere; }
+pre { margin: .25rem 0 1rem; max-height: 20rem; overflow-y: auto; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: .85rem; }
+.wide { overflow-x: auto; } svg { width: 100%; min-width: 36rem; height: auto; }
+svg text { fill: currentColor; }
+circle { fill: transparent; } circle:hover { stroke: currentColor; }
 """
 ROOT = Path(__file__).parents[1]
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # the browser blocks scripts and requests
@@ -125,14 +140,30 @@ def draw_runs(runs: list[Path], x: str = "step", more: dict[str, str] | None = N
 
 
 def plot_curves(axes: "Axes", logs: Logs, keys: Iterable[str], *, x: str) -> None:
-    """Draw what the runs logged under the keys, with the last values in the labels."""
+    """Draw what the runs logged under the keys, with the last values in the labels. The training
+    loss is drawn as it is, in a light color, and as its running mean.
+    """
     for i, (name, log) in enumerate(logs):
         for key in keys:
             label, style = CURVES.get(key, ("", {"linewidth": 0.8}))
             positions, values = curve_points(log, key, x)
-            if values:
-                label = label.format(name, values[-1])
-                axes.plot(positions, values, color=f"C{i}", label=label, **style)
+            if not values:
+                continue
+            if key == "train_loss":
+                axes.plot(positions, values, color=f"C{i}", alpha=0.3, linewidth=0.8)
+                n = max(1, round(SMOOTHED * len(values)))
+                values = running_mean(values, n)
+                label += f", mean of {n} step{'s' * (n > 1)}"
+            label = label.format(name, values[-1])
+            axes.plot(positions, values, color=f"C{i}", label=label, gid=key, **style)
+
+
+def running_mean(values: list[float], n: int) -> list[float]:
+    """The mean of each value and up to n - 1 values before it."""
+    sums = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(sums))
+    starts = np.maximum(ends - n, 0)
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
 
 
 def plot_quoted(axes: "Axes", quoted: Iterable[tuple[str, float, str]]) -> None:
@@ -148,11 +179,21 @@ def find_gpt2_loss(run: Path | str) -> float | None:
     return GPT2_VAL_LOSS.get(read_manifest(Path(data_dir)).get("dataset", ""))
 
 
-def write_report(run: Path, dist: Distributed) -> None:
+class RunFacts(NamedTuple):
+    """What the report shows and a run folder does not have."""
+
+    n_params: int
+    n_trainable: int
+    flops_per_token: int  # forward and backward
+    epoch_size: str  # tokens or examples
+    steps_per_epoch: float
+
+
+def write_report(run: Path, dist: Distributed, facts: RunFacts) -> None:
     """Write RUN/report.html. A failure is printed; it never ends the run."""
     path = run / "report.html"
     try:
-        write_atomically(path, render_report(run, collect_environment(dist)).encode())
+        write_atomically(path, render_report(run, collect_environment(dist), facts).encode())
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         print(f"{path} is not written: {type(error).__name__}: {error}", flush=True)
 
@@ -186,7 +227,7 @@ def read_git_commit() -> str:
         return "none: not a git checkout"
 
 
-def render_report(run: Path, environment: dict[str, str]) -> str:
+def render_report(run: Path, environment: dict[str, str], facts: RunFacts) -> str:
     """The report as one self-contained HTML file. All text from the run is escaped."""
     log, config = read_metrics(run), read_run_config(run)
     name = escape(run.resolve().name)
@@ -196,44 +237,78 @@ def render_report(run: Path, environment: dict[str, str]) -> str:
         ("Curves", render_curves(run)),
         ("HellaSwag", render_table(compare_hellaswag(log))),
         ("Samples", render_samples(log)),
-        ("Config", render_table(config)),
+        ("Config", render_table({name: show_as_yaml(value) for name, value in config.items()})),
         ("Environment", render_table(environment) + note),
     ):
-        body += f'<section id="{title.lower()}"><h2>{title}</h2>{content}</section>'
+        if content:
+            body += f'<section id="{title.lower()}"><h2>{title}</h2>{content}</section>'
     progress = f"step {log[-1]['step']:,} of {config.get('max_steps'):,}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body><h1>{name}</h1>"
-        f'<p class="faint">{progress}</p>{render_facts(log)}{body}</body></html>\n'
+        f'<p class="faint">{progress}</p>{render_facts(summarize(log, config, facts))}{body}'
+        "</body></html>\n"
     )
 
 
-def render_facts(log: list[dict]) -> str:
-    """The main figures of the run."""
-    keys = ("val_loss", "tokens_per_s", "mfu", "step_ms", "peak_memory_gb")
-    losses, speeds, mfu, step_ms, peak_gb = (curve_points(log, key, "step")[1] for key in keys)
-    facts = {
-        "validation loss": f"{losses[0]:.4f} to {losses[-1]:.4f}" if losses else "-",
-        "tokens": f"{log[-1]['tokens']:,}",
-        "throughput, median": f"{statistics.median(speeds):,.0f} tokens/s" if speeds else "-",
-    }
+def summarize(log: list[dict], config: dict, facts: RunFacts) -> dict[str, str]:
+    """The main figures of the run; those that were not logged are left out."""
+    keys = ("val_loss", "val_bpb", "tokens_per_s", "mfu", "step_ms", "peak_memory_gb")
+    steps, losses = curve_points(log, "val_loss", "step")
+    bpb, speeds, mfu, step_ms, peak_gb = (curve_points(log, key, "step")[1] for key in keys[1:])
+    rows = {}
+    if losses:
+        best, step = min(zip(losses, steps, strict=True))
+        rows["validation loss"] = f"{losses[0]:.4f} to {losses[-1]:.4f}"
+        rows["best validation loss"] = f"{best:.4f} at step {step:,}"
+    if bpb:
+        rows["validation bits per byte"] = f"{bpb[0]:.4f} to {bpb[-1]:.4f}"
+    rows["parameters"] = f"{facts.n_params:,}"
+    if facts.n_trainable != facts.n_params:
+        rows["trainable parameters"] = f"{facts.n_trainable:,}"
+    rows["data"] = find_dataset(config)
+    rows["training data"] = facts.epoch_size
+    rows["epochs"] = f"{log[-1]['step'] / facts.steps_per_epoch:.2f}"
+    rows["tokens trained on"] = f"{log[-1]['tokens']:,}"
+    mantissa, exponent = f"{facts.flops_per_token * log[-1]['tokens']:.2e}".split("e")
+    rows["training FLOPs"] = f"{mantissa}e{int(exponent)}"
+    if speeds:
+        rows["throughput, median"] = f"{statistics.median(speeds):,.0f} tokens/s"
     if mfu:
-        facts["model FLOPs utilization, median"] = f"{statistics.median(mfu):.1%}"
-    facts["time in training steps"] = str(timedelta(seconds=round(sum(step_ms) / 1e3)))
-    facts["peak memory"] = f"{max(peak_gb):.2f} GB" if peak_gb else "not logged"
-    pairs = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
-    return f"<dl>{''.join(pairs)}</dl>"
+        rows["model FLOPs utilization, median"] = f"{statistics.median(mfu):.1%}"
+    rows["wall-clock time of training steps"] = str(timedelta(seconds=round(sum(step_ms) / 1e3)))
+    if peak_gb:
+        rows["peak memory"] = f"{max(peak_gb):.2f} GB"
+    return rows
+
+
+def find_dataset(config: dict) -> str:
+    """The name of the run's data set; of one's own files, that of their folder."""
+    if "data_dir" not in config:
+        return config.get("data", "")
+    name = read_manifest(Path(config["data_dir"])).get("dataset", "files")
+    return config["data_dir"] if name == "files" else name
+
+
+def render_facts(rows: dict[str, str]) -> str:
+    pairs = (f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in rows.items())
+    note = (
+        "The wall-clock time is the sum over the steps in the log, without evaluations, saves and "
+        "restarts. FLOPs are computed from parameters and tokens, as in the PaLM paper."
+    )
+    return f'<dl>{"".join(pairs)}</dl><p class="faint">{note}</p>'
 
 
 def compare_hellaswag(log: list[dict]) -> dict[str, str]:
-    """The run's last HellaSwag accuracy beside the quoted ones of other models."""
-    rows = {"this run": "not measured (--hellaswag_every)"}
-    for r in log:
-        if "hellaswag_acc_norm" in r:
-            accuracies = f"acc_norm {r['hellaswag_acc_norm']:.4f}, acc {r['hellaswag_acc']:.4f}"
-            rows["this run"] = f"lm-eval {accuracies} (measured at step {r['step']:,})"
+    """The run's last HellaSwag accuracy beside the quoted ones of other models, if it has one."""
+    measured = [r for r in log if "hellaswag_acc_norm" in r]
+    if not measured:
+        return {}
+    last = measured[-1]
+    accuracies = f"acc_norm {last['hellaswag_acc_norm']:.4f}, acc {last['hellaswag_acc']:.4f}"
+    rows = {"this run": f"lm-eval {accuracies} (measured at step {last['step']:,})"}
     for label, _, _ in HELLASWAG:
         model, figure = label.split(", ")
         rows[model] = f"{rows[model]}; {figure} (quoted)" if model in rows else f"{figure} (quoted)"
@@ -250,7 +325,15 @@ def render_samples(log: list[dict]) -> str:
     return html or '<p class="faint">none: --sample_every is 0</p>'
 
 
+def show_as_yaml(value: object) -> str:
+    """A setting as config.yaml has it: null, true and false, lists in one line."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
 def render_table(rows: dict) -> str:
+    """The rows as a table; nothing if there are none."""
+    if not rows:
+        return ""
     cells = (f"<th>{escape(str(k))}</th><td>{escape(str(v))}</td>" for k, v in rows.items())
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
@@ -265,5 +348,24 @@ def render_curves(run: Path) -> str:
         figure = draw_runs([run], more=REPORT_PANELS)
         figure.savefig(stream, format="svg", transparent=True, metadata=metadata)
     svg = stream.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return svg.replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")
+    svg = svg[svg.index("<svg") :].replace("</svg>", f"{render_titles(figure)}</svg>")
+    svg = svg.replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")
+    return f'<div class="wide">{svg}</div>'
+
+
+def render_titles(figure: "Figure") -> str:
+    """Transparent circles on points of the curves, whose titles a browser shows on hover."""
+    scale = SVG_DPI / figure.dpi
+    circles = ""
+    for line in itertools.chain.from_iterable(axes.lines for axes in figure.axes):
+        if (title := TITLES.get(line.get_gid() or "")) is None:
+            continue
+        points = np.asarray(line.get_xydata())
+        some = np.unique(np.linspace(0, len(points) - 1, MAX_TITLES).round().astype(int))
+        places = line.get_transform().transform(points[some]) * scale
+        for (step, value), (x, y) in zip(points[some], places, strict=True):
+            place = f'cx="{x:.1f}" cy="{figure.bbox.height * scale - y:.1f}" r="5"'
+            circles += (
+                f"<circle {place}><title>step {step:,.0f}: {title} {value:.4f}</title></circle>"
+            )
+    return circles

@@ -20,9 +20,9 @@ from engine.data import IGNORE_INDEX, Batch, TrainingData
 from engine.distributed import Distributed
 from engine.files import write_atomically
 from engine.loss import SummedLoss
-from engine.metrics import Meter, RunLogger, finite_or_none
+from engine.metrics import Meter, RunLogger, finite_or_none, flops_per_token
 from engine.optim import learning_rate, parameter_groups
-from engine.report import plot_runs, write_report
+from engine.report import RunFacts, plot_runs, write_report
 from engine.step import TrainingStep
 from engine.tasks import Example, count_correct, load_examples
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer, token_lengths
@@ -162,7 +162,7 @@ def start_save(training_step: TrainingStep, record: dict, save: BackgroundSave) 
     dist, config = training_step.dist, training_step.config
     if not dist.is_main:
         return
-    run = Path(config.out_dir)
+    run, facts = Path(config.out_dir), collect_facts(training_step.model, training_step.data)
     progress = {
         "step": record["step"],
         "val_loss": record.get("val_loss"),
@@ -173,9 +173,20 @@ def start_save(training_step: TrainingStep, record: dict, save: BackgroundSave) 
         state = RunState(progress, tensors)
         save_checkpoint(run, training_step.model, params, state, keep=config.keep)
         plot_runs([run], run / "loss.png")
-        write_report(run, dist)
+        write_report(run, dist, facts)
 
     save.start(write)
+
+
+def collect_facts(model: GPT, data: TrainingData) -> RunFacts:
+    params = list(model.parameters())
+    return RunFacts(
+        n_params=sum(p.numel() for p in params),
+        n_trainable=sum(p.numel() for p in params if p.requires_grad),
+        flops_per_token=flops_per_token(model, data.block_size),
+        epoch_size=data.epoch_size,
+        steps_per_epoch=data.steps_per_epoch,
+    )
 
 
 @dataclass

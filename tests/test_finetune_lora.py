@@ -91,6 +91,7 @@ def test_a_run_writes_what_is_documented(folder, capsys):
     assert data["train_loss"] == [r["train_loss"] for r in metrics[1:]]
     assert data["eval_loss"] == [r["val_loss"] for r in metrics if "val_loss" in r]
     assert (run / "loss.png").exists()
+    assert "<dt>training data</dt><dd>32 examples</dd>" in (run / "report.html").read_text()
     latest = list_checkpoints(run)[-1]
     assert (latest / "adapter_model.safetensors").stat().st_size < 150_000
     idx = torch.tensor([AutoTokenizer.from_pretrained("merged").encode("To be, or not")])

@@ -114,7 +114,7 @@ def test_a_run_writes_what_is_documented(workplace, uninterrupted):
     names = [checkpoint.name for checkpoint in list_checkpoints(uninterrupted)]
     assert names == ["step_000040", "step_000060"]
     assert (uninterrupted / "loss.png").stat().st_size > 10_000
-    assert (uninterrupted / "report.html").is_file()
+    assert "<dt>data</dt><dd>data/text</dd>" in (uninterrupted / "report.html").read_text()
     line = out.splitlines()[-1]
     assert line.startswith("in transformers")
     folder = line.split("'")[1]

@@ -14,8 +14,16 @@ from engine.data import IGNORE_INDEX, Batch, PretrainingData, validation_batches
 from engine.distributed import Distributed, open_device
 from engine.loss import SummedLoss
 from engine.metrics import Meter
+from engine.report import RunFacts
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
-from engine.training import Evaluation, Prompt, announce_run, evaluate_loss, train
+from engine.training import (
+    Evaluation,
+    Prompt,
+    announce_run,
+    collect_facts,
+    evaluate_loss,
+    train,
+)
 from model import GPT
 from train_gpt2 import PretrainConfig
 
@@ -180,6 +188,20 @@ def test_training_stops_when_nothing_is_finite_any_more(shards, tmp_path, capsys
     assert [r["step"] for r in records if r.get("grad_norm", 0) is None] == [4, 5, 6, 7, 8]
     weights = GPT.from_pretrained(list_checkpoints(tmp_path)[-1]).state_dict()
     assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_facts_of_a_run(shards):
+    """The parameters and FLOPs of a small model with frozen embeddings, worked out by hand."""
+    model = new_model()
+    model.transformer.wte.weight.requires_grad_(False)
+    wte, wpe, blocks, ln_f = 1024 * 32, 16 * 32, 2 * (12 * 32**2 + 13 * 32), 2 * 32
+    assert collect_facts(model, make_data(shards)) == RunFacts(
+        n_params=wte + wpe + blocks + ln_f,
+        n_trainable=wpe + blocks + ln_f,
+        flops_per_token=6 * (blocks + ln_f) + 4 * wte + 12 * 2 * 32 * 16,
+        epoch_size="690 tokens",
+        steps_per_epoch=690 / 192,
+    )
 
 
 def test_settings_and_sizes_are_printed(shards, capsys):
