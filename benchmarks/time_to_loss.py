@@ -3,6 +3,7 @@
     python benchmarks/time_to_loss.py                          # Python's documentation, four times
     python benchmarks/time_to_loss.py --data data/mine --size 6x384:32x128 --steps 1500
     python benchmarks/time_to_loss.py --data data/mine --sweep  # one setting at a time
+    python benchmarks/time_to_loss.py --redraw docs/time_to_loss.jsonl --plot docs/time_to_loss.png
 
 A schedule has a fixed length, so every length of a recipe is a run of its own, in a process of its
 own; `--jobs` of them run at once, with one thread each. Between two lengths, losses are
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -48,6 +50,7 @@ from train_gpt2 import PretrainConfig, new_model
 VOCAB_SIZE = 4096
 EVALUATIONS, EVAL_TOKENS, FIRST_SEED, TIMED_STEPS = 5, 65_536, 1337, 15
 WARMUP_FRACTION = 0.1
+LABEL_SPACE = 1.25  # the figure's width, of that of the curves
 
 Settings = dict[str, Any]  # of PretrainConfig
 BASELINE, TUNED, FORMER, FAST = "build-nanogpt's", "tuned AdamW", "former fast", "fast"
@@ -107,6 +110,7 @@ class TimeToLossConfig:
     sweep: bool = flag(False, "change one setting at a time; one seed, whatever --seeds says")
     out_dir: str = flag("runs/time_to_loss", "folder of finished runs")
     plot: str = flag("", "figure to write")
+    redraw: str = flag("", "file of finished runs: draw those on its first text, train nothing")
     device: str = flag("cpu", "cpu or cuda")
     jobs: int = flag(os.cpu_count() or 1, "runs at once")
 
@@ -194,7 +198,20 @@ def train_missing(runs: list[Run], config: TimeToLossConfig, folder: Path) -> li
     return [next(filter(run.matches, records)) for run in runs]
 
 
-def plan_runs(config: TimeToLossConfig, data: str) -> list[Run]:
+def read_finished(config: TimeToLossConfig) -> list[dict[str, Any]]:
+    """Those of the runs of `config` that are in the file `redraw`, on the text of its first run."""
+    records = JSONLinesLog.read(Path(config.redraw), "loss")
+    runs = [run for r in records[:1] for run in plan_runs(config, r["data"], r["precision"])]
+    found = [record for run in runs for record in records if run.matches(record)]
+    if not found:
+        raise ValueError(
+            f"{config.redraw} has no such runs; expected the runs.jsonl of an out_dir, and its "
+            "--size, --steps, --seeds and --recipes"
+        )
+    return found
+
+
+def plan_runs(config: TimeToLossConfig, data: str, precision: Precision) -> list[Run]:
     recipes = {name: RECIPES[name] for name in config.recipes}
     if config.sweep:
         recipes |= {
@@ -203,7 +220,6 @@ def plan_runs(config: TimeToLossConfig, data: str) -> list[Run]:
             for setting, values in SWEEP.get(name, {}).items()
             for value in values
         }
-    precision = default_precision(open_device(config.device, local_rank=0))
     return [
         Run(data, config.size, precision, name, settings, round(length * config.steps), seed)
         for seed in range(FIRST_SEED, FIRST_SEED + (1 if config.sweep else config.seeds))
@@ -300,7 +316,14 @@ def print_ratios(losses: dict[str, dict[int, list[float]]], seconds: dict[str, f
 
 
 def draw(records: list[dict[str, Any]], file: str) -> None:
-    """Mean curves over the seeds, all lengths of a recipe in one color."""
+    """Write the figure."""
+    figure = draw_curves(records)
+    figure.savefig(file, dpi=150)
+    print(f"\nfigure in {file}")
+
+
+def draw_curves(records: list[dict[str, Any]]) -> Figure:
+    """Mean curves over the seeds, lengths of a recipe in one color; the shares of tokens."""
     step_tokens = harness.Size.parse(records[0]["size"]).tokens
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes, labelled = figure.subplots(), set()
@@ -315,13 +338,44 @@ def draw(records: list[dict[str, Any]], file: str) -> None:
         millions = steps * step_tokens / 1e6
         axes.plot(millions, losses, color=colors[name], label=label, linewidth=1)
         axes.plot(millions[-1], losses[-1], "o", color=colors[name], markersize=4)
-        if name != FAST:
-            axes.axhline(losses[-1], color=colors[name], linestyle=":", linewidth=1)
+    draw_shares(axes, losses_by_recipe(records), colors, step_tokens)
     axes.set(xlabel="million tokens", ylabel="validation loss, nats per token")
+    axes.set_xlim(right=LABEL_SPACE * axes.dataLim.x1)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=150)
-    print(f"\nfigure in {file}")
+    return figure
+
+
+def draw_shares(
+    axes: Axes, losses: dict[str, dict[int, list[float]]], colors: dict[str, str], step_tokens: int
+) -> None:
+    """Draw the losses of the fast recipe over its lengths, and arrows to them from the ends of the
+    others, with the shares of tokens.
+    """
+    if FAST not in losses:
+        return
+    means = {steps: statistics.mean(of_seeds) for steps, of_seeds in losses[FAST].items()}
+    steps = np.geomspace(min(means), max(means), 100)  # the same interpolation as of `steps_to`
+    between = np.interp(np.log(steps), np.log(list(means)), list(means.values()))
+    label = f"{FAST}, interpolated over lengths"
+    axes.plot(steps * step_tokens / 1e6, between, ":", color=colors[FAST], linewidth=1, label=label)
+    for name in (name for name in losses if name != FAST):
+        ((steps_of_other, finals),) = losses[name].items()
+        loss = statistics.mean(finals)
+        share = steps_to(loss, means) / steps_of_other
+        if not math.isfinite(share):
+            continue
+        end = steps_of_other * step_tokens / 1e6
+        arrow = {"arrowstyle": "->", "color": colors[name], "shrinkA": 3, "shrinkB": 0}
+        axes.annotate("", xy=(share * end, loss), xytext=(end, loss), arrowprops=arrow)
+        axes.annotate(
+            f"{share:.2f} of the tokens",
+            xy=(end, loss),
+            xytext=(8, 0),
+            textcoords="offset points",
+            verticalalignment="center",
+            color=colors[name],
+        )
 
 
 def main(config: TimeToLossConfig) -> None:
@@ -333,6 +387,9 @@ def main(config: TimeToLossConfig) -> None:
     harness.Size.parse(config.size).gpt_config()  # so that a wrong size is seen before any run
     if config.sweep and config.plot:
         raise ValueError("plot shows the recipes without a sweep; leave out one of the flags")
+    if config.redraw:
+        draw(read_finished(config), config.plot or "time_to_loss.png")
+        return
     source = Path(config.data)
     if config.data == "stdlib":
         source = harness.ROOT / "data" / "stdlib"
@@ -340,7 +397,8 @@ def main(config: TimeToLossConfig) -> None:
         subprocess.run([*command, "--out_dir", str(source)], check=True)
     with tempfile.TemporaryDirectory() as name, lock_folder(Path(config.out_dir)):
         folder = Path(name)
-        runs = plan_runs(config, cut_vocabulary(source, folder))
+        precision = default_precision(open_device(config.device, local_rank=0))
+        runs = plan_runs(config, cut_vocabulary(source, folder), precision)
         records = train_missing(runs, config, folder)
         seconds = {} if config.sweep else measure_steps(runs, folder, config)
     losses = losses_by_recipe(records)

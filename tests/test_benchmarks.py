@@ -89,6 +89,54 @@ def test_ratios_of_time_to_loss(capsys):
     assert [cell.strip() for cell in row.strip("| ").split("|")] == cells
 
 
+def test_shares_are_drawn_in():
+    """An arrow leads from the end of each recipe to the tokens that the fast one needs for its
+    loss, with their share; where the fast recipe does not get there, there is none.
+    """
+    finals = [
+        (time_to_loss.BASELINE, 400, 3.5),  # the fast recipe needs 200 steps
+        (time_to_loss.TUNED, 400, 2.9),  # and more than 400
+        (time_to_loss.FAST, 100, 4.0),
+        (time_to_loss.FAST, 400, 3.0),
+    ]
+    records = [
+        {
+            "recipe": recipe,
+            "steps": steps,
+            "seed": 1,
+            "size": "1x64:4x32",
+            "loss": loss,
+            "curve": [(steps // 2, loss + 1), (steps, loss)],
+        }
+        for recipe, steps, loss in finals
+    ]
+    (axes,) = time_to_loss.draw_curves(records).axes
+    arrow, label = axes.texts
+    assert label.get_text() == "0.50 of the tokens"
+    assert arrow.xy == pytest.approx((200 * 128 / 1e6, 3.5))
+    assert arrow.xyann == label.xy == pytest.approx((400 * 128 / 1e6, 3.5))
+
+
+def test_redrawing_trains_nothing(tmp_path, monkeypatch):
+    """The figure in docs/ shows the shares in docs/results.md, from the finished runs alone; runs
+    that are not there are an error.
+    """
+    monkeypatch.setattr(time_to_loss, "train_run", pytest.fail)
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **_: figures.append(args))
+    file = str(ROOT / "docs" / "time_to_loss.jsonl")
+    time_to_loss.main(TimeToLossConfig(redraw=file, plot="a.png"))
+    ((figure, name),) = figures
+    assert name == "a.png"
+    shares = [text.get_text() for text in figure.axes[0].texts if text.get_text()]
+    assert shares == ["0.26 of the tokens", "0.41 of the tokens", "0.82 of the tokens"]
+    with pytest.raises(ValueError, match="has no such runs"):
+        time_to_loss.main(TimeToLossConfig(redraw=file, steps=7))
+    (tmp_path / "runs.jsonl").touch()
+    with pytest.raises(ValueError, match="has no such runs"):
+        time_to_loss.main(TimeToLossConfig(redraw=str(tmp_path / "runs.jsonl")))
+
+
 def test_finished_runs_are_not_repeated(tmp_path, capsys):
     """A repeated command trains only what is missing, here the second seed, and reports both."""
     ids = np.arange(20_000) % 50_000
