@@ -22,6 +22,7 @@ from engine.checkpoint import (
     mark_base,
 )
 from engine.config import MAX_STEPS, TrainConfig, flag, run_command
+from engine.curves import curve_points
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
 from engine.files import lock_folder, write_atomically
 from engine.instructions import (
@@ -43,7 +44,6 @@ from engine.lora import (
     only_optimize_lora_parameters,
 )
 from engine.metrics import read_metrics
-from engine.report import curve_points
 from engine.tokenizer import save_tokenizer
 from engine.training import Prompt, train
 from model import GPT

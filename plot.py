@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from engine.config import HelpFormatter, Parser
+from engine.curves import X_AXES, plot_runs
 from engine.errors import with_reported_errors
-from engine.report import X_AXES, plot_runs
 
 IMAGES = (".png", ".svg", ".pdf")
 

@@ -15,10 +15,10 @@ from engine.checkpoint import (
     read_run_config,
 )
 from engine.config import REMOVED_SETTINGS, TrainConfig, fixed_settings, flag, run_command
+from engine.curves import plot_runs
 from engine.files import naming_file, read_json, write_json
 from engine.instructions import TEMPLATE_FILE
 from engine.metrics import read_metrics
-from engine.report import plot_runs
 from engine.shards import count_tokens, read_manifest
 
 # Only this project reads them; lora.pt repeats adapter_model.safetensors.

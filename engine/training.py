@@ -16,13 +16,14 @@ import torch
 
 from engine.checkpoint import BackgroundSave, RunState, save_checkpoint
 from engine.config import TrainConfig, to_yaml
+from engine.curves import plot_runs
 from engine.data import IGNORE_INDEX, Batch, TrainingData
 from engine.distributed import Distributed
 from engine.files import write_atomically
 from engine.loss import SummedLoss
 from engine.metrics import Meter, RunLogger, finite_or_none, flops_per_token
 from engine.optim import learning_rate, parameter_groups
-from engine.report import RunFacts, plot_runs, write_report
+from engine.report import RunFacts, write_report
 from engine.step import TrainingStep
 from engine.tasks import Example, count_correct, load_examples
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer, token_lengths

@@ -33,6 +33,7 @@ LAYERS = [
     {"instructions", "loss"},
     {"optim", "checkpoint", "tasks"},
     {"step", "metrics"},
+    {"curves"},
     {"report"},
     {"training"},
 ]

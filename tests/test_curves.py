@@ -1,0 +1,111 @@
+"""Curves of runs: what they show is what the runs logged."""
+
+import json
+import shutil
+
+import pytest
+from conftest import expect_error, run_script
+
+from engine.curves import draw_runs, find_gpt2_loss, plot_runs
+from engine.report import REPORT_PANELS
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with 21 records, whose name contains HTML."""
+    folder = tmp_path / "run <b> & co"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("data_dir: none\n")
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(21):
+            logged = {"step": step, "tokens": 64 * step, "val_loss": 9.0 - step / 10}
+            if step:
+                logged |= {"train_loss": 9.5 - step / 10, "step_ms": 500.0}
+                logged |= {"lr": 1e-3, "grad_norm": 1.5, "tokens_per_s": 128.0}
+            file.write(json.dumps(logged) + "\n")
+    return folder
+
+
+def test_curves_over_tokens_and_seconds(run):
+    """The same losses are drawn over steps, tokens, or the sum of the step times."""
+    for x, last in (("step", 20), ("tokens", 1280), ("seconds", 10.0)):
+        line = draw_runs([run], x).axes[0].lines[0]  # the training loss
+        assert line.get_xdata()[-1] == pytest.approx(last)
+        assert list(line.get_ydata()) == [9.5 - s / 10 for s in range(1, 21)]
+    labels = [axes.get_ylabel() for axes in draw_runs([run], more=REPORT_PANELS).axes]
+    assert labels == ["loss, nats per token", *REPORT_PANELS.values()]
+
+
+def test_the_training_loss_is_smoothed(run):
+    """Beside the training loss stands the mean of each step and those before it, 2 % of all, and
+    the legend has the last of these means.
+    """
+    steps = range(1, 201)
+    lines = [json.dumps({"step": s, "tokens": 64 * s, "train_loss": s}) + "\n" for s in steps]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    axes = draw_runs([run]).axes[0]
+    raw, smoothed = axes.lines
+    assert list(raw.get_ydata()) == list(range(1, 201))
+    means = smoothed.get_ydata()
+    assert means[:5].tolist() == [1, 1.5, 2, 2.5, 3.5]  # of 4 steps, or as many as there are
+    assert means[-1] == 198.5  # of 197 to 200
+    label = axes.get_legend().get_texts()[0].get_text()
+    assert label == f"{run.name} train 198.500, mean of 4 steps"
+
+
+def test_plot_command(run):
+    """--out names the image. Another suffix, or no run, is an error."""
+    result = run_script("plot.py", run, "--x", "tokens", "--out", "a.svg", cwd=run)
+    assert result.returncode == 0, result.stderr
+    assert "<svg" in (run / "a.svg").read_text()
+    assert "expected a name ending in .png" in expect_error(
+        "plot.py", run, "--out", "a.doc", cwd=run
+    )
+    expect_error("plot.py", cwd=run)
+
+
+def test_gpt2_loss_depends_on_the_data(tmp_path):
+    """GPT-2's validation loss is drawn for runs on FineWeb and on FineWeb-Edu, each with its own,
+    and for no other data.
+    """
+    for dataset, loss in (("fineweb", 3.4250), ("fineweb-edu", 3.2924), ("stdlib", None)):
+        (tmp_path / "manifest.json").write_text(json.dumps({"dataset": dataset, "shards": []}))
+        (tmp_path / "config.yaml").write_text(f"data_dir: {tmp_path}\n")
+        assert find_gpt2_loss(tmp_path) == loss
+
+
+def test_hellaswag_has_its_own_panel(tmp_path, monkeypatch):
+    """A run that measured HellaSwag gets a second panel with the quoted accuracies and their
+    metrics; another run does not.
+    """
+    figures = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure)
+    )
+    (tmp_path / "config.yaml").write_text("data_dir: none\n")
+    logged = {"step": 1, "tokens": 10, "train_loss": 3.0, "val_loss": 3.0}
+    for extra in ({}, {"hellaswag_acc_norm": 0.25, "hellaswag_acc": 0.25}):
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(logged | extra) + "\n")
+        plot_runs([tmp_path], tmp_path / "loss.png")
+    assert [len(figure.axes) for figure in figures] == [1, 2]
+    labels = " ".join(text.get_text() for text in figures[1].axes[1].get_legend().get_texts())
+    for expected in (
+        "acc_norm 0.2500",
+        "acc_norm 0.3114",
+        "0.2955",
+        "GPT-3 Small, token-normalised",
+    ):
+        assert expected in labels
+
+
+def test_each_run_has_its_color_in_all_panels(run, tmp_path):
+    """Several runs are drawn in the order given, each in one color, with its name in the legend."""
+    other = tmp_path / "{other}"
+    shutil.copytree(run, other)
+    panels = draw_runs([run, other], more=REPORT_PANELS).axes
+    labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
+    splits = ("train 7.500, mean of 1 step", "val 7.000")
+    assert labels == [f"{folder.name} {split}" for folder in (run, other) for split in splits]
+    assert [line.get_color() for line in panels[0].lines] == ["C0"] * 3 + ["C1"] * 3
+    for panel in panels[1:]:
+        assert [line.get_color() for line in panel.lines] == ["C0", "C1"]
