@@ -212,8 +212,8 @@ def render_samples(log: list[dict]) -> str:
 
 
 def show_as_yaml(value: object) -> str:
-    """A setting as config.yaml has it: null, true and false, lists in one line."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    """A setting as config.yaml has it: null, true, false and '', lists in one line."""
+    return value or "''" if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def render_table(rows: dict) -> str:

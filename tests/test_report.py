@@ -43,6 +43,7 @@ compile: true
 use_lora: false
 lora_load_path: null
 loggers: []
+log: ""
 """
 
 
@@ -144,11 +145,11 @@ def test_the_data_set_has_its_name(run, config, expected):
 
 
 def test_settings_are_shown_as_in_yaml(run):
-    """The table of settings has YAML's null, true and false."""
+    """The table of settings has YAML's null, true, false and ''."""
     write_report(run, CPU, FACTS)
     rows = dict(re.findall("<th>(.*?)</th><td>(.*?)</td>", (run / "report.html").read_text()))
-    values = ["none", "20", "&lt;i&gt;x&lt;/i&gt;", "true", "false", "null", "[]"]
-    assert list(rows.values())[:7] == values
+    values = ["none", "20", "&lt;i&gt;x&lt;/i&gt;", "true", "false", "null", "[]", "&#x27;&#x27;"]
+    assert list(rows.values())[:8] == values
 
 
 def test_hellaswag_has_a_table(run):
