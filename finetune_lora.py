@@ -12,7 +12,6 @@ import torch
 
 from engine.adapter import load_adapter
 from engine.checkpoint import (
-    check_same_run,
     check_vocabulary,
     hash_weights,
     latest_checkpoint,
@@ -44,6 +43,7 @@ from engine.lora import (
     only_optimize_lora_parameters,
 )
 from engine.metrics import read_metrics
+from engine.resume import check_same_run
 from engine.tokenizer import save_tokenizer
 from engine.training import Prompt, train
 from model import GPT

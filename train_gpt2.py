@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.checkpoint import check_same_run, load_latest, load_model
+from engine.checkpoint import load_latest, load_model
 from engine.config import TrainConfig, flag, run_command
 from engine.data import PretrainingData, validation_batches
 from engine.distributed import Distributed, check_memory, keep_freed_memory, resolve_device_settings
 from engine.files import lock_folder
+from engine.resume import check_same_run
 from engine.shards import TokenShards
 from engine.training import Prompt, train
 from model import GPT, GPTConfig

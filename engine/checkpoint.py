@@ -15,16 +15,14 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import yaml
 from safetensors import SafetensorError
 
 from engine.adapter import is_adapter, load_adapter, read_adapter_config, save_adapter
-from engine.config import REMOVED_SETTINGS, fixed_settings
 from engine.errors import parse
 from engine.files import fsync_folder, read_json
 from engine.lora import lora_linears
@@ -32,10 +30,6 @@ from engine.pretrained import save_pretrained
 from engine.tensors import TORCH_LOAD_ERRORS
 from engine.tokenizer import get_tokenizer, save_tokenizer
 from model import GPT
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 
 BASE_MARK = "adapter_base"
 
@@ -52,6 +46,11 @@ def list_checkpoints(run: Path | str) -> list[Path]:
     found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in Path(run).glob("checkpoints/*")]
     steps = sorted((int(match[1]), path) for match, path in found if match)
     return [path for _, path in steps if path.is_dir() and any(path.iterdir())]
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def latest_checkpoint(name_or_path: str | Path) -> Path:
@@ -164,9 +163,12 @@ def load_latest(run: Path | str, base: str | None = None) -> tuple[GPT, RunState
     return None
 
 
-def save_checkpoint(run: Path, model: GPT, params: dict, state: RunState, *, keep: int) -> None:
+def save_checkpoint(
+    run: Path, model: GPT, params: dict, state: RunState, *, keep: int, kept_step: int = 0
+) -> None:
     """Save a checkpoint of `params`, the parameters of `model` or copies of them; with LoRA only
-    the adapter. Then delete all but the latest `keep`, the best, and bases of adapters.
+    the adapter. Then delete all but the latest `keep`, the best, that of `kept_step`, and bases of
+    adapters.
 
     The folder gets its name when all of it is on the disk, so a crash leaves the earlier
     checkpoints and never half of one.
@@ -204,7 +206,7 @@ def save_checkpoint(run: Path, model: GPT, params: dict, state: RunState, *, kee
         ) from error
     checkpoints = list_checkpoints(run)
     for old in set(checkpoints) - {best_checkpoint(run), *checkpoints[-keep:]}:
-        if not (old / BASE_MARK).exists():
+        if checkpoint_step(old) != kept_step and not (old / BASE_MARK).exists():
             shutil.rmtree(old)
 
 
@@ -273,33 +275,3 @@ def read_run_config(run: Path | str) -> dict:
             return dict(parse(yaml.safe_load, stream))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}; repair it, or choose another run") from error
-
-
-def check_same_run(run: Path, config: "DataclassInstance") -> dict:
-    """The settings that are None in `config` and that the run in the folder has, if there is one. A
-    setting that its config.yaml lacks has its default. ValueError if `config` would not continue
-    the run exactly.
-    """
-    if not (run / "metrics.jsonl").exists() and not list_checkpoints(run):
-        return {}
-    now = asdict(config)
-    if now["resume"] == "never":
-        raise ValueError(
-            f"{run} already holds a run and --resume is never; choose another --out_dir, or use "
-            "--resume auto to resume it"
-        )
-    earlier = {f.name: f.default for f in fields(config)} | read_run_config(run)
-    removed = earlier.keys() - now.keys() - REMOVED_SETTINGS
-    names = sorted(fixed_settings(type(config)) | removed)
-    unset = {name: earlier[name] for name in names if name in now and now[name] is None}
-    changed = [
-        f"{name} was {earlier[name]}, is {now.get(name)}"
-        for name in names
-        if name not in unset and now.get(name) != earlier[name]
-    ]
-    if changed:
-        raise ValueError(
-            f"{run} holds a run with other settings, so it cannot be resumed exactly: "
-            f"{'; '.join(changed)}. Choose another --out_dir, or the earlier settings"
-        )
-    return unset

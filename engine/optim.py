@@ -36,6 +36,17 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.min_lr + cosine * (config.max_lr - config.min_lr)
 
 
+def plateau_end(config: TrainConfig) -> int:
+    """The last step of wsd before the decay. Up to it the rates are those of any longer run; 0 for
+    a cosine, which depends on max_steps everywhere.
+    """
+    if config.schedule != "wsd":
+        return 0
+    decay_steps = max(1.0, config.decay_fraction * config.max_steps)
+    last = math.floor(config.max_steps - decay_steps) + 1
+    return min(config.max_steps, max(config.warmup_steps, last))
+
+
 def muon_momentum(step: int) -> float:
     """Muon's momentum at a step counted from 1."""
     warmed_up = min(1.0, (step - 1) / MOMENTUM_WARMUP_STEPS)

@@ -22,7 +22,7 @@ from engine.distributed import Distributed
 from engine.files import write_atomically
 from engine.loss import SummedLoss
 from engine.metrics import Meter, RunLogger, finite_or_none, flops_per_token
-from engine.optim import learning_rate, parameter_groups
+from engine.optim import learning_rate, parameter_groups, plateau_end
 from engine.report import RunFacts, write_report
 from engine.step import TrainingStep
 from engine.tasks import Example, count_correct, load_examples
@@ -99,7 +99,7 @@ def train_steps(
         loss, grad_norm = training_step(step)
         meter.add(step, started, loss, grad_norm, interrupt.is_requested)
         is_last = step == config.max_steps
-        is_save_due = is_due(config.save_every, step, config)
+        is_save_due = is_due(config.save_every, step, config) or step == plateau_end(config)
         for record in meter.read(wait=is_save_due or evaluation.is_due(step)):
             record["lr"] = learning_rate(record["step"], config)
             if record["step"] == step:
@@ -172,7 +172,14 @@ def start_save(training_step: TrainingStep, record: dict, save: BackgroundSave) 
 
     def write() -> None:
         state = RunState(progress, tensors)
-        save_checkpoint(run, training_step.model, params, state, keep=config.keep)
+        save_checkpoint(
+            run,
+            training_step.model,
+            params,
+            state,
+            keep=config.keep,
+            kept_step=plateau_end(config),  # from which the run can be extended
+        )
         plot_runs([run], run / "loss.png")
         write_report(run, dist, facts)
 

@@ -1,8 +1,5 @@
-from dataclasses import asdict, dataclass, replace
-
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import checkpoint
@@ -10,14 +7,12 @@ from engine.checkpoint import (
     BackgroundSave,
     RunState,
     best_checkpoint,
-    check_same_run,
     list_checkpoints,
     load_latest,
     load_model,
     read_state,
     save_checkpoint,
 )
-from engine.config import flag
 from engine.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
@@ -37,22 +32,6 @@ def save(run, model, step: int, val_loss: float | None = None, keep: int = 2):
 
 def steps(run) -> list[int]:
     return [int(folder.name.removeprefix("step_")) for folder in list_checkpoints(run)]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of which seed and max_lr are fixed; seed may be left open."""
-
-    seed: int | None = flag(None, "seed")
-    max_lr: float = flag(0.5, "rate")
-    keep: int = flag(2, "to keep", may_change=True)
-    batch_size: int = flag(4, "sequences", may_change=True)
-    resume: str = flag("auto", "resume", may_change=True)
-
-
-def begin_run(run, config: dict) -> None:
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    (run / "metrics.jsonl").write_text('{"step": 0}\n')
 
 
 def test_a_checkpoint_is_a_hugging_face_model(tmp_path):
@@ -118,39 +97,6 @@ def test_newest_and_best_are_kept(tmp_path, tiny_model):
         save(tmp_path, tiny_model, step, loss)
     assert steps(tmp_path) == [2, 5, 6]
     assert best_checkpoint(tmp_path).name == "step_000002"
-
-
-def test_a_run_resumes_only_as_it_was(tmp_path):
-    """Fixed settings must not change, and the error lists both values; others may. A folder without
-    a run accepts any settings.
-    """
-    config = Settings(max_lr=1e-3, seed=1, keep=2, batch_size=4)
-    check_same_run(tmp_path, replace(config, resume="never"))
-    begin_run(tmp_path, {**asdict(config), "seed": 2})
-    free = replace(config, seed=None, keep=9, batch_size=2)
-    assert check_same_run(tmp_path, free) == {"seed": 2}
-    with pytest.raises(ValueError, match=r"max_lr was 0.001, is 0.002; seed was 2, is 1"):
-        check_same_run(tmp_path, replace(config, max_lr=2e-3))
-    with pytest.raises(ValueError, match="--resume is never"):
-        check_same_run(tmp_path, replace(free, resume="never"))
-    (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(ValueError, match=r"config.yaml is damaged"):
-        check_same_run(tmp_path, free)
-
-
-def test_a_run_from_before_a_setting_has_had_its_default(tmp_path):
-    """A run whose config.yaml lacks a setting resumes with its default and with no other value; an
-    unknown setting there prevents resuming, unless it was removed without effect on the curve.
-    """
-    begin_run(tmp_path, {"seed": 1, "batch_size": 4})
-    assert check_same_run(tmp_path, Settings(seed=1)) == {}
-    with pytest.raises(ValueError, match=r"max_lr was 0.5, is 0.25"):
-        check_same_run(tmp_path, Settings(seed=1, max_lr=0.25))
-    begin_run(tmp_path, {"seed": 1, "find_batch_size": False})
-    assert check_same_run(tmp_path, Settings(seed=1)) == {}
-    begin_run(tmp_path, {"seed": 1, "dropout": 0.1})
-    with pytest.raises(ValueError, match=r"dropout was 0.1, is None"):
-        check_same_run(tmp_path, Settings(seed=1))
 
 
 def test_a_damaged_checkpoint_falls_back(tmp_path, tiny_model, capsys):

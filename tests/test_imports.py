@@ -32,7 +32,7 @@ LAYERS = [
     {"data", "distributed", "scoring"},
     {"instructions", "loss"},
     {"optim", "checkpoint", "tasks"},
-    {"step", "metrics"},
+    {"step", "metrics", "resume"},
     {"curves"},
     {"report"},
     {"training"},

@@ -1,0 +1,96 @@
+"""Whether the run in a folder can be continued with a config: the same settings, or more steps."""
+
+import json
+import shutil
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from engine.checkpoint import BASE_MARK, checkpoint_step, list_checkpoints, read_run_config
+from engine.config import REMOVED_SETTINGS, TrainConfig, fixed_settings
+from engine.files import JSONLinesLog, write_atomically
+from engine.optim import plateau_end
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+# A setting that only this command has.
+COMMANDS = {"data_dir": "train_gpt2.py", "model_name_or_path": "finetune_lora.py"}
+
+
+def check_same_run(run: Path, config: "DataclassInstance") -> dict:
+    """The settings that are None in `config` and that the run in the folder has, if there is one. A
+    setting that its config.yaml lacks has its default. More max_steps than the run has extend it.
+    ValueError if `config` would not continue the run exactly.
+    """
+    if not (run / "metrics.jsonl").exists() and not list_checkpoints(run):
+        return {}
+    now = asdict(config)
+    if now["resume"] == "never":
+        raise ValueError(
+            f"{run} already holds a run and --resume is never; choose another --out_dir, or use "
+            "--resume auto to resume it"
+        )
+    found = read_run_config(run)
+    for setting, command in COMMANDS.items():
+        if setting in found.keys() - now.keys():
+            raise ValueError(f"{run} holds a run of {command}; choose another --out_dir")
+    earlier = {f.name: f.default for f in fields(config)} | found
+    removed = earlier.keys() - now.keys() - REMOVED_SETTINGS
+    names = sorted(fixed_settings(type(config)) | removed)
+    unset = {name: earlier[name] for name in names if name in now and now[name] is None}
+    changed = {name for name in names if name not in unset and now.get(name) != earlier[name]}
+    is_longer = "max_steps" in changed and now["max_steps"] > earlier["max_steps"]
+    if differences := sorted(changed - {"max_steps"} if is_longer else changed):
+        shown = "; ".join(f"{n} was {earlier[n]}, is {now.get(n)}" for n in differences)
+        raise ValueError(
+            f"{run} holds a run with other settings, so it cannot be resumed exactly: {shown}. "
+            "Choose another --out_dir, or the earlier settings"
+        )
+    if is_longer and isinstance(config, TrainConfig):
+        extend_run(run, replace(config, **unset), earlier | {"max_steps": now["max_steps"]})
+    return unset
+
+
+def extend_run(run: Path, config: TrainConfig, settings: dict[str, Any]) -> None:
+    """Take a run of fewer steps back to its last checkpoint before the decay, from where it is the
+    same run as one of config.max_steps from the start. What it did after that becomes a run folder
+    of its own, RUN/until_step_N. ValueError if the run has no such checkpoint.
+    """
+    max_steps = read_run_config(run)["max_steps"]
+    if config.schedule != "wsd":
+        raise ValueError(
+            f"{run} has max_steps {max_steps}, and a cosine depends on them from its first step, "
+            f"so it cannot be extended to {config.max_steps}. Start a new run from its weights "
+            "(--init_from, or --lora_load_path) with a lower --max_lr and another --out_dir; only "
+            "runs with --schedule wsd can be extended"
+        )
+    end = plateau_end(replace(config, max_steps=max_steps))
+    checkpoints = list_checkpoints(run)
+    later = [path for path in checkpoints if checkpoint_step(path) > end]
+    if checkpoints and later == checkpoints:
+        raise ValueError(
+            f"{run} cannot be extended, because it has no checkpoint from before the decay, of "
+            f"step {end} or earlier; use --init_from {run} and another --out_dir"
+        )
+    if bases := [path for path in later if (path / BASE_MARK).exists()]:
+        raise ValueError(
+            f"adapters were trained on {bases[0]}, which an extension would move; extend a copy of "
+            f"{run}, with --out_dir"
+        )
+    ended = run / f"until_step_{max_steps}"
+    (ended / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for file in run.iterdir():
+        if file.is_file() and file.name != "lock" and not (ended / file.name).exists():
+            shutil.copy(file, ended)
+    for path in later:
+        path.rename(ended / "checkpoints" / path.name)
+    records = JSONLinesLog.read(run / "metrics.jsonl", "step")
+    kept = [json.dumps(record) + "\n" for record in records if record["step"] <= end]
+    write_atomically(run / "metrics.jsonl", "".join(kept).encode())
+    (run / "wandb_id").unlink(missing_ok=True)  # W&B does not take steps back
+    print(f"extending {run} to {config.max_steps} steps; what followed step {end} is in {ended}")
+    # Last, as it ends the extension.
+    write_atomically(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
