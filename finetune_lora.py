@@ -53,6 +53,8 @@ LORA_SETTINGS = tuple(f.name for f in fields(LoRAConfig))
 # bits than the sum; and FSDP's shards.
 SUMMED_NEEDS = {"lora_dropout": 0.0, "base_precision": "fp32", "parallel": "ddp"}
 MAX_STEP_EXAMPLES = 2**20  # which are sorted by length
+# Defaults. A step has at most a tenth of the examples, and the warmup at most a tenth of the steps.
+EXAMPLES_PER_STEP, WARMUP_STEPS, SMALL_PARTS = 64, 10, 10
 N_ANSWERS, ANSWER_TOKENS = 3, 64  # samples, each shown beside its reference
 
 
@@ -62,7 +64,9 @@ class FinetuneConfig(TrainConfig):
     out_dir: str = flag("runs/lora")
     batch_size: int = flag(16)
     max_steps: int = flag(None, "optimizer steps (default: as many as make the epochs)")
-    warmup_steps: int = flag(10)
+    warmup_steps: int = flag(
+        None, "steps of linear warmup (default: 10, or a tenth of the steps if that is less)"
+    )
     max_lr: float = flag(None, "peak learning rate (default: 5e-4, with --no-use_lora 5e-5)")
     min_lr: float = flag(0.0)
     weight_decay: float = flag(0.0)
@@ -86,8 +90,13 @@ class FinetuneConfig(TrainConfig):
         DEFAULT_DATA,
         "instruction, input, output or prompt, completion: .json, .jsonl, a hub name, or stdlib",
         group="data",
+        may_change=True,  # the examples themselves are compared
     )
-    examples_per_step: int = flag(64, "examples per optimizer step over all devices")
+    examples_per_step: int = flag(
+        None,
+        "examples per optimizer step over all devices (default: 64, or for fewer than 640 examples "
+        "the power of two up to a tenth of them; batch_size is then lowered to it)",
+    )
     epochs: int = flag(3, "passes over the examples")
     val_fraction: float = flag(0.1, "fraction of the examples held out, drawn by seed")
 
@@ -178,9 +187,10 @@ def main(config: FinetuneConfig) -> None:
                 save_prompt_template(examples, run)
             if config.use_lora:
                 mark_base(Path(base_path), run)
-            announce_finetuning(model, config)
+            announce_adapter(model, config)
         try:
-            train(model, data, val, prompts, config, dist, resumed)
+            eval_tokens = sum(len(example.tokens) for example in held_out)
+            train(model, data, val, prompts, config, dist, resumed, eval_tokens=eval_tokens)
         finally:
             if dist.is_main and (run / "metrics.jsonl").exists():
                 write_train_data(run)
@@ -237,10 +247,23 @@ def resolve_config(
     ValueError if it contradicts the adapter.
     """
     resolved: dict[str, Any] = {}
+    per_step = config.examples_per_step
+    if per_step is None:
+        tenth = max(1, n_examples // SMALL_PARTS)
+        per_step = min(EXAMPLES_PER_STEP, 2 ** (tenth.bit_length() - 1))
+        batch_size = min(config.batch_size, max(1, per_step // dist.world_size))
+        resolved |= {"examples_per_step": per_step, "batch_size": batch_size}
+    max_steps = config.max_steps or -(-config.epochs * n_examples // per_step)
+    resolved["max_steps"] = max_steps
+    if config.warmup_steps is None:
+        resolved["warmup_steps"] = min(WARMUP_STEPS, max_steps // SMALL_PARTS)
     if config.max_lr is None:
         resolved["max_lr"] = 5e-4 if config.use_lora else 5e-5
-    if config.max_steps is None:
-        resolved["max_steps"] = -(-config.epochs * n_examples // config.examples_per_step)
+    if dist.is_main and per_step < EXAMPLES_PER_STEP and config.examples_per_step is None:
+        print(
+            f"{n_examples} examples are few: examples_per_step is {per_step} instead of "
+            f"{EXAMPLES_PER_STEP}, so that an epoch has at least {SMALL_PARTS} steps"
+        )
     for linear in lora_linears(model).values():
         for name, found in asdict(linear.config).items():
             if getattr(config, name) not in (None, found):
@@ -261,12 +284,7 @@ def freeze_base(model: GPT, config: FinetuneConfig) -> None:
         cast_frozen_weights(model, torch.bfloat16)
 
 
-def announce_finetuning(model: GPT, config: FinetuneConfig) -> None:
-    if config.warmup_steps >= config.max_steps:
-        print(
-            f"warmup_steps is {config.warmup_steps} and max_steps {config.max_steps}, so the "
-            f"learning rate never reaches max_lr {config.max_lr}"
-        )
+def announce_adapter(model: GPT, config: FinetuneConfig) -> None:
     if config.use_lora:
         trained = [p for p in model.parameters() if p.requires_grad]
         n, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())

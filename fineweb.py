@@ -16,6 +16,7 @@ from tqdm import tqdm
 from engine.config import flag, run_command
 from engine.documents import SUFFIXES
 from engine.files import lock_folder, sha256_file
+from engine.hub import reporting_hub_errors
 from engine.shards import (
     Cursor,
     ShardWriter,
@@ -26,11 +27,11 @@ from engine.shards import (
     write_manifest,
 )
 from engine.sources import (
+    HUB_REMEDY,
     HUB_TEXT,
     Source,
     draw_validation,
     open_source,
-    reporting_hub_errors,
 )
 from engine.tokenizer import END_OF_TEXT_ID, BatchEncoder
 
@@ -283,7 +284,7 @@ def download_shards(dataset: str, out_dir: Path, max_tokens: int | None) -> None
     names += [("train", f"{prefix}_train_{i:06d}.bin") for i in range(1, n_train + 1)]
     trained = 0
     for split, name in tqdm(names, desc=str(out_dir), unit=" shards", disable=None):
-        with reporting_hub_errors(f"{name} of {repo}"):
+        with reporting_hub_errors(f"{name} of {repo}", HUB_REMEDY):
             file = Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=out_dir))
         tokens = len(open_shard(file))
         shards[name] = {"name": name, "tokens": tokens, "sha256": sha256_file(file), "split": split}

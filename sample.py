@@ -6,6 +6,7 @@ Text goes to stdout as it is generated, everything else to stderr.
 import codecs
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +130,10 @@ def print_continuations(
     cache = 2 * shape.n_layer * shape.block_size * shape.n_embd  # keys and values
     check_memory(4 * n * (cache + shape.vocab_size), f"{n} continuations", generator.device.type)
     ids = get_tokenizer().encode(prompt, disallowed_special=()) or [END_OF_TEXT_ID]
+    if len(ids) > (block_size := model.config.block_size):
+        seen = f"the model sees only the last {block_size}"
+        print(f"the prompt has {len(ids)} tokens; {seen}", file=sys.stderr)
+        ids = ids[-block_size:]
     rows = [Continuation(config.stop) for _ in range(n)]
     streaming = len(rows) == 1
     shown, max_new_tokens = ("", ANSWER_TOKENS) if is_answer else (prompt, PROMPT_TOKENS)
@@ -165,6 +170,8 @@ def prompt_loop(
     """Ask for prompts, or for instructions if there is a template, until an empty one. Ctrl-C ends
     the text that is being generated.
     """
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  # lets `input` edit the line and recall earlier ones
     print("Ctrl-C stops a text; an empty line or Ctrl-D quits", file=sys.stderr)
     while True:
         try:

@@ -15,6 +15,7 @@ from engine.config import TrainConfig, flag, run_command
 from engine.data import PretrainingData, validation_batches
 from engine.distributed import Distributed, check_memory, keep_freed_memory, resolve_device_settings
 from engine.files import lock_folder
+from engine.lora import lora_linears
 from engine.resume import check_same_run
 from engine.shards import TokenShards
 from engine.training import Prompt, train
@@ -87,7 +88,8 @@ def main(config: PretrainConfig) -> None:
             train_shards, total_batch_size=config.total_batch_size, seed=config.seed, **sizes
         )
         val = partial(validation_batches, val_shards, eval_tokens=config.eval_tokens, **sizes)
-        train(model, data, val, [Prompt()], config, dist, resumed)
+        eval_tokens = min(config.eval_tokens, len(val_shards))
+        train(model, data, val, [Prompt()], config, dist, resumed, eval_tokens=eval_tokens)
     dist.stop()
 
 
@@ -102,6 +104,12 @@ def build_model(config: PretrainConfig) -> GPT:
     if config.init_from == "scratch":
         return new_model(GPTConfig(**shape), config)
     model = load_model(config.init_from)
+    if lora_linears(model):
+        raise ValueError(
+            f"init_from {config.init_from} is an adapter, expected a full model; merge it: the "
+            "finetune_lora.py command that trained it, with --merge_out FOLDER, then --init_from "
+            "FOLDER"
+        )
     for name, value in shape.items():
         found = getattr(model.config, name)
         is_shorter = name == "block_size" and value < found  # fine

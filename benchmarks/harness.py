@@ -28,9 +28,9 @@ import torch
 from engine.config import Precision, TrainConfig, flag
 from engine.data import PretrainingData
 from engine.distributed import Distributed, autocast_dtype, open_device
-from engine.metrics import flops_per_token, peak_memory
 from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
+from engine.throughput import flops_per_token, peak_memory
 from engine.tokenizer import END_OF_TEXT_ID
 from model import GPT, GPTConfig
 

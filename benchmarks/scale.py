@@ -20,7 +20,7 @@ from benchmarks import harness
 from benchmarks.harness import BenchmarkConfig, Result, Size
 from engine.config import flag, run_command
 from engine.loss import CPU_CHUNK_ROWS, DEFAULT_CHUNK_ROWS
-from engine.metrics import PEAK_FLOPS, flops_per_token
+from engine.throughput import PEAK_FLOPS, flops_per_token
 from model import GPTConfig
 
 MODELS = {

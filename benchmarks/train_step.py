@@ -36,9 +36,9 @@ from benchmarks import harness
 from benchmarks.harness import BenchmarkConfig, Maker, Result, Size, Stopwatch
 from engine.config import TrainConfig, flag, run_command
 from engine.distributed import Distributed, keep_freed_memory
-from engine.metrics import peak_flops
 from engine.optim import parameter_groups
 from engine.step import TrainingStep
+from engine.throughput import peak_flops
 
 PARTS = ("forward", "backward", "optimizer")
 OURS, BASELINE = "this project", "transformers"

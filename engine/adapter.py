@@ -1,6 +1,7 @@
 """PEFT adapters: an adapter_config.json, and the tensors of all layers with LoRA."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +77,7 @@ def save_adapter(
     write_json(folder / ADAPTER_CONFIG_FILE, config)
     named = {f"{PEFT_PREFIX}{name}.weight": tensor for name, tensor in tensors.items()}
     save_file(named, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
+    shutil.copymode(folder / ADAPTER_CONFIG_FILE, folder / ADAPTER_WEIGHTS_FILE)  # from 0600
     torch.save(tensors, folder / LORA_STATE_FILE)
 
 

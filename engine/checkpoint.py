@@ -184,7 +184,7 @@ def save_checkpoint(
             save_adapter(model, temporary, model.name_or_path, params)
         else:
             save_pretrained(model, temporary, params)
-            save_tokenizer(temporary, model.config.block_size)
+        save_tokenizer(temporary, model.config.block_size)
         torch.save(state.tensors, temporary / "state.pt")
         (temporary / "progress.json").write_text(json.dumps(state.progress) + "\n")
         for file in [*temporary.iterdir(), *run.glob("metrics.jsonl")]:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import yaml
 
-from engine.errors import BAD_INPUT, parse, with_reported_errors
+from engine.errors import exit_with_error, parse, with_reported_errors
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -172,8 +173,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with this project's error format."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {' '.join(message.split())} (-h lists the flags)", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        exit_with_error(f"{message} (-h lists the flags)")
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -210,13 +210,14 @@ def parse_flags(
     was given. The command line wins over the file, later files over earlier ones.
     """
     parser = build_parser(config_class, doc)
+    names = [f.name for f in fields(config_class)]
+    argv = [with_underscores(arg, names) for arg in (sys.argv[1:] if argv is None else argv)]
     namespace, unknown = parser.parse_known_args(argv)
     given = vars(namespace)
     files, debug = given.pop("config"), given.pop("debug")
-    names = [f.name for f in fields(config_class)]
     if unknown:
-        near = get_close_matches(unknown[0].lstrip("-").partition("=")[0], names, n=1)
-        parser.error(f"unknown flag {unknown[0]}{f', did you mean --{near[0]}?' if near else ''}")
+        name = unknown[0].lstrip("-").partition("=")[0]
+        parser.error(f"unknown flag {unknown[0]}{suggest(name, names, '--')}")
     values: dict[str, Any] = {}
     for file, content in [*((file, read_config_file(file, parser)) for file in files), ("", given)]:
         source = f"{file}: " if file else ""
@@ -224,12 +225,27 @@ def parse_flags(
             if name in REMOVED_SETTINGS:
                 continue
             if name not in names:
-                parser.error(f"{source}{name} is not a setting of this command")
+                suggestion = suggest(str(name), names)
+                parser.error(f"{source}{name} is not a setting of this command{suggestion}")
             try:
                 values[name] = convert(value, config_class, name)
             except ValueError as error:
                 parser.error(f"{source}{error}")
     return values, debug
+
+
+def with_underscores(arg: str, names: list[str]) -> str:
+    """--max-steps as --max_steps, if there is such a flag."""
+    flag_name, equals, value = arg.partition("=")
+    name = flag_name.removeprefix("--").removeprefix("no-").replace("-", "_")
+    if not arg.startswith("--") or name not in names:
+        return arg
+    return f"--{'no-' * arg.startswith('--no-')}{name}{equals}{value}"
+
+
+def suggest(name: str, names: list[str], prefix: str = "") -> str:
+    near = get_close_matches(name.replace("-", "_"), names, n=1)
+    return f", did you mean {prefix}{near[0]}?" if near else ""
 
 
 def build_parser(config_class: type[Config], doc: str) -> Parser:
@@ -307,10 +323,9 @@ def convert_to(kind: Any, value: Any) -> Any:
     """`value` as a `kind`; ValueError if it is none."""
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
-    if kind in (int, float) and not isinstance(value, bool) and isinstance(value, str | kind | int):
-        number = kind(value)
-        if math.isfinite(number):
-            return number
+    is_number = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if kind in (int, float) and is_number:
+        return to_number(kind, value)
     if kind is str and isinstance(value, str):
         return value
     if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
@@ -319,6 +334,18 @@ def convert_to(kind: Any, value: Any) -> Any:
     if is_list and all(isinstance(item, str) for item in value):
         return value
     raise ValueError(f"{value!r} is not {describe_type(kind)}")
+
+
+def to_number(kind: type[int] | type[float], value: str | float) -> float:
+    """A finite number; 1e3 is an int as well."""
+    if kind is int:
+        with suppress(ValueError):
+            if isinstance(value, str | int):
+                return int(value)  # exact, however large
+    number = float(value)
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+        raise ValueError(f"{value!r} is not {EXPECTED[kind]}")
+    return kind(number)
 
 
 def describe_type(kind: Any) -> str:

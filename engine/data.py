@@ -139,12 +139,17 @@ class PretrainingData:
     def __post_init__(self) -> None:
         micro = self.batch_size * self.block_size * self.world_size
         if self.total_batch_size % micro:
+            rows, rest = divmod(self.total_batch_size, self.block_size * self.world_size)
+            fitting = [n for n in range(min(self.batch_size, rows), 0, -1) if rows % n == 0]
             below = self.total_batch_size // micro * micro
             nearest = " or ".join(str(n) for n in (below, below + micro) if n)
+            remedy = f"the nearest are {nearest}"
+            if fitting and not rest:
+                remedy = f"--batch_size {fitting[0]} fits, and the loss curve is the same with it"
             raise ValueError(
                 f"total_batch_size {self.total_batch_size} is not a multiple of batch_size "
                 f"{self.batch_size} x block_size {self.block_size} x {self.world_size} ranks = "
-                f"{micro}; the nearest are {nearest}"
+                f"{micro}; {remedy}"
             )
 
     @property
@@ -213,10 +218,12 @@ def validation_batches(
     world_size: int = 1,
 ) -> Iterator[Batch]:
     """This rank's share of the windows that predict the first `eval_tokens` tokens, in order. All
-    ranks get equally many batches; some may have sequences without targets.
+    ranks get equally many batches of the same shape; some may have sequences without targets.
     """
     limit = min(eval_tokens, len(shards) - 1)
     n_windows = -(-limit // block_size)
-    for first in range(0, n_windows, batch_size * world_size):
-        start = first + rank * batch_size
-        yield read_windows(shards, list(range(start, start + batch_size)), block_size, limit)
+    n_batches = -(-n_windows // (batch_size * world_size))
+    rows = -(-n_windows // (n_batches * world_size))  # of equal batches, at most batch_size
+    for first in range(0, n_windows, rows * world_size):
+        start = first + rank * rows
+        yield read_windows(shards, list(range(start, start + rows)), block_size, limit)

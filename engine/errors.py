@@ -1,14 +1,18 @@
 """How commands report errors: one line and exit code 2, or a traceback for a bug."""
 
+import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 BAD_INPUT = 2  # argparse's exit code for bad usage
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: 128 + SIGINT
 BROKEN_PIPE = 141  # 128 + SIGPIPE
+RANK_0_SECONDS = 5.0  # for rank 0 to report an error before another rank does
 REMEDIES = {
     FileNotFoundError: "check that it exists",
     FileExistsError: "expected a folder",
@@ -29,11 +33,25 @@ def with_reported_errors(call: Callable[[], None], debug: bool = False) -> None:
         message = describe_error(error)
         if debug or message is None:
             raise
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        exit_with_error(message)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def exit_with_error(message: str) -> NoReturn:
+    """Print the error as one line and exit. On several ranks, which mostly have the same error,
+    rank 0 prints it, and torchrun then ends the others; its report names the error as well.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        time.sleep(RANK_0_SECONDS)
+    line = f"error: {f'rank {rank}: ' if rank else ''}{' '.join(message.split())}"
+    print(line, file=sys.stderr, flush=True)
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        info = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(error_file).write_text(json.dumps({"message": info}))
+    sys.exit(BAD_INPUT)
 
 
 def parse(load: Callable[[Any], Any], source: Any) -> Any:

@@ -36,6 +36,17 @@ def write_atomically(path: Path, *content: bytes | memoryview) -> None:
     temporary.replace(path)
 
 
+def drop_lost_terminal() -> None:
+    """Send what is printed nowhere if the terminal has gone, as writing to it would be an error."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"\n")
+        except OSError:
+            os.dup2(null, stream)
+    os.close(null)
+
+
 def fsync_folder(folder: Path) -> None:
     """Make new names in the folder survive a power cut. Windows has no such call."""
     if os.name == "posix":

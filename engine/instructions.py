@@ -16,6 +16,7 @@ import numpy as np
 from engine.data import IGNORE_INDEX, Batch, epoch_entries, epoch_order, make_batch
 from engine.errors import parse
 from engine.files import read_json, read_lines, sha256_text, write_json
+from engine.hub import check_hub_name
 from engine.sources import load_hub_rows, stdlib_definitions
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 
@@ -95,6 +96,7 @@ def read_rows(name: str) -> Iterable:
     if name == "stdlib":
         return stdlib_rows()
     if not Path(name).exists():
+        check_hub_name(name, "a .json or .jsonl file, a hub name, or stdlib")
         return load_hub_rows(name, remedy="It is not a file either; --data stdlib needs no network")
     lines = read_lines(Path(name))
     if not name.removesuffix(".gz").endswith(".json"):

@@ -1,10 +1,10 @@
-"""Metrics of a run: tokens/s and MFU, metrics.jsonl, TensorBoard, W&B, terminal progress."""
+"""Metrics of a run: its steps, metrics.jsonl, TensorBoard, W&B, terminal progress."""
 
+import errno
 import math
 import re
 import secrets
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,73 +19,12 @@ from engine.checkpoint import list_checkpoints, read_run_config
 from engine.config import TrainConfig
 from engine.data import TrainingData
 from engine.distributed import Distributed
-from engine.files import JSONLinesLog
+from engine.files import JSONLinesLog, drop_lost_terminal
+from engine.throughput import flops_per_token, peak_flops, peak_memory
 from model import GPT
-
-if sys.platform != "win32":
-    import resource
 
 PROGRESS_SECONDS = 10.0  # between two lines of progress where there is no terminal
 SUMMARY_COLUMN = 17
-# Dense peak FLOP/s of the matrix units in 16-bit floating point with fp32 accumulation, from the
-# vendors' data sheets. The first name that occurs in the device's name counts.
-PEAK_FLOPS = {
-    "GB300": 2500e12,
-    "GB200": 2500e12,
-    "B300": 2250e12,
-    "B200": 2250e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A40": 149.7e12,
-    "A10G": 70e12,
-    "RTX PRO 6000 Blackwell Workstation Edition": 503.8e12,
-    "RTX 6000 Ada": 364.2e12,
-    "RTX A6000": 154.8e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense 16-bit peak in FLOP/s, None if unknown."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((f for card, f in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
-
-
-def peak_memory(device: torch.device) -> int:
-    """The peak of bytes in use: on CUDA by tensors, elsewhere by this process; 0 on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def flops_per_token(model: GPT, block_size: int) -> int:
-    """Forward and backward FLOPs, as in appendix B of the PaLM paper: 6 per parameter (4 if it is
-    frozen) without the position embeddings, and 12 * n_layer * n_embd * T for attention.
-    """
-    positions = model.transformer.wpe.weight  # looked up, not multiplied
-    params = [p for p in model.parameters() if p is not positions]
-    products = sum((6 if p.requires_grad else 4) * p.numel() for p in params)
-    return products + 12 * model.config.n_layer * model.config.n_embd * block_size
 
 
 def finite_or_none(value: float) -> float | None:
@@ -266,9 +205,18 @@ class RunLogger:
             self.loggers.pop(name, None)
             self.print(f"logging to {name} is off from here on: {type(error).__name__}: {error}")
 
+    def _show(self, write: Callable[..., object], *args: object) -> None:
+        """Write to the terminal, unless it has gone: SIGHUP, which then saves, may come later."""
+        try:
+            write(*args)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            drop_lost_terminal()
+
     def print(self, text: str) -> None:
         if self.is_main:
-            self.bar.write(text)
+            self._show(self.bar.write, text)
 
     def log(self, record: dict) -> None:
         """Log a step. Print a line if it was evaluated, or if the last line is a while ago."""
@@ -279,10 +227,10 @@ class RunLogger:
             for name, logger in list(self.loggers.items()):
                 self._call_safely(name, logger.write, record)
             self.metrics.append(record)
-        self.bar.update(step - self.bar.n)
+        self._show(self.bar.update, step - self.bar.n)
         if record.get("train_loss") is not None:
             speed = f"{record['tokens_per_s']:,.0f} tokens/s"
-            self.bar.set_postfix_str(f"loss {record['train_loss']:.4f}, {speed}")
+            self._show(self.bar.set_postfix_str, f"loss {record['train_loss']:.4f}, {speed}")
         evaluated = {"val_loss", "samples", "hellaswag_acc"} & record.keys()
         is_due = self.bar.disable and time.perf_counter() - self.last_line > PROGRESS_SECONDS
         if evaluated or is_due:
@@ -306,7 +254,7 @@ class RunLogger:
             parts += [f"{record['tokens_per_s']:,.0f} tokens/s", f"{left} left"]
         self.print(" | ".join(parts))
         for sample in record.get("samples", []):
-            self.print("  sample: " + sample.replace("\n", "\n  "))
+            self.print("  sample: " + collapse_newlines(sample).replace("\n", "\n  "))
 
     def finish(self) -> None:
         """Close the loggers and print a summary from the log, the same for a run that was already
@@ -321,13 +269,18 @@ class RunLogger:
         print("", *(f"{k:<{SUMMARY_COLUMN}}{v}" for k, v in rows.items()), sep="\n", flush=True)
 
 
+def collapse_newlines(text: str) -> str:
+    """The text without blank lines, of which a model at its start writes many."""
+    return re.sub(r"\n\s*\n", "\n", text)
+
+
 def summarize_run(run: Path) -> dict[str, str]:
     """What the user wants to know at the end of a run."""
     records = read_metrics(run)
     losses = [f"{r['val_loss']:.4f}" for r in records if r.get("val_loss") is not None] or ["-"]
     speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
     peak = max((r["peak_memory_gb"] for r in records if "peak_memory_gb" in r), default=None)
-    samples = [repr(r["samples"][0]) for r in records if r.get("samples")]
+    samples = [repr(collapse_newlines(r["samples"][0])) for r in records if r.get("samples")]
     samples = samples or ["none, --sample_every is 0"]
     checkpoint = list_checkpoints(run)[-1]
     library, model_class = "in transformers", "AutoModelForCausalLM"

@@ -4,6 +4,7 @@ A checkpoint is a folder, here or on the hub, with config.json and model.safeten
 pytorch_model.bin, in one file or several.
 """
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,11 +13,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from engine.files import read_json, write_json
+from engine.hub import check_hub_name, reporting_hub_errors
 from engine.tensors import copy_tensors, read_tensors
 from engine.tokenizer import END_OF_TEXT_ID
 from model import GPT, GPTConfig
 
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference
+HUB_REMEDY = (
+    "It is no local folder either; without a network, name one with config.json and "
+    "model.safetensors"
+)
 # Options of config.json that change what a GPT-2 computes: their default in transformers, and the
 # values that mean what model.py computes (gelu_pytorch_tanh is another name of gelu_new).
 OPTIONS = {
@@ -77,19 +83,14 @@ def find_pretrained(name_or_path: str | Path) -> Path:
         raise FileNotFoundError(
             f"{name_or_path} holds no config.json, expected a model, a checkpoint or a run"
         )
+    check_hub_name(str(name_or_path), "a hub name, a model's folder, a checkpoint or a run")
     from huggingface_hub import snapshot_download
 
-    try:
+    with reporting_hub_errors(str(name_or_path), HUB_REMEDY):
         for weights in WEIGHT_FILES:
             folder = snapshot_download(str(name_or_path), allow_patterns=["config.json", weights])
             if any(Path(folder).glob(weights)):
                 return Path(folder)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(
-            f"{name_or_path} is not a local folder, and the Hugging Face hub did not provide it: "
-            f"{reason} Without a network, name a folder with config.json and model.safetensors"
-        ) from error
     raise FileNotFoundError(f"{name_or_path} on the hub holds none of {', '.join(WEIGHT_FILES)}")
 
 
@@ -194,5 +195,6 @@ def save_pretrained(
     try:
         write_json(folder / "config.json", hf)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # from 0600
     except (OSError, SafetensorError) as error:
         raise OSError(f"{folder} could not be written, is the disk full? {error}") from error

@@ -16,6 +16,7 @@ from engine.tokenizer import END_OF_TEXT_ID
 
 # Header of llm.c's and modded-nanogpt's .bin shards (llm.c, dev/data/data_common.py).
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_INTS = 20240520, 1, 256
+NANOGPT_FILES = ("train.bin", "val.bin")
 
 
 class ShardFile:
@@ -185,7 +186,9 @@ def count_tokens(manifest: dict, split: str) -> int:
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a .npy or .bin shard as a read-only memory map of uint16."""
+    """The tokens of a .npy or .bin shard, or of nanoGPT's train.bin or val.bin, which have no
+    header, as a read-only memory map of uint16.
+    """
     remedy = "delete it and prepare the data again"
     if path.suffix == ".npy":
         try:
@@ -199,6 +202,13 @@ def open_shard(path: Path) -> np.ndarray:
             )
         return np.asarray(tokens)
     header = np.fromfile(path, dtype="<i4", count=BIN_HEADER_INTS)
+    if path.name in NANOGPT_FILES and tuple(header[:1]) != (BIN_MAGIC,):
+        if path.with_name("meta.pkl").exists():
+            raise ValueError(
+                f"{path} has the vocabulary of the meta.pkl beside it, expected GPT-2's tokens; "
+                "prepare its text with fineweb.py"
+            )
+        return np.asarray(np.memmap(path, dtype="<u2", mode="r"))
     if len(header) < BIN_HEADER_INTS or tuple(header[:2]) != (BIN_MAGIC, BIN_VERSION):
         raise ValueError(
             f"{path} begins with {header[:2].tolist()}, expected magic {BIN_MAGIC} and version "
@@ -227,10 +237,15 @@ class TokenShards:
             )
         if entries:
             files = [folder / name for name, entry in entries.items() if entry["split"] == split]
-        else:  # from elsewhere: edufineweb_train_000001.npy, tiny_shakespeare_val.bin
-            name = re.compile(rf".*_{split}(_\d+)?\.(npy|bin)")
-            files = sorted(f for f in folder.glob("*") if name.fullmatch(f.name))
+        else:
+            files = find_shards(folder, split)
         if not files:
+            other = {"train": "val", "val": "train"}[split]
+            if entries or find_shards(folder, other):
+                raise FileNotFoundError(
+                    f"{folder} has {other} shards, but none for {split}; expected files named like "
+                    f"NAME_{split}_000000.npy or NAME_{split}.bin"
+                )
             raise FileNotFoundError(
                 f"no {split} shards in {folder}; `python fineweb.py --dataset fineweb-edu "
                 f"--out_dir {folder}` gets 10B tokens from the hub; `python fineweb.py "
@@ -271,6 +286,14 @@ class TokenShards:
             position += len(piece)
             shard += 1
         return out
+
+
+def find_shards(folder: Path, split: str) -> list[Path]:
+    """The split's files in a folder without a manifest, as build-nanogpt, llm.c and nanoGPT name
+    them: edufineweb_train_000001.npy, tiny_shakespeare_val.bin, train.bin.
+    """
+    name = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
+    return sorted(f for f in folder.glob("*") if name.fullmatch(f.name))
 
 
 def load_shard(file: Path, entry: dict, verify: bool) -> np.ndarray:

@@ -6,7 +6,6 @@ import hashlib
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -15,6 +14,7 @@ from typing import Any
 
 from engine.documents import Piece, check_encoding, cut_into_pieces, find_files, read_documents
 from engine.files import sha256_file, sha256_text
+from engine.hub import reporting_hub_errors
 
 # Text on the hub: repository and configuration.
 HUB_TEXT = {
@@ -113,18 +113,6 @@ def draw_validation(
             was_val = is_val
 
 
-@contextmanager
-def reporting_hub_errors(what: str, remedy: str = HUB_REMEDY) -> Iterator[None]:
-    """Turn any failure to get `what` from the hub into a ConnectionError with the remedy."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ConnectionError(
-            f"the Hugging Face hub did not provide {what}: {reason}. {remedy}"
-        ) from error
-
-
 def load_hub_rows(
     repo: str,
     name: str | None = None,
@@ -143,7 +131,7 @@ def load_hub_rows(
 def stream_hub_text(repo: str, name: str, skip: int, _: Counter) -> Iterator[Piece]:
     """The texts of a hub dataset from row `skip` on."""
     rows = load_hub_rows(repo, name, streaming=True, remedy=HUB_REMEDY)
-    with reporting_hub_errors(repo):
+    with reporting_hub_errors(repo, HUB_REMEDY):
         for row in rows.select_columns(["text"]).skip(skip):
             yield row["text"], True
 

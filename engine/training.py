@@ -19,17 +19,19 @@ from engine.config import TrainConfig, to_yaml
 from engine.curves import plot_runs
 from engine.data import IGNORE_INDEX, Batch, TrainingData
 from engine.distributed import Distributed
-from engine.files import write_atomically
+from engine.files import drop_lost_terminal, write_atomically
 from engine.loss import SummedLoss
-from engine.metrics import Meter, RunLogger, finite_or_none, flops_per_token
+from engine.metrics import Meter, RunLogger, finite_or_none
 from engine.optim import learning_rate, parameter_groups, plateau_end
 from engine.report import RunFacts, write_report
 from engine.step import TrainingStep
 from engine.tasks import Example, count_correct, load_examples
+from engine.throughput import estimate_times, flops_per_token
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer, token_lengths
 from model import GPT
 
 ValidationBatches = Callable[[], Iterable[Batch]]  # this rank's share, the same at every call
+FEW_STEPS = 10  # in an epoch
 MAX_SKIPPED_STEPS = 5  # consecutive steps whose gradient is not finite; so many end the run
 
 
@@ -51,8 +53,12 @@ def train(
     config: TrainConfig,
     dist: Distributed,
     resumed: RunState | None = None,
+    *,
+    eval_tokens: int = 0,
 ) -> None:
-    """Train `model` to max_steps, from scratch or from `resumed`, whose weights it already has."""
+    """Train `model` to max_steps, from scratch or from `resumed`, whose weights it already has.
+    `eval_tokens`, the tokens of an evaluation over all ranks, are for the estimate of its time.
+    """
     if resumed and resumed.progress["data"] != data.fingerprint:
         raise ValueError(
             f"{config.out_dir} was trained on different data; it resumes exactly only with the same"
@@ -64,6 +70,8 @@ def train(
     if dist.is_main:
         write_atomically(Path(config.out_dir) / "config.yaml", to_yaml(config).encode())
         announce_run(model, data, config)
+        warn_of_settings(data, config)
+        print(estimate_times(model, data, config, dist, eval_tokens), flush=True)
     with (
         explaining_out_of_memory(config, dist.device),
         Interrupt() as interrupt,
@@ -127,6 +135,20 @@ def announce_run(model: GPT, data: TrainingData, config: TrainConfig) -> None:
         f"{sum(p.numel() for p in vectors):,}\n{data.summary()}",
         flush=True,
     )
+
+
+def warn_of_settings(data: TrainingData, config: TrainConfig) -> None:
+    """Print what keeps a short run, or one on little data, from learning."""
+    if config.warmup_steps >= config.max_steps:
+        print(
+            f"warmup_steps is {config.warmup_steps} and max_steps {config.max_steps}, so the "
+            f"learning rate never reaches max_lr {config.max_lr}; lower --warmup_steps"
+        )
+    if data.steps_per_epoch < FEW_STEPS:
+        print(
+            f"an epoch has only {data.steps_per_epoch:.1f} steps; smaller steps learn more from so "
+            "little data"
+        )
 
 
 def restore_step(training_step: TrainingStep, resumed: RunState | None) -> int:
@@ -317,7 +339,9 @@ def profile_steps(config: TrainConfig, dist: Distributed) -> AbstractContextMana
 
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a request to stop after the step; a second stops at once."""
+    """Turns Ctrl-C, SIGTERM, and SIGHUP, with which a lost connection ends, into a request to stop
+    after the step; a second one stops at once. Where SIGHUP is ignored (nohup), it stays so.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -327,7 +351,9 @@ class Interrupt:
         return self.signum is not None
 
     def __enter__(self) -> Self:
-        signals = signal.SIGINT, signal.SIGTERM
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signals.append(signal.SIGHUP)
         self.previous = {s: signal.signal(s, self._handle) for s in signals}
         return self
 
@@ -336,8 +362,11 @@ class Interrupt:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, _: object) -> None:
-        if self.signum is not None:
+        name = signal.Signals(signum).name
+        if name == "SIGHUP":
+            drop_lost_terminal()
+        elif self.signum is not None:
             raise KeyboardInterrupt
-        self.signum = signum
-        text = f"\n{signal.Signals(signum).name}: saving after this step (again: stop at once)\n"
+        self.signum = self.signum or signum
+        text = f"\n{name}: saving after this step (again: stop at once)\n"
         os.write(2, text.encode())  # print must not interrupt another print

@@ -127,6 +127,12 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
+def network(monkeypatch):
+    """As if the hub answered, so that what its libraries do, or their fakes, decides."""
+    monkeypatch.setattr("engine.hub.find_network_problem", lambda: None)
+
+
+@pytest.fixture
 def datasets():
     """Hugging Face's library that loads rows from the hub; not needed to train."""
     return pytest.importorskip("datasets", reason="needs datasets")

@@ -33,6 +33,7 @@ CONFIGS = [PretrainConfig, FinetuneConfig, EvalConfig, SampleConfig, PrepareConf
 # order of floating-point sums, or because what they lead to is compared by its hash.
 FREE_TO_CHANGE = {
     "out_dir",
+    "data",
     "data_dir",
     "resume",
     "device",
@@ -308,6 +309,42 @@ def test_unknown_flags_suggest_a_near_one(capsys):
     assert "unknown flag --qqqq (-h lists the flags)" in error
     assert "unknown flag surplus" in parsing_error(capsys, PretrainConfig, "surplus")
     assert "expected one argument" in parsing_error(capsys, PretrainConfig, "--max_steps")
+
+
+def test_flags_with_dashes(capsys):
+    """--max-steps is --max_steps, --no-use-lora is --no-use_lora; a value keeps its dashes, and
+    other flags with dashes are unknown.
+    """
+    assert parse(PretrainConfig, "--max-steps", "3", "--eval-every=4") == {
+        "max_steps": 3,
+        "eval_every": 4,
+    }
+    assert parse(FinetuneConfig, "--no-use-lora") == {"use_lora": False}
+    assert parse(PretrainConfig, "--data-dir=my-data") == {"data_dir": "my-data"}
+    error = parsing_error(capsys, PretrainConfig, "--max-stepz", "3")
+    assert "unknown flag --max-stepz, did you mean --max_steps?" in error
+
+
+def test_whole_numbers_in_any_notation(tmp_path, capsys):
+    """1e3, 1_000 and 1000.0 are whole numbers, on the command line and in YAML, and large ones are
+    exact; 1.5 is not.
+    """
+    for text in ("1e3", "1_000", "1000.0", "1E+3"):
+        assert parse(PretrainConfig, "--max_steps", text) == {"max_steps": 1000}
+        (tmp_path / "a.yaml").write_text(f"max_steps: {text}\n")
+        assert parse(PretrainConfig, "--config", tmp_path / "a.yaml") == {"max_steps": 1000}
+    assert parse(PretrainConfig, "--seed", str(2**62 + 1)) == {"seed": 2**62 + 1}
+    for text in ("1.5", "1e-3", "1e400", "nan", "1e"):
+        assert f"max_steps is {text}, expected an integer" in parsing_error(
+            capsys, PretrainConfig, "--max_steps", text
+        )
+
+
+def test_unknown_settings_of_a_file_suggest_a_near_one(tmp_path, capsys):
+    """A misspelled key of a config file is refused with the setting it resembles."""
+    (tmp_path / "a.yaml").write_text("max_step: 3\n")
+    error = parsing_error(capsys, PretrainConfig, "--config", tmp_path / "a.yaml")
+    assert "a.yaml: max_step is not a setting of this command, did you mean max_steps?" in error
 
 
 @pytest.mark.parametrize("config_class", CONFIGS)

@@ -130,3 +130,23 @@ def test_batch_sizes_that_do_not_divide(make_shards):
     shards = TokenShards(make_shards(100), "train")
     with pytest.raises(ValueError, match="= 96; the nearest are 960 or 1056"):
         make_data(shards, 3, 1000, seed=0, world_size=4)
+
+
+def test_a_batch_size_that_fits_is_named(make_shards):
+    """If only batch_size does not divide, the error names the largest smaller one that does, with
+    which the curve is the same.
+    """
+    shards = TokenShards(make_shards(100), "train")
+    with pytest.raises(ValueError, match="--batch_size 5 fits, and the loss curve is the same"):
+        make_data(shards, 7, 8 * 4 * 10, seed=0, world_size=4)
+    make_data(shards, 5, 8 * 4 * 10, seed=0, world_size=4)
+
+
+def test_a_small_evaluation_is_not_padded(make_shards):
+    """Six windows make one batch of six rows, not of batch_size; ranks have equal shapes."""
+    shards = TokenShards(make_shards(200), "train")
+    sizes = {"block_size": 8, "batch_size": 64, "eval_tokens": 48}
+    assert [b.idx.shape for b in validation_batches(shards, **sizes)] == [(6, 8)]
+    for rank in range(4):
+        (batch,) = validation_batches(shards, **sizes, rank=rank, world_size=4)
+        assert batch.idx.shape == (2, 8)

@@ -108,7 +108,7 @@ WRONG = [
     ("sample --model own_base --prompt x", "own_base is an adapter of own_base, which is an"),
     ("sample --model second_base --prompt x", "second_base is an adapter of own_base, which is"),
     ("sample --model empty --prompt x", "empty holds no config.json"),
-    ("sample --model gpt2-nowhere --prompt x", "Without a network, name a folder"),
+    ("sample --model gpt2-nowhere --prompt x", "without a network, name one with config.json"),
     (
         "sample --model tiny --prompt x --num_return_sequences 1000000000000",
         "not enough memory: 1000000000000 continuations take at least",

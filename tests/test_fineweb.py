@@ -395,7 +395,7 @@ def test_hub_data_streams_and_resumes(tmp_path, monkeypatch, datasets):
     assert snapshot(tmp_path / "out") == before
 
 
-def test_an_unreachable_hub_names_what_works_without(tmp_path, monkeypatch, datasets):
+def test_an_unreachable_hub_names_what_works_without(tmp_path, monkeypatch, datasets, network):
     """Without a network the error says what failed and what needs none, for text and for ready-made
     shards.
     """

@@ -26,13 +26,14 @@ HEAVY = {
 # The layers inside engine/, low to high. A module imports only from lower ones.
 LAYERS = [
     {"errors"},
-    {"config", "files", "tensors", "tokenizer"},
+    {"config", "files", "hub", "tensors", "tokenizer"},
     {"pretrained", "lora", "documents", "shards", "decode"},
     {"adapter", "sources"},
     {"data", "distributed", "scoring"},
     {"instructions", "loss"},
     {"optim", "checkpoint", "tasks"},
-    {"step", "metrics", "resume"},
+    {"step", "throughput", "resume"},
+    {"metrics"},
     {"curves"},
     {"report"},
     {"training"},

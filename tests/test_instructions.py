@@ -193,7 +193,7 @@ def test_bad_rows_are_named(write, tmp_path):
         read_examples(str(tmp_path / "latin.json"), 1024)
 
 
-def test_hub_rows(monkeypatch, datasets):
+def test_hub_rows(monkeypatch, datasets, network):
     """Rows of a hub dataset become examples. Without the hub the error names the dataset, the
     reason, and the flag that needs no network: no other data replace it.
     """

@@ -10,7 +10,8 @@ from conftest import CPU
 
 from engine import metrics
 from engine.config import TrainConfig
-from engine.metrics import RunLogger, flops_per_token, peak_flops, peak_memory, read_metrics
+from engine.metrics import RunLogger, read_metrics
+from engine.throughput import flops_per_token, peak_flops, peak_memory
 from model import GPT, GPTConfig
 
 SAMPLE = "</pre><script>&amp;"  # text that must not be interpreted

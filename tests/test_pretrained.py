@@ -141,10 +141,12 @@ def test_damaged_and_missing_files(folder):
 def test_unknown_name_without_a_network(monkeypatch):
     """A name that is neither a folder nor in the cache ends in one line that says what to give."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    message = r"nowhere is not a local folder, .* hub did not provide it: .* name a folder with"
-    with pytest.raises(FileNotFoundError, match=message) as raised:
+    message = r"hub did not provide nowhere: .* It is no local folder either; .* config.json"
+    with pytest.raises(ConnectionError, match=message) as raised:
         GPT.from_pretrained("nowhere")
     assert "\n" not in str(raised.value)
+    with pytest.raises(FileNotFoundError, match=r"there is no runs/x/checkpoints; expected a hub"):
+        GPT.from_pretrained("runs/x/checkpoints")
 
 
 def test_copies_of_the_parameters_are_saved(tiny_model, tmp_path):

@@ -86,11 +86,24 @@ def test_splits_are_recognized_by_the_end_of_the_name(make_shards, tmp_path):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     for _ in range(2):
         assert len(TokenShards(folder, "train")) == 40
-        with pytest.raises(FileNotFoundError, match="no val shards"):
+        with pytest.raises(FileNotFoundError, match=r"has train shards, but none for val"):
             TokenShards(folder, "val")
         (folder / "manifest.json").unlink(missing_ok=True)
     (folder / "my_val_set_train_000000.npy").rename(folder / "shakespeare_val.npy")
     assert len(TokenShards(folder, "val")) == 40
+
+
+def test_nanogpts_files_are_read(tmp_path):
+    """train.bin and val.bin of nanoGPT, which are uint16 without a header, are read; those of its
+    character-level examples, which have a vocabulary of their own in meta.pkl, are refused.
+    """
+    tokens = np.arange(1000, dtype="<u2")
+    for split in ("train", "val"):
+        tokens.tofile(tmp_path / f"{split}.bin")
+        assert TokenShards(tmp_path, split, verify=True).read(10, 990).tolist() == [*range(10, 990)]
+    (tmp_path / "meta.pkl").write_bytes(b"?")
+    with pytest.raises(ValueError, match=r"train.bin has the vocabulary of the meta.pkl"):
+        TokenShards(tmp_path, "train")
 
 
 def test_every_byte_is_checked_before_a_run(make_shards):

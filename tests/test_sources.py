@@ -88,7 +88,7 @@ def test_hub_text_streams_from_any_row(monkeypatch, datasets):
 
 
 @pytest.mark.parametrize("error", [OSError("no\nroute."), ValueError("no\nroute"), KeyError("no")])
-def test_hub_failures_name_the_data_and_the_remedy(monkeypatch, error, datasets):
+def test_hub_failures_name_the_data_and_the_remedy(monkeypatch, error, datasets, network):
     """Whatever the hub's libraries raise, at once or in the middle of a stream, becomes one
     ConnectionError with the repository, the reason and the remedy.
     """

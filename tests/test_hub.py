@@ -1,0 +1,52 @@
+"""What happens where there is no network."""
+
+import time
+
+import pytest
+from huggingface_hub import constants
+
+from engine import hub
+from engine.hub import check_hub_name, find_network_problem, reporting_hub_errors
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mine.jsonl", "rows.json.gz", "data/deep/rows", "./x", "~/x", "a\\b", "run/lora.pt", ""],
+)
+def test_names_of_files_are_not_asked_of_the_hub(name):
+    """What can only be a file is missing at once, without a request."""
+    with pytest.raises(FileNotFoundError, match=r"there is no .*; expected a file"):
+        check_hub_name(name, "a file")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2-xl", "yahma/alpaca-cleaned"])
+def test_names_of_the_hub_are_accepted(name):
+    check_hub_name(name, "a file")
+
+
+def test_without_a_connection_one_request_decides(monkeypatch):
+    """The hub's libraries then only look in their cache, for this block; the error has the reason
+    of the request, and what the user can do.
+    """
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "find_network_problem", lambda: "no route")
+    seen = []
+
+    def load() -> None:
+        with reporting_hub_errors("x", "Do this"):
+            seen.append(constants.HF_HUB_OFFLINE)
+            raise OSError("set HF_HUB_OFFLINE=0")
+
+    with pytest.raises(ConnectionError, match=r"x: there is no connection \(no route\).* Do this"):
+        load()
+    assert seen == [True]
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_does_not_answer_costs_seconds(monkeypatch):
+    """A request that hangs, even in looking up the name, is given up."""
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: time.sleep(60))
+    started = time.monotonic()
+    assert find_network_problem() == "no answer within 0 s"
+    assert time.monotonic() - started < 5
