@@ -194,6 +194,8 @@ def main(config: FinetuneConfig) -> None:
         finally:
             if dist.is_main and (run / "metrics.jsonl").exists():
                 write_train_data(run)
+            elif dist.is_main:  # it was refused
+                (run / TEMPLATE_FILE).unlink(missing_ok=True)
         if dist.is_main and config.merge_out:
             # The base as loaded above: a run may have a later checkpoint by now.
             tuned = load_model(base_path, run) if config.use_lora else load_model(run)

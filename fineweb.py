@@ -222,7 +222,6 @@ def start_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict
             f"{out_dir} holds shards made with another {' and '.join(changed)}: {before} before, "
             f"{now} now; choose another --out_dir, or delete the folder"
         )
-    out_dir.mkdir(parents=True, exist_ok=True)
 
     def is_intact(shard: dict) -> bool:
         file = out_dir / shard["name"]

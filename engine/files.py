@@ -6,7 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -126,12 +126,30 @@ class JSONLinesLog:
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder so that no other process writes into it. The lock ends with the process."""
+def make_folder(folder: Path) -> Iterator[None]:
+    """Make the folder and its parents. Those that are new and in the end empty are removed."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / "lock", timeout=0):
-            yield
+        yield
+    finally:
+        for path in new:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the folder so that no other process writes into it. The lock ends with the process."""
+    lock = folder / "lock"
+    try:
+        with make_folder(folder), FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                if list(folder.iterdir()) == [lock]:
+                    with suppress(OSError):  # Windows keeps a file that is open
+                        lock.unlink()
     except Timeout as error:
         raise ValueError(
             f"{folder} is in use by another process; wait until it ends, or choose another "

@@ -68,7 +68,6 @@ def train(
         with dist.main_process_first():
             hellaswag = load_examples("hellaswag", config.hellaswag_data, model.config.block_size)
     if dist.is_main:
-        write_atomically(Path(config.out_dir) / "config.yaml", to_yaml(config).encode())
         announce_run(model, data, config)
         warn_of_settings(data, config)
         print(estimate_times(model, data, config, dist, eval_tokens), flush=True)
@@ -79,6 +78,8 @@ def train(
     ):
         training_step = TrainingStep(model.to(dist.device), data, config, dist)
         start = restore_step(training_step, resumed)
+        if dist.is_main:
+            write_atomically(Path(config.out_dir) / "config.yaml", to_yaml(config).encode())
         evaluation = Evaluation(training_step, val, prompts, hellaswag)
         logger = RunLogger(config, dist, start)
         if start:

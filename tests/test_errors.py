@@ -194,7 +194,13 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def command(name: str) -> None:
+def start(line: str, workplace: Path, monkeypatch) -> None:
+    """Run a command line on a CPU, without a network."""
+    name, *args = line.split()
+    device = [] if name in ("fineweb", "plot", "share") else ["--device", "cpu"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *args, *device])
     if name == "plot":
         runpy.run_path(plot.__file__, run_name="__main__")
     else:
@@ -204,13 +210,8 @@ def command(name: str) -> None:
 @pytest.mark.parametrize(("line", "expected"), WRONG, ids=[line for line, _ in WRONG])
 def test_wrong_input_ends_in_one_line(workplace, monkeypatch, capsys, line, expected):
     """One line on stderr that names what is wrong, exit code 2, no traceback."""
-    name, *args = line.split()
-    device = [] if name in ("fineweb", "plot", "share") else ["--device", "cpu"]
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(workplace)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *args, *device])
     with pytest.raises(SystemExit) as exit_:
-        command(name)
+        start(line, workplace, monkeypatch)
     error = capsys.readouterr().err
     assert exit_.value.code == 2
     assert error.startswith("error: ")
@@ -219,13 +220,39 @@ def test_wrong_input_ends_in_one_line(workplace, monkeypatch, capsys, line, expe
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train_gpt2 --data_dir nothing",
+        "train_gpt2 --data_dir few --block_size 8 --total_batch_size 7",
+        "train_gpt2 --data_dir few --n_embd 7",
+        "train_gpt2 --data_dir few --init_from nowhere",
+        "train_gpt2 --data_dir few --block_size 8 --n_layer 1 --n_head 1 --n_embd 8 --batch_size 1 "
+        "--total_batch_size 8 --hellaswag_every 1 --hellaswag_data nothing.jsonl",
+        "finetune_lora --model_name_or_path tiny --data nothing.jsonl",
+        "finetune_lora --model_name_or_path nowhere --data rows.json",
+        "finetune_lora --model_name_or_path tiny --data rows.json --batch_size 7",
+        "finetune_lora --model_name_or_path tiny --data rows.json --optimizer muon",
+        "hellaswag --model nowhere --data row.jsonl",
+        "hellaswag --model tiny --data noise.jsonl.gz",
+        "fineweb --dataset nothing",
+        "fineweb --dataset text.txt --max_tokens 1",
+        "fineweb --dataset fineweb-edu",
+    ],
+)
+def test_a_refused_command_leaves_no_folder(workplace, monkeypatch, line):
+    """A command that is refused has made neither its out_dir nor a parent of it."""
+    with pytest.raises(SystemExit) as exit_:
+        start(f"{line} --out_dir made/out", workplace, monkeypatch)
+    assert exit_.value.code == 2
+    assert not (workplace / "made").exists()
+
+
 def test_a_closed_stdin_is_reported(workplace, monkeypatch, capsys):
     """Without a prompt and without stdin, sampling ends in one line."""
-    monkeypatch.chdir(workplace)
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", "tiny", "--device", "cpu"])
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(SystemExit):
-        command("sample")
+        start("sample --model tiny", workplace, monkeypatch)
     assert capsys.readouterr().err.startswith("error: stdin is closed and --prompt is missing")
 
 
