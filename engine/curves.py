@@ -62,7 +62,7 @@ def draw_runs(runs: list[Path], x: str = "step", more: dict[str, str] | None = N
     from matplotlib.figure import Figure
 
     more = more or {}
-    logs = [(Path(run).name, read_metrics(run)) for run in runs]
+    logs = [(printable(Path(run).name), read_metrics(run)) for run in runs]
     has_hellaswag = any("hellaswag_acc_norm" in record for _, log in logs for record in log)
     heights = [LOSS_HEIGHT] + [HELLASWAG_HEIGHT] * has_hellaswag + [EXTRA_HEIGHT] * len(more)
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
@@ -89,6 +89,16 @@ def draw_runs(runs: list[Path], x: str = "step", more: dict[str, str] | None = N
         convert = (lambda step: step * factor, lambda tokens: tokens / factor)
         losses.secondary_xaxis("top", functions=convert).set_xlabel("million tokens")
     return figure
+
+
+def printable(name: str) -> str:
+    """The name as a label of matplotlib, with escapes for characters that its font lacks."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    glyphs = get_font(findfont(FontProperties())).get_charmap()
+    shown = "".join(c if ord(c) in glyphs else ascii(c)[1:-1] for c in name)
+    shown = shown.replace("$", r"\$")  # formulas are between dollars
+    return f" {shown}" if shown.startswith("_") else shown  # it would be missing in the legend
 
 
 def plot_curves(axes: "Axes", logs: Logs, keys: Iterable[str], *, x: str) -> None:
