@@ -230,6 +230,10 @@ class TokenShards:
         folder = Path(folder)
         manifest = read_manifest(folder)
         entries = {entry["name"]: entry for entry in manifest["shards"]}
+        if (tokenizer := manifest.get("tokenizer", "gpt2")) != "gpt2":
+            raise ValueError(
+                f"{folder} has tokens of {tokenizer!r}, expected 'gpt2'; prepare the data again"
+            )
         if not manifest.get("complete", True):
             raise ValueError(
                 f"the preparation of {folder} is incomplete; run the same fineweb.py command to "

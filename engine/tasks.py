@@ -69,12 +69,13 @@ def make_hellaswag_example(row: dict, text: str) -> Example:
     """The example of an original row, or of one with ctx, endings and label alone. `lengths`, for
     normalization, are characters of the cleaned endings (lm-eval) or tokens (raw).
     """
-    endings, label = row["endings"], int(str(row["label"]))
+    endings = row["endings"]
     if not isinstance(endings, list) or len(endings) < 2:
         raise ValueError(f"endings is {endings!r}, expected a list of at least two strings")
     endings = [check_text(ending) for ending in endings]
-    if not 0 <= label < len(endings):
-        raise ValueError(f"label is {label}, expected 0 to {len(endings) - 1}")
+    if str(row["label"]) not in map(str, range(len(endings))):  # a number, or a string of one
+        raise ValueError(f"label is {row['label']!r}, expected 0 to {len(endings) - 1}")
+    label = int(row["label"])
     if text == "raw":
         context = encode(check_text(row["ctx"])) or [END_OF_TEXT_ID]
         request = Request(context, [encode(" " + ending) for ending in endings])

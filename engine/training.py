@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 
-from engine.checkpoint import BackgroundSave, RunState, save_checkpoint
+from engine.checkpoint import BackgroundSave, RunState, list_checkpoints, save_checkpoint
 from engine.config import TrainConfig, to_yaml
 from engine.curves import plot_runs
 from engine.data import IGNORE_INDEX, Batch, TrainingData
@@ -74,7 +74,7 @@ def train(
     with (
         explaining_out_of_memory(config, dist.device),
         Interrupt() as interrupt,
-        profile_steps(config, dist) as profiler,
+        profile_steps(config, dist, resumed.progress["step"] if resumed else 0) as profiler,
     ):
         training_step = TrainingStep(model.to(dist.device), data, config, dist)
         start = restore_step(training_step, resumed)
@@ -173,9 +173,10 @@ def check_skipped(meter: Meter, step: int, config: TrainConfig, logger: RunLogge
         f"step {step} skipped: its gradient is not finite ({meter.skipped_in_a_row} in a row)"
     )
     if meter.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+        saved = "checkpoints are good" if list_checkpoints(config.out_dir) else "has no checkpoint"
         raise ValueError(
-            f"the gradient was not finite in {meter.skipped_in_a_row} consecutive steps; the "
-            f"checkpoints in {config.out_dir} are good. Lower --max_lr, or use --precision fp32"
+            f"the gradient was not finite in {meter.skipped_in_a_row} consecutive steps; "
+            f"{config.out_dir}: {saved}. Lower --max_lr, or use --precision fp32"
         )
 
 
@@ -319,9 +320,9 @@ def explaining_out_of_memory(config: TrainConfig, device: torch.device) -> Itera
         ) from error
 
 
-def profile_steps(config: TrainConfig, dist: Distributed) -> AbstractContextManager:
-    """On rank 0, a profiler of `profile` steps after the first two; the loop calls its `step()`. A
-    run that ends earlier writes a trace of the steps it did.
+def profile_steps(config: TrainConfig, dist: Distributed, start: int) -> AbstractContextManager:
+    """On rank 0, a profiler of `profile` steps after the first two from `start`; the loop calls its
+    `step()`. A run that ends earlier writes a trace of the steps it did.
     """
 
     def write(profiler: torch.profiler.profile) -> None:
@@ -335,6 +336,8 @@ def profile_steps(config: TrainConfig, dist: Distributed) -> AbstractContextMana
 
     if not config.profile or not dist.is_main:
         return nullcontext(SimpleNamespace(step=lambda: None))
+    if (left := max(0, config.max_steps - start - 2)) < config.profile:
+        print(f"profile is {config.profile}, but after two unprofiled steps only {left} are left")
     schedule = torch.profiler.schedule(wait=1, warmup=1, active=config.profile, repeat=1)
     return torch.profiler.profile(schedule=schedule, on_trace_ready=write)
 

@@ -59,6 +59,7 @@ WRONG = [
     ("train_gpt2 --precision fp8", "precision is fp8, expected fp32 or bf16 or fp16"),
     ("train_gpt2 --data_dir empty", "no train shards in empty"),
     ("train_gpt2 --data_dir half", "half/manifest.json is damaged"),
+    ("train_gpt2 --data_dir llama", "llama has tokens of 'llama', expected 'gpt2'; prepare the"),
     ("train_gpt2 --data_dir few --block_size 9", "block_size is 9, but few has 9 training tokens"),
     ("train_gpt2 --max_lr nan", "nan"),
     ("train_gpt2 surplus", "surplus"),
@@ -103,6 +104,10 @@ WRONG = [
     ("hellaswag --model tiny --data noise.jsonl.gz", "noise.jsonl.gz is truncated or damaged"),
     ("hellaswag --model tiny --data row.jsonl --out_dir torn", "torn/settings.json is damaged"),
     ("hellaswag --model tiny --data row.jsonl --out_dir file", "file: File exists; expected a"),
+    (
+        "hellaswag --model tiny --data true.jsonl",
+        "true.jsonl line 1: label is True, expected 0 to 1",
+    ),
     ("hellaswag --model tiny --data deep.jsonl", "deep.jsonl line 1: brackets are nested too"),
     ("sample --model deep --prompt x", "deep/config.json is damaged: brackets are nested too deep"),
     ("sample --model own_base --prompt x", "own_base is an adapter of own_base, which is an"),
@@ -149,7 +154,7 @@ def workplace(tmp_path_factory) -> Path:
         save_tokenizer(folder / name, 32)
         config = json.loads((folder / name / "config.json").read_text())
         (folder / name / "config.json").write_text(json.dumps(config | wrong))
-    for name in ("empty", "torn", "half", "few", "deep"):
+    for name in ("empty", "torn", "half", "few", "deep", "llama"):
         (folder / name).mkdir()
     for name in ("noise_run", "list_run", "word_run", "syntax_run"):
         (folder / name).mkdir()
@@ -183,6 +188,8 @@ def workplace(tmp_path_factory) -> Path:
         "syntax_run/metrics.jsonl": b'{"step": 1, "tokens": 1, "val_loss": 1.0}\n',
         "syntax_run/config.yaml": b"seed: [1\n",
         "file": b"",
+        "true.jsonl": b'{"ctx": "a", "endings": ["b", "c"], "label": true}\n',
+        "llama/manifest.json": b'{"shards": [], "tokenizer": "llama"}',
         "deep.yaml": b"[" * 100_000,
         "deep.json": b"[" * 100_000,
         "deep.jsonl": b"[" * 100_000 + b"\n",

@@ -3,6 +3,7 @@ import json
 import math
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from engine.training import (
     Evaluation,
     Prompt,
     announce_run,
+    check_skipped,
     collect_facts,
     evaluate_loss,
+    profile_steps,
     train,
 )
 from model import GPT
@@ -202,6 +205,26 @@ def test_facts_of_a_run(shards):
         epoch_size="690 tokens",
         steps_per_epoch=690 / 192,
     )
+
+
+def test_only_checkpoints_that_exist_are_called_good(tmp_path, tiny_model):
+    """A run that ends because nothing is finite says whether it has checkpoints."""
+    config, logger = PretrainConfig(out_dir=str(tmp_path)), SimpleNamespace(print=print)
+    meter = SimpleNamespace(skipped_in_a_row=5)
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        check_skipped(meter, 5, config, logger)
+    tiny_model.save_pretrained(tmp_path / "checkpoints" / "step_000001")
+    with pytest.raises(ValueError, match="checkpoints are good"):
+        check_skipped(meter, 5, config, logger)
+
+
+def test_a_profile_longer_than_the_run_is_reported(capsys):
+    """A run says how many steps it can profile, if there are fewer than asked for."""
+    config = PretrainConfig(max_steps=20, profile=5)
+    for start, text in ((0, ""), (13, ""), (14, "only 4 are left"), (20, "only 0 are left")):
+        profile_steps(config, CPU, start)
+        out = capsys.readouterr().out
+        assert (text in out) if text else not out
 
 
 def test_settings_and_sizes_are_printed(shards, capsys):
