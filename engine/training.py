@@ -18,7 +18,7 @@ from engine.checkpoint import BackgroundSave, RunState, list_checkpoints, save_c
 from engine.config import TrainConfig, to_yaml
 from engine.curves import plot_runs
 from engine.data import IGNORE_INDEX, Batch, TrainingData
-from engine.distributed import Distributed
+from engine.distributed import Distributed, full_tensor
 from engine.files import drop_lost_terminal, write_atomically
 from engine.loss import SummedLoss
 from engine.metrics import Meter, RunLogger, finite_or_none
@@ -288,6 +288,11 @@ def generate_samples(
     model: GPT, prompts: list[Prompt], seed: int, device: torch.device
 ) -> list[str]:
     """Each prompt with the model's continuation, and with its reference if it has one."""
+    if not all(full_tensor(param).isfinite().all() for param in model.parameters()):
+        raise ValueError(
+            "the model has weights that are not finite, so it generates no samples; lower "
+            "--max_lr, or start from another model, in another --out_dir"
+        )
     tokenizer = get_tokenizer()
     samples = []
     for prompt in prompts:

@@ -24,10 +24,11 @@ from engine.training import (
     check_skipped,
     collect_facts,
     evaluate_loss,
+    generate_samples,
     profile_steps,
     train,
 )
-from model import GPT
+from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 
 
@@ -216,6 +217,14 @@ def test_only_checkpoints_that_exist_are_called_good(tmp_path, tiny_model):
     tiny_model.save_pretrained(tmp_path / "checkpoints" / "step_000001")
     with pytest.raises(ValueError, match="checkpoints are good"):
         check_skipped(meter, 5, config, logger)
+
+
+def test_a_diverged_model_ends_the_run_in_one_line():
+    """Samples of weights that are not finite are an error for the user, no traceback."""
+    model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8))
+    model.transformer.wpe.weight.data[0] = math.nan
+    with pytest.raises(ValueError, match="weights that are not finite"):
+        generate_samples(model, [Prompt()], 0, torch.device("cpu"))
 
 
 def test_a_profile_longer_than_the_run_is_reported(capsys):
