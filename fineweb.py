@@ -196,6 +196,8 @@ def choose_options(source: Source, config: PrepareConfig, old: dict) -> dict:
     settings = {"source": source.identity, **settings}
     limit = config.max_tokens or MAX_TOKENS
     expected = None if source.n_bytes is None else max(1, source.n_bytes / BYTES_PER_TOKEN)
+    if limit < (fewest := sum(MIN_TOKENS.values())):
+        raise ValueError(f"max_tokens is {limit}, expected at least {fewest}")
     if source.is_ordered and expected and "val_tokens" not in old:
         expected = min(expected, limit)
         wanted = config.val_tokens or min(HUB_VAL_TOKENS, expected * VAL_FRACTION)

@@ -171,7 +171,7 @@ def test_sizes_that_do_not_divide(workplace):
     script_flags = flags("odd", "--batch_size", 5)
     result = run_ranks(workplace, 2, ROOT / "train_gpt2.py", *script_flags)
     assert result.returncode != 0
-    assert "x 2 ranks = 320; the nearest are 320 or 640" in result.stderr
+    assert "x 2 ranks = 320; --batch_size 3 fits" in result.stderr
 
 
 def test_a_device_name_must_exist():
@@ -321,3 +321,16 @@ def test_bf16_units_are_those_of_the_system():
         pytest.skip("/proc/cpuinfo lists them on Linux and x86 only")
     listed = set(Path("/proc/cpuinfo").read_text().split())
     assert has_bf16_units(CPU.device) == bool(listed & {"avx512_bf16", "amx_bf16"})
+
+
+def test_an_error_of_all_ranks_is_reported_once(workplace):
+    """Two ranks with the same wrong setting print one error line, of rank 0; torchrun's report,
+    which nothing can prevent, names the error instead of advising how to trace it.
+    """
+    wrong = flags("wrong", "--batch_size", 5)
+    result = run_ranks(workplace, 2, ROOT / "train_gpt2.py", *wrong)
+    lines = result.stderr.splitlines()
+    (error,) = [line for line in lines if line.startswith("error: ")]
+    assert "--batch_size 3 fits" in error
+    assert any(line.strip() == f"traceback : {error}" for line in lines)
+    assert not any("train_gpt2.py" in line and line.startswith("  File") for line in lines)

@@ -6,12 +6,13 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT, TORCHRUN, command, expect_error, run_script
+from conftest import CPU, ONE_THREAD, ROOT, TORCHRUN, command, expect_error, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune_lora
@@ -29,7 +30,7 @@ from engine.checkpoint import (
 from engine.lora import lora_linears
 from engine.metrics import read_metrics
 from engine.tensors import read_tensors
-from finetune_lora import FinetuneConfig
+from finetune_lora import FinetuneConfig, resolve_config
 from model import GPT, GPTConfig
 
 SETTINGS = {
@@ -125,6 +126,54 @@ def test_the_adapter_is_merged_into_the_base_it_was_trained_on(folder, monkeypat
     with torch.no_grad():
         merged, expected = load_model("merged")(idx), load_model(first, run)(idx)
     torch.testing.assert_close(merged, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("n_examples", "per_step", "batch_size", "steps", "warmup"),
+    [(43, 4, 4, 33, 3), (5, 1, 1, 15, 1), (640, 64, 16, 30, 3), (5000, 64, 16, 235, 10)],
+)
+def test_defaults_fit_few_examples(n_examples, per_step, batch_size, steps, warmup, capsys):
+    """A step has at most a tenth of the examples and the warmup at most a tenth of the steps, on
+    any number of ranks; given values stay. A line says so.
+    """
+    model = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=4))
+    config = FinetuneConfig(device="cpu", use_lora=False)
+    resolved = resolve_config(config, model, n_examples, CPU)
+    assert (resolved.examples_per_step, resolved.batch_size) == (per_step, batch_size)
+    assert (resolved.max_steps, resolved.warmup_steps) == (steps, warmup)
+    few = f"{n_examples} examples are few: examples_per_step is {per_step} instead of 64"
+    assert (few in capsys.readouterr().out) == (per_step < 64)
+    two = resolve_config(config, model, n_examples, replace(CPU, world_size=2))
+    assert two.examples_per_step == per_step
+    assert two.batch_size == max(1, min(16, per_step // 2))
+    given = replace(config, examples_per_step=32, warmup_steps=7, max_steps=9)
+    resolved = resolve_config(given, model, n_examples, CPU)
+    assert (resolved.examples_per_step, resolved.batch_size) == (32, 16)
+    assert (resolved.warmup_steps, resolved.max_steps) == (7, 9)
+
+
+def test_data_may_move(folder):
+    """A run resumes with its data in another place, and is refused other data there."""
+    finetune("runs/a", max_steps=4)
+    Path("rows.jsonl").rename("moved.jsonl")
+    run = finetune("runs/a", max_steps=4, data="moved.jsonl")  # finished
+    Path("rows.jsonl").write_text(Path("moved.jsonl").read_text().replace("yes", "no"))
+    with pytest.raises(ValueError, match="was trained on different data"):
+        finetune("runs/a", max_steps=4)
+    assert len(read_losses(run)) == 5
+
+
+def test_a_checkpoint_has_the_tokenizer_and_ordinary_permissions(folder):
+    """An adapter's folder has the tokenizer that transformers loads, and all files have the
+    permissions of new files, so that others on the machine can read them.
+    """
+    latest = list_checkpoints(finetune("runs/a", max_steps=1))[-1]
+    assert AutoTokenizer.from_pretrained(latest).encode("To be") == [2514, 307]
+    Path("new").touch()
+    modes = {file.name: file.stat().st_mode for file in [*latest.iterdir(), Path("new")]}
+    assert set(modes.values()) == {modes["new"]}
+    weights = Path("base/model.safetensors").stat().st_mode
+    assert weights == modes["new"]
 
 
 def test_a_finished_run_merges(folder, capsys):

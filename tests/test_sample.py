@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import NASTY_TEXT, command, talkative_model
 
+from engine.checkpoint import load_model
 from engine.config import parse_flags
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer, save_tokenizer
 from model import GPT
@@ -231,6 +232,20 @@ def test_instructions_are_filled_into_the_template(tuned, folder, capsys):
             SampleConfig(**wrong)
 
 
+def test_a_long_prompt_is_cut_with_a_line(folder, capsys):
+    """Of a prompt longer than the window its end is used, and a line says so."""
+    block_size = load_model(folder).config.block_size
+    settings = {"model": str(folder), "temperature": 0.0, "max_new_tokens": 5, "device": "cpu"}
+    main(SampleConfig(**settings, prompt=" the" * (block_size + 7)))
+    long = capsys.readouterr()
+    cut = f"the prompt has {block_size + 7} tokens; the model sees only the last {block_size}\n"
+    assert long.err.startswith(cut)
+    main(SampleConfig(**settings, prompt=" the" * block_size))
+    short = capsys.readouterr()
+    assert "sees only" not in short.err
+    assert long.out.replace(" the", "") == short.out.replace(" the", "")
+
+
 def test_instructions_on_a_terminal(tuned, monkeypatch, capsys):
     """On a terminal a fine-tuned model asks for instructions and inputs, until an empty line."""
     asked, typed = [], iter(["Say hi", "", "Translate", "Bonjour", ""])
@@ -280,7 +295,9 @@ def test_prompts_on_a_terminal(folder):
         process.send_signal(signal.SIGINT)
         # Python ignores one that arrives while an object is finalized; a user presses again.
         wait_for(b"prompt: ", retry=lambda: process.send_signal(signal.SIGINT))
-        os.write(ours, b"\n")
+        os.write(ours, b"\x1b[A")  # the up arrow recalls the earlier prompt, to edit it
+        wait_for(b"Hello")
+        os.write(ours, b"\x15\n")  # Ctrl-U deletes it
         assert process.wait(30) == 0
     finally:
         process.kill()

