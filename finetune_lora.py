@@ -29,6 +29,7 @@ from engine.instructions import (
     TEMPLATE_FILE,
     InstructionData,
     PromptCompletion,
+    check_data_name,
     held_out_batches,
     read_examples,
     save_prompt_template,
@@ -150,6 +151,7 @@ class FinetuneConfig(TrainConfig):
 
 
 def main(config: FinetuneConfig) -> None:
+    check_data_name(config.data)  # before anything slow
     dist = Distributed.start(config.device)
     keep_freed_memory(dist)
     run = Path(config.out_dir)

@@ -34,7 +34,7 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {
     "val_loss": ("{} val {:.3f}", {"marker": "o", "markersize": 4, "linestyle": "--"}),
     "hellaswag_acc_norm": ("{}, lm-eval acc_norm {:.4f}", {"marker": "o"}),
 }
-SMOOTHED = 0.02  # share of the steps in the running mean of the training loss
+SMOOTHED, MIN_SMOOTHED = 0.02, 5  # share of the steps in the running mean of the training loss
 X_AXES = ("step", "tokens", "seconds")
 LOSS_HEIGHT, HELLASWAG_HEIGHT, EXTRA_HEIGHT, WIDTH = 5.0, 4.0, 2.2, 9.0  # of panels, in inches
 
@@ -113,7 +113,7 @@ def plot_curves(axes: "Axes", logs: Logs, keys: Iterable[str], *, x: str) -> Non
                 continue
             if key == "train_loss":
                 axes.plot(positions, values, color=f"C{i}", alpha=0.3, linewidth=0.8)
-                n = max(1, round(SMOOTHED * len(values)))
+                n = min(len(values), max(MIN_SMOOTHED, round(SMOOTHED * len(values))))
                 values = running_mean(values, n)
                 label += f", mean of {n} step{'s' * (n > 1)}"
             label = label.format(name, values[-1])

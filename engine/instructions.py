@@ -92,11 +92,17 @@ def read_examples(name: str, block_size: int) -> list[PromptCompletion]:
     return examples
 
 
+def check_data_name(name: str) -> None:
+    """FileNotFoundError if there is no such file and the name cannot be one of the hub."""
+    if name != "stdlib" and not Path(name).exists():
+        check_hub_name(name, "a .json or .jsonl file, a hub name, or stdlib")
+
+
 def read_rows(name: str) -> Iterable:
+    check_data_name(name)
     if name == "stdlib":
         return stdlib_rows()
     if not Path(name).exists():
-        check_hub_name(name, "a .json or .jsonl file, a hub name, or stdlib")
         return load_hub_rows(name, remedy="It is not a file either; --data stdlib needs no network")
     lines = read_lines(Path(name))
     if not name.removesuffix(".gz").endswith(".json"):

@@ -37,7 +37,7 @@ def test_curves_over_tokens_and_seconds(run):
 
 
 def test_the_training_loss_is_smoothed(run):
-    """Beside the training loss stands the mean of each step and those before it, 2 % of all, and
+    """Beside the training loss stands the mean of each step and those before it, 2 % of all or 5, and
     the legend has the last of these means.
     """
     steps = range(1, 201)
@@ -47,10 +47,10 @@ def test_the_training_loss_is_smoothed(run):
     raw, smoothed = axes.lines
     assert list(raw.get_ydata()) == list(range(1, 201))
     means = smoothed.get_ydata()
-    assert means[:5].tolist() == [1, 1.5, 2, 2.5, 3.5]  # of 4 steps, or as many as there are
-    assert means[-1] == 198.5  # of 197 to 200
+    assert means[:5].tolist() == [1, 1.5, 2, 2.5, 3]  # of as many as there are
+    assert means[-1] == 198  # of 196 to 200
     label = axes.get_legend().get_texts()[0].get_text()
-    assert label == f"{run.name} train 198.500, mean of 4 steps"
+    assert label == f"{run.name} train 198.000, mean of 5 steps"
 
 
 def test_plot_command(run):
@@ -104,7 +104,7 @@ def test_each_run_has_its_color_in_all_panels(run, tmp_path):
     shutil.copytree(run, other)
     panels = draw_runs([run, other], more=REPORT_PANELS).axes
     labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
-    splits = ("train 7.500, mean of 1 step", "val 7.000")
+    splits = ("train 7.700, mean of 5 steps", "val 7.000")
     assert labels == [f"{folder.name} {split}" for folder in (run, other) for split in splits]
     assert [line.get_color() for line in panels[0].lines] == ["C0"] * 3 + ["C1"] * 3
     for panel in panels[1:]:
