@@ -1,5 +1,6 @@
 """FLOPs of a model, speed and memory of a device, and how long a run will take."""
 
+import math
 import re
 import sys
 import time
@@ -15,7 +16,8 @@ if sys.platform != "win32":
     import resource
 
 PROBE_SIZES = {"cuda": 8192, "cpu": 1024}  # of the matrices that are multiplied to see the speed
-EFFICIENCY = 0.5  # speed of a training step / speed of a matrix product; measured: 0.4 to 0.7
+PROBES = 5
+EFFICIENCY = 0.6  # speed of a training step / speed of a matrix product, roughly, at any size
 SLOW_STEP_SECONDS = 60
 # Dense peak FLOP/s of the matrix units in 16-bit floating point with fp32 accumulation, from the
 # vendors' data sheets. The first name that occurs in the device's name counts.
@@ -79,15 +81,13 @@ def flops_per_token(model: GPT, block_size: int) -> int:
 
 
 def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The FLOP/s of one large matrix product."""
+    """The FLOP/s of a large matrix product, at the best of some tries."""
     n = PROBE_SIZES.get(device.type, PROBE_SIZES["cpu"])
-    a = torch.ones(n, n, device=device, dtype=dtype)
-    for _ in range(2):  # the first prepares
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    a, seconds = torch.ones(n, n, device=device, dtype=dtype), math.inf
+    for _ in range(PROBES):
         started = time.perf_counter()
         (a @ a)[0, 0].item()  # waits for the product
-        seconds = time.perf_counter() - started
+        seconds = min(seconds, time.perf_counter() - started)
     return 2 * n**3 / seconds
 
 

@@ -37,8 +37,8 @@ def test_curves_over_tokens_and_seconds(run):
 
 
 def test_the_training_loss_is_smoothed(run):
-    """Beside the training loss stands the mean of each step and those before it, 2 % of all or 5, and
-    the legend has the last of these means.
+    """Beside the training loss stands the mean of each step and those before it, 2 % of all but at
+    least 5, and the legend has the last of these means.
     """
     steps = range(1, 201)
     lines = [json.dumps({"step": s, "tokens": 64 * s, "train_loss": s}) + "\n" for s in steps]
