@@ -23,6 +23,7 @@ from engine.checkpoint import (
 from engine.config import MAX_STEPS, TrainConfig, flag, run_command
 from engine.curves import curve_points
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
+from engine.evaluation import Prompt
 from engine.files import lock_folder, write_atomically
 from engine.instructions import (
     DEFAULT_DATA,
@@ -46,7 +47,7 @@ from engine.lora import (
 from engine.metrics import read_metrics
 from engine.resume import check_same_run
 from engine.tokenizer import save_tokenizer
-from engine.training import Prompt, train
+from engine.training import train
 from model import GPT
 
 LORA_SETTINGS = tuple(f.name for f in fields(LoRAConfig))

@@ -14,11 +14,12 @@ from engine.checkpoint import load_latest, load_model
 from engine.config import TrainConfig, flag, run_command
 from engine.data import PretrainingData, validation_batches
 from engine.distributed import Distributed, check_memory, keep_freed_memory, resolve_device_settings
+from engine.evaluation import Prompt
 from engine.files import lock_folder
 from engine.lora import lora_linears
 from engine.resume import check_same_run
 from engine.shards import TokenShards
-from engine.training import Prompt, train
+from engine.training import train
 from model import GPT, GPTConfig
 
 MAX_STEP_TOKENS = 2**28  # several times the largest published

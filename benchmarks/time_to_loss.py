@@ -40,11 +40,11 @@ from benchmarks import harness
 from engine.config import Precision, flag, run_command
 from engine.data import PretrainingData, validation_batches
 from engine.distributed import Distributed, default_precision, open_device
+from engine.evaluation import evaluate_loss
 from engine.files import JSONLinesLog, lock_folder
 from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
 from engine.tokenizer import END_OF_TEXT_ID
-from engine.training import evaluate_loss
 from train_gpt2 import PretrainConfig, new_model
 
 VOCAB_SIZE = 4096

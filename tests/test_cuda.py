@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.data import Batch, PretrainingData
 from engine.decode import speed_up_decoding
 from engine.distributed import shard_model
+from engine.evaluation import evaluate_loss
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora, only_optimize_lora_parameters
 from engine.loss import HeadLoss, SummedLoss, compile_softmax, softmax_
 from engine.metrics import Meter
@@ -33,7 +34,6 @@ from engine.optim import build_optimizers
 from engine.scoring import score
 from engine.step import Prefetcher, apply_recompute
 from engine.tasks import count_correct, load_examples, make_record
-from engine.training import evaluate_loss
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 

@@ -35,7 +35,7 @@ LAYERS = [
     {"step", "throughput", "resume"},
     {"metrics"},
     {"curves"},
-    {"report"},
+    {"report", "evaluation"},
     {"training"},
 ]
 

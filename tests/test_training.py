@@ -13,21 +13,12 @@ from conftest import CPU, make_data, make_step, new_model
 from engine.checkpoint import list_checkpoints
 from engine.data import IGNORE_INDEX, Batch, PretrainingData, validation_batches
 from engine.distributed import Distributed, open_device
+from engine.evaluation import Evaluation, Prompt, evaluate_loss, generate_samples
 from engine.loss import SummedLoss
 from engine.metrics import Meter
 from engine.report import RunFacts
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
-from engine.training import (
-    Evaluation,
-    Prompt,
-    announce_run,
-    check_skipped,
-    collect_facts,
-    evaluate_loss,
-    generate_samples,
-    profile_steps,
-    train,
-)
+from engine.training import announce_run, check_skipped, collect_facts, profile_steps, train
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 

@@ -1,0 +1,127 @@
+"""What is evaluated during training: validation loss, samples, HellaSwag."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.config import TrainConfig
+from engine.data import IGNORE_INDEX, Batch
+from engine.distributed import Distributed, full_tensor
+from engine.loss import SummedLoss
+from engine.metrics import finite_or_none
+from engine.step import TrainingStep
+from engine.tasks import Example, count_correct
+from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer, token_lengths
+from model import GPT
+
+ValidationBatches = Callable[[], Iterable[Batch]]  # this rank's share, the same at every call
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue as a sample, and the continuation that is expected, if there is one."""
+
+    text: str = "Hello, I'm a language model,"  # build-nanogpt's
+    max_new_tokens: int = 32
+    top_k: int = 50
+    reference: str | None = None
+
+
+def is_due(every: int, step: int, config: TrainConfig) -> bool:
+    return every > 0 and (step % every == 0 or step == config.max_steps)
+
+
+@dataclass
+class Evaluation:
+    """Evaluates a model in training. Loss and HellaSwag are split over the ranks; all ranks
+    generate all samples, because FSDP needs every rank in each forward pass.
+    """
+
+    training_step: TrainingStep
+    val: ValidationBatches
+    prompts: list[Prompt]
+    hellaswag: list[Example]
+
+    def is_due(self, step: int) -> bool:
+        config = self.training_step.config
+        intervals = config.eval_every, config.sample_every, config.hellaswag_every
+        return any(is_due(every, step, config) for every in intervals)
+
+    def evaluate_step(self, step: int) -> dict:
+        """The part of the step's record that is due: validation loss, samples, HellaSwag."""
+        record: dict[str, Any] = {}
+        if not self.is_due(step):
+            return record
+        model, config = self.training_step.model, self.training_step.config
+        dist = self.training_step.dist
+        if is_due(config.eval_every, step, config):
+            with self.training_step.eval_mode(shapes_of_training=True):
+                loss, bpb = evaluate_loss(self.training_step.summed_loss, self.val(), dist)
+            record["val_loss"] = finite_or_none(loss)
+            record["val_bpb"] = None if bpb is None else finite_or_none(bpb)
+        with self.training_step.eval_mode():
+            if is_due(config.sample_every, step, config):
+                record["samples"] = generate_samples(
+                    model, self.prompts, config.seed + step, dist.device
+                )
+            if is_due(config.hellaswag_every, step, config) and step:  # before, it is at chance
+                record |= evaluate_hellaswag(model, self.hellaswag, dist)
+        return record
+
+
+@torch.no_grad()
+def evaluate_loss(
+    summed_loss: SummedLoss, batches: Iterable[Batch], dist: Distributed
+) -> tuple[float, float | None]:
+    """The mean loss in nats over all targets in the batches of all ranks, and their bits per byte
+    of text, which is None if they have no text.
+    """
+    lengths = torch.from_numpy(token_lengths())
+    loss_sum, n_targets, n_bytes = 0.0, 0, 0
+    for batch in batches:
+        loss_sum += summed_loss(batch.to(dist.device)).item()
+        targets = batch.targets[batch.targets != IGNORE_INDEX]
+        n_targets += len(targets)
+        n_bytes += int(lengths[targets].sum())
+    nats, targets_sum, bytes_sum = dist.sum(loss_sum, n_targets, n_bytes)
+    return nats / targets_sum, nats / math.log(2) / bytes_sum if bytes_sum else None
+
+
+def evaluate_hellaswag(model: GPT, examples: list[Example], dist: Distributed) -> dict[str, float]:
+    """lm-eval's acc and acc_norm."""
+    counts = count_correct(model, examples, dist.device, rank=dist.rank, world_size=dist.world_size)
+    correct, correct_norm, n = dist.sum(*counts)
+    return {"hellaswag_acc": correct / n, "hellaswag_acc_norm": correct_norm / n}
+
+
+def generate_samples(
+    model: GPT, prompts: list[Prompt], seed: int, device: torch.device
+) -> list[str]:
+    """Each prompt with the model's continuation, and with its reference if it has one."""
+    if not all(full_tensor(param).isfinite().all() for param in model.parameters()):
+        raise ValueError(
+            "the model has weights that are not finite, so it generates no samples; lower "
+            "--max_lr, or start from another model, in another --out_dir"
+        )
+    tokenizer = get_tokenizer()
+    samples = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt.text, disallowed_special=()) or [END_OF_TEXT_ID]
+        out = model.generate(
+            torch.tensor([ids], device=device),
+            prompt.max_new_tokens,
+            top_k=prompt.top_k,
+            # Answers end; other samples show what follows the end of a text as well.
+            eos=None if prompt.reference is None else END_OF_TEXT_ID,
+            generator=torch.Generator(device).manual_seed(seed),
+        )
+        new_ids = out[0, len(ids) :].tolist()
+        if prompt.reference is None:
+            samples.append(prompt.text + tokenizer.decode(new_ids))
+        else:
+            answer = tokenizer.decode([i for i in new_ids if i != END_OF_TEXT_ID])
+            samples.append(f"{prompt.text}{answer}\n[reference] {prompt.reference}")
+    return samples
