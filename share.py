@@ -24,7 +24,14 @@ from engine.shards import count_tokens, read_manifest
 # Only this project reads them; lora.pt repeats adapter_model.safetensors.
 NOT_UPLOADED = ("state.pt", "progress.json", LORA_STATE_FILE, BASE_MARK)
 # Settings of the training commands that do not shape the curve, besides those of TrainConfig.
-FREE_SETTINGS = {"data_dir", "model_name_or_path", "merge_out", "lora_form", *REMOVED_SETTINGS}
+FREE_SETTINGS = {
+    "data",
+    "data_dir",
+    "model_name_or_path",
+    "merge_out",
+    "lora_form",
+    *REMOVED_SETTINGS,
+}
 LOGGED = {
     "train_loss": "training loss of the last step",
     "val_loss": "validation loss",

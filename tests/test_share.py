@@ -118,7 +118,8 @@ def test_shared_adapter_names_its_base_on_the_hub(run, adapter):
     share.main(config)
     folder = adapter / "share"
     expected = {"README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png"}
-    expected.add("prompt_template.json")
+    expected |= {"prompt_template.json", "tokenizer.json", "tokenizer_config.json"}
+    expected |= {"vocab.json", "merges.txt"}
     assert {file.name for file in folder.iterdir()} == expected
     stock = AutoModelForCausalLM.from_pretrained(list_checkpoints(run)[-1])
     idx = torch.arange(100)[None]
