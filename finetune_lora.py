@@ -45,7 +45,7 @@ from engine.lora import (
     only_optimize_lora_parameters,
 )
 from engine.metrics import read_metrics
-from engine.resume import check_same_run
+from engine.resume import check_same_run, last_usable_step
 from engine.tokenizer import save_tokenizer
 from engine.training import train
 from model import GPT
@@ -165,7 +165,8 @@ def main(config: FinetuneConfig) -> None:
             config = replace(config, **check_same_run(run, config))
             torch.manual_seed(config.seed)
             adapter_base = config.model_name_or_path if config.use_lora else None
-            model, resumed = load_latest(run, adapter_base) or (build_model(base, config), None)
+            latest = load_latest(run, adapter_base, last_step=last_usable_step(run, config))
+            model, resumed = latest or (build_model(base, config), None)
             examples = read_examples(config.data, base.config.block_size)
         base_path = str(base.name_or_path)
         del base  # gigabytes, where the model was resumed
@@ -256,8 +257,8 @@ def resolve_config(
     if per_step is None:
         tenth = max(1, n_examples // SMALL_PARTS)
         per_step = min(EXAMPLES_PER_STEP, 2 ** (tenth.bit_length() - 1))
-        batch_size = min(config.batch_size, max(1, per_step // dist.world_size))
-        resolved |= {"examples_per_step": per_step, "batch_size": batch_size}
+        resolved["examples_per_step"] = per_step
+    resolved["batch_size"] = min(config.batch_size, max(1, per_step // dist.world_size))
     max_steps = config.max_steps or -(-config.epochs * n_examples // per_step)
     resolved["max_steps"] = max_steps
     if config.warmup_steps is None:

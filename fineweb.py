@@ -67,8 +67,8 @@ class PrepareConfig:
     shard_size: int = flag(100_000_000, "tokens in a shard")
     val_tokens: int | None = flag(
         None,
-        "tokens for validation: about as many of own files, drawn from all of them, else the "
-        "leading ones (default: 5%, at most 10,485,760)",
+        "tokens for validation: of your own files about this many, at most half, drawn from all of "
+        "them; of other text the first (default: 5%, at most 10,485,760)",
     )
     text_field: str = flag("text", "column or key of the text in .parquet and .jsonl")
     skip_bad_files: bool = flag(False, "leave out files that are not UTF-8 instead of stopping")
@@ -218,7 +218,8 @@ def start_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict
     old = earlier.get("options", {})
     options = choose_options(source, config, old)
     changed = [key for key in options if old.get(key) != options[key]]
-    if changed and any(shard["split"] == "train" for shard in earlier["shards"]):
+    # With one split the earlier call stopped or failed before it made anything of use.
+    if changed and {shard["split"] for shard in earlier["shards"]} == {"train", "val"}:
         before, now = ({key: values.get(key) for key in changed} for values in (old, options))
         raise ValueError(
             f"{out_dir} holds shards made with another {' and '.join(changed)}: {before} before, "

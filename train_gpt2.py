@@ -17,7 +17,7 @@ from engine.distributed import Distributed, check_memory, keep_freed_memory, res
 from engine.evaluation import Prompt
 from engine.files import lock_folder
 from engine.lora import lora_linears
-from engine.resume import check_same_run
+from engine.resume import check_same_run, last_usable_step
 from engine.shards import TokenShards
 from engine.training import train
 from model import GPT, GPTConfig
@@ -75,7 +75,8 @@ def main(config: PretrainConfig) -> None:
     with lock_folder(run) if dist.is_main else nullcontext():
         with dist.main_process_first():
             config = replace(config, **check_same_run(run, config))
-            model, resumed = load_latest(run) or (build_model(config), None)
+            latest = load_latest(run, last_step=last_usable_step(run, config))
+            model, resumed = latest or (build_model(config), None)
         shape = {name: getattr(model.config, name) for name in SHAPE}
         shape |= select_shape(config)  # a shorter block_size than the model's
         config = resolve_device_settings(replace(config, **shape), dist)
@@ -88,7 +89,8 @@ def main(config: PretrainConfig) -> None:
         data = PretrainingData(
             train_shards, total_batch_size=config.total_batch_size, seed=config.seed, **sizes
         )
-        val = partial(validation_batches, val_shards, eval_tokens=config.eval_tokens, **sizes)
+        options: dict[str, Any] = {"eval_tokens": config.eval_tokens, "one_shape": config.compile}
+        val = partial(validation_batches, val_shards, **options, **sizes)
         eval_tokens = min(config.eval_tokens, len(val_shards))
         train(model, data, val, [Prompt()], config, dist, resumed, eval_tokens=eval_tokens)
     dist.stop()

@@ -148,7 +148,7 @@ class Trainer:
         size = harness.Size.parse(run.size)
         model = new_model(replace(size.gpt_config(), vocab_size=VOCAB_SIZE), config)
         train, self.val = (TokenShards(folder, split) for split in ("train", "val"))
-        self.sizes = {"block_size": size.T, "batch_size": size.batch_size}
+        self.sizes: dict[str, Any] = {"block_size": size.T, "batch_size": size.batch_size}
         data = PretrainingData(train, total_batch_size=size.tokens, seed=run.seed, **self.sizes)
         self.step = TrainingStep(model.to(device), data, config, self.dist)
 

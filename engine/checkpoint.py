@@ -142,11 +142,14 @@ def hash_weights(model: GPT) -> str:
     return digest.hexdigest()
 
 
-def load_latest(run: Path | str, base: str | None = None) -> tuple[GPT, RunState] | None:
-    """The run's latest intact checkpoint, or None if it has no checkpoint. Adapters are loaded onto
-    the model `base`.
+def load_latest(
+    run: Path | str, base: str | None = None, last_step: int | None = None
+) -> tuple[GPT, RunState] | None:
+    """The run's latest intact checkpoint, of `last_step` or earlier, or None if it has no
+    checkpoint. Adapters are loaded onto the model `base`.
     """
-    folders = list_checkpoints(run)
+    found = list_checkpoints(run)
+    folders = [f for f in found if last_step is None or checkpoint_step(f) <= last_step]
     for folder in reversed(folders):
         try:
             model = load_model(base, folder) if base else load_model(folder)

@@ -214,16 +214,18 @@ def validation_batches(
     block_size: int,
     batch_size: int,
     eval_tokens: int,
+    one_shape: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
     """This rank's share of the windows that predict the first `eval_tokens` tokens, in order. All
-    ranks get equally many batches of the same shape; some may have sequences without targets.
+    ranks get equally many batches of the same shape; some may have sequences without targets. With
+    `one_shape` it is that of training, for which a model was compiled; else no larger than needed.
     """
     limit = min(eval_tokens, len(shards) - 1)
     n_windows = -(-limit // block_size)
     n_batches = -(-n_windows // (batch_size * world_size))
-    rows = -(-n_windows // (n_batches * world_size))  # of equal batches, at most batch_size
+    rows = batch_size if one_shape else -(-n_windows // (n_batches * world_size))
     for first in range(0, n_windows, rows * world_size):
         start = first + rank * rows
         yield read_windows(shards, list(range(start, start + rows)), block_size, limit)

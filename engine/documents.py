@@ -62,15 +62,18 @@ def is_hidden(path: Path) -> bool:
 
 
 def find_encoding(file: Path) -> str:
-    """That of the file's byte order mark; without one, UTF-8."""
-    with open_binary(file) as stream:
-        start = stream.read(4)
+    """That of the file's byte order mark; without one, or in a damaged .gz, UTF-8."""
+    try:
+        with open_binary(file) as stream:
+            start = stream.read(4)
+    except DAMAGED_GZIP:  # `stop_at_damage` reports it
+        start = b""
     found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
     return next(found, "utf-8-sig")
 
 
 def check_encoding(file: Path) -> None:
-    """ValueError if the start of the file is not UTF-8, but for a few damaged bytes."""
+    """ValueError if more than MAX_UNDECODABLE of the start of the file is not UTF-8."""
     if problem := find_problem(file):
         raise ValueError(f"{file} {problem}; convert it, as iconv -f LATIN1 -t UTF-8 does")
 

@@ -221,7 +221,8 @@ class InstructionData:
         if self.examples_per_step % micro:
             raise ValueError(
                 f"examples_per_step {self.examples_per_step} is not a multiple of batch_size "
-                f"{self.batch_size} x {self.world_size} ranks = {micro}; change one of them"
+                f"{self.batch_size} x {self.world_size} ranks = {micro}; --examples_per_step "
+                f"{-(-self.examples_per_step // micro) * micro} is"
             )
 
     @functools.cached_property

@@ -1,12 +1,9 @@
 """Whether the run in a folder can be continued with a config: the same settings, or more steps."""
 
 import json
-import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from typing import TYPE_CHECKING
 
 from engine.checkpoint import BASE_MARK, checkpoint_step, list_checkpoints, read_run_config
 from engine.config import REMOVED_SETTINGS, TrainConfig, fixed_settings
@@ -22,8 +19,8 @@ COMMANDS = {"data_dir": "train_gpt2.py", "model_name_or_path": "finetune_lora.py
 
 def check_same_run(run: Path, config: "DataclassInstance") -> dict:
     """The settings that are None in `config` and that the run in the folder has, if there is one. A
-    setting that its config.yaml lacks has its default. More max_steps than the run has extend it.
-    ValueError if `config` would not continue the run exactly.
+    setting that its config.yaml lacks has its default. More max_steps than the run has are fine if
+    `extend_run` can add them. ValueError if `config` would not continue the run exactly.
     """
     if not (run / "metrics.jsonl").exists() and not list_checkpoints(run):
         return {}
@@ -50,15 +47,23 @@ def check_same_run(run: Path, config: "DataclassInstance") -> dict:
             "Choose another --out_dir, or the earlier settings"
         )
     if is_longer and isinstance(config, TrainConfig):
-        extend_run(run, replace(config, **unset), earlier | {"max_steps": now["max_steps"]})
+        check_extension(run, replace(config, **unset))
     return unset
 
 
-def extend_run(run: Path, config: TrainConfig, settings: dict[str, Any]) -> None:
-    """Take a run of fewer steps back to its last checkpoint before the decay, from where it is the
-    same run as one of config.max_steps from the start. What it did after that becomes a run folder
-    of its own, RUN/until_step_N. ValueError if the run has no such checkpoint.
+def last_usable_step(run: Path, config: TrainConfig) -> int | None:
+    """The last step from which the run in the folder, if it has fewer max_steps than `config`, is
+    on the way of the longer run; None if it has as many.
     """
+    file = run / "config.yaml"
+    max_steps = read_run_config(run)["max_steps"] if file.is_file() else config.max_steps
+    if config.max_steps is None or max_steps >= config.max_steps:
+        return None
+    return plateau_end(replace(config, max_steps=max_steps))
+
+
+def check_extension(run: Path, config: TrainConfig) -> None:
+    """ValueError if the run cannot be extended to config.max_steps."""
     max_steps = read_run_config(run)["max_steps"]
     if config.schedule != "wsd":
         raise ValueError(
@@ -67,8 +72,7 @@ def extend_run(run: Path, config: TrainConfig, settings: dict[str, Any]) -> None
             "(--init_from, or --lora_load_path) with a lower --max_lr and another --out_dir; only "
             "runs with --schedule wsd can be extended"
         )
-    end = plateau_end(replace(config, max_steps=max_steps))
-    checkpoints = list_checkpoints(run)
+    end, checkpoints = last_usable_step(run, config) or 0, list_checkpoints(run)
     later = [path for path in checkpoints if checkpoint_step(path) > end]
     if checkpoints and later == checkpoints:
         raise ValueError(
@@ -78,19 +82,32 @@ def extend_run(run: Path, config: TrainConfig, settings: dict[str, Any]) -> None
     if bases := [path for path in later if (path / BASE_MARK).exists()]:
         raise ValueError(
             f"adapters were trained on {bases[0]}, which an extension would move; extend a copy of "
-            f"{run}, with --out_dir"
+            f"{run} in which you have deleted {bases[0].name}/{BASE_MARK}"
         )
+
+
+def extend_run(run: Path, config: TrainConfig) -> None:
+    """If the run in the folder has fewer max_steps than `config`, take it back to its last usable
+    step. What it did after that becomes a run folder of its own, RUN/until_step_N. The new
+    config.yaml, which the caller writes then, ends the extension; until then it can be repeated.
+    """
+    end = last_usable_step(run, config)
+    if end is None:
+        return
+    max_steps = read_run_config(run)["max_steps"]
+    later = [path for path in list_checkpoints(run) if checkpoint_step(path) > end]
+    records = JSONLinesLog.read(run / "metrics.jsonl", "step")
+    kept = [record for record in records if record["step"] <= end]
+    if not later and kept == records:
+        return
     ended = run / f"until_step_{max_steps}"
     (ended / "checkpoints").mkdir(parents=True, exist_ok=True)
     for file in run.iterdir():
         if file.is_file() and file.name != "lock" and not (ended / file.name).exists():
-            shutil.copy(file, ended)
+            write_atomically(ended / file.name, file.read_bytes())
     for path in later:
         path.rename(ended / "checkpoints" / path.name)
-    records = JSONLinesLog.read(run / "metrics.jsonl", "step")
-    kept = [json.dumps(record) + "\n" for record in records if record["step"] <= end]
-    write_atomically(run / "metrics.jsonl", "".join(kept).encode())
+    lines = "".join(json.dumps(record) + "\n" for record in kept)
+    write_atomically(run / "metrics.jsonl", lines.encode())
     (run / "wandb_id").unlink(missing_ok=True)  # W&B does not take steps back
     print(f"extending {run} to {config.max_steps} steps; what followed step {end} is in {ended}")
-    # Last, as it ends the extension.
-    write_atomically(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())

@@ -88,22 +88,31 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
         started = time.perf_counter()
         (a @ a)[0, 0].item()  # waits for the product
         seconds = min(seconds, time.perf_counter() - started)
+    if device.type == "cuda":
+        del a
+        torch.cuda.reset_peak_memory_stats(device)  # the run logs its own peak
     return 2 * n**3 / seconds
 
 
 def estimate_times(
-    model: GPT, data: TrainingData, config: TrainConfig, dist: Distributed, eval_tokens: int
+    model: GPT,
+    data: TrainingData,
+    config: TrainConfig,
+    dist: Distributed,
+    eval_tokens: int,
+    start: int = 0,
 ) -> str:
-    """The device and the sizes, and about how long the first evaluation, a step and the run take:
-    for the user, who would wait before seeing that a model is too large for the machine.
+    """The device and the sizes, and about how long an evaluation, a step and the run from step
+    `start` on take: for the user, who would wait before seeing that a model is too large for the
+    machine.
     """
     device, dtype = dist.device, autocast_dtype(config.precision) or torch.float32
     speed = EFFICIENCY * dist.world_size * measure_flops(device, dtype)
     per_token = flops_per_token(model, data.block_size)
     tokens = data.tokens_through(1)
     step, evaluation = (n * per_token / speed for n in (tokens, eval_tokens / 3))  # no backward
-    n_evaluations = 1 + config.max_steps // config.eval_every
-    run = config.max_steps * step + n_evaluations * evaluation
+    n_steps = config.max_steps - start
+    run = n_steps * step + (1 + n_steps // config.eval_every) * evaluation
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     name += f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     n_params = sum(p.numel() for p in model.parameters())
@@ -112,7 +121,7 @@ def estimate_times(
     return (
         f"device: {dist.world_size} x {name}, {config.precision}, {n_params / 1e6:,.1f}M "
         f"parameters, {tokens:,} tokens in the first step\n"
-        f"estimate: {first} for the first evaluation, {step_time} for a step, {total} for the run"
+        f"estimate: {first} for an evaluation, {step_time} for a step, {total} for the run"
         + ("; configs/demo.yaml and configs/small.yaml are made for CPUs" if is_slow else "")
     )
 

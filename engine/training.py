@@ -22,6 +22,7 @@ from engine.files import drop_lost_terminal, write_atomically
 from engine.metrics import Meter, RunLogger
 from engine.optim import learning_rate, parameter_groups, plateau_end
 from engine.report import RunFacts, write_report
+from engine.resume import extend_run
 from engine.step import TrainingStep
 from engine.tasks import Example, load_examples
 from engine.throughput import estimate_times, flops_per_token
@@ -56,7 +57,8 @@ def train(
     if dist.is_main:
         announce_run(model, data, config)
         warn_of_settings(data, config)
-        print(estimate_times(model, data, config, dist, eval_tokens), flush=True)
+        start = resumed.progress["step"] if resumed else 0
+        print(estimate_times(model, data, config, dist, eval_tokens, start), flush=True)
     with (
         explaining_out_of_memory(config, dist.device),
         Interrupt() as interrupt,
@@ -65,6 +67,7 @@ def train(
         training_step = TrainingStep(model.to(dist.device), data, config, dist)
         start = restore_step(training_step, resumed)
         if dist.is_main:
+            extend_run(Path(config.out_dir), config)
             write_atomically(Path(config.out_dir) / "config.yaml", to_yaml(config).encode())
         evaluation = Evaluation(training_step, val, prompts, hellaswag)
         logger = RunLogger(config, dist, start)
@@ -238,7 +241,7 @@ def profile_steps(config: TrainConfig, dist: Distributed, start: int) -> Abstrac
 
 class Interrupt:
     """Turns Ctrl-C, SIGTERM, and SIGHUP, with which a lost connection ends, into a request to stop
-    after the step; a second one stops at once. Where SIGHUP is ignored (nohup), it stays so.
+    after the step; a second Ctrl-C or SIGTERM stops at once. With nohup SIGHUP stays ignored.
     """
 
     def __init__(self) -> None:

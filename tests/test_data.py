@@ -150,3 +150,5 @@ def test_a_small_evaluation_is_not_padded(make_shards):
     for rank in range(4):
         (batch,) = validation_batches(shards, **sizes, rank=rank, world_size=4)
         assert batch.idx.shape == (2, 8)
+    # A compiled model gets the shape of training.
+    assert [b.idx.shape for b in validation_batches(shards, **sizes, one_shape=True)] == [(64, 8)]

@@ -116,6 +116,17 @@ def test_a_byte_order_mark_decides_the_encoding(tmp_path):
             check_encoding(tmp_path / name)
 
 
+@pytest.mark.parametrize("content", [b"no gzip at all", gzip.compress(b"cut " * 99)[:15]])
+def test_a_damaged_gz_does_not_stop_the_others(tmp_path, content, capsys):
+    """A file that is no gzip, or ends within its first bytes, is reported; the others are read."""
+    (tmp_path / "a.txt.gz").write_bytes(content)
+    (tmp_path / "b.txt").write_text("good")
+    pieces, problems = read_pieces(tmp_path)
+    assert ("good", True) in pieces
+    assert problems["truncated files"] == 1
+    assert "a.txt.gz is truncated or damaged" in capsys.readouterr().out
+
+
 def test_bad_rows_and_truncated_files(tmp_path, capsys):
     """Bad rows and truncated files are counted; the first is named by its line, and what is before
     the damage is used. Byte order marks and blank lines are no problem.

@@ -238,7 +238,7 @@ def test_wrong_input_ends_in_one_line(workplace, monkeypatch, capsys, line, expe
         "--total_batch_size 8 --hellaswag_every 1 --hellaswag_data nothing.jsonl",
         "finetune_lora --model_name_or_path tiny --data nothing.jsonl",
         "finetune_lora --model_name_or_path nowhere --data rows.json",
-        "finetune_lora --model_name_or_path tiny --data rows.json --examples_per_step 7",
+        "finetune_lora --model_name_or_path tiny --data rows.json --examples_per_step 33",
         "finetune_lora --model_name_or_path tiny --data rows.json --optimizer muon",
         "hellaswag --model nowhere --data row.jsonl",
         "hellaswag --model tiny --data noise.jsonl.gz",

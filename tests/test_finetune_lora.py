@@ -152,6 +152,16 @@ def test_defaults_fit_few_examples(n_examples, per_step, batch_size, steps, warm
     assert (resolved.warmup_steps, resolved.max_steps) == (7, 9)
 
 
+def test_few_examples_resume_with_the_same_command(folder):
+    """The sizes that few examples give are those of the run when its command is given again."""
+    defaults = {"examples_per_step": None, "batch_size": 16, "warmup_steps": None}
+    finetune("runs/a", **defaults, save_every=2, max_steps=4)
+    for checkpoint in list_checkpoints("runs/a")[1:]:
+        shutil.rmtree(checkpoint)
+    run = finetune("runs/a", **defaults, save_every=2, max_steps=4)
+    assert [p.name for p in list_checkpoints(run)] == ["step_000002", "step_000004"]
+
+
 def test_data_may_move(folder):
     """A run resumes with its data in another place, and is refused other data there."""
     finetune("runs/a", max_steps=4)

@@ -221,6 +221,22 @@ def test_an_earlier_folder_keeps_its_validation_tokens(tmp_path, jsonl, monkeypa
     assert snapshot(tmp_path / "out") == before
 
 
+def test_a_failed_preparation_can_be_repeated(tmp_path):
+    """Where too little text leaves no validation tokens, the remedy of the error works."""
+    (tmp_path / "a.txt").write_text("These are the few words of a very short text. " * 2)
+    errors = []
+    for val_tokens in range(1, 20):
+        try:
+            manifest = prepare(tmp_path / "out", tmp_path / "a.txt", val_tokens=val_tokens)
+        except ValueError as error:
+            errors.append(str(error))
+        else:
+            break
+    assert errors
+    assert all("raise --val_tokens" in error for error in errors)
+    assert manifest["complete"]
+
+
 def test_files_that_are_not_utf8(tmp_path, capsys):
     """A file in Latin-1 is refused by name, before anything is written; with --skip_bad_files it is
     left out and counted.

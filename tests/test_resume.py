@@ -162,6 +162,18 @@ def test_runs_that_cannot_be_extended(tmp_path, data_dir):
         main(replace(wsd, max_steps=9))
     with pytest.raises(ValueError, match=r"max_lr was 0.01, is 0.02"):
         main(replace(wsd, max_steps=20, max_lr=0.02))
+    before = {f: f.read_bytes() for f in (tmp_path / "wsd").rglob("*") if f.is_file()}
+    other = tmp_path / "other"
+    other.mkdir()
+    for split in ("train", "val"):
+        write_shard(other / f"x_{split}.npy", np.arange(999))
+    for wrong, message in (
+        ({"batch_size": 3}, "not a multiple"),
+        ({"data_dir": str(other)}, "trained on different data"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(replace(wsd, max_steps=20, **wrong))
+    assert before == {f: f.read_bytes() for f in (tmp_path / "wsd").rglob("*") if f.is_file()}
     plateau, last = list_checkpoints(wsd.out_dir)
     (last / "adapter_base").write_text("x\n")
     with pytest.raises(ValueError, match=r"adapters were trained on .*step_000010"):

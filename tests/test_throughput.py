@@ -84,7 +84,7 @@ def test_a_slow_start_says_so(shards, monkeypatch):
     )  # 5 minutes
     text = estimate_times(model, data, config, CPU, eval_tokens=3 * 192)
     assert "parameters, 192 tokens in the first step" in text
-    expected = "5 minutes for the first evaluation, 5 minutes for a step, 4 days for the run"
+    expected = "5 minutes for an evaluation, 5 minutes for a step, 4 days for the run"
     assert f"estimate: {expected}; configs/demo.yaml" in text
     monkeypatch.setattr(throughput, "measure_flops", lambda *_: 192 * flops / 0.6)
     assert "configs" not in estimate_times(model, data, config, CPU, eval_tokens=10)

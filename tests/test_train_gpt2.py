@@ -234,7 +234,7 @@ def test_settings_that_learn_nothing_are_named(workplace):
     out = run_script(*tiny_run("warm", *flags), cwd=workplace).stdout
     assert "warmup_steps is 5 and max_steps 1, so the learning rate never reaches max_lr" in out
     assert re.search(r"an epoch has only 3.\d steps", out)
-    assert re.search(r"estimate: .* for the first evaluation, .* for a step, .* for the run", out)
+    assert re.search(r"estimate: .* for an evaluation, .* for a step, .* for the run", out)
 
 
 def test_sampling_from_a_run_a_folder_and_the_hub_cache(workplace, uninterrupted, tmp_path):
