@@ -14,7 +14,7 @@ import torch
 from engine.checkpoint import check_vocabulary, latest_checkpoint, load_model
 from engine.config import flag, run_command
 from engine.decode import speed_up_decoding
-from engine.distributed import Distributed, check_memory
+from engine.distributed import Distributed, check_memory, has_finite_weights
 from engine.instructions import TEMPLATE_FILE, PromptTemplate, find_prompt_template
 from engine.lora import lora_linears, merge_lora
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
@@ -214,7 +214,7 @@ def main(config: SampleConfig) -> None:
     device = Distributed.start(config.device).device
     model = load_model(config.model, config.lora_load_path).to(device)
     check_vocabulary(model, config.model)
-    if not all(param.isfinite().all() for param in model.parameters()):
+    if not has_finite_weights(model):
         raise ValueError(f"{config.model} has weights that are not finite; choose another model")
     if lora_linears(model):
         merge_lora(model)

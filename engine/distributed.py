@@ -209,6 +209,10 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def has_finite_weights(model: GPT) -> bool:
+    return all(full_tensor(param).isfinite().all() for param in model.parameters())
+
+
 def shard_like(param: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     """This rank's shard of `full`, which all ranks have, if `param` is sharded; else `full`."""
     from torch.distributed.tensor import DTensor, distribute_tensor

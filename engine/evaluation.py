@@ -9,7 +9,7 @@ import torch
 
 from engine.config import TrainConfig
 from engine.data import IGNORE_INDEX, Batch
-from engine.distributed import Distributed, full_tensor
+from engine.distributed import Distributed, has_finite_weights
 from engine.loss import SummedLoss
 from engine.metrics import finite_or_none
 from engine.step import TrainingStep
@@ -101,7 +101,7 @@ def generate_samples(
     model: GPT, prompts: list[Prompt], seed: int, device: torch.device
 ) -> list[str]:
     """Each prompt with the model's continuation, and with its reference if it has one."""
-    if not all(full_tensor(param).isfinite().all() for param in model.parameters()):
+    if not has_finite_weights(model):
         raise ValueError(
             "the model has weights that are not finite, so it generates no samples; lower "
             "--max_lr, or start from another model, in another --out_dir"

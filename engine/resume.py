@@ -47,7 +47,7 @@ def check_same_run(run: Path, config: "DataclassInstance") -> dict:
             "Choose another --out_dir, or the earlier settings"
         )
     if is_longer and isinstance(config, TrainConfig):
-        check_extension(run, replace(config, **unset))
+        check_extension(run, replace(config, **unset), earlier["max_steps"])
     return unset
 
 
@@ -55,16 +55,15 @@ def last_usable_step(run: Path, config: TrainConfig) -> int | None:
     """The last step from which the run in the folder, if it has fewer max_steps than `config`, is
     on the way of the longer run; None if it has as many.
     """
-    file = run / "config.yaml"
-    max_steps = read_run_config(run)["max_steps"] if file.is_file() else config.max_steps
-    if config.max_steps is None or max_steps >= config.max_steps:
+    has_config = (run / "config.yaml").is_file()
+    max_steps = read_run_config(run).get("max_steps") if has_config else None
+    if max_steps is None or config.max_steps is None or max_steps >= config.max_steps:
         return None
     return plateau_end(replace(config, max_steps=max_steps))
 
 
-def check_extension(run: Path, config: TrainConfig) -> None:
-    """ValueError if the run cannot be extended to config.max_steps."""
-    max_steps = read_run_config(run)["max_steps"]
+def check_extension(run: Path, config: TrainConfig, max_steps: int) -> None:
+    """ValueError if the run, of `max_steps`, cannot be extended to config.max_steps."""
     if config.schedule != "wsd":
         raise ValueError(
             f"{run} has max_steps {max_steps}, and a cosine depends on them from its first step, "
@@ -72,7 +71,7 @@ def check_extension(run: Path, config: TrainConfig) -> None:
             "(--init_from, or --lora_load_path) with a lower --max_lr and another --out_dir; only "
             "runs with --schedule wsd can be extended"
         )
-    end, checkpoints = last_usable_step(run, config) or 0, list_checkpoints(run)
+    end, checkpoints = plateau_end(replace(config, max_steps=max_steps)), list_checkpoints(run)
     later = [path for path in checkpoints if checkpoint_step(path) > end]
     if checkpoints and later == checkpoints:
         raise ValueError(

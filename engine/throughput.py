@@ -116,12 +116,12 @@ def estimate_times(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     name += f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     n_params = sum(p.numel() for p in model.parameters())
-    first, step_time, total = (format_seconds(s) for s in (evaluation, step, run))
+    eval_time, step_time, total = (format_seconds(s) for s in (evaluation, step, run))
     is_slow = device.type == "cpu" and step > SLOW_STEP_SECONDS
     return (
         f"device: {dist.world_size} x {name}, {config.precision}, {n_params / 1e6:,.1f}M "
         f"parameters, {tokens:,} tokens in the first step\n"
-        f"estimate: {first} for an evaluation, {step_time} for a step, {total} for the run"
+        f"estimate: {eval_time} for an evaluation, {step_time} for a step, {total} for the run"
         + ("; configs/demo.yaml and configs/small.yaml are made for CPUs" if is_slow else "")
     )
 

@@ -50,6 +50,7 @@ def train(
         raise ValueError(
             f"{config.out_dir} was trained on different data; it resumes exactly only with the same"
         )
+    start = resumed.progress["step"] if resumed else 0
     hellaswag: list[Example] = []
     if config.hellaswag_every:
         with dist.main_process_first():
@@ -57,15 +58,16 @@ def train(
     if dist.is_main:
         announce_run(model, data, config)
         warn_of_settings(data, config)
-        start = resumed.progress["step"] if resumed else 0
         print(estimate_times(model, data, config, dist, eval_tokens, start), flush=True)
     with (
         explaining_out_of_memory(config, dist.device),
         Interrupt() as interrupt,
-        profile_steps(config, dist, resumed.progress["step"] if resumed else 0) as profiler,
+        profile_steps(config, dist, start) as profiler,
     ):
         training_step = TrainingStep(model.to(dist.device), data, config, dist)
-        start = restore_step(training_step, resumed)
+        if resumed:
+            training_step.restore(resumed.tensors)
+            resumed.tensors.clear()  # frees gigabytes
         if dist.is_main:
             extend_run(Path(config.out_dir), config)
             write_atomically(Path(config.out_dir) / "config.yaml", to_yaml(config).encode())
@@ -139,15 +141,6 @@ def warn_of_settings(data: TrainingData, config: TrainConfig) -> None:
             f"an epoch has only {data.steps_per_epoch:.1f} steps; smaller steps learn more from so "
             "little data"
         )
-
-
-def restore_step(training_step: TrainingStep, resumed: RunState | None) -> int:
-    """Restore the state of a checkpoint, if there is one; return its step, or 0."""
-    if resumed is None:
-        return 0
-    training_step.restore(resumed.tensors)
-    resumed.tensors.clear()  # frees gigabytes
-    return resumed.progress["step"]
 
 
 def check_skipped(meter: Meter, step: int, config: TrainConfig, logger: RunLogger) -> None:

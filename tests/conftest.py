@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from engine.data import PretrainingData
 from engine.distributed import Distributed
 from engine.shards import TokenShards, write_manifest, write_shard
+from engine.sources import open_source
 from engine.step import TrainingStep
+from engine.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 
@@ -116,6 +119,16 @@ def talkative_model(block_size: int) -> GPT:
     for param in model.parameters():
         param.data.mul_(8)
     return model
+
+
+def expected_tokens(documents: list[str]) -> list[int]:
+    """The definition of what documents become: each after <|endoftext|>."""
+    return [i for d in documents for i in (50256, *get_tokenizer().encode_ordinary(d))]
+
+
+def read_pieces(*dataset: object, skip: int = 0) -> tuple[list[tuple[str, bool]], Counter]:
+    problems: Counter = Counter()
+    return list(open_source([str(d) for d in dataset], "text").pieces(skip, problems)), problems
 
 
 @pytest.fixture(scope="session")

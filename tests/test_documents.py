@@ -4,28 +4,18 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import NASTY_TEXT
+from conftest import NASTY_TEXT, expected_tokens, read_pieces
 
 from engine import documents
 from engine.documents import check_encoding, cut_into_pieces, find_files, read_documents
-from engine.sources import open_source
-from engine.tokenizer import BatchEncoder, get_tokenizer
+from engine.tokenizer import BatchEncoder
 from fineweb import tokenize_pieces
 
 ENCODER = BatchEncoder()
 
 
-def expected_tokens(documents: list[str]) -> list[int]:
-    return [i for d in documents for i in (50256, *get_tokenizer().encode_ordinary(d))]
-
-
 def tokens_of(pieces: list[tuple[str, bool]]) -> list[int]:
     return tokenize_pieces(ENCODER, [(*piece, False) for piece in pieces]).tokens.tolist()
-
-
-def read_pieces(*dataset: object, skip: int = 0) -> tuple[list[tuple[str, bool]], Counter]:
-    problems: Counter = Counter()
-    return list(open_source([str(d) for d in dataset], "text").pieces(skip, problems)), problems
 
 
 def test_separators_in_a_txt(tmp_path, monkeypatch):

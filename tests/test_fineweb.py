@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import NASTY_TEXT, ROOT
+from conftest import NASTY_TEXT, ROOT, expected_tokens
 
 import fineweb
 from engine.config import parse_flags
@@ -25,14 +25,6 @@ from fineweb import PrepareConfig, main
 
 TEXTS = (NASTY_TEXT, "One.\n", "  two  ", "Three and\n\n\nthree. " * 40, NASTY_TEXT[::-1])
 DOCUMENTS = [f"{text}{i}" for i in range(6) for text in TEXTS]
-
-
-def expected_tokens(documents: list[str]) -> list[int]:
-    """The definition of a shard's content, in three lines."""
-    tokens = []
-    for document in documents:
-        tokens += [50256, *get_tokenizer().encode_ordinary(document)]
-    return tokens
 
 
 def all_tokens(folder: Path) -> list[int]:

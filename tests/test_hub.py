@@ -21,6 +21,7 @@ def test_names_of_files_are_not_asked_of_the_hub(name):
 
 @pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2-xl", "yahma/alpaca-cleaned"])
 def test_names_of_the_hub_are_accepted(name):
+    """NAME and USER/NAME may be on the hub, so they raise nothing here."""
     check_hub_name(name, "a file")
 
 

@@ -4,26 +4,10 @@ from collections import Counter
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import expected_tokens, read_pieces
 
 from engine import sources
 from engine.sources import load_hub_rows, open_source, stdlib_documents
-from engine.tokenizer import BatchEncoder, get_tokenizer
-from fineweb import tokenize_pieces
-
-ENCODER = BatchEncoder()
-
-
-def expected_tokens(documents: list[str]) -> list[int]:
-    return [i for d in documents for i in (50256, *get_tokenizer().encode_ordinary(d))]
-
-
-def tokens_of(pieces: list[tuple[str, bool]]) -> list[int]:
-    return tokenize_pieces(ENCODER, [(*piece, False) for piece in pieces]).tokens.tolist()
-
-
-def read_pieces(*dataset: object, skip: int = 0) -> tuple[list[tuple[str, bool]], Counter]:
-    problems: Counter = Counter()
-    return list(open_source([str(d) for d in dataset], "text").pieces(skip, problems)), problems
 
 
 def test_a_source_continues_at_any_piece(tmp_path, monkeypatch):
