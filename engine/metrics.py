@@ -205,18 +205,15 @@ class RunLogger:
             self.loggers.pop(name, None)
             self.print(f"logging to {name} is off from here on: {type(error).__name__}: {error}")
 
-    def _show(self, write: Callable[..., object], *args: object) -> None:
-        """Write to the terminal, unless it has gone: SIGHUP, which then saves, may come later."""
+    def print(self, text: str) -> None:
+        if not self.is_main:
+            return
         try:
-            write(*args)
-        except OSError as error:
+            self.bar.write(text)
+        except OSError as error:  # tqdm itself ignores it where it draws the bar
             if error.errno != errno.EIO:
                 raise
-            drop_lost_terminal()
-
-    def print(self, text: str) -> None:
-        if self.is_main:
-            self._show(self.bar.write, text)
+            drop_lost_terminal()  # SIGHUP, which then saves, may come later
 
     def log(self, record: dict) -> None:
         """Log a step. Print a line if it was evaluated, or if the last line is a while ago."""
@@ -227,10 +224,10 @@ class RunLogger:
             for name, logger in list(self.loggers.items()):
                 self._call_safely(name, logger.write, record)
             self.metrics.append(record)
-        self._show(self.bar.update, step - self.bar.n)
+        self.bar.update(step - self.bar.n)
         if record.get("train_loss") is not None:
             speed = f"{record['tokens_per_s']:,.0f} tokens/s"
-            self._show(self.bar.set_postfix_str, f"loss {record['train_loss']:.4f}, {speed}")
+            self.bar.set_postfix_str(f"loss {record['train_loss']:.4f}, {speed}")
         evaluated = {"val_loss", "samples", "hellaswag_acc"} & record.keys()
         is_due = self.bar.disable and time.perf_counter() - self.last_line > PROGRESS_SECONDS
         if evaluated or is_due:

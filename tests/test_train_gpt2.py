@@ -180,29 +180,33 @@ def test_an_interrupted_run_saves_and_resumes(workplace, uninterrupted, signum):
     assert read_curve(run) == read_curve(uninterrupted)
 
 
-def test_a_lost_connection_saves(workplace):
+@pytest.mark.parametrize(
+    ("disposition", "max_steps", "code"),
+    [("SIG_DFL", 10**5, 128 + signal.SIGHUP), ("SIG_IGN", 40, 0)],
+)
+def test_a_lost_connection_saves(workplace, disposition, max_steps, code):
     """If the terminal goes away, as a dropped ssh does, the run saves and ends with the exit code
-    of SIGHUP, although it can no longer print.
+    of SIGHUP, although it can no longer print. With nohup, which ignores SIGHUP, it runs on.
     """
     ours, theirs = pty.openpty()
-    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-
-    # A session of its own, and then the terminal as its own.
-    own = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-    start = [
-        sys.executable,
-        "-c",
-        own + "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
-    ]
+    # In a session of its own the process makes the terminal its own, and starts the run.
+    start = (
+        "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        f"signal.signal(signal.SIGHUP, signal.{disposition}); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    sizes = ("--max_steps", max_steps, "--save_every", 1000)
     process = subprocess.Popen(
-        [*start, *command(*tiny_run("hangup", "--max_steps", 10**5))[1:]],
+        [sys.executable, "-c", start, *command(*tiny_run(disposition, *sizes))[1:]],
         cwd=workplace,
         start_new_session=True,
-        **streams,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
     )
     os.close(theirs)
-    run = workplace / "runs" / "hangup"
-    deadline = time.monotonic() + 150
+    run = workplace / "runs" / disposition
+    deadline = time.monotonic() + 60
     log = run / "metrics.jsonl"
     while time.monotonic() < deadline and process.poll() is None:
         if select.select([ours], [], [], 0.005)[0]:  # what it prints
@@ -210,7 +214,7 @@ def test_a_lost_connection_saves(workplace):
         if log.exists() and log.read_bytes().count(b"\n") > 9:
             break
     os.close(ours)
-    assert process.wait(150) == 128 + signal.SIGHUP
+    assert process.wait(60) == code
     assert list_checkpoints(run)[-1].name == f"step_{read_metrics(run)[-1]['step']:06d}"
 
 
