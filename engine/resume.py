@@ -91,7 +91,7 @@ def extend_run(run: Path, config: TrainConfig) -> None:
     config.yaml, which the caller writes then, ends the extension; until then it can be repeated.
     """
     end = last_usable_step(run, config)
-    if end is None:
+    if end is None or not (run / "metrics.jsonl").exists():  # it has not begun
         return
     max_steps = read_run_config(run)["max_steps"]
     later = [path for path in list_checkpoints(run) if checkpoint_step(path) > end]

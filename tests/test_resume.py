@@ -186,6 +186,16 @@ def test_runs_that_cannot_be_extended(tmp_path, data_dir):
     assert not (tmp_path / "wsd" / "until_step_10").exists()
 
 
+def test_a_run_that_was_killed_before_its_first_line_starts_with_more_steps(tmp_path, data_dir):
+    """A run that has written its config.yaml and nothing else may have any max_steps."""
+    config = wsd_config(tmp_path / "run", data_dir, schedule="cosine", max_steps=2)
+    main(config)
+    for name in ("checkpoints", "metrics.jsonl"):
+        (tmp_path / "run" / name).rename(tmp_path / name)
+    main(replace(config, max_steps=3))
+    assert [r["step"] for r in read_metrics(tmp_path / "run")] == [0, 1, 2, 3]
+
+
 def test_a_run_of_the_other_command_is_named(tmp_path):
     """A fine-tuning run is not resumed by train_gpt2.py; one line says whose it is."""
     (tmp_path / "metrics.jsonl").write_text("")
