@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,14 @@ def network(monkeypatch):
 def datasets():
     """Hugging Face's library that loads rows from the hub; not needed to train."""
     return pytest.importorskip("datasets", reason="needs datasets")
+
+
+@pytest.fixture
+def write_parquet() -> Callable:
+    """A function that writes a table to a Parquet file; reading one is not needed to train."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    return lambda table, path: parquet.write_table(pyarrow.table(table), path)
 
 
 @pytest.fixture

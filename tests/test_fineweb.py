@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from conftest import NASTY_TEXT, ROOT, expected_tokens
 
@@ -84,14 +82,13 @@ def unordered(monkeypatch):
     monkeypatch.setattr(fineweb, "open_source", open_unordered)
 
 
-def test_every_format_gives_the_same_tokens(tmp_path, jsonl, whole_documents):
+def test_every_format_gives_the_same_tokens(tmp_path, jsonl, whole_documents, write_parquet):
     """.jsonl, .jsonl.gz, .parquet and one .txt a document become exactly the documents' tokens,
     each after <|endoftext|>, in the split that its hash gives. Full shards have the requested size.
     """
     with gzip.open(tmp_path / "documents.jsonl.gz", "wb") as file:
         file.write(jsonl.read_bytes())
-    table = pyarrow.table({"text": DOCUMENTS})
-    pyarrow.parquet.write_table(table, tmp_path / "documents.parquet")
+    write_parquet({"text": DOCUMENTS}, tmp_path / "documents.parquet")
     folder = tmp_path / "txt" / "deep"
     folder.mkdir(parents=True)
     for i, document in enumerate(DOCUMENTS):

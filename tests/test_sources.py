@@ -1,8 +1,6 @@
 import json
 from collections import Counter
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from conftest import expected_tokens, read_pieces
 
@@ -32,9 +30,7 @@ def test_identity_depends_on_the_content(tmp_path):
 
 
 def test_wrong_sources_are_named(tmp_path):
-    """A missing path, a wrong suffix, a missing or wrong column, and a damaged file are errors that
-    name the file.
-    """
+    """A missing path and a wrong suffix are errors that name the file, and stdlib stands alone."""
     with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl is neither a dataset"):
         read_pieces(tmp_path / "nothing.jsonl")
     (tmp_path / "image.png").write_bytes(b"?")
@@ -42,7 +38,11 @@ def test_wrong_sources_are_named(tmp_path):
         read_pieces(tmp_path / "image.png")
     with pytest.raises(ValueError, match="stdlib cannot be combined"):
         read_pieces("stdlib", tmp_path)
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
+
+
+def test_wrong_parquet_files_are_named(tmp_path, write_parquet):
+    """A missing or wrong column, and a damaged file, are errors that name the file."""
+    write_parquet({"body": ["x"], "n": [1]}, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"no column 'text'; --text_field may be body or n"):
         read_pieces(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a.parquet: column 'n' holds int, expected text"):
@@ -50,7 +50,7 @@ def test_wrong_sources_are_named(tmp_path):
     (tmp_path / "b.parquet").write_bytes(b"PAR1?")
     with pytest.raises(ValueError, match=r"b.parquet is damaged"):
         read_pieces(tmp_path / "b.parquet")
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"] * 9}), tmp_path / "c.parquet")
+    write_parquet({"text": ["x"] * 9}, tmp_path / "c.parquet")
     whole = (tmp_path / "c.parquet").read_bytes()  # pages first, schema last
     (tmp_path / "c.parquet").write_bytes(whole[:4] + b"\xff" * 40 + whole[44:])
     with pytest.raises(ValueError, match=r"c.parquet is damaged"):
