@@ -1,6 +1,5 @@
 """Files: atomic writes, JSON, JSON lines, locks."""
 
-import contextlib
 import gzip
 import hashlib
 import json
@@ -166,8 +165,8 @@ def test_one_process_holds_a_folder(tmp_path):
 
 
 def test_lock_ends_with_its_block(tmp_path):
-    """An exception inside the block frees the folder."""
-    with contextlib.suppress(KeyError), lock_folder(tmp_path):
+    """An exception inside the block reaches the caller, and frees the folder."""
+    with pytest.raises(KeyError), lock_folder(tmp_path):
         raise KeyError
     with lock_folder(tmp_path):
         pass

@@ -23,6 +23,8 @@ HEAVY = {
     "torch.distributed.tensor",
     "torch.distributed.checkpoint",
 }
+# Not needed to train, so a machine that tests a GPU may lack them.
+OPTIONAL = {"datasets", "pyarrow", "tensorboard", "wandb", "lm_eval", "scipy"}
 # The layers inside engine/, low to high. A module imports only from lower ones.
 LAYERS = [
     {"errors"},
@@ -112,3 +114,14 @@ def test_importing_the_commands_loads_nothing_heavy():
     loaded = set(result.stdout.split())
     assert loaded >= MODULES
     assert not loaded & HEAVY
+
+
+def test_optional_packages_are_imported_in_functions_only():
+    """A missing package skips the tests that need it; at the top of a test module, or of a
+    benchmark that one imports, it would stop all of them, with `-m cuda` as well.
+    """
+    for file in (*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")):
+        for node in ast.parse(file.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & OPTIONAL, file.name

@@ -72,16 +72,15 @@ def test_times_are_readable(seconds, text):
 
 
 def test_a_slow_start_says_so(shards, monkeypatch):
-    """The first evaluation, a step and the run are estimated from the speed of a matrix product,
+    """An evaluation, a step and the run are estimated from the speed of a matrix product,
     0.6 of which training reaches, and the FLOPs of the model; on a CPU that is too slow a line
     names configs for it.
     """
     model, data = new_model(), make_data(shards)  # 192 tokens a step
     config = TrainConfig(max_steps=1000, eval_every=100, precision="fp32")
     flops = flops_per_token(model, 16)
-    monkeypatch.setattr(
-        throughput, "measure_flops", lambda *_: 192 * flops / 300 / 0.6
-    )  # 5 minutes
+    # A step of 5 minutes.
+    monkeypatch.setattr(throughput, "measure_flops", lambda *_: 192 * flops / 300 / 0.6)
     text = estimate_times(model, data, config, CPU, eval_tokens=3 * 192)
     assert "parameters, 192 tokens in the first step" in text
     expected = "5 minutes for an evaluation, 5 minutes for a step, 4 days for the run"
