@@ -20,7 +20,7 @@ from engine.checkpoint import (
     load_model,
     mark_base,
 )
-from engine.config import MAX_STEPS, TrainConfig, flag, run_command
+from engine.config import TrainConfig, flag, run_command
 from engine.curves import curve_points
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
 from engine.evaluation import Prompt
@@ -54,7 +54,6 @@ LORA_SETTINGS = tuple(f.name for f in fields(LoRAConfig))
 # The sum would lose dropout, which is on the inputs of A alone; small updates, where W has no more
 # bits than the sum; and FSDP's shards.
 SUMMED_NEEDS = {"lora_dropout": 0.0, "base_precision": "fp32", "parallel": "ddp"}
-MAX_STEP_EXAMPLES = 2**20  # which are sorted by length
 # Defaults. A step has at most a tenth of the examples, and the warmup at most a tenth of the steps.
 EXAMPLES_PER_STEP, WARMUP_STEPS, SMALL_PARTS = 64, 10, 10
 N_ANSWERS, ANSWER_TOKENS = 3, 64  # samples, each shown beside its reference
@@ -67,9 +66,13 @@ class FinetuneConfig(TrainConfig):
     batch_size: int = flag(16)
     max_steps: int = flag(None, "optimizer steps (default: as many as make the epochs)")
     warmup_steps: int = flag(
-        None, "steps of linear warmup (default: 10, or a tenth of the steps if that is less)"
+        None,
+        "steps of linear warmup (default: 10, or a tenth of the steps if that is less)",
+        at_least=0,
     )
-    max_lr: float = flag(None, "peak learning rate (default: 5e-4, with --no-use_lora 5e-5)")
+    max_lr: float = flag(
+        None, "peak learning rate (default: 5e-4, with --no-use_lora 5e-5)", above=0
+    )
     min_lr: float = flag(0.0)
     weight_decay: float = flag(0.0)
     eval_every: int = flag(20)
@@ -100,7 +103,9 @@ class FinetuneConfig(TrainConfig):
         "the power of two up to a tenth of them; batch_size is then lowered to it)",
     )
     epochs: int = flag(3, "passes over the examples")
-    val_fraction: float = flag(0.1, "fraction of the examples held out, drawn by seed")
+    val_fraction: float = flag(
+        0.1, "fraction of the examples held out, drawn by seed", above=0, below=1
+    )
 
     use_lora: bool = flag(True, "train an adapter; --no-use_lora trains all weights", group="LoRA")
     lora_dim: int = flag(None, "rank r (default: 8, or the loaded adapter's)")
@@ -132,11 +137,6 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_at_least(1, "examples_per_step", "epochs")
-        self._check_at_most(MAX_STEP_EXAMPLES, "examples_per_step")
-        self._check_at_most(MAX_STEPS, "epochs")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction is {self.val_fraction}, expected between 0 and 1")
         if self.use_lora:
             new_lora_config(self)  # checks its values
             for name, needed in SUMMED_NEEDS.items():

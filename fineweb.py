@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from engine.config import flag, run_command
+from engine.config import Settings, flag, run_command
 from engine.documents import SUFFIXES
 from engine.files import lock_folder, sha256_file
 from engine.hub import reporting_hub_errors
@@ -47,7 +47,7 @@ DATASETS = (
     f"{', '.join(HUB_SHARDS)}; stdlib (Python's own documentation); or files, folders and globs of "
     f"{', '.join(SUFFIXES)}"
 )
-MAX_TOKENS, MAX_SHARD_SIZE = 10**15, 10**9
+MAX_TOKENS = 10**15
 BATCH_CHARS = 1 << 22  # encoded at once
 HUB_VAL_TOKENS = 10_485_760  # of FineWeb's validation shard, on which 124M speedruns are compared
 BYTES_PER_TOKEN = 4.4  # of English in GPT-2's BPE; for estimates
@@ -58,7 +58,7 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(Settings):
     dataset: list[str] = flag(["fineweb-edu"], DATASETS)
     out_dir: str = flag("", "folder of the shards (default: data/ and the name of the dataset)")
     max_tokens: int | None = flag(
@@ -74,13 +74,9 @@ class PrepareConfig:
     skip_bad_files: bool = flag(False, "leave out files that are not UTF-8 instead of stopping")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.dataset:
             raise ValueError("dataset is empty, expected a name, a file, a folder or a glob")
-        for name in ("shard_size", "val_tokens", "max_tokens"):
-            value = getattr(self, name)
-            most = MAX_SHARD_SIZE if name == "shard_size" else MAX_TOKENS
-            if value is not None and not 1 <= value <= most:
-                raise ValueError(f"{name} is {value}, expected 1 to {most:,}")
 
 
 def main(config: PrepareConfig) -> None:

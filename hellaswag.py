@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from engine.checkpoint import check_vocabulary, hash_weights, load_model
-from engine.config import Precision, flag, run_command
+from engine.config import Precision, Settings, flag, run_command
 from engine.distributed import Distributed, autocast_dtype, default_precision
 from engine.documents import find_files
 from engine.files import JSONLinesLog, lock_folder, read_json, sha256_file, write_json
@@ -22,12 +22,11 @@ from engine.scoring import score
 from engine.tasks import HUB_ROWS, Example, compute_metrics, load_examples, make_record
 from model import GPT
 
-MAX_ROWS = 10**18
 BAR_SECONDS = 1.0  # between updates of the figures beside a progress bar
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Settings):
     model: str = flag("gpt2", "hub name, Hugging Face folder, checkpoint, or run folder")
     lora_load_path: str | None = flag(None, "adapter to load: a folder, a run or a lora.pt")
     task: Literal["hellaswag", "lambada", "text"] = flag(
@@ -48,8 +47,8 @@ class EvalConfig:
         None, "task text: tokens between windows (default: block_size, so that none overlap)"
     )
     skip_bad_rows: bool = flag(False, "skip bad rows instead of stopping")
-    out_dir: str | None = flag(
-        None, "folder for results.json and rows.jsonl; the same command resumes (default: none)"
+    out_dir: str = flag(
+        "", "folder for results.json and rows.jsonl; the same command resumes (default: none)"
     )
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: Precision | None = flag(
@@ -57,13 +56,7 @@ class EvalConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("limit", "stride"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if (self.limit or 0) > MAX_ROWS:
-            raise ValueError(f"limit is {self.limit}, expected at most {MAX_ROWS:,}")
-        if self.out_dir == "":
-            raise ValueError("out_dir is empty, expected a folder such as --out_dir results")
+        super().__post_init__()
         for name, task in (("stride", "text"), ("text", "hellaswag")):
             if self.task != task and getattr(self, name) not in (None, "lm-eval"):
                 raise ValueError(f"--{name} is for --task {task}, but the task is {self.task}")

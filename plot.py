@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from engine.config import HelpFormatter, Parser
+from engine.config import Parser
 from engine.curves import X_AXES, plot_runs
 from engine.errors import with_reported_errors
 
@@ -19,7 +19,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = Parser(__doc__ or "")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
         "--out",
@@ -28,6 +28,5 @@ if __name__ == "__main__":
         help="image: .png, .svg or .pdf (default: loss.png)",
     )
     parser.add_argument("--x", choices=X_AXES, default="step", help="the x axis (default: step)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     with_reported_errors(lambda: main(args), args.debug)

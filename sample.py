@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.checkpoint import check_vocabulary, latest_checkpoint, load_model
-from engine.config import flag, run_command
+from engine.config import MAX_SEED, Settings, flag, run_command
 from engine.decode import speed_up_decoding
 from engine.distributed import Distributed, check_memory, has_finite_weights
 from engine.instructions import TEMPLATE_FILE, PromptTemplate, find_prompt_template
@@ -20,12 +20,11 @@ from engine.lora import lora_linears, merge_lora
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from model import GPT
 
-MAX_NEW_TOKENS = 10**6
 PROMPT_TOKENS, ANSWER_TOKENS = 50, 256  # maximum of a continuation, and of an answer
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Settings):
     model: str = flag("gpt2", "hub name, Hugging Face folder, checkpoint, or run folder")
     lora_load_path: str | None = flag(None, "adapter to load: a folder, a run or a lora.pt")
     prompt: str | None = flag(
@@ -44,23 +43,16 @@ class SampleConfig:
     stop: list[str] = flag([], "strings that end a continuation and are not printed")
     temperature: float = flag(1.0, "0 takes the most likely token; higher is more varied")
     top_k: int | None = flag(50, "sample from the k most likely tokens (null: from all)")
-    top_p: float | None = flag(None, "sample from the smallest set with at least this probability")
-    seed: int = flag(42, "the same seed generates the same text on the same device")
+    top_p: float | None = flag(
+        None, "sample from the smallest set with at least this probability", above=0, at_most=1
+    )
+    seed: int = flag(42, "the same seed, the same text on a device", at_least=0, at_most=MAX_SEED)
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
     def __post_init__(self) -> None:
-        n_tokens = PROMPT_TOKENS if self.max_new_tokens is None else self.max_new_tokens
-        for name, is_valid, expected in (
-            ("num_return_sequences", self.num_return_sequences >= 1, "at least 1"),
-            ("seed", 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
-            ("max_new_tokens", 1 <= n_tokens <= MAX_NEW_TOKENS, f"1 to {MAX_NEW_TOKENS:,}"),
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1, or null"),
-            ("stop", all(self.stop), "non-empty strings"),
-        ):
-            if not is_valid:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+        super().__post_init__()
+        if not all(self.stop):
+            raise ValueError(f"stop is {self.stop}, expected text that is not empty")
         if self.instruction is not None and self.prompt is not None:
             raise ValueError("instruction and prompt are both given, expected one of them")
         if self.instruction is None and self.input is not None:

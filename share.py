@@ -14,7 +14,7 @@ from engine.checkpoint import (
     read_progress,
     read_run_config,
 )
-from engine.config import REMOVED_SETTINGS, TrainConfig, fixed_settings, flag, run_command
+from engine.config import Settings, TrainConfig, fixed_settings, flag, run_command
 from engine.curves import plot_runs
 from engine.files import naming_file, read_json, write_json
 from engine.instructions import TEMPLATE_FILE
@@ -30,7 +30,6 @@ FREE_SETTINGS = {
     "model_name_or_path",
     "merge_out",
     "lora_form",
-    *REMOVED_SETTINGS,
 }
 LOGGED = {
     "train_loss": "training loss of the last step",
@@ -71,7 +70,7 @@ model = PeftModel.from_pretrained(base, "{repo_id}")"""
 
 
 @dataclass(frozen=True)
-class ShareConfig:
+class ShareConfig(Settings):
     run: str = flag("", "run folder whose checkpoint or adapter is uploaded")
     repo_id: str = flag("", "repository on the hub: NAME or USER/NAME")
     base_model: str | None = flag(None, "an adapter's base on the hub (default: as trained from)")
@@ -81,6 +80,7 @@ class ShareConfig:
     dry_run: bool = flag(False, "write RUN/share, the files to upload, and stop")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.run:
             raise ValueError("run is missing, expected a run folder such as --run runs/demo")
         check_repo_id("repo_id", self.repo_id)

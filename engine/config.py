@@ -4,14 +4,15 @@ import argparse
 import importlib.util
 import io
 import math
-import shutil
+import re
 import sys
-import textwrap
 import typing
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from difflib import get_close_matches
+from functools import partial
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
@@ -26,66 +27,94 @@ Config = TypeVar("Config", bound="DataclassInstance")
 Precision = Literal["fp32", "bf16", "fp16"]
 EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 METAVARS = {int: "N", float: "X", str: "TEXT"}
-HELP_COLUMN, HELP_WIDTH = 30, 100  # where the help text starts, and where its lines end
-# Settings of earlier versions that config files may still contain.
-REMOVED_SETTINGS = {"find_batch_size", "num_proc"}
+HELP_COLUMN = 30  # where the help text starts
+LIMITS = {"at_least": ge, "at_most": le, "above": gt, "below": lt}
+# For numbers whose flags have no limits of their own: a larger integer is a slip of the keyboard.
+DEFAULT_LIMITS = {int: {"at_least": 1, "at_most": 10**12}, float: {"at_least": 0}}
+MAX_SEED = 2**63 - 1  # of torch
 LOGGERS = ("tensorboard", "wandb")
-MAX_STEPS = 10**9  # weeks, even at a millisecond each
-MAX_PROFILED_STEPS = 1000  # each takes megabytes of memory and of the trace
 
 
-def flag(default: Any, help: str = "", *, group: str = "", may_change: bool = False) -> Any:  # noqa: A002
+def flag(
+    default: Any,
+    help: str = "",  # noqa: A002
+    *,
+    group: str = "",
+    may_change: bool = False,
+    **limits: float,
+) -> Any:
     """A dataclass field that is also a command-line flag and a YAML key.
 
     Its type gives the choices (`Literal`), several values (`list[str]`) or `--x / --no-x` (`bool`).
     A default of None is resolved before training. `group` starts a group of the help; `may_change`
-    allows a resumed run another value. Without `help`, a field keeps the metadata of the field it
-    overrides.
+    allows a resumed run another value. `limits` are names from LIMITS with their numbers (default:
+    DEFAULT_LIMITS). Without `help`, a field keeps the metadata of the field it overrides.
     """
-    metadata = {"help": help, "group": group, "may_change": may_change} if help else {}
+    metadata: dict[str, Any] = {}
+    if help:
+        metadata = {"help": help, "group": group, "may_change": may_change, "limits": limits}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class Settings:
+    """The settings of a command. ValueError if one is outside the limits of its flag."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, limits = getattr(self, f.name), find_metadata(type(self), f.name)["limits"]
+            limits = limits or DEFAULT_LIMITS.get(base_type(f.type), {})
+            if value == "" and f.default:
+                raise ValueError(f"{f.name} is empty, expected text")
+            if value is not None and not all(LIMITS[k](value, n) for k, n in limits.items()):
+                expected = (f"{k.replace('_', ' ')} {n:,}" for k, n in limits.items())
+                raise ValueError(f"{f.name} is {value}, expected {' and '.join(expected)}")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
     """What every training run needs. Defaults: GPT-3's for 124M, as in build-nanogpt."""
 
     out_dir: str = flag("runs/gpt2_124m", "run folder", group="run", may_change=True)
     resume: Literal["auto", "never"] = flag(
         "auto", "auto: resume the run in out_dir, if there is one", may_change=True
     )
-    seed: int = flag(1337, "seed of initialization, data order and samples")
+    seed: int = flag(1337, "seed of weights, data order and samples", at_least=0, at_most=MAX_SEED)
 
     batch_size: int = flag(
         64, "sequences per device and micro-step", group="optimization", may_change=True
     )
     max_steps: int = flag(19_073, "optimizer steps; 19,073 of 524,288 tokens are 10B")
-    warmup_steps: int = flag(715, "steps of linear warmup; 375M tokens in GPT-3")
+    warmup_steps: int = flag(715, "steps of linear warmup; 375M tokens in GPT-3", at_least=0)
     optimizer: Literal["adamw", "muon"] = flag(
         "adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest"
     )
     schedule: Literal["cosine", "wsd"] = flag(
         "cosine", "after warmup: cosine to min_lr, or constant, then linear to 0 (wsd)"
     )
-    max_lr: float = flag(6e-4, "peak learning rate")
+    max_lr: float = flag(6e-4, "peak learning rate", above=0)
     min_lr: float = flag(6e-5, "learning rate to which a cosine decays")
-    decay_fraction: float = flag(0.4, "fraction of the steps in which wsd decays to 0")
-    beta1: float = flag(0.9, "AdamW's decay rate of the mean gradient")
-    beta2: float = flag(0.95, "AdamW's decay rate of the mean squared gradient")
+    decay_fraction: float = flag(
+        0.4, "share of the steps in which wsd decays", at_least=0, at_most=1
+    )
+    beta1: float = flag(0.9, "AdamW's decay rate of the mean gradient", at_least=0, below=1)
+    beta2: float = flag(
+        0.95, "AdamW's decay rate of the mean squared gradient", at_least=0, below=1
+    )
     weight_decay: float = flag(0.1, "AdamW's, on tensors of two or more dimensions")
     muon_lr: float = flag(0.02, "Muon's peak learning rate; it follows the same schedule")
     muon_beta2: float = flag(
-        0.0, "NorMuon's decay rate of the mean squared update, such as 0.95; 0: plain Muon"
+        0.0, "NorMuon's decay rate of the squared update; 0: plain Muon", at_least=0, below=1
     )
     muon_weight_decay: float = flag(0.0, "Muon's weight decay")
     grad_clip: float = flag(1.0, "maximum gradient norm; 0 disables clipping")
 
     eval_every: int = flag(250, "steps between evaluations", group="evaluation", may_change=True)
-    sample_every: int = flag(250, "steps between samples; 0 disables them", may_change=True)
+    sample_every: int = flag(250, "steps between samples; 0: none", may_change=True, at_least=0)
     hellaswag_every: int = flag(
-        0, "steps between HellaSwag evaluations, which are slow; 0 disables them", may_change=True
+        0, "steps between HellaSwag evaluations; 0: none", may_change=True, at_least=0
     )
     hellaswag_data: str | None = flag(
         None, "HellaSwag rows, .jsonl or .jsonl.gz (default: from the hub)", may_change=True
@@ -97,7 +126,10 @@ class TrainConfig:
     save_every: int = flag(1000, "steps between checkpoints", may_change=True)
     keep: int = flag(2, "latest checkpoints to keep, besides the best", may_change=True)
     profile: int = flag(
-        0, "steps to profile: writes a trace for chrome://tracing; 0 disables it", may_change=True
+        0,
+        "steps to profile into a trace for chrome://tracing; 0: none",
+        may_change=True,
+        at_least=0,
     )
 
     device: str = flag("auto", "auto, cpu, cuda or mps", group="system", may_change=True)
@@ -119,40 +151,15 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        self._check_at_least(1, "batch_size", "max_steps", "eval_every", "save_every", "keep")
-        self._check_at_least(0, "warmup_steps", "grad_clip", "sample_every", "weight_decay", "seed")
-        self._check_at_least(0, "hellaswag_every", "profile", "muon_lr", "muon_weight_decay")
-        self._check_at_most(MAX_STEPS, "max_steps")
-        self._check_at_most(MAX_PROFILED_STEPS, "profile")
-        if not self.out_dir:
-            raise ValueError("out_dir is empty, expected a folder such as --out_dir runs/demo")
+        super().__post_init__()
         for name in self.loggers:
             if name not in LOGGERS:
                 raise ValueError(f"log is {self.log}, expected {', '.join(LOGGERS)}, or both")
             spec = importlib.util.find_spec(name)
             if spec is None or spec.origin is None:  # a plain folder of that name has no origin
                 raise ValueError(f"log is {self.log}, but {name} is missing: pip install {name}")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed is {self.seed}, expected less than 2**63")
-        if self.max_lr is not None and not 0 <= self.min_lr <= self.max_lr > 0:
-            raise ValueError(
-                f"min_lr {self.min_lr} and max_lr {self.max_lr}: expected 0 <= min <= max, max > 0"
-            )
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction is {self.decay_fraction}, expected 0 to 1")
-        for name in ("beta1", "beta2", "muon_beta2"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} is {value}, expected at least 0 and less than 1")
-
-    def _check_at_least(self, minimum: int, *names: str) -> None:
-        for name in names:
-            if (value := getattr(self, name)) is not None and value < minimum:
-                raise ValueError(f"{name} is {value}, expected at least {minimum}")
-
-    def _check_at_most(self, maximum: int, *names: str) -> None:
-        for name in names:
-            if (value := getattr(self, name)) is not None and value > maximum:
-                raise ValueError(f"{name} is {value}, expected at most {maximum:,}")
+        if self.max_lr is not None and self.min_lr > self.max_lr:
+            raise ValueError(f"min_lr is {self.min_lr}, expected at most max_lr {self.max_lr}")
 
     @property
     def loggers(self) -> list[str]:
@@ -170,37 +177,16 @@ def run_command(main: Callable[[Config], None], config_class: type[Config], doc:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with this project's error format."""
+    """argparse with this project's help and error format, and --debug."""
+
+    def __init__(self, doc: str, **options: Any):
+        help_format = partial(argparse.HelpFormatter, max_help_position=HELP_COLUMN)
+        options |= {"allow_abbrev": False, "formatter_class": help_format}
+        super().__init__(description=doc, **options)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
         exit_with_error(f"{message} (-h lists the flags)")
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    def __init__(self, prog: str):
-        width = min(shutil.get_terminal_size().columns, HELP_WIDTH)
-        super().__init__(prog, max_help_position=HELP_COLUMN, width=width)
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(text, width, break_on_hyphens=False)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if isinstance(action, BooleanFlag):
-            return " / ".join(action.option_strings)
-        return super()._format_action_invocation(action)
-
-
-class BooleanFlag(argparse.Action):
-    """--compile, --no-compile; --compile true and --compile false work as well."""
-
-    def __call__(
-        self, parser: Any, namespace: Any, value: Any, option_string: str | None = None
-    ) -> None:
-        if option_string is not None and option_string.startswith("--no-"):
-            if value is not None:
-                parser.error(f"{option_string} takes no value, got {value}")
-            value = False
-        setattr(namespace, self.dest, True if value is None else value)
 
 
 def parse_flags(
@@ -211,7 +197,7 @@ def parse_flags(
     """
     parser = build_parser(config_class, doc)
     names = [f.name for f in fields(config_class)]
-    argv = [with_underscores(arg, names) for arg in (sys.argv[1:] if argv is None else argv)]
+    argv = normalize_flags(sys.argv[1:] if argv is None else argv, config_class)
     namespace, unknown = parser.parse_known_args(argv)
     given = vars(namespace)
     files, debug = given.pop("config"), given.pop("debug")
@@ -222,8 +208,6 @@ def parse_flags(
     for file, content in [*((file, read_config_file(file, parser)) for file in files), ("", given)]:
         source = f"{file}: " if file else ""
         for name, value in content.items():
-            if name in REMOVED_SETTINGS:
-                continue
             if name not in names:
                 suggestion = suggest(str(name), names)
                 parser.error(f"{source}{name} is not a setting of this command{suggestion}")
@@ -234,13 +218,19 @@ def parse_flags(
     return values, debug
 
 
-def with_underscores(arg: str, names: list[str]) -> str:
-    """--max-steps as --max_steps, if there is such a flag."""
-    flag_name, equals, value = arg.partition("=")
-    name = flag_name.removeprefix("--").removeprefix("no-").replace("-", "_")
-    if not arg.startswith("--") or name not in names:
-        return arg
-    return f"--{'no-' * arg.startswith('--no-')}{name}{equals}{value}"
+def normalize_flags(argv: Sequence[str], config_class: type) -> list[str]:
+    """The arguments with --max-steps as --max_steps, and --compile true as --compile."""
+    names = {f.name.replace("_", "-"): f.name for f in fields(config_class)}
+    switches = "|".join(f.name for f in fields(config_class) if base_type(f.type) is bool)
+    line = "\0".join(("", *argv))
+    line = re.sub(r"(?<=\0--)(no-)?([\w-]+)", lambda m: (m[1] or "") + names.get(m[2], m[2]), line)
+    no = {"true": "", "false": "no-"}
+    line = re.sub(
+        rf"(?i)(?<=\0--)({switches})[=\0](true|false)(?=\0|$)",
+        lambda m: no[m[2].lower()] + m[1],
+        line,
+    )
+    return line.split("\0")[1:]
 
 
 def suggest(name: str, names: list[str], prefix: str = "") -> str:
@@ -249,12 +239,9 @@ def suggest(name: str, names: list[str], prefix: str = "") -> str:
 
 
 def build_parser(config_class: type[Config], doc: str) -> Parser:
-    parser = Parser(
-        description=doc, usage="%(prog)s [flags]", allow_abbrev=False, formatter_class=HelpFormatter
-    )
+    parser = Parser(doc, usage="%(prog)s [flags]")
     config_help = "YAML file of these settings by name; flags override it"
     parser.add_argument("--config", action="append", metavar="FILE", default=[], help=config_help)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     group: Any = parser
     groups: dict[str, Any] = {}
     for f in fields(config_class):
@@ -277,16 +264,14 @@ def add_flag(group: Any, f: Field, help_text: str) -> None:
         )
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text.replace("%", "%%")}
     if kind is bool:
-        group.add_argument(
-            f"--{f.name}", f"--no-{f.name}", action=BooleanFlag, nargs="?", **options
-        )
+        options["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(kind) is list:
-        group.add_argument(f"--{f.name}", nargs="+", metavar="TEXT", **options)
+        options |= {"nargs": "+", "metavar": "TEXT"}
     elif typing.get_origin(kind) is Literal:
-        choices = "{" + ",".join(typing.get_args(kind)) + "}"
-        group.add_argument(f"--{f.name}", metavar=choices, **options)
+        options["metavar"] = "{" + ",".join(typing.get_args(kind)) + "}"
     else:
-        group.add_argument(f"--{f.name}", metavar=METAVARS[kind], **options)
+        options["metavar"] = METAVARS[kind]
+    group.add_argument(f"--{f.name}", **options)
 
 
 def find_metadata(config_class: type, name: str) -> typing.Mapping[str, Any]:

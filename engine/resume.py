@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.checkpoint import BASE_MARK, checkpoint_step, list_checkpoints, read_run_config
-from engine.config import REMOVED_SETTINGS, TrainConfig, fixed_settings
+from engine.config import TrainConfig, fixed_settings
 from engine.files import JSONLinesLog, write_atomically
 from engine.optim import plateau_end
 
@@ -35,7 +35,7 @@ def check_same_run(run: Path, config: "DataclassInstance") -> dict:
         if setting in found.keys() - now.keys():
             raise ValueError(f"{run} holds a run of {command}; choose another --out_dir")
     earlier = {f.name: f.default for f in fields(config)} | found
-    removed = earlier.keys() - now.keys() - REMOVED_SETTINGS
+    removed = earlier.keys() - now.keys()
     names = sorted(fixed_settings(type(config)) | removed)
     unset = {name: earlier[name] for name in names if name in now and now[name] is None}
     changed = {name for name in names if name not in unset and now.get(name) != earlier[name]}

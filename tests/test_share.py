@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import share
 from engine.checkpoint import RunState, list_checkpoints, load_model, save_checkpoint
-from engine.config import REMOVED_SETTINGS, fixed_settings, to_yaml
+from engine.config import fixed_settings, to_yaml
 from engine.files import JSONLinesLog
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora, get_lora_state_dict
 from finetune_lora import FinetuneConfig
@@ -142,13 +142,10 @@ def test_shared_adapter_names_its_base_on_the_hub(run, adapter):
 
 @pytest.mark.parametrize("config", [PretrainConfig(), FinetuneConfig()])
 def test_card_shows_the_settings_that_shape_the_curve(run, tmp_path, config):
-    """The card shows exactly the settings that a resumed run must not change. Settings removed
-    since the run are not shown.
-    """
+    """The card shows exactly the settings that a resumed run must not change."""
     model = talkative_model(block_size=128)
     saved = save_run(tmp_path / "run", model, dict(model.named_parameters()), {})
-    removed = "".join(f"{name}: 1\n" for name in REMOVED_SETTINGS)
-    (saved / "config.yaml").write_text(to_yaml(config) + removed)
+    (saved / "config.yaml").write_text(to_yaml(config))
     share.main(ShareConfig(str(saved), "me/x", dry_run=True))
     card = (saved / "share" / "README.md").read_text()
     shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
