@@ -1,4 +1,4 @@
-"""The Hugging Face hub: which names are its own, one try where there is no network, and errors."""
+"""The Hugging Face hub: which names are its own, its datasets, and one try without a network."""
 
 import threading
 from collections.abc import Iterator
@@ -39,6 +39,21 @@ def reporting_hub_errors(what: str, remedy: str) -> Iterator[None]:
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = was_offline
+
+
+def load_hub_rows(
+    repo: str,
+    name: str | None = None,
+    split: str = "train",
+    *,
+    streaming: bool = False,
+    remedy: str,
+) -> Any:
+    """A split of a hub dataset as an iterable of dicts; ConnectionError if that fails."""
+    with reporting_hub_errors(repo, remedy):
+        from datasets import load_dataset
+
+        return load_dataset(repo, name=name, split=split, streaming=streaming)
 
 
 def find_network_problem() -> str | None:

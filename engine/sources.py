@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from engine.documents import Piece, check_encoding, cut_into_pieces, find_files, read_documents
 from engine.files import sha256_file, sha256_text
-from engine.hub import reporting_hub_errors
+from engine.hub import load_hub_rows, reporting_hub_errors
 
 # Text on the hub: repository and configuration.
 HUB_TEXT = {
@@ -111,21 +110,6 @@ def draw_validation(
             is_val = int.from_bytes(digest[:8]) < limit
             yield section, (starts and is_first) or is_val != was_val, is_val
             was_val = is_val
-
-
-def load_hub_rows(
-    repo: str,
-    name: str | None = None,
-    split: str = "train",
-    *,
-    streaming: bool = False,
-    remedy: str,
-) -> Any:
-    """A split of a hub dataset as an iterable of dicts; ConnectionError if that fails."""
-    with reporting_hub_errors(repo, remedy):
-        from datasets import load_dataset
-
-        return load_dataset(repo, name=name, split=split, streaming=streaming)
 
 
 def stream_hub_text(repo: str, name: str, skip: int, _: Counter) -> Iterator[Piece]:

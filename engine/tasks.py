@@ -19,8 +19,8 @@ import torch
 from engine.documents import check_encoding, find_files, read_documents
 from engine.errors import parse
 from engine.files import read_lines
+from engine.hub import load_hub_rows
 from engine.scoring import Request, Score, encode, encode_request, score
-from engine.sources import load_hub_rows
 from engine.tokenizer import END_OF_TEXT_ID
 from model import GPT
 

@@ -5,7 +5,8 @@ import pytest
 from conftest import expected_tokens, read_pieces
 
 from engine import sources
-from engine.sources import load_hub_rows, open_source, stdlib_documents
+from engine.hub import load_hub_rows
+from engine.sources import open_source, stdlib_documents
 
 
 def test_a_source_continues_at_any_piece(tmp_path, monkeypatch):
