@@ -74,10 +74,15 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, cache: KVCache | None = None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        B, T, C = x.size()
+        return self.attend(self.c_attn(x), cache, mask)
+
+    def attend(
+        self, qkv: torch.Tensor, cache: KVCache | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
         q, k, v = (
             t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-            for t in self.c_attn(x).split(C, dim=2)
+            for t in qkv.split(C, dim=2)
         )
         if cache is not None:
             k, v = cache.append(k, v)

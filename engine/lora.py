@@ -110,14 +110,10 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(self.weight.new_empty(config.lora_dim, self.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, config.lora_dim))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in PEFT and nn.Linear
-        self.before_merge: tuple[torch.Tensor, nn.Parameter, nn.Parameter] | None = None
+        self.is_merged = False
         self.sums_weight = False  # whether training sums W + scaling * B A, once a step
         self.summed_weight: torch.Tensor | None = None  # in `summed_weights`
         self.train(linear.training)
-
-    @property
-    def is_merged(self) -> bool:
-        return self.before_merge is not None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = cast_for_autocast(x)
@@ -152,19 +148,11 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the update to the weight, in fp32. lora_A and lora_B are then no parameters."""
-        self.before_merge = self.weight.detach().clone(), self.lora_A, self.lora_B
+        """Add the update to the weight, in fp32, and drop lora_A and lora_B."""
         update = self.scaling * self.lora_B.float() @ self.lora_A.float()
         self.weight.copy_(self.weight.float() + (update.t() if self.is_conv1d else update))
         del self.lora_A, self.lora_B
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        if self.before_merge is not None:
-            weight, self.lora_A, self.lora_B = self.before_merge
-            self.weight.copy_(weight)
-            self.to(self.weight.device)  # the model may have been moved since
-            self.before_merge = None
+        self.is_merged = True
 
 
 def lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
@@ -287,7 +275,7 @@ def get_lora_state_dict(model: nn.Module) -> Tensors:
     if not linears:
         raise ValueError("the model has no LoRA; call convert_linear_layer_to_lora first")
     if merged := [name for name, linear in linears.items() if linear.is_merged]:
-        raise ValueError(f"{merged[0]} is merged into its weight; call unmerge_lora first")
+        raise ValueError(f"{merged[0]} is merged into its weight; load the adapter again")
     return {
         f"{name}.{matrix}": linear.get_parameter(matrix).detach()
         for name, linear in linears.items()
@@ -303,18 +291,8 @@ def load_lora(model: nn.Module, tensors: Tensors, source: str = "lora") -> None:
 
 
 def merge_lora(model: Model) -> Model:
-    """Add every update to its weight, after which `save_pretrained` writes an ordinary model."""
+    """Add every update to its weight, for good. `save_pretrained` then writes an ordinary model."""
     get_lora_state_dict(model)  # raises if there is nothing to merge
     for linear in lora_linears(model).values():
         linear.merge()
-    return model
-
-
-def unmerge_lora(model: Model) -> Model:
-    """Undo `merge_lora`, bit for bit."""
-    merged = [linear for linear in lora_linears(model).values() if linear.is_merged]
-    if not merged:
-        raise ValueError("the model has no merged LoRA")
-    for linear in merged:
-        linear.unmerge()
     return model

@@ -30,7 +30,7 @@ from engine.distributed import (
 from engine.lora import lora_linears, summed_weights
 from engine.loss import SummedLoss
 from engine.optim import build_optimizers, set_schedule
-from model import GPT, Block
+from model import GPT, Block, KVCache
 
 COMPILERS = ("gcc", "g++", "clang", "clang++", "cl")  # that torch.compile looks for
 
@@ -210,40 +210,51 @@ def apply_recompute(model: GPT, mode: str) -> None:
     none stores all of them; light recomputes the outputs of LayerNorm and GELU, which cost almost
     nothing; block stores only the inputs of attention and MLP.
     """
-    for block in [module for module in model.modules() if isinstance(module, Block)]:
-        attn, mlp = block.attn, block.mlp
-        if mode == "light":
-            recompute_together(block.ln_1, attn.c_attn, keep_products=True)
-            recompute_together(block.ln_2, mlp.c_fc, keep_products=True)
-            recompute_together(mlp.gelu, mlp.c_proj, keep_products=True)
-        elif mode == "block":
-            recompute_together(block.ln_1, attn)
-            recompute_together(block.ln_2, mlp)
+    forwards = {"light": forward_light, "block": forward_block}
+    for block in model.transformer.h if mode in forwards else []:
+        # Not a closure: a copy of the block must run its own layers.
+        block.forward = partial(forwards[mode], block)
 
 
-def recompute_together(first: nn.Module, second: nn.Module, *, keep_products: bool = False) -> None:
-    """Make backward recompute `first` and its only consumer `second` from the input of `first`.
+def forward_light(
+    block: Block, x: torch.Tensor, cache: KVCache | None = None, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`Block.forward`, which stores neither the outputs of the LayerNorms nor that of GELU."""
+    attn, mlp = block.attn, block.mlp
+    x = x + attn.attend(recompute(block.ln_1, attn.c_attn, x, keep_products=True), cache, mask)
+    hidden = recompute(block.ln_2, mlp.c_fc, x, keep_products=True)
+    return x + recompute(mlp.gelu, mlp.c_proj, hidden, keep_products=True)
 
-    The forward of `first` becomes the identity, and that of `second` runs both in a checkpoint. Its
-    early stop skips the last matrix product of `second`, whose output backward does not need.
-    Compiled checkpoints have no early stop; there `keep_products` stores what products return.
+
+def forward_block(
+    block: Block, x: torch.Tensor, cache: KVCache | None = None, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`Block.forward`, which stores only the inputs of attention and MLP."""
+    x = x + recompute(block.ln_1, block.attn, x, cache, mask)
+    return x + recompute(block.ln_2, block.mlp, x)
+
+
+def recompute(
+    first: nn.Module,
+    second: nn.Module,
+    x: torch.Tensor,
+    *args: object,
+    keep_products: bool = False,
+) -> torch.Tensor:
+    """second(first(x), *args), which backward recomputes from x. The checkpoint's early stop skips
+    the last matrix product of `second`, whose output backward does not need. Compiled checkpoints
+    have no early stop; there `keep_products` stores what matrix products return.
     """
-    first_forward, second_forward = first.forward, second.forward
 
-    def forward_both(x: torch.Tensor, *args: object) -> torch.Tensor:
-        return second_forward(first_forward(x), *args)
+    def run_both(x: torch.Tensor, *args: object) -> torch.Tensor:
+        return second(first(x), *args)
 
-    def forward(x: torch.Tensor, *args: object) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            return forward_both(x, *args)
-        if keep_products and torch.compiler.is_compiling():
-            return checkpoint(
-                forward_both, x, *args, use_reentrant=False, context_fn=keep_products_contexts
-            )
-        return checkpoint(forward_both, x, *args, use_reentrant=False)
-
-    first.forward = lambda x: x
-    second.forward = forward
+    if not torch.is_grad_enabled():
+        return run_both(x, *args)
+    if keep_products and torch.compiler.is_compiling():
+        contexts = keep_products_contexts
+        return checkpoint(run_both, x, *args, use_reentrant=False, context_fn=contexts)
+    return checkpoint(run_both, x, *args, use_reentrant=False)
 
 
 def keep_products_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -1,4 +1,5 @@
 import copy
+import io
 import json
 import math
 
@@ -32,7 +33,6 @@ from engine.lora import (
     merge_lora,
     only_optimize_lora_parameters,
     summed_weights,
-    unmerge_lora,
 )
 from engine.loss import SummedLoss
 from engine.step import apply_recompute
@@ -238,9 +238,6 @@ def test_frozen_weights_in_bf16(tiny_model, idx, part, recompute):
     torch.testing.assert_close(logits(tiny_model, idx), logits(rounded, idx), rtol=0, atol=1e-5)
     merge_lora(tiny_model)
     torch.testing.assert_close(logits(tiny_model, idx), logits(rounded, idx), rtol=0, atol=2e-2)
-    before = {name: param.clone() for name, param in rounded.named_parameters()}
-    for name, param in unmerge_lora(tiny_model).named_parameters():
-        assert torch.equal(param.float(), before[name])
 
 
 @pytest.mark.parametrize("recompute", ["light", "block"])
@@ -379,12 +376,20 @@ def test_gradients_on_transformers_model_are_pefts(idx):
             torch.testing.assert_close(param.grad, named[name].grad, atol=1e-6, rtol=1e-4)
 
 
+def pickled_bytes(model: GPT) -> int:
+    """The size of everything that the model holds."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    return len(file.getvalue())
+
+
 def test_merging(base, idx, tmp_path):
-    """Merging keeps the logits within 1e-5, unmerging restores the weights exactly, and a merged
-    model is saved as an ordinary checkpoint. Merging or saving at the wrong time is an error.
+    """Merging keeps the logits within 1e-5, and a merged model is saved as an ordinary checkpoint.
+    It takes no more memory than a model without LoRA. Merging or saving at the wrong time is an
+    error.
     """
     model = load_with_lora(base, lora_dim=4)
-    expected, weights = logits(model, idx), {n: p.clone() for n, p in model.named_parameters()}
+    expected = logits(model, idx)
     with pytest.raises(ValueError, match="call merge_lora or save_adapter first"):
         model.save_pretrained(tmp_path / "merged")
     merge_lora(model)
@@ -397,11 +402,7 @@ def test_merging(base, idx, tmp_path):
     model.save_pretrained(tmp_path / "merged")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(theirs, idx), expected, atol=1e-4, rtol=0)
-    unmerge_lora(model)
-    after = dict(model.named_parameters())
-    assert all(torch.equal(after[name], param) for name, param in weights.items())
-    with pytest.raises(ValueError, match="no merged LoRA"):
-        unmerge_lora(model)
+    assert pickled_bytes(model) < 1.01 * pickled_bytes(GPT.from_pretrained(base))
 
 
 def test_parts_that_match_no_name(tiny_model):

@@ -1,4 +1,5 @@
 import copy
+import io
 import math
 import shutil
 import threading
@@ -15,7 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel
 
 from engine.data import Batch, PretrainingData
-from engine.lora import LoRAConfig, convert_linear_layer_to_lora, only_optimize_lora_parameters
+from engine.lora import (
+    LoRAConfig,
+    cast_frozen_weights,
+    convert_linear_layer_to_lora,
+    only_optimize_lora_parameters,
+)
 from engine.loss import SummedLoss
 from engine.optim import learning_rate
 from engine.step import Prefetcher, TrainingStep, apply_recompute, copy_tree
@@ -246,6 +252,61 @@ def test_recomputing_changes_nothing(tiny_model, recompute):
         loss = SummedLoss(tiny_model)(Batch(idx, idx.roll(1)))
         results.append([loss, *torch.autograd.grad(loss, list(tiny_model.parameters()))])
     assert all(map(torch.equal, *results))
+
+
+def average(model: GPT) -> GPT:
+    return torch.optim.swa_utils.AveragedModel(model).module
+
+
+def through_a_file(model: GPT) -> GPT:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("mode", ["none", "light", "block"])
+@pytest.mark.parametrize("base", ["full", "LoRA", "LoRA on bf16"])
+@pytest.mark.parametrize(
+    "copy_model",
+    [
+        copy.deepcopy,
+        lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+        through_a_file,
+    ],
+    ids=["deepcopy", "AveragedModel", "torch.save"],
+)
+def test_a_copy_computes_with_its_own_weights(tiny_config, mode, base, copy_model):
+    """A copy of a model under recomputation and LoRA has the original's logits and gradients, and
+    changing its c_attn changes them, but not the original's. No name changes, and a LayerNorm
+    called by itself normalizes.
+    """
+    model, idx = GPT(tiny_config), random_ids(2, 8)
+    names = list(model.state_dict())
+    if base != "full":
+        convert_linear_layer_to_lora(model, config=LoRAConfig(lora_dim=4))
+        only_optimize_lora_parameters(model)
+        names = list(model.state_dict())
+    if base == "LoRA on bf16":
+        cast_frozen_weights(model, torch.bfloat16)
+    apply_recompute(model, mode)
+    copied = copy_model(model)
+    assert list(model.state_dict()) == list(copied.state_dict()) == names
+    assert torch.equal(model(idx), copied(idx))
+    before = model(idx)
+    for block in copied.transformer.h:
+        with torch.no_grad():
+            block.attn.c_attn.weight.zero_()
+            block.attn.c_attn.bias.fill_(1.0)
+    assert torch.equal(model(idx), before)
+    assert not torch.allclose(copied(idx), before)
+    copied(idx).sum().backward()
+    assert all(param.grad is None for param in model.parameters())
+    assert any(param.grad is not None for param in copied.parameters())
+    x, ln_1 = torch.randn(2, 8, tiny_config.n_embd), copied.transformer.h[0].ln_1
+    assert torch.equal(
+        ln_1(x), torch.nn.functional.layer_norm(x, x.shape[-1:], ln_1.weight, ln_1.bias)
+    )
 
 
 def stored_activations(model: GPT, idx: torch.Tensor) -> list[torch.Tensor]:
