@@ -2,7 +2,6 @@
 
 import json
 import os
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,6 @@ from engine.checkpoint import (
     check_vocabulary,
     hash_weights,
     latest_checkpoint,
-    list_checkpoints,
-    load_latest,
     load_model,
     mark_base,
 )
@@ -24,7 +21,7 @@ from engine.config import TrainConfig, flag, run_command
 from engine.curves import curve_points
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
 from engine.evaluation import Prompt
-from engine.files import lock_folder, write_atomically
+from engine.files import write_atomically
 from engine.instructions import (
     DEFAULT_DATA,
     TEMPLATE_FILE,
@@ -45,7 +42,8 @@ from engine.lora import (
     only_optimize_lora_parameters,
 )
 from engine.metrics import read_metrics
-from engine.resume import check_same_run, last_usable_step
+from engine.pretrained import save_pretrained
+from engine.resume import open_run
 from engine.tokenizer import save_tokenizer
 from engine.training import train
 from model import GPT
@@ -151,29 +149,27 @@ class FinetuneConfig(TrainConfig):
                 raise ValueError(f"{name} is given, which needs --use_lora")
 
 
-def main(config: FinetuneConfig) -> None:
-    check_data_name(config.data)  # before anything slow
-    dist = Distributed.start(config.device)
+def main(given: FinetuneConfig) -> None:
+    check_data_name(given.data)  # before anything slow
+    dist = Distributed.start(given.device)
     keep_freed_memory(dist)
-    run = Path(config.out_dir)
-    if not list_checkpoints(run):
-        check_merge_out(config)
-    with lock_folder(run) if dist.is_main else nullcontext():
-        with dist.main_process_first():
-            base = load_model(config.model_name_or_path)
-            config = replace(config, base_sha256=check_base(base, config))
-            config = replace(config, **check_same_run(run, config))
-            torch.manual_seed(config.seed)
-            adapter_base = config.model_name_or_path if config.use_lora else None
-            latest = load_latest(run, adapter_base, last_step=last_usable_step(run, config))
-            model, resumed = latest or (build_model(base, config), None)
-            examples = read_examples(config.data, base.config.block_size)
-        base_path = str(base.name_or_path)
-        del base  # gigabytes, where the model was resumed
-        examples, held_out = split_examples(examples, config.val_fraction, config.seed)
-        config = resolve_config(config, model, len(examples), dist)
-        if resumed and resumed.progress["step"] < config.max_steps:
-            check_merge_out(config)
+    with dist.main_process_first():
+        base = load_model(given.model_name_or_path)
+        examples = read_examples(given.data, base.config.block_size)
+    examples, held_out = split_examples(examples, given.val_fraction, given.seed)
+    named = replace(given, base_sha256=check_base(base, given))
+    base_path = str(base.name_or_path)
+    build = partial(build_model, base)
+    del base  # gigabytes, if the model is resumed
+    resolve = partial(resolve_config, n_examples=len(examples), dist=dist)
+    adapter_base = given.model_name_or_path if given.use_lora else None
+    with open_run(named, dist, build, resolve, adapter_base) as (config, model, resumed):
+        del build
+        run = Path(config.out_dir)
+        merged = Path(config.merge_out) if config.merge_out else None
+        is_finished = resumed is not None and resumed.progress["step"] == config.max_steps
+        if merged and is_occupied(merged) and not is_finished:
+            raise ValueError(f"merge_out {merged} already exists; choose another folder")
         if config.use_lora:
             freeze_base(model, config)
         sizes: dict[str, Any] = {
@@ -193,25 +189,21 @@ def main(config: FinetuneConfig) -> None:
                 mark_base(Path(base_path), run)
             announce_adapter(model, config)
         try:
-            eval_tokens = sum(len(example.tokens) for example in held_out)
-            train(model, data, val, prompts, config, dist, resumed, eval_tokens=eval_tokens)
+            train(model, data, val, prompts, config, dist, resumed)
         finally:
             if dist.is_main and (run / "metrics.jsonl").exists():
                 write_train_data(run)
             elif dist.is_main:  # it was refused
                 (run / TEMPLATE_FILE).unlink(missing_ok=True)
-        if dist.is_main and config.merge_out:
+        if dist.is_main and merged:
             # The base as loaded above: a run may have a later checkpoint by now.
             tuned = load_model(base_path, run) if config.use_lora else load_model(run)
-            save_merged(tuned, examples, Path(config.merge_out))
+            save_merged(tuned, examples, merged)
     dist.stop()
 
 
-def check_merge_out(config: FinetuneConfig) -> None:
-    """ValueError if merge_out is not a new or empty folder."""
-    merged = Path(config.merge_out or "")
-    if config.merge_out and (merged.is_file() or (merged.is_dir() and any(merged.iterdir()))):
-        raise ValueError(f"merge_out {merged} already exists; choose another folder")
+def is_occupied(folder: Path) -> bool:
+    return folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
 
 
 def check_base(base: GPT, config: FinetuneConfig) -> str:
@@ -238,6 +230,7 @@ def new_lora_config(config: FinetuneConfig) -> LoRAConfig:
 
 def build_model(base: GPT, config: FinetuneConfig) -> GPT:
     """The model to start from: the base, with a new adapter or the one of lora_load_path."""
+    torch.manual_seed(config.seed)
     if not config.use_lora:
         return base
     lora_config = new_lora_config(config)
@@ -247,7 +240,7 @@ def build_model(base: GPT, config: FinetuneConfig) -> GPT:
 
 
 def resolve_config(
-    config: FinetuneConfig, model: GPT, n_examples: int, dist: Distributed
+    config: FinetuneConfig, model: GPT, *, n_examples: int, dist: Distributed
 ) -> FinetuneConfig:
     """The config with a value for everything that was left to the adapter, the data or the device.
     ValueError if it contradicts the adapter.
@@ -314,14 +307,14 @@ def save_merged(model: GPT, examples: list[PromptCompletion], folder: Path) -> N
     """
     if lora_linears(model):
         merge_lora(model)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if is_occupied(folder):
         is_model = (folder / "config.json").is_file()
         if not is_model or hash_weights(load_model(folder)) != hash_weights(model):
             raise ValueError(f"merge_out {folder} holds something else; choose another folder")
         print(f"merged model     {folder}, as before")
         return
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    model.save_pretrained(temporary)
+    save_pretrained(model, temporary)
     save_tokenizer(temporary, model.config.block_size)
     save_prompt_template(examples, temporary)
     temporary.rename(folder)

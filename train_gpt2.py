@@ -1,23 +1,20 @@
 """Pretrain GPT-2. On N devices: torchrun --standalone --nproc_per_node=N train_gpt2.py"""
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from engine.checkpoint import load_latest, load_model
+from engine.checkpoint import load_model
 from engine.config import TrainConfig, flag, run_command
 from engine.data import PretrainingData, validation_batches
 from engine.distributed import Distributed, check_memory, keep_freed_memory, resolve_device_settings
 from engine.evaluation import Prompt
-from engine.files import lock_folder
 from engine.lora import lora_linears
-from engine.resume import check_same_run, last_usable_step
+from engine.resume import open_run
 from engine.shards import TokenShards
 from engine.training import train
 from model import GPT, GPTConfig
@@ -56,26 +53,19 @@ class PretrainConfig(TrainConfig):
                 raise ValueError(f"{name} does not work with init_from {self.init_from}")
 
 
-def main(config: PretrainConfig) -> None:
-    dist = Distributed.start(config.device)
+def main(given: PretrainConfig) -> None:
+    dist = Distributed.start(given.device)
     keep_freed_memory(dist)
     train_shards, val_shards = (
-        TokenShards(config.data_dir, split, verify=dist.is_main) for split in ("train", "val")
+        TokenShards(given.data_dir, split, verify=dist.is_main) for split in ("train", "val")
     )
-    if (config.block_size or 0) >= len(train_shards):
+    if (given.block_size or 0) >= len(train_shards):
         raise ValueError(
-            f"block_size is {config.block_size}, but {config.data_dir} has {len(train_shards)} "
+            f"block_size is {given.block_size}, but {given.data_dir} has {len(train_shards)} "
             "training tokens; lower it, or prepare more text"
         )
-    run = Path(config.out_dir)
-    with lock_folder(run) if dist.is_main else nullcontext():
-        with dist.main_process_first():
-            config = replace(config, **check_same_run(run, config))
-            latest = load_latest(run, last_step=last_usable_step(run, config))
-            model, resumed = latest or (build_model(config), None)
-        shape = {name: getattr(model.config, name) for name in SHAPE}
-        shape |= select_shape(config)  # a shorter block_size than the model's
-        config = resolve_device_settings(replace(config, **shape), dist)
+    resolve = partial(resolve_config, dist=dist)
+    with open_run(given, dist, build_model, resolve) as (config, model, resumed):
         sizes: dict[str, Any] = {
             "block_size": config.block_size,
             "batch_size": config.batch_size,
@@ -87,9 +77,14 @@ def main(config: PretrainConfig) -> None:
         )
         options: dict[str, Any] = {"eval_tokens": config.eval_tokens, "one_shape": config.compile}
         val = partial(validation_batches, val_shards, **options, **sizes)
-        eval_tokens = min(config.eval_tokens, len(val_shards))
-        train(model, data, val, [Prompt()], config, dist, resumed, eval_tokens=eval_tokens)
+        train(model, data, val, [Prompt()], config, dist, resumed)
     dist.stop()
+
+
+def resolve_config(config: PretrainConfig, model: GPT, dist: Distributed) -> PretrainConfig:
+    """The config with the model's shape, but its own block_size, which may be shorter."""
+    shape = {name: getattr(model.config, name) for name in SHAPE} | select_shape(config)
+    return resolve_device_settings(replace(config, **shape), dist)
 
 
 def select_shape(config: PretrainConfig) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from benchmarks import harness
 from engine.config import Precision, flag, run_command
 from engine.data import PretrainingData, validation_batches
 from engine.distributed import Distributed, default_precision, open_device
-from engine.evaluation import evaluate_loss
+from engine.evaluation import eval_mode, evaluate_loss
 from engine.files import JSONLinesLog, lock_folder
 from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
@@ -163,7 +163,7 @@ class Trainer:
 
     def evaluate(self) -> float:
         batches = validation_batches(self.val, eval_tokens=EVAL_TOKENS, **self.sizes)
-        with self.step.eval_mode(shapes_of_training=True):
+        with eval_mode(self.step.model, self.step.config, self.dist):
             return evaluate_loss(self.step.summed_loss, batches, self.dist)[0]
 
 

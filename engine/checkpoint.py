@@ -26,12 +26,13 @@ from engine.adapter import is_adapter, load_adapter, read_adapter_config, save_a
 from engine.errors import parse
 from engine.files import fsync_folder, read_json
 from engine.lora import lora_linears
-from engine.pretrained import save_pretrained
+from engine.pretrained import load_pretrained, save_pretrained
 from engine.tensors import TORCH_LOAD_ERRORS
 from engine.tokenizer import get_tokenizer, save_tokenizer
 from model import GPT
 
 BASE_MARK = "adapter_base"
+PROGRESS_KEYS = {"step", "val_loss", "data"}  # data: its fingerprint
 
 
 class RunState(NamedTuple):
@@ -97,7 +98,7 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
                 "model without LoRA: merge that one first"
             )
         return load_adapter(load_model(base), path).eval()
-    model = GPT.from_pretrained(path if path.exists() else name_or_path)
+    model = load_pretrained(path if path.exists() else name_or_path)
     if lora_load_path is not None:
         load_adapter(model, latest_checkpoint(lora_load_path))
     return model.eval()
@@ -154,7 +155,6 @@ def load_latest(
         try:
             model = load_model(base, folder) if base else load_model(folder)
             state = RunState(read_progress(folder), read_state(folder))
-            check_state(state)
         except (OSError, ValueError, *TORCH_LOAD_ERRORS) as error:
             print(f"{folder} is damaged ({error}); falling back to the one before")
         else:
@@ -246,28 +246,17 @@ class BackgroundSave:
 def read_progress(checkpoint: Path) -> dict:
     file = checkpoint / "progress.json"
     progress = read_json(file, "delete the checkpoint")
-    if not isinstance(progress.get("step"), int):
-        raise ValueError(f"{file} is damaged: it has no step; delete the checkpoint")
-    if not isinstance(progress.get("val_loss"), int | float | None):
-        raise ValueError(f"{file} is damaged: its val_loss is no number; delete the checkpoint")
+    if missing := PROGRESS_KEYS - progress.keys():
+        raise ValueError(f"{file} is damaged: it lacks {', '.join(missing)}; delete the checkpoint")
     return progress
 
 
 def read_state(checkpoint: Path) -> dict:
     """Optimizer, scaler and random number generators, on the CPU."""
-    return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-
-
-def check_state(state: RunState) -> None:
-    """ValueError if a part is missing with which the run resumes exactly."""
-    if not isinstance(state.progress.get("data"), str):
-        raise ValueError("progress.json lacks data")
-    optimizer, rng = (state.tensors.get(part, {}) for part in ("optimizer", "rng"))
-    trained = {name for group in optimizer.get("param_groups", []) for name in group["params"]}
-    if not trained or trained != optimizer.get("state", {}).keys():
-        raise ValueError("state.pt lacks optimizer state")
-    if "scaler" not in state.tensors or not isinstance(rng.get("cpu"), torch.Tensor):
-        raise ValueError("state.pt lacks scaler or rng")
+    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    if not (state["optimizer"]["state"] and {"scaler", "rng"} <= state.keys()):
+        raise ValueError("state.pt lacks optimizer state, scaler or rng")
+    return state
 
 
 def read_run_config(run: Path | str) -> dict:

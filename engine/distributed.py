@@ -175,6 +175,11 @@ def autocast_dtype(precision: Precision | None) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "fp32")
 
 
+def autocast(device: torch.device, precision: Precision | None) -> torch.autocast:
+    dtype = autocast_dtype(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 def shard_model(
     model: GPT, dist: Distributed, dtype: torch.dtype | None, compile_blocks: bool
 ) -> None:

@@ -1,7 +1,8 @@
 """What is evaluated during training: validation loss, samples, HellaSwag."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,9 @@ import torch
 
 from engine.config import TrainConfig
 from engine.data import IGNORE_INDEX, Batch
-from engine.distributed import Distributed, has_finite_weights
+from engine.distributed import Distributed, autocast, cudnn_attention, has_finite_weights
 from engine.loss import SummedLoss
 from engine.metrics import finite_or_none
-from engine.step import TrainingStep
 from engine.tasks import Example, count_correct
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer, token_lengths
 from model import GPT
@@ -40,13 +40,17 @@ class Evaluation:
     generate all samples, because FSDP needs every rank in each forward pass.
     """
 
-    training_step: TrainingStep
+    model: GPT
+    summed_loss: SummedLoss
     val: ValidationBatches
     prompts: list[Prompt]
     hellaswag: list[Example]
+    config: TrainConfig
+    dist: Distributed
+    has_one_shape: bool  # whether the batches have the shape that training is compiled for
 
     def is_due(self, step: int) -> bool:
-        config = self.training_step.config
+        config = self.config
         intervals = config.eval_every, config.sample_every, config.hellaswag_every
         return any(is_due(every, step, config) for every in intervals)
 
@@ -55,21 +59,42 @@ class Evaluation:
         record: dict[str, Any] = {}
         if not self.is_due(step):
             return record
-        model, config = self.training_step.model, self.training_step.config
-        dist = self.training_step.dist
+        model, config, dist = self.model, self.config, self.dist
         if is_due(config.eval_every, step, config):
-            with self.training_step.eval_mode(shapes_of_training=True):
-                loss, bpb = evaluate_loss(self.training_step.summed_loss, self.val(), dist)
+            with eval_mode(model, config, dist, compiled=True, one_shape=self.has_one_shape):
+                loss, bpb = evaluate_loss(self.summed_loss, self.val(), dist)
             record["val_loss"] = finite_or_none(loss)
             record["val_bpb"] = None if bpb is None else finite_or_none(bpb)
-        with self.training_step.eval_mode():
+        with eval_mode(model, config, dist):
             if is_due(config.sample_every, step, config):
-                record["samples"] = generate_samples(
-                    model, self.prompts, config.seed + step, dist.device
-                )
+                seed = config.seed + step
+                record["samples"] = generate_samples(model, self.prompts, seed, dist.device)
             if is_due(config.hellaswag_every, step, config) and step:  # before, it is at chance
                 record |= evaluate_hellaswag(model, self.hellaswag, dist)
         return record
+
+
+@contextmanager
+def eval_mode(
+    model: GPT,
+    config: TrainConfig,
+    dist: Distributed,
+    *,
+    compiled: bool = False,
+    one_shape: bool = False,
+) -> Iterator[None]:
+    """No dropout; training's precision, but no TF32, so that HellaSwag's results are those of
+    hellaswag.py. Without `compiled` nothing is: compiling for the shapes of samples would take
+    longer than it saves.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    model.eval()
+    stance = torch.compiler.set_stance("default" if compiled else "force_eager")
+    with stance, cudnn_attention(one_shape), autocast(dist.device, config.precision):
+        yield
+    model.train()
+    torch.set_float32_matmul_precision(precision)
 
 
 @torch.no_grad()

@@ -20,11 +20,12 @@ from engine.config import TrainConfig
 from engine.data import TrainingData
 from engine.distributed import Distributed
 from engine.files import JSONLinesLog, drop_lost_terminal
-from engine.throughput import flops_per_token, peak_flops, peak_memory
+from engine.throughput import flops_per_token, format_seconds, peak_flops, peak_memory
 from model import GPT
 
 PROGRESS_SECONDS = 10.0  # between two lines of progress where there is no terminal
 SUMMARY_COLUMN = 17
+ESTIMATE_STEPS = 2  # after which a run says how long it will take; the first step may compile
 
 
 def finite_or_none(value: float) -> float | None:
@@ -41,14 +42,23 @@ class Meter:
         self.data, self.dist = data, dist
         self.flops_per_token = flops_per_token(model, data.block_size)
         self.peak_flops = peak_flops(dist.device)
-        self.pending: deque[tuple[int, float, torch.Tensor, torch.cuda.Event | None]] = deque()
+        self.pending: deque[tuple[int, float, float, torch.Tensor, torch.cuda.Event | None]] = (
+            deque()
+        )
         self.max_pending = int(dist.device.type == "cuda")  # a CPU's step is over when it returns
         self.last_read = -math.inf
         self.skipped_in_a_row = 0  # steps whose gradient was not finite
         self.stop_requested = False  # on any rank
 
     def add(
-        self, step: int, started: float, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool
+        self,
+        step: int,
+        started: float,
+        loss: torch.Tensor,
+        grad_norm: torch.Tensor,
+        *,
+        lr: float,
+        stop: bool,
     ) -> None:
         """Take the results of a step launched at time `started`, and whether this rank should stop
         after it.
@@ -61,7 +71,7 @@ class Meter:
             results = torch.empty(3, pin_memory=True).copy_(results, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        self.pending.append((step, started, results, copied))
+        self.pending.append((step, started, lr, results, copied))
 
     def read(self, wait: bool) -> Iterator[dict]:
         """The records of the steps that are done; with `wait` or a stop requested, of all steps."""
@@ -69,7 +79,7 @@ class Meter:
             yield self._read_step()
 
     def _read_step(self) -> dict:
-        step, started, results, copied = self.pending.popleft()
+        step, started, lr, results, copied = self.pending.popleft()
         if copied is not None:
             copied.synchronize()
         loss, stops, norm = results.tolist()
@@ -88,6 +98,7 @@ class Meter:
             "step_ms": round(seconds * 1e3, 2),
             "mfu": self._utilization(speed),
             "peak_memory_gb": round(peak_memory(self.dist.device) / 1e9, 3),
+            "lr": lr,
         }
 
     def _utilization(self, tokens_per_s: float) -> float | None:
@@ -228,6 +239,12 @@ class RunLogger:
         if record.get("train_loss") is not None:
             speed = f"{record['tokens_per_s']:,.0f} tokens/s"
             self.bar.set_postfix_str(f"loss {record['train_loss']:.4f}, {speed}")
+        if step == self.start + ESTIMATE_STEPS and step < self.max_steps:
+            seconds, left = record["step_ms"] / 1e3, self.max_steps - step
+            self.print(
+                f"estimate: {format_seconds(seconds)} for a step, {format_seconds(left * seconds)} "
+                f"for the {left:,} left, without evaluations"
+            )
         evaluated = {"val_loss", "samples", "hellaswag_acc"} & record.keys()
         is_due = self.bar.disable and time.perf_counter() - self.last_line > PROGRESS_SECONDS
         if evaluated or is_due:

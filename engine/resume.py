@@ -1,23 +1,52 @@
-"""Whether the run in a folder can be continued with a config: the same settings, or more steps."""
+"""Open a run: new, resumed with the same settings, or extended to more steps."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
-from engine.checkpoint import BASE_MARK, checkpoint_step, list_checkpoints, read_run_config
+from engine.checkpoint import (
+    BASE_MARK,
+    RunState,
+    checkpoint_step,
+    list_checkpoints,
+    load_latest,
+    read_run_config,
+)
 from engine.config import TrainConfig, fixed_settings
-from engine.files import JSONLinesLog, write_atomically
+from engine.distributed import Distributed
+from engine.files import JSONLinesLog, lock_folder, write_atomically
 from engine.optim import plateau_end
+from model import GPT
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-# A setting that only this command has.
-COMMANDS = {"data_dir": "train_gpt2.py", "model_name_or_path": "finetune_lora.py"}
+Config = TypeVar("Config", bound=TrainConfig)
 
 
-def check_same_run(run: Path, config: "DataclassInstance") -> dict:
+@contextmanager
+def open_run(
+    given: Config,
+    dist: Distributed,
+    build_model: Callable[[Config], GPT],
+    resolve: Callable[[Config, GPT], Config],
+    base: str | None = None,
+) -> Iterator[tuple[Config, GPT, RunState | None]]:
+    """Hold the run folder, and open the run in it: its complete config, its model, and the state to
+    resume from. A new run has no state, and `build_model` makes its model; an adapter's is loaded
+    onto the model `base`. `resolve` sets what the model, the data or the device decides.
+    """
+    run = Path(given.out_dir)
+    with lock_folder(run) if dist.is_main else nullcontext():
+        with dist.main_process_first():
+            config = replace(given, **check_same_run(run, given))
+            latest = load_latest(run, base, last_step=last_usable_step(run, config))
+            model, resumed = latest or (build_model(config), None)
+        del build_model  # which may hold gigabytes
+        yield resolve(config, model), model, resumed
+
+
+def check_same_run(run: Path, config: TrainConfig) -> dict:
     """The settings that are None in `config` and that the run in the folder has, if there is one. A
     setting that its config.yaml lacks has its default. More max_steps than the run has are fine if
     `extend_run` can add them. ValueError if `config` would not continue the run exactly.
@@ -30,23 +59,18 @@ def check_same_run(run: Path, config: "DataclassInstance") -> dict:
             f"{run} already holds a run and --resume is never; choose another --out_dir, or use "
             "--resume auto to resume it"
         )
-    found = read_run_config(run)
-    for setting, command in COMMANDS.items():
-        if setting in found.keys() - now.keys():
-            raise ValueError(f"{run} holds a run of {command}; choose another --out_dir")
-    earlier = {f.name: f.default for f in fields(config)} | found
-    removed = earlier.keys() - now.keys()
-    names = sorted(fixed_settings(type(config)) | removed)
-    unset = {name: earlier[name] for name in names if name in now and now[name] is None}
-    changed = {name for name in names if name not in unset and now.get(name) != earlier[name]}
+    earlier = {f.name: f.default for f in fields(config)} | read_run_config(run)
+    names = fixed_settings(type(config)) | earlier.keys() - now.keys()  # of an earlier version
+    unset = {name: earlier[name] for name in names & now.keys() if now[name] is None}
+    changed = {name for name in names - unset.keys() if now.get(name) != earlier[name]}
     is_longer = "max_steps" in changed and now["max_steps"] > earlier["max_steps"]
-    if differences := sorted(changed - {"max_steps"} if is_longer else changed):
-        shown = "; ".join(f"{n} was {earlier[n]}, is {now.get(n)}" for n in differences)
+    if differences := changed - ({"max_steps"} if is_longer else set()):
+        shown = "; ".join(f"{n} was {earlier[n]}, is {now.get(n)}" for n in sorted(differences))
         raise ValueError(
             f"{run} holds a run with other settings, so it cannot be resumed exactly: {shown}. "
             "Choose another --out_dir, or the earlier settings"
         )
-    if is_longer and isinstance(config, TrainConfig):
+    if is_longer:
         check_extension(run, replace(config, **unset), earlier["max_steps"])
     return unset
 

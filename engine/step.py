@@ -2,14 +2,9 @@
 
 import copy
 import math
-import os
-import shutil
-import sysconfig
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +16,7 @@ from engine.config import TrainConfig
 from engine.data import Batch, TrainingData
 from engine.distributed import (
     Distributed,
+    autocast,
     autocast_dtype,
     check_memory,
     cudnn_attention,
@@ -31,8 +27,6 @@ from engine.lora import lora_linears, summed_weights
 from engine.loss import SummedLoss
 from engine.optim import build_optimizers, set_schedule
 from model import GPT, Block, KVCache
-
-COMPILERS = ("gcc", "g++", "clang", "clang++", "cl")  # that torch.compile looks for
 
 
 class TrainingStep:
@@ -61,8 +55,6 @@ class TrainingStep:
         compilation, then FSDP2.
         """
         config, dist = self.config, self.dist
-        if config.compile:
-            check_compiler()
         apply_recompute(self.model, config.recompute)
         if self.is_sharded:
             if self.scaler.is_enabled():
@@ -78,25 +70,10 @@ class TrainingStep:
             return self.summed_loss
         return DistributedDataParallel(self.summed_loss, gradient_as_bucket_view=True)
 
-    def autocast(self) -> AbstractContextManager:
-        enabled = self.dtype is not None
-        return torch.autocast(self.dist.device.type, self.dtype, enabled=enabled)
-
-    @contextmanager
-    def eval_mode(self, *, shapes_of_training: bool = False) -> Iterator[None]:
-        """For evaluation and samples: no dropout; training's precision, but no TF32, so that
-        HellaSwag's results are those of hellaswag.py. Nothing is compiled, as that would take
-        longer than it saves, unless the batches have the shapes of training.
-        """
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        self.model.eval()
-        stance = torch.compiler.set_stance("default" if shapes_of_training else "force_eager")
-        plans = cudnn_attention(shapes_of_training and self.data.has_one_shape)
-        with stance, plans, self.autocast():
-            yield
-        self.model.train()
-        torch.set_float32_matmul_precision(precision)
+    @property
+    def lr(self) -> float:
+        """The learning rate of the latest step."""
+        return self.optimizers[0].param_groups[0]["lr"]
 
     def _sync_gradients(self, is_last: bool) -> AbstractContextManager:
         """Average gradients over ranks only in the backward pass of the last micro-step."""
@@ -115,7 +92,8 @@ class TrainingStep:
         n_targets = self.data.targets_in_step(step)
         total = torch.zeros((), device=self.dist.device)
         # Around all micro-steps, so that weights are cast and summed once.
-        with self.autocast(), summed_weights(self.summed_linears, self.dtype):
+        autocasting = autocast(self.dist.device, self.config.precision)
+        with autocasting, summed_weights(self.summed_linears, self.dtype):
             for micro_step in range(1, self.data.grad_accum_steps + 1):
                 is_last = micro_step == self.data.grad_accum_steps
                 with self._sync_gradients(is_last):
@@ -262,25 +240,6 @@ def keep_products_contexts() -> tuple[AbstractContextManager, AbstractContextMan
     """For `checkpoint`: recompute everything but matrix products."""
     aten = torch.ops.aten
     return create_selective_checkpoint_contexts([aten.mm.default, aten.addmm.default])
-
-
-def check_compiler() -> None:
-    """ValueError where torch.compile would not find a C compiler, or the headers of Python, which
-    the code that it compiles includes.
-    """
-    names = (os.environ.get("CC"), os.environ.get("CXX"), *COMPILERS)
-    if not any(name and shutil.which(name) for name in names):
-        raise ValueError(
-            "--compile needs a C compiler, and none of gcc, clang and cl is on the path; install "
-            "one (apt install build-essential), or use --no-compile"
-        )
-    scheme = "nt" if os.name == "nt" else "posix_prefix"  # as torch looks for them
-    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
-    if not header.exists():
-        raise ValueError(
-            f"--compile needs {header}, which is missing; install Python's headers (apt install "
-            "python3-dev), or use --no-compile"
-        )
 
 
 def copy_tree(source: Any, previous: Any = None) -> Any:

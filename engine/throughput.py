@@ -1,24 +1,16 @@
-"""FLOPs of a model, speed and memory of a device, and how long a run will take."""
+"""FLOPs of a model; name, peak speed and memory of a device."""
 
-import math
+import platform
 import re
 import sys
-import time
 
 import torch
 
-from engine.config import TrainConfig
-from engine.data import TrainingData
-from engine.distributed import Distributed, autocast_dtype
 from model import GPT
 
 if sys.platform != "win32":
     import resource
 
-PROBE_SIZES = {"cuda": 8192, "cpu": 1024}  # of the matrices that are multiplied to see the speed
-PROBES = 5
-EFFICIENCY = 0.6  # speed of a training step / speed of a matrix product, roughly, at any size
-SLOW_STEP_SECONDS = 60
 # Dense peak FLOP/s of the matrix units in 16-bit floating point with fp32 accumulation, from the
 # vendors' data sheets. The first name that occurs in the device's name counts.
 PEAK_FLOPS = {
@@ -80,50 +72,10 @@ def flops_per_token(model: GPT, block_size: int) -> int:
     return products + 12 * model.config.n_layer * model.config.n_embd * block_size
 
 
-def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The FLOP/s of a large matrix product, at the best of some tries."""
-    n = PROBE_SIZES.get(device.type, PROBE_SIZES["cpu"])
-    a, seconds = torch.ones(n, n, device=device, dtype=dtype), math.inf
-    for _ in range(PROBES):
-        started = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the product
-        seconds = min(seconds, time.perf_counter() - started)
+def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
-        del a
-        torch.cuda.reset_peak_memory_stats(device)  # the run logs its own peak
-    return 2 * n**3 / seconds
-
-
-def estimate_times(
-    model: GPT,
-    data: TrainingData,
-    config: TrainConfig,
-    dist: Distributed,
-    eval_tokens: int,
-    start: int = 0,
-) -> str:
-    """The device and the sizes, and about how long an evaluation, a step and the run from step
-    `start` on take: for the user, who would wait before seeing that a model is too large for the
-    machine.
-    """
-    device, dtype = dist.device, autocast_dtype(config.precision) or torch.float32
-    speed = EFFICIENCY * dist.world_size * measure_flops(device, dtype)
-    per_token = flops_per_token(model, data.block_size)
-    tokens = data.tokens_through(1)
-    step, evaluation = (n * per_token / speed for n in (tokens, eval_tokens / 3))  # no backward
-    n_steps = config.max_steps - start
-    run = n_steps * step + (1 + n_steps // config.eval_every) * evaluation
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    name += f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    n_params = sum(p.numel() for p in model.parameters())
-    eval_time, step_time, total = (format_seconds(s) for s in (evaluation, step, run))
-    is_slow = device.type == "cpu" and step > SLOW_STEP_SECONDS
-    return (
-        f"device: {dist.world_size} x {name}, {config.precision}, {n_params / 1e6:,.1f}M "
-        f"parameters, {tokens:,} tokens in the first step\n"
-        f"estimate: {eval_time} for an evaluation, {step_time} for a step, {total} for the run"
-        + ("; configs/demo.yaml and configs/small.yaml are made for CPUs" if is_slow else "")
-    )
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def format_seconds(seconds: float) -> str:

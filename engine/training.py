@@ -20,15 +20,16 @@ from engine.distributed import Distributed
 from engine.evaluation import Evaluation, Prompt, ValidationBatches, is_due
 from engine.files import drop_lost_terminal, write_atomically
 from engine.metrics import Meter, RunLogger
-from engine.optim import learning_rate, parameter_groups, plateau_end
+from engine.optim import parameter_groups, plateau_end
 from engine.report import RunFacts, write_report
 from engine.resume import extend_run
 from engine.step import TrainingStep
 from engine.tasks import Example, load_examples
-from engine.throughput import estimate_times, flops_per_token
+from engine.throughput import describe_device, flops_per_token
 from model import GPT
 
 FEW_STEPS = 10  # in an epoch
+SLOW_STEP_FLOPS = 1e13  # about a minute on a few cores
 MAX_SKIPPED_STEPS = 5  # consecutive steps whose gradient is not finite; so many end the run
 
 
@@ -40,12 +41,8 @@ def train(
     config: TrainConfig,
     dist: Distributed,
     resumed: RunState | None = None,
-    *,
-    eval_tokens: int = 0,
 ) -> None:
-    """Train `model` to max_steps, from scratch or from `resumed`, whose weights it already has.
-    `eval_tokens`, the tokens of an evaluation over all ranks, are for the estimate of its time.
-    """
+    """Train `model` to max_steps, from scratch or from `resumed`, whose weights it already has."""
     if resumed and resumed.progress["data"] != data.fingerprint:
         raise ValueError(
             f"{config.out_dir} was trained on different data; it resumes exactly only with the same"
@@ -56,11 +53,10 @@ def train(
         with dist.main_process_first():
             hellaswag = load_examples("hellaswag", config.hellaswag_data, model.config.block_size)
     if dist.is_main:
-        announce_run(model, data, config)
-        warn_of_settings(data, config)
-        print(estimate_times(model, data, config, dist, eval_tokens, start), flush=True)
+        announce_run(model, data, config, dist)
+        warn_of_settings(model, data, config, dist)
     with (
-        explaining_out_of_memory(config, dist.device),
+        explaining_errors(config, dist.device),
         Interrupt() as interrupt,
         profile_steps(config, dist, start) as profiler,
     ):
@@ -71,7 +67,16 @@ def train(
         if dist.is_main:
             extend_run(Path(config.out_dir), config)
             write_atomically(Path(config.out_dir) / "config.yaml", to_yaml(config).encode())
-        evaluation = Evaluation(training_step, val, prompts, hellaswag)
+        evaluation = Evaluation(
+            model,
+            training_step.summed_loss,
+            val,
+            prompts,
+            hellaswag,
+            config,
+            dist,
+            has_one_shape=data.has_one_shape,
+        )
         logger = RunLogger(config, dist, start)
         if start:
             is_finished = start == config.max_steps
@@ -97,11 +102,11 @@ def train_steps(
     for step in range(first, config.max_steps + 1):
         started = time.perf_counter()
         loss, grad_norm = training_step(step)
-        meter.add(step, started, loss, grad_norm, interrupt.is_requested)
+        stop = interrupt.is_requested
+        meter.add(step, started, loss, grad_norm, lr=training_step.lr, stop=stop)
         is_last = step == config.max_steps
         is_save_due = is_due(config.save_every, step, config) or step == plateau_end(config)
         for record in meter.read(wait=is_save_due or evaluation.is_due(step)):
-            record["lr"] = learning_rate(record["step"], config)
             if record["step"] == step:
                 record.update(evaluation.evaluate_step(step))
             logger.log(record)
@@ -118,19 +123,29 @@ def train_steps(
             sys.exit(128 + (interrupt.signum or signal.SIGTERM))  # as a shell reports it
 
 
-def announce_run(model: GPT, data: TrainingData, config: TrainConfig) -> None:
-    """Print the settings and sizes of the run."""
+def announce_run(model: GPT, data: TrainingData, config: TrainConfig, dist: Distributed) -> None:
+    """Print the settings, the sizes and the device of the run."""
     matrices, vectors = (group["params"] for group in parameter_groups(model))
     print(
         f"{to_yaml(config)}\nparameters: {len(matrices)} matrices with "
         f"{sum(p.numel() for p in matrices):,}, {len(vectors)} vectors with "
-        f"{sum(p.numel() for p in vectors):,}\n{data.summary()}",
+        f"{sum(p.numel() for p in vectors):,}\n{data.summary()}\n"
+        f"device: {dist.world_size} x {describe_device(dist.device)}, {config.precision}",
         flush=True,
     )
 
 
-def warn_of_settings(data: TrainingData, config: TrainConfig) -> None:
-    """Print what keeps a short run, or one on little data, from learning."""
+def warn_of_settings(
+    model: GPT, data: TrainingData, config: TrainConfig, dist: Distributed
+) -> None:
+    """Print what keeps a run from learning, or from ending on a CPU."""
+    step_flops = flops_per_token(model, data.block_size) * data.tokens_through(1)
+    if dist.device.type == "cpu" and step_flops > SLOW_STEP_FLOPS * dist.world_size:
+        print(
+            f"a step takes {step_flops / 1e12:,.0f} TFLOPs, minutes on a CPU; configs/demo.yaml "
+            "and configs/small.yaml are made for CPUs",
+            flush=True,
+        )
     if config.warmup_steps >= config.max_steps:
         print(
             f"warmup_steps is {config.warmup_steps} and max_steps {config.max_steps}, so the "
@@ -200,13 +215,24 @@ def collect_facts(model: GPT, data: TrainingData) -> RunFacts:
 
 
 @contextmanager
-def explaining_out_of_memory(config: TrainConfig, device: torch.device) -> Iterator[None]:
+def explaining_errors(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Turn what PyTorch raises without memory, or without a compiler, into advice."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"{device} ran out of memory with batch_size {config.batch_size}; lower it (without "
             "dropout the loss curve stays the same), or add --recompute block"
+        ) from error
+    except RuntimeError as error:
+        from torch._dynamo.exc import BackendCompilerFailed  # importing it takes a second
+
+        if not isinstance(error, BackendCompilerFailed):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"torch.compile failed: {reason}; install a C++ compiler and Python's headers (apt "
+            "install build-essential python3-dev), or use --no-compile"
         ) from error
 
 

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.data import Batch, PretrainingData
 from engine.decode import speed_up_decoding
 from engine.distributed import shard_model
-from engine.evaluation import evaluate_loss
+from engine.evaluation import eval_mode, evaluate_loss
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora, only_optimize_lora_parameters
 from engine.loss import HeadLoss, SummedLoss, compile_softmax, softmax_
 from engine.metrics import Meter
@@ -112,9 +112,9 @@ def test_the_compiled_validation_loss_is_the_eager_one(shards):
     """In bf16, evaluated by compiled code, the validation loss is that of the plain model."""
     step = cuda_step(shards, precision="bf16", compile=True)
     val = [make_data(shards).micro_batch(s, 1) for s in (1, 2)]
-    with step.eval_mode():
+    with eval_mode(step.model, step.config, GPU):
         expected, _ = evaluate_loss(SummedLoss(step.model), val, GPU)
-    with step.eval_mode(shapes_of_training=True):
+    with eval_mode(step.model, step.config, GPU, compiled=True, one_shape=True):
         assert evaluate_loss(step.summed_loss, val, GPU)[0] == pytest.approx(expected, rel=1e-3)
 
 
@@ -230,7 +230,7 @@ def test_training_evaluates_hellaswag_as_the_command_does(shards, hellaswag_rows
         expected = count_correct(model.eval(), examples, CUDA)
     step = cuda_step(shards, model, precision="bf16")
     assert torch.get_float32_matmul_precision() == "high"
-    with step.eval_mode():
+    with eval_mode(model, step.config, GPU):
         assert torch.get_float32_matmul_precision() == "highest"
         assert count_correct(model, examples, CUDA) == expected
     assert torch.get_float32_matmul_precision() == "high"

@@ -125,3 +125,34 @@ def test_optional_packages_are_imported_in_functions_only():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {name.split(".")[0] for name in names} & OPTIONAL, file.name
+
+
+def test_engine_code_does_not_load_through_model():
+    """`GPT.from_pretrained` and `GPT.save_pretrained` are for users: the engine and the commands
+    call engine/pretrained.py itself, rather than model.py, which would call it.
+    """
+    for module in [*ENGINE, *COMMANDS]:
+        tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        names = {func.attr for func in calls if isinstance(func, ast.Attribute)}
+        assert not names & {"from_pretrained", "save_pretrained"}, module
+
+
+def test_one_function_opens_a_run():
+    """Both training commands open a run with `open_run` alone, which knows in what order to lock,
+    compare, load and build; and neither main binds `config` a second time.
+    """
+    parts = {"lock_folder", "check_same_run", "load_latest", "last_usable_step"}
+    for command in ("train_gpt2", "finetune_lora"):
+        tree = ast.parse((ROOT / f"{command}.py").read_text())
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert "open_run" in names
+        assert not names & parts
+        (main,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
+        stored = [
+            n.id
+            for n in ast.walk(main)
+            if isinstance(getattr(n, "ctx", None), ast.Store) and isinstance(n, ast.Name)
+        ]
+        assert [arg.arg for arg in main.args.args] == ["given"]
+        assert stored.count("config") == 1

@@ -3,7 +3,6 @@ import io
 import math
 import shutil
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from engine.lora import (
 )
 from engine.loss import SummedLoss
 from engine.optim import learning_rate
-from engine.step import Prefetcher, TrainingStep, apply_recompute, copy_tree
+from engine.step import Prefetcher, apply_recompute, copy_tree
 from model import GPT, GPTConfig
 
 
@@ -206,25 +205,6 @@ def test_compiled_step_equals_the_raw_one(shards):
     for (name, a), b in zip(compiled.named_parameters(), raw.parameters(), strict=True):
         assert "_orig_mod" not in name
         torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3)
-
-
-def test_compiling_without_a_compiler_is_refused(shards, monkeypatch):
-    """Without a C compiler, --compile is refused with the flag that turns it off."""
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.delenv("CXX", raising=False)
-    config = replace(make_step(new_model(), shards).config, compile=True)
-    data = make_data(shards)
-    with pytest.raises(ValueError, match=r"--compile needs a C compiler.*--no-compile"):
-        TrainingStep(new_model(), data, config, CPU)
-
-
-def test_compiling_without_pythons_headers_is_refused(shards, monkeypatch, tmp_path):
-    """Without Python.h, --compile is refused with the flag that turns it off."""
-    monkeypatch.setattr("shutil.which", lambda name: name)
-    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
-    with pytest.raises(ValueError, match=r"needs .*Python\.h.*--no-compile"):
-        make_step(new_model(), shards, compile=True)
 
 
 @pytest.mark.parametrize("beta2", [0.0, 0.95])

@@ -1,18 +1,14 @@
-"""FLOPs, MFU's peaks, memory, and the estimate of how long a run takes."""
+"""FLOPs, MFU's peaks, memory, and times as text."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, make_data, new_model
+from conftest import CPU
 
-from engine import throughput
-from engine.config import TrainConfig
 from engine.throughput import (
-    estimate_times,
     flops_per_token,
     format_seconds,
-    measure_flops,
     peak_flops,
     peak_memory,
 )
@@ -69,26 +65,3 @@ def test_peak_flops_belong_to_the_card(monkeypatch, name, peak):
 def test_times_are_readable(seconds, text):
     """Two digits or so, in the largest unit of which there is more than one."""
     assert format_seconds(seconds) == text
-
-
-def test_a_slow_start_says_so(shards, monkeypatch):
-    """An evaluation, a step and the run are estimated from the speed of a matrix product,
-    0.6 of which training reaches, and the FLOPs of the model; on a CPU that is too slow a line
-    names configs for it.
-    """
-    model, data = new_model(), make_data(shards)  # 192 tokens a step
-    config = TrainConfig(max_steps=1000, eval_every=100, precision="fp32")
-    flops = flops_per_token(model, 16)
-    # A step of 5 minutes.
-    monkeypatch.setattr(throughput, "measure_flops", lambda *_: 192 * flops / 300 / 0.6)
-    text = estimate_times(model, data, config, CPU, eval_tokens=3 * 192)
-    assert "parameters, 192 tokens in the first step" in text
-    expected = "5 minutes for an evaluation, 5 minutes for a step, 4 days for the run"
-    assert f"estimate: {expected}; configs/demo.yaml" in text
-    monkeypatch.setattr(throughput, "measure_flops", lambda *_: 192 * flops / 0.6)
-    assert "configs" not in estimate_times(model, data, config, CPU, eval_tokens=10)
-
-
-def test_the_speed_of_this_machine_is_plausible():
-    """A CPU multiplies at more than 1 and less than 100,000 GFLOP/s."""
-    assert 1e9 < measure_flops(torch.device("cpu"), torch.float32) < 1e14

@@ -230,13 +230,24 @@ def test_an_adapter_is_no_model_to_start_from(tmp_path):
 
 def test_settings_that_learn_nothing_are_named(workplace):
     """A warmup as long as the run, and steps of most of the data, are said in a line each; and
-    before the first step how long it will take.
+    after the second step how long the run will take.
     """
-    flags = ("--max_steps", 1, "--warmup_steps", 5, "--total_batch_size", 4096, "--sample_every", 0)
+    flags = ("--max_steps", 3, "--warmup_steps", 5, "--total_batch_size", 4096, "--sample_every", 0)
     out = run_script(*tiny_run("warm", *flags), cwd=workplace).stdout
-    assert "warmup_steps is 5 and max_steps 1, so the learning rate never reaches max_lr" in out
+    assert "warmup_steps is 5 and max_steps 3, so the learning rate never reaches max_lr" in out
     assert re.search(r"an epoch has only 3.\d steps", out)
-    assert re.search(r"estimate: .* for an evaluation, .* for a step, .* for the run", out)
+    assert re.search(r"estimate: \S+ s for a step, \S+ s for the 1 left, without evaluations", out)
+
+
+def test_compiling_without_a_compiler_ends_in_one_line(workplace, tmp_path):
+    """Without a C++ compiler, --compile ends with the flag that turns it off, and leaves no run."""
+    flags = ("--compile", "--max_steps", 1)
+    environment = {"PATH": "", "CC": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    error = expect_error(*tiny_run("uncompiled", *flags), cwd=workplace, **environment)
+    assert "install a C++ compiler" in error
+    assert "use --no-compile" in error
+    result = run_script(*tiny_run("uncompiled", "--max_steps", 1), cwd=workplace)
+    assert result.returncode == 0, result.stderr
 
 
 def test_sampling_from_a_run_a_folder_and_the_hub_cache(workplace, uninterrupted, tmp_path):

@@ -90,7 +90,11 @@ def test_what_is_compiled_and_planned_by_shape(shards, monkeypatch, has_one_shap
     step.summed_loss.hidden = torch.compile(hidden, backend=lambda graph, _: note("graph", graph))
     open_device("cpu", 0)
     try:
-        record = Evaluation(step, val, [Prompt("!", max_new_tokens=3)], []).evaluate_step(20)
+        prompts = [Prompt("!", max_new_tokens=3)]
+        evaluation = Evaluation(
+            model, step.summed_loss, val, prompts, [], step.config, CPU, has_one_shape
+        )
+        record = evaluation.evaluate_step(20)
         step(1)
         assert not torch.backends.cuda.cudnn_sdp_enabled()  # for other commands
     finally:
