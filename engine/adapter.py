@@ -2,13 +2,15 @@
 
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from engine.config import convert
 from engine.files import read_json, write_json
 from engine.lora import (
     LoRAConfig,
@@ -108,11 +110,9 @@ def read_adapter_config(folder: Path | str) -> AdapterConfig:
             raise ValueError(f"target_modules is {targets!r}, expected names or a pattern")
         if not isinstance(base, str | None):
             raise ValueError(f"base_model_name_or_path is {base!r}, expected a name or null")
-        lora: dict[str, Any] = {
-            "lora_dim": options.get("r"),
-            "lora_alpha": options.get("lora_alpha"),
-        }
-        lora |= {key: options[key] for key in ("lora_dropout", "use_rslora") if key in options}
+        given = {"lora_alpha": None, **options, "lora_dim": options.get("r")}
+        names = [f.name for f in fields(LoRAConfig) if f.name in given]
+        lora = {name: convert(given[name], LoRAConfig, name) for name in names}
         return AdapterConfig(base, targets, LoRAConfig(**lora))
     except (ValueError, re.error) as error:
         raise ValueError(f"{path} is damaged: {error}; save the adapter again") from error

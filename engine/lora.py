@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from engine.config import Settings, flag
 from engine.tensors import copy_tensors
 from model import GPT
 
@@ -23,22 +24,11 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
-    lora_dim: int = 8  # r in PEFT
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    use_rslora: bool = False  # rank-stabilized scaling (Kalajdzievski, 2023)
-
-    def __post_init__(self) -> None:
-        dim, alpha, dropout = self.lora_dim, self.lora_alpha, self.lora_dropout
-        for name, is_valid, expected in (
-            ("lora_dim", type(dim) is int and dim >= 1, "at least 1, an integer"),
-            ("lora_alpha", type(alpha) in (int, float) and 0 < alpha < math.inf, "above 0"),
-            ("lora_dropout", type(dropout) in (int, float) and 0 <= dropout < 1, "0 to below 1"),
-            ("use_rslora", type(self.use_rslora) is bool, "true or false"),
-        ):
-            if not is_valid:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+class LoRAConfig(Settings):
+    lora_dim: int = flag(8, "r in PEFT")
+    lora_alpha: float = flag(16.0, "scaling is lora_alpha / lora_dim", above=0)
+    lora_dropout: float = flag(0.0, "on the inputs of lora_A", at_least=0, below=1)
+    use_rslora: bool = flag(False, "scaling is lora_alpha / sqrt(lora_dim)")  # Kalajdzievski, 2023
 
     @property
     def scaling(self) -> float:

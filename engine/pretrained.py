@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from engine.files import read_json, write_json
 from engine.hub import check_hub_name, reporting_hub_errors
-from engine.tensors import copy_tensors, read_tensors
+from engine.tensors import check_tensors, copy_tensors, read_tensors
 from engine.tokenizer import END_OF_TEXT_ID
 from model import GPT, GPTConfig
 
@@ -55,12 +55,6 @@ def load_pretrained(name_or_path: str | Path) -> GPT:
     folder = find_pretrained(name_or_path)
     config = read_config(folder / "config.json")
     tensors = read_weights(folder)
-    check_shape(config, tensors, folder)
-    with torch.device("meta"):  # no memory or random numbers for weights that are replaced
-        model = GPT(config)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    model.zero_vocab_padding()
     if config.tie_weights:  # old files repeat the embedding as the head
         head = tensors.pop("lm_head.weight", None)
         wte = tensors.get("transformer.wte.weight")
@@ -69,6 +63,12 @@ def load_pretrained(name_or_path: str | Path) -> GPT:
                 f"{folder}: lm_head.weight differs from wte, but config.json ties them; "
                 "set tie_word_embeddings to false there"
             )
+    with torch.device("meta"):  # no memory or random numbers for weights that are replaced
+        model = GPT(config)
+    check_tensors(tensors, hf_tensors(model), str(folder))
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    model.zero_vocab_padding()
     copy_tensors(tensors, hf_tensors(model), str(folder))
     is_local = Path(name_or_path).exists()
     model.name_or_path = str(Path(name_or_path).resolve() if is_local else name_or_path)
@@ -129,25 +129,6 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         for name, tensor in tensors.items()
         if not name.endswith((".attn.bias", ".attn.masked_bias"))
     }
-
-
-def check_shape(config: GPTConfig, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """ValueError if the weights are those of a smaller or wider model than config.json, which may
-    ask for any amount of memory.
-    """
-    for name, length in (("wte", config.vocab_size), ("wpe", config.block_size)):
-        found, shape = tensors.get(f"transformer.{name}.weight"), (length, config.n_embd)
-        if found is not None and found.shape != shape:
-            raise ValueError(
-                f"{folder}: transformer.{name}.weight is {tuple(found.shape)}, the model has "
-                f"{shape}; it belongs to a different model"
-            )
-    layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
-    if config.n_layer > len(layers):
-        raise ValueError(
-            f"{folder}/config.json: n_layer is {config.n_layer}, but {len(layers)} layers have "
-            "weights; save or download it again"
-        )
 
 
 def hf_tensors(

@@ -39,12 +39,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def copy_tensors(
+def check_tensors(
     tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], source: str
 ) -> None:
-    """Copy each tensor into the target of the same name. ValueError names what is missing,
-    unexpected or misshapen in `source`; then nothing is copied.
-    """
+    """ValueError names what is missing, unexpected or misshapen in the tensors of `source`."""
     for problem, names in (
         ("missing", targets.keys() - tensors.keys()),
         ("unexpected", tensors.keys() - targets.keys()),
@@ -62,5 +60,12 @@ def copy_tensors(
                 f"{source}: {name} is {tuple(tensors[name].shape)}, the model has "
                 f"{tuple(target.shape)}; it belongs to a different model"
             )
+
+
+def copy_tensors(
+    tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], source: str
+) -> None:
+    """Copy each tensor into the target of the same name, or none, with `check_tensors`' error."""
+    check_tensors(tensors, targets, source)
     for name, target in targets.items():
         target.copy_(tensors[name])
