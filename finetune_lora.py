@@ -21,7 +21,6 @@ from engine.checkpoint import (
     mark_base,
 )
 from engine.config import TrainConfig, flag, run_command
-from engine.curves import curve_points
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
 from engine.evaluation import Prompt
 from engine.files import lock_folder, write_atomically
@@ -45,6 +44,7 @@ from engine.lora import (
     only_optimize_lora_parameters,
 )
 from engine.metrics import read_metrics
+from engine.plots import curve_points
 from engine.resume import check_same_run, last_usable_step
 from engine.tokenizer import save_tokenizer
 from engine.training import train
@@ -318,14 +318,14 @@ def save_merged(model: GPT, examples: list[PromptCompletion], folder: Path) -> N
         is_model = (folder / "config.json").is_file()
         if not is_model or hash_weights(load_model(folder)) != hash_weights(model):
             raise ValueError(f"merge_out {folder} holds something else; choose another folder")
-        print(f"merged model     {folder}, as before")
+        print(f"merged model              {folder}, as before")
         return
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     model.save_pretrained(temporary)
     save_tokenizer(temporary, model.config.block_size)
     save_prompt_template(examples, temporary)
     temporary.rename(folder)
-    print(f"merged model     {folder}")
+    print(f"merged model              {folder}")
 
 
 if __name__ == "__main__":
