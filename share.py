@@ -43,7 +43,8 @@ class ShareConfig(Settings):
 
 
 def main(config: ShareConfig) -> None:
-    from huggingface_hub import get_token
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HTTPError
 
     if not config.dry_run and get_token() is None:
         raise ValueError(
@@ -55,8 +56,16 @@ def main(config: ShareConfig) -> None:
         print(f"{file.name:<28}{file.stat().st_size:>15,} bytes")
     if config.dry_run:
         print(f"dry run: {folder} holds what would be uploaded to {config.repo_id}")
-    else:
-        print(f"uploaded to {upload(config, folder)}")
+        return
+    try:
+        url = HfApi().create_repo(config.repo_id, private=config.private or None, exist_ok=True)
+        HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder)  # one commit
+    except (HTTPError, OSError) as error:
+        raise OSError(
+            f"the hub did not accept {config.repo_id}: {error}. {folder} holds the files; run the "
+            "same command again with a network and a token that can write (hf auth login)"
+        ) from error
+    print(f"uploaded to {url}")
 
 
 def check_repo_id(name: str, repo_id: str, remedy: str = "choose another name") -> None:
@@ -121,23 +130,6 @@ def render_card(config: ShareConfig, checkpoint: Path, base: str | None) -> str:
         summary=summarize_run(run, checkpoint),
         settings=yaml.safe_dump(shown, sort_keys=False),
     )
-
-
-def upload(config: ShareConfig, folder: Path) -> str:
-    """Upload the folder as one commit, to a new repository if there is none; returns its URL."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
-
-    api = HfApi()
-    try:
-        repo = api.create_repo(config.repo_id, private=config.private or None, exist_ok=True)
-        api.upload_folder(repo_id=repo.repo_id, folder_path=folder)
-    except (HTTPError, OSError) as error:
-        raise OSError(
-            f"the hub did not accept {config.repo_id}: {error}. {folder} holds the files; run the "
-            "same command again with a network and a token that can write (hf auth login)"
-        ) from error
-    return str(repo)
 
 
 if __name__ == "__main__":
