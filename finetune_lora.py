@@ -18,7 +18,6 @@ from engine.checkpoint import (
     mark_base,
 )
 from engine.config import TrainConfig, flag, run_command
-from engine.curves import curve_points
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
 from engine.evaluation import Prompt
 from engine.files import write_atomically
@@ -42,6 +41,7 @@ from engine.lora import (
     only_optimize_lora_parameters,
 )
 from engine.metrics import read_metrics
+from engine.plots import curve_points
 from engine.pretrained import save_pretrained
 from engine.resume import open_run
 from engine.tokenizer import save_tokenizer
@@ -311,14 +311,14 @@ def save_merged(model: GPT, examples: list[PromptCompletion], folder: Path) -> N
         is_model = (folder / "config.json").is_file()
         if not is_model or hash_weights(load_model(folder)) != hash_weights(model):
             raise ValueError(f"merge_out {folder} holds something else; choose another folder")
-        print(f"merged model     {folder}, as before")
+        print(f"merged model              {folder}, as before")
         return
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     save_pretrained(model, temporary)
     save_tokenizer(temporary, model.config.block_size)
     save_prompt_template(examples, temporary)
     temporary.rename(folder)
-    print(f"merged model     {folder}")
+    print(f"merged model              {folder}")
 
 
 if __name__ == "__main__":

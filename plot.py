@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from engine.config import Parser
-from engine.curves import X_AXES, plot_runs
 from engine.errors import with_reported_errors
+from engine.plots import X_AXES, plot_runs
 
 IMAGES = (".png", ".svg", ".pdf")
 

@@ -10,22 +10,35 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from engine.adapter import is_adapter
-from engine.checkpoint import list_checkpoints, read_run_config
+from engine.checkpoint import list_checkpoints, read_progress, read_run_config
 from engine.config import TrainConfig
 from engine.data import TrainingData
 from engine.distributed import Distributed
 from engine.files import JSONLinesLog, drop_lost_terminal
+from engine.hub import FILE_SUFFIXES
+from engine.shards import read_manifest
 from engine.throughput import flops_per_token, format_seconds, peak_flops, peak_memory
 from model import GPT
 
 PROGRESS_SECONDS = 10.0  # between two lines of progress where there is no terminal
-SUMMARY_COLUMN = 17
 ESTIMATE_STEPS = 2  # after which a run says how long it will take; the first step may compile
+SUMMARY_COLUMN = 26  # where the values of the summary start
+# Lines of the summary: what they show of the values logged under a key.
+FIGURES: dict[str, tuple[str, Callable[[list], str]]] = {
+    "validation bits per byte": ("val_bpb", lambda bpb: f"{bpb[0]:.4f} to {bpb[-1]:.4f}"),
+    "training loss": ("train_loss", lambda losses: f"{losses[-1]:.4f}"),
+    "HellaSwag acc_norm": ("hellaswag_acc_norm", lambda acc_norm: f"{acc_norm[-1]:.4f}"),
+    "HellaSwag acc": ("hellaswag_acc", lambda acc: f"{acc[-1]:.4f}"),
+    "speed, median": ("tokens_per_s", lambda v: f"{statistics.median(v):,.0f} tokens/s"),
+    "MFU, median": ("mfu", lambda mfu: f"{statistics.median(mfu):.1%}"),
+    "time in training steps": ("step_ms", lambda ms: str(timedelta(seconds=round(sum(ms) / 1e3)))),
+    "peak memory": ("peak_memory_gb", lambda gigabytes: f"{max(gigabytes):.2f} GB"),
+}
 
 
 def finite_or_none(value: float) -> float | None:
@@ -279,35 +292,58 @@ class RunLogger:
             return
         for name, logger in list(self.loggers.items()):
             self._call_safely(name, logger.close)
-        rows = summarize_run(self.run)
+        checkpoint = list_checkpoints(self.run)[-1]
+        samples = [r["samples"][0] for r in read_metrics(self.run) if r.get("samples")]
+        samples = [repr(collapse_newlines(s)) for s in samples] or ["none, --sample_every is 0"]
+        rows = summarize_run(self.run, checkpoint) | {
+            "sample before": samples[0],
+            "sample after": samples[-1],
+            "loss plot": str(self.run / "loss.png"),
+            "report": str(self.run / "report.html"),
+            "in transformers": f"AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})",
+        }
         print("", *(f"{k:<{SUMMARY_COLUMN}}{v}" for k, v in rows.items()), sep="\n", flush=True)
 
 
 def collapse_newlines(text: str) -> str:
-    """The text without blank lines, of which a model at its start writes many."""
+    """The text without blank lines, which untrained models write a lot of."""
     return re.sub(r"\n\s*\n", "\n", text)
 
 
-def summarize_run(run: Path) -> dict[str, str]:
-    """What the user wants to know at the end of a run."""
-    records = read_metrics(run)
-    losses = [f"{r['val_loss']:.4f}" for r in records if r.get("val_loss") is not None] or ["-"]
-    speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
-    peak = max((r["peak_memory_gb"] for r in records if "peak_memory_gb" in r), default=None)
-    samples = [repr(collapse_newlines(r["samples"][0])) for r in records if r.get("samples")]
-    samples = samples or ["none, --sample_every is 0"]
-    checkpoint = list_checkpoints(run)[-1]
-    library, model_class = "in transformers", "AutoModelForCausalLM"
-    if is_adapter(checkpoint):
-        library, model_class = "in peft", "AutoPeftModelForCausalLM"
-    return {
-        "validation loss": f"{losses[0]} at the start, {losses[-1]} at the end",
-        "speed": f"{statistics.median(speeds):,.0f} tokens/s",
-        "peak memory": f"{peak} GB" if peak else "not logged",
-        "sample before": samples[0],
-        "sample after": samples[-1],
-        "loss plot": str(run / "loss.png"),
-        "report": str(run / "report.html"),
-        "checkpoint": str(checkpoint),
-        library: f"{model_class}.from_pretrained({str(checkpoint)!r})",
-    }
+def summarize_run(run: Path, checkpoint: Path) -> dict[str, str]:
+    """The main figures of a run up to a checkpoint, by their labels: for the terminal, report.html
+    and the model card. Those that were not logged are left out.
+    """
+    progress = read_progress(checkpoint)
+    log = [record for record in read_metrics(run) if record["step"] <= progress["step"]]
+
+    def logged(key: str) -> list:
+        return [record[key] for record in log if record.get(key) is not None]
+
+    rows = {}
+    if losses := logged("val_loss"):
+        best, step = min((r["val_loss"], r["step"]) for r in log if r.get("val_loss") is not None)
+        rows["validation loss"] = f"{losses[0]:.4f} to {losses[-1]:.4f}"
+        rows["best validation loss"] = f"{best:.4f} at step {step:,}"
+    rows |= {label: show(v) for label, (key, show) in FIGURES.items() if (v := logged(key))}
+    rows["steps"] = f"{progress['step']:,} of {read_run_config(run)['max_steps']:,}"
+    rows["tokens trained on"] = f"{max(logged('tokens'), default=0):,}"
+    rows["data"] = name_dataset(run)
+    return rows | progress.get("facts", {})  # which earlier versions did not save
+
+
+def name_dataset(run: Path) -> str:
+    """The name of a run's data set; of your own files, that of the file or of their folder."""
+    config = read_run_config(run)
+    if "data_dir" not in config:
+        return hide_folder(config.get("data", ""))
+    folder = Path(config["data_dir"])
+    name = read_manifest(folder).get("dataset", "files")
+    return f"files in {folder.resolve().name}" if name == "files" else name
+
+
+def hide_folder(setting: Any) -> Any:
+    """The setting; of a local path only the last part."""
+    path = Path(str(setting))
+    is_local = path.is_absolute() or path.exists() or path.name.endswith(FILE_SUFFIXES)
+    return path.name if isinstance(setting, str) and is_local else setting

@@ -13,15 +13,15 @@ from typing import Any, Self
 import torch
 
 from engine.checkpoint import BackgroundSave, RunState, list_checkpoints, save_checkpoint
-from engine.config import TrainConfig, to_yaml
-from engine.curves import plot_runs
+from engine.config import TrainConfig, fixed_settings, to_yaml
 from engine.data import TrainingData
 from engine.distributed import Distributed
 from engine.evaluation import Evaluation, Prompt, ValidationBatches, is_due
 from engine.files import drop_lost_terminal, write_atomically
 from engine.metrics import Meter, RunLogger
 from engine.optim import parameter_groups, plateau_end
-from engine.report import RunFacts, write_report
+from engine.plots import plot_runs
+from engine.report import write_report
 from engine.resume import extend_run
 from engine.step import TrainingStep
 from engine.tasks import Example, load_examples
@@ -180,11 +180,13 @@ def start_save(training_step: TrainingStep, record: dict, save: BackgroundSave) 
     dist, config = training_step.dist, training_step.config
     if not dist.is_main:
         return
-    run, facts = Path(config.out_dir), collect_facts(training_step.model, training_step.data)
+    run = Path(config.out_dir)
     progress = {
         "step": record["step"],
         "val_loss": record.get("val_loss"),
         "data": training_step.data.fingerprint,
+        "facts": collect_facts(training_step.model, training_step.data, record["step"]),
+        "fixed_settings": sorted(fixed_settings(type(config))),
     }
 
     def write() -> None:
@@ -198,20 +200,22 @@ def start_save(training_step: TrainingStep, record: dict, save: BackgroundSave) 
             kept_step=plateau_end(config),  # from which the run can be extended
         )
         plot_runs([run], run / "loss.png")
-        write_report(run, dist, facts)
+        write_report(run, dist)
 
     save.start(write)
 
 
-def collect_facts(model: GPT, data: TrainingData) -> RunFacts:
+def collect_facts(model: GPT, data: TrainingData, step: int) -> dict[str, str]:
+    """The lines of a run's summary that follow from neither its log nor its settings."""
     params = list(model.parameters())
-    return RunFacts(
-        n_params=sum(p.numel() for p in params),
-        n_trainable=sum(p.numel() for p in params if p.requires_grad),
-        flops_per_token=flops_per_token(model, data.block_size),
-        epoch_size=data.epoch_size,
-        steps_per_epoch=data.steps_per_epoch,
-    )
+    flops = flops_per_token(model, data.block_size) * data.tokens_through(step)
+    return {
+        "parameters": f"{sum(p.numel() for p in params):,}",
+        "trainable parameters": f"{sum(p.numel() for p in params if p.requires_grad):,}",
+        "training data": data.epoch_size,
+        "epochs": f"{step / data.steps_per_epoch:.2f}",
+        "training FLOPs": f"{flops:.2e}",
+    }
 
 
 @contextmanager

@@ -20,10 +20,10 @@ import share
 import train_gpt2
 from engine.adapter import save_adapter
 from engine.config import run_command
-from engine.curves import plot_runs
 from engine.errors import with_reported_errors
 from engine.files import JSONLinesLog
 from engine.lora import convert_linear_layer_to_lora
+from engine.plots import plot_runs
 from engine.shards import write_shard
 from engine.tokenizer import save_tokenizer
 from model import GPT, GPTConfig

@@ -97,8 +97,10 @@ def test_a_run_writes_what_is_documented(folder, capsys):
     assert (latest / "adapter_model.safetensors").stat().st_size < 150_000
     idx = torch.tensor([AutoTokenizer.from_pretrained("merged").encode("To be, or not")])
     stock = AutoModelForCausalLM.from_pretrained("base")
+    line = next(line for line in out.splitlines() if line.startswith("in transformers"))
     models = [
         load_model(run),
+        AutoModelForCausalLM.from_pretrained(line.split("'")[1]),
         load_model("base", run),
         peft.AutoPeftModelForCausalLM.from_pretrained(latest),
         AutoModelForCausalLM.from_pretrained("merged"),

@@ -19,6 +19,7 @@ HEAVY = {
     "tokenizers",
     "wandb",
     "tensorboard",
+    "jinja2",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "torch.distributed.checkpoint",
@@ -36,7 +37,7 @@ LAYERS = [
     {"optim", "checkpoint", "tasks"},
     {"step", "throughput", "resume"},
     {"metrics"},
-    {"curves"},
+    {"plots"},
     {"report", "evaluation"},
     {"training"},
 ]

@@ -1,6 +1,7 @@
 """Loggers that agree with metrics.jsonl."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from conftest import CPU
 
 from engine import metrics
 from engine.config import TrainConfig
-from engine.metrics import RunLogger, read_metrics
+from engine.metrics import RunLogger, name_dataset, read_metrics, summarize_run
 
 SAMPLE = "</pre><script>&amp;"  # text that must not be interpreted
 
@@ -119,3 +120,66 @@ def test_samples_are_shown_without_blank_lines(tmp_path, capsys):
     logger.log({"step": 0, "tokens": 0, "samples": ["a\n\n \n\n\nb\nc"]})
     assert "  sample: a\n  b\n  c\n" in capsys.readouterr().out
     assert read_metrics(tmp_path)[0]["samples"] == ["a\n\n \n\n\nb\nc"]
+
+
+def save_run(run: Path, progress: dict) -> Path:
+    """A run folder with records of the steps 0 to 20, and a checkpoint with `progress`."""
+    (run / "config.yaml").write_text("max_steps: 40\ndata_dir: none\n")
+    log_steps(run, "", range(21))
+    checkpoint = run / "checkpoints" / f"step_{progress['step']:06d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").write_text(json.dumps(progress))
+    return checkpoint
+
+
+def test_summary_of_a_run(tmp_path, capsys):
+    """The figures are those of the log up to the checkpoint, of the config, and the facts that were
+    saved with it; what was not logged is left out. The terminal shows them at the end of a run.
+    """
+    checkpoint = save_run(tmp_path, {"step": 10, "facts": {"parameters": "7,000,000"}})
+    summary = summarize_run(tmp_path, checkpoint)
+    assert summary == {
+        "validation loss": "9.0000 to 8.0000",
+        "best validation loss": "8.0000 at step 10",
+        "training loss": "8.5000",
+        "speed, median": "128 tokens/s",
+        "time in training steps": "0:00:05",
+        "peak memory": "0.60 GB",
+        "steps": "10 of 40",
+        "tokens trained on": "640",
+        "data": "files in none",
+        "parameters": "7,000,000",
+    }
+    RunLogger(TrainConfig(out_dir=str(tmp_path), max_steps=40), CPU, 10).finish()
+    lines = dict(re.findall("^(.+?)  +(.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert lines.items() > summary.items()
+    assert lines["sample before"] == repr(f"{SAMPLE} at 0")
+    assert lines["report"] == str(tmp_path / "report.html")
+    assert lines["in transformers"] == f"AutoModelForCausalLM.from_pretrained('{checkpoint}')"
+
+
+def test_summary_without_facts(tmp_path):
+    """A checkpoint of an earlier version has no facts; the summary is then without their lines."""
+    assert list(summarize_run(tmp_path, save_run(tmp_path, {"step": 20})))[-1] == "data"
+
+
+def test_names_of_datasets(tmp_path, monkeypatch):
+    """A data set is called as in the manifest or on the hub; your own files are called by their
+    folder, or a file by its name, without the path.
+    """
+    monkeypatch.chdir(tmp_path)
+    for name, dataset in (("a", "stdlib"), ("b", "files")):
+        (tmp_path / name).mkdir()
+        manifest = json.dumps({"dataset": dataset, "shards": []})
+        (tmp_path / name / "manifest.json").write_text(manifest)
+    for config, expected in (
+        (f"data_dir: {tmp_path}/a", "stdlib"),
+        ("data_dir: b", "files in b"),
+        ("data_dir: data/mine", "files in mine"),
+        ("data: a", "a"),
+        ("data: user/name-2.5", "user/name-2.5"),
+        ("data: gone/rows.jsonl", "rows.jsonl"),
+        (f"data: {tmp_path}/rows", "rows"),
+    ):
+        (tmp_path / "config.yaml").write_text(config)
+        assert name_dataset(tmp_path) == expected

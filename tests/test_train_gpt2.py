@@ -37,7 +37,8 @@ from conftest import (
 from transformers import AutoModelForCausalLM
 
 from engine.adapter import save_adapter
-from engine.checkpoint import list_checkpoints
+from engine.checkpoint import list_checkpoints, read_progress
+from engine.config import fixed_settings
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora
 from engine.metrics import read_metrics
 from model import GPT, GPTConfig
@@ -121,7 +122,10 @@ def test_a_run_writes_what_is_documented(workplace, uninterrupted):
     names = [checkpoint.name for checkpoint in list_checkpoints(uninterrupted)]
     assert names == ["step_000040", "step_000060"]
     assert (uninterrupted / "loss.png").stat().st_size > 10_000
-    assert "<dt>data</dt><dd>data/text</dd>" in (uninterrupted / "report.html").read_text()
+    assert "<dt>data</dt><dd>files in text</dd>" in (uninterrupted / "report.html").read_text()
+    progress = read_progress(list_checkpoints(uninterrupted)[-1])
+    assert progress["facts"]["training data"].endswith(" tokens")
+    assert progress["fixed_settings"] == sorted(fixed_settings(PretrainConfig))
     line = out.splitlines()[-1]
     assert line.startswith("in transformers")
     folder = line.split("'")[1]

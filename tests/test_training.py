@@ -16,7 +16,6 @@ from engine.distributed import Distributed, open_device
 from engine.evaluation import Evaluation, Prompt, evaluate_loss, generate_samples
 from engine.loss import SummedLoss
 from engine.metrics import Meter
-from engine.report import RunFacts
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from engine.training import announce_run, check_skipped, collect_facts, profile_steps, train
 from model import GPT, GPTConfig
@@ -194,13 +193,14 @@ def test_facts_of_a_run(shards):
     model = new_model()
     model.transformer.wte.weight.requires_grad_(False)
     wte, wpe, blocks, ln_f = 1024 * 32, 16 * 32, 2 * (12 * 32**2 + 13 * 32), 2 * 32
-    assert collect_facts(model, make_data(shards)) == RunFacts(
-        n_params=wte + wpe + blocks + ln_f,
-        n_trainable=wpe + blocks + ln_f,
-        flops_per_token=6 * (blocks + ln_f) + 4 * wte + 12 * 2 * 32 * 16,
-        epoch_size="690 tokens",
-        steps_per_epoch=690 / 192,
-    )
+    flops_per_token = 6 * (blocks + ln_f) + 4 * wte + 12 * 2 * 32 * 16
+    assert collect_facts(model, make_data(shards), step=10) == {
+        "parameters": f"{wte + wpe + blocks + ln_f:,}",
+        "trainable parameters": f"{wpe + blocks + ln_f:,}",
+        "training data": "690 tokens",
+        "epochs": "2.78",  # 10 steps of 192 tokens
+        "training FLOPs": f"{flops_per_token * 1920:.2e}",
+    }
 
 
 def test_only_checkpoints_that_exist_are_called_good(tmp_path, tiny_model):

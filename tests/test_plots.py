@@ -6,8 +6,7 @@ import shutil
 import pytest
 from conftest import expect_error, run_script
 
-from engine.curves import draw_runs, find_gpt2_loss, plot_runs
-from engine.report import REPORT_PANELS
+from engine.plots import MORE_PANELS, draw_runs, plot_runs
 
 
 @pytest.fixture
@@ -32,8 +31,8 @@ def test_curves_over_tokens_and_seconds(run):
         line = draw_runs([run], x).axes[0].lines[0]  # the training loss
         assert line.get_xdata()[-1] == pytest.approx(last)
         assert list(line.get_ydata()) == [9.5 - s / 10 for s in range(1, 21)]
-    labels = [axes.get_ylabel() for axes in draw_runs([run], more=REPORT_PANELS).axes]
-    assert labels == ["loss, nats per token", *REPORT_PANELS.values()]
+    labels = [axes.get_ylabel() for axes in draw_runs([run], has_all_panels=True).axes]
+    assert labels == ["loss, nats per token", *MORE_PANELS]
 
 
 def test_the_training_loss_is_smoothed(run):
@@ -66,12 +65,17 @@ def test_plot_command(run):
 
 def test_gpt2_loss_depends_on_the_data(tmp_path):
     """GPT-2's validation loss is drawn for runs on FineWeb and on FineWeb-Edu, each with its own,
-    and for no other data.
+    and for no other data, such as your own files in a folder of that name.
     """
-    for dataset, loss in (("fineweb", 3.4250), ("fineweb-edu", 3.2924), ("stdlib", None)):
-        (tmp_path / "manifest.json").write_text(json.dumps({"dataset": dataset, "shards": []}))
-        (tmp_path / "config.yaml").write_text(f"data_dir: {tmp_path}\n")
-        assert find_gpt2_loss(tmp_path) == loss
+    (tmp_path / "metrics.jsonl").write_text("")
+    data = tmp_path / "fineweb"
+    data.mkdir()
+    (tmp_path / "config.yaml").write_text(f"data_dir: {data}\n")
+    losses = {"fineweb": 3.4250, "fineweb-edu": 3.2924, "stdlib": None, "files": None}
+    for dataset, loss in losses.items():
+        (data / "manifest.json").write_text(json.dumps({"dataset": dataset, "shards": []}))
+        labels = [line.get_label() for line in draw_runs([tmp_path]).axes[0].lines]
+        assert labels == ([f"GPT-2 124M val {loss:.3f} (quoted)"] if loss else [])
 
 
 def test_hellaswag_has_its_own_panel(tmp_path, monkeypatch):
@@ -102,7 +106,7 @@ def test_each_run_has_its_color_in_all_panels(run, tmp_path):
     """Several runs are drawn in the order given, each in one color, with its name in the legend."""
     other = tmp_path / "{other}"
     shutil.copytree(run, other)
-    panels = draw_runs([run, other], more=REPORT_PANELS).axes
+    panels = draw_runs([run, other], has_all_panels=True).axes
     labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
     splits = ("train 7.700, mean of 5 steps", "val 7.000")
     assert labels == [f"{folder.name} {split}" for folder in (run, other) for split in splits]
