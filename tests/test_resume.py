@@ -195,8 +195,8 @@ def test_a_run_that_was_killed_before_its_first_line_starts_with_more_steps(tmp_
 
 
 def test_a_run_of_the_other_command_is_named(tmp_path):
-    """A fine-tuning run is not resumed by train_gpt2.py; one line says whose it is."""
+    """A fine-tuning run is not resumed by train_gpt2.py; one line names the settings it lacks."""
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "config.yaml").write_text("model_name_or_path: gpt2\nmax_lr: 1.0\n")
-    with pytest.raises(ValueError, match=r"holds a run of finetune_lora.py; choose another"):
+    with pytest.raises(ValueError, match=r"model_name_or_path was gpt2, is None.*Choose another"):
         check_same_run(tmp_path, PretrainConfig())

@@ -17,7 +17,14 @@ from engine.evaluation import Evaluation, Prompt, evaluate_loss, generate_sample
 from engine.loss import SummedLoss
 from engine.metrics import Meter
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
-from engine.training import announce_run, check_skipped, collect_facts, profile_steps, train
+from engine.training import (
+    announce_run,
+    check_skipped,
+    collect_facts,
+    profile_steps,
+    train,
+    warn_of_settings,
+)
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 
@@ -232,9 +239,25 @@ def test_a_profile_longer_than_the_run_is_reported(capsys):
 
 
 def test_settings_and_sizes_are_printed(shards, capsys):
-    """A run starts by printing its settings, its parameters by group and the sizes of a step."""
-    announce_run(new_model(), make_data(shards), PretrainConfig())
+    """A run starts by printing its settings, its parameters by group, the sizes of a step, and the
+    device.
+    """
+    announce_run(new_model(), make_data(shards), PretrainConfig(), CPU)
     text = capsys.readouterr().out
     assert "grad_accum_steps 3" in text
     assert "10 matrices with" in text
     assert "max_steps: 19073" in text
+    assert "device: 1 x cpu, " in text
+
+
+def test_a_run_too_large_for_a_cpu_says_so(capsys):
+    """GPT-2 124M on a CPU with steps of half a million tokens gets a line that names configs for
+    CPUs; the demo's steps do not.
+    """
+    with torch.device("meta"):
+        large = GPT(GPTConfig())
+    steps = SimpleNamespace(block_size=1024, steps_per_epoch=100.0)
+    for tokens, is_said in ((2**19, True), (2**10, False)):
+        steps.tokens_through = lambda step, tokens=tokens: step * tokens
+        warn_of_settings(large, steps, PretrainConfig(), CPU)
+        assert ("configs/demo.yaml and configs/small.yaml" in capsys.readouterr().out) == is_said
