@@ -30,7 +30,6 @@ from engine.instructions import (
     TEMPLATE_FILE,
     InstructionData,
     PromptCompletion,
-    check_data_name,
     held_out_batches,
     read_examples,
     save_prompt_template,
@@ -46,6 +45,7 @@ from engine.lora import (
 )
 from engine.metrics import read_metrics
 from engine.resume import check_same_run, last_usable_step
+from engine.rows import check_source
 from engine.tokenizer import save_tokenizer
 from engine.training import train
 from model import GPT
@@ -152,7 +152,7 @@ class FinetuneConfig(TrainConfig):
 
 
 def main(config: FinetuneConfig) -> None:
-    check_data_name(config.data)  # before anything slow
+    check_source(config.data)  # before anything slow
     dist = Distributed.start(config.device)
     keep_freed_memory(dist)
     run = Path(config.out_dir)

@@ -24,7 +24,7 @@ from engine.optim import learning_rate, parameter_groups, plateau_end
 from engine.report import RunFacts, write_report
 from engine.resume import extend_run
 from engine.step import TrainingStep
-from engine.tasks import Example, load_examples
+from engine.tasks import Example, find_task
 from engine.throughput import estimate_times, flops_per_token
 from model import GPT
 
@@ -54,7 +54,8 @@ def train(
     hellaswag: list[Example] = []
     if config.hellaswag_every:
         with dist.main_process_first():
-            hellaswag = load_examples("hellaswag", config.hellaswag_data, model.config.block_size)
+            task = find_task("hellaswag", data=config.hellaswag_data)
+            hellaswag = task.load(model.config.block_size)
     if dist.is_main:
         announce_run(model, data, config)
         warn_of_settings(data, config)
