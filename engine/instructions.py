@@ -77,7 +77,7 @@ def read_examples(name: str, block_size: int) -> list[PromptCompletion]:
     if skipped:
         print(
             f"{name}: skipped {len(skipped)} of {len(skipped) + len(examples)} rows, which have no "
-            f"completion or a prompt of more than {block_size} tokens; the first is {skipped[0]}"
+            f"completion or a prompt of over {block_size} tokens; the first is row {skipped[0]}"
         )
     if len(examples) < 2:
         raise ValueError(f"{name} has {len(examples)} usable examples, expected at least 2")
