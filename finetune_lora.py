@@ -26,7 +26,6 @@ from engine.instructions import (
     TEMPLATE_FILE,
     InstructionData,
     PromptCompletion,
-    check_data_name,
     held_out_batches,
     read_examples,
     save_prompt_template,
@@ -44,6 +43,7 @@ from engine.metrics import read_metrics
 from engine.plots import curve_points
 from engine.pretrained import save_pretrained
 from engine.resume import open_run
+from engine.rows import check_source
 from engine.tokenizer import save_tokenizer
 from engine.training import train
 from model import GPT
@@ -150,7 +150,7 @@ class FinetuneConfig(TrainConfig):
 
 
 def main(given: FinetuneConfig) -> None:
-    check_data_name(given.data)  # before anything slow
+    check_source(given.data)  # before anything slow
     dist = Distributed.start(given.device)
     keep_freed_memory(dist)
     with dist.main_process_first():

@@ -7,19 +7,15 @@ import time
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-import torch
 from tqdm import tqdm
 
 from engine.checkpoint import check_vocabulary, hash_weights, load_model
 from engine.config import Precision, Settings, flag, run_command
-from engine.distributed import Distributed, autocast_dtype, default_precision
-from engine.documents import find_files
+from engine.distributed import Distributed, autocast, default_precision
 from engine.files import JSONLinesLog, lock_folder, read_json, sha256_file, write_json
 from engine.metrics import PROGRESS_SECONDS
-from engine.scoring import score
-from engine.tasks import HUB_ROWS, Example, compute_metrics, load_examples, make_record
+from engine.tasks import TASKS, Example, HellaSwagText, Task, find_task
 from model import GPT
 
 BAR_SECONDS = 1.0  # between updates of the figures beside a progress bar
@@ -29,23 +25,19 @@ BAR_SECONDS = 1.0  # between updates of the figures beside a progress bar
 class EvalConfig(Settings):
     model: str = flag("gpt2", "hub name, Hugging Face folder, checkpoint, or run folder")
     lora_load_path: str | None = flag(None, "adapter to load: a folder, a run or a lora.pt")
-    task: Literal["hellaswag", "lambada", "text"] = flag(
-        "hellaswag", "hellaswag, lambada (OpenAI's: the last word), or text (perplexity)"
-    )
-    text: Literal["lm-eval", "raw"] = flag(
+    task: str = flag("hellaswag", ", ".join(TASKS))
+    text: HellaSwagText = flag(
         "lm-eval",
         "HellaSwag's text as lm-eval cleans it (acc, acc_norm), or as build-nanogpt uses it "
         "(acc_raw, acc_token_norm)",
     )
     data: str | None = flag(
         None,
-        "rows, .jsonl or .jsonl.gz (default: from the hub); for task text, a .txt, .jsonl or "
-        ".parquet file, a folder or a glob",
+        "rows: .json or .jsonl, plain or .gz, or a hub name (default: the task's on the hub); for "
+        "task text, a .txt, .jsonl or .parquet file, a folder or a glob",
     )
     limit: int | None = flag(None, "evaluate only the first N rows or documents")
-    stride: int | None = flag(
-        None, "task text: tokens between windows (default: block_size, so that none overlap)"
-    )
+    stride: int | None = flag(None, "task text: tokens between windows (default: block_size)")
     skip_bad_rows: bool = flag(False, "skip bad rows instead of stopping")
     out_dir: str = flag(
         "", "folder for results.json and rows.jsonl; the same command resumes (default: none)"
@@ -57,89 +49,65 @@ class EvalConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, task in (("stride", "text"), ("text", "hellaswag")):
-            if self.task != task and getattr(self, name) not in (None, "lm-eval"):
-                raise ValueError(f"--{name} is for --task {task}, but the task is {self.task}")
+        self.find_task()
+
+    def find_task(self) -> Task:
+        """The task; ValueError if there is none, or a flag is given that is another task's."""
+        own = [k for k in ("text", "stride") if getattr(self, k) != getattr(EvalConfig, k)]
+        names = ("data", "limit", "skip_bad_rows", *own)
+        return find_task(self.task, **{name: getattr(self, name) for name in names})
 
 
-def find_settings(config: EvalConfig, model: GPT) -> dict:
+def find_settings(config: EvalConfig, task: Task, model: GPT) -> dict:
     """What the results depend on. An evaluation can be resumed only with equal settings."""
     keys = ("task", "text", "limit", "stride", "skip_bad_rows", "precision")
-    if config.data is None:
-        data = "{} {} {}".format(*HUB_ROWS[config.task])
-    else:
-        data = " ".join(sha256_file(file) for file in find_files([config.data]))
+    hashes = " ".join(map(sha256_file, task.find_files()))
+    data = hashes or "{} {} {}".format(task.source, *task.hub[1:])
     return {**{k: getattr(config, k) for k in keys}, "data": data, "weights": hash_weights(model)}
 
 
 def open_rows_log(folder: Path, settings: dict) -> JSONLinesLog:
     """The evaluation's rows.jsonl; ValueError if it was made with other settings."""
-    file, remedy = folder / "settings.json", "choose another --out_dir"
-    if file.exists():
-        earlier = read_json(file, remedy)
-        changed = sorted(k for k in {*earlier, *settings} if earlier.get(k) != settings.get(k))
-        if changed:
-            raise ValueError(
-                f"{folder} holds an evaluation with other {', '.join(changed)}; {remedy}"
-            )
-    elif (folder / "rows.jsonl").exists():
-        raise ValueError(f"{folder} holds a rows.jsonl without settings.json; {remedy}")
-    else:
+    file, rows, remedy = folder / "settings.json", folder / "rows.jsonl", "choose another --out_dir"
+    if not file.exists() and not rows.exists():
         write_json(file, settings)
-    return JSONLinesLog(folder / "rows.jsonl", "row")
+    earlier = read_json(file, remedy) if file.exists() else {}
+    changed = sorted(k for k in {*earlier, *settings} if earlier.get(k) != settings.get(k))
+    if changed:
+        raise ValueError(f"{folder} holds an evaluation with other {', '.join(changed)}; {remedy}")
+    return JSONLinesLog(rows, "row")
 
 
 def score_examples(
-    config: EvalConfig,
-    model: GPT,
-    examples: list[Example],
-    dist: Distributed,
-    log: JSONLinesLog | None,
+    task: Task, model: GPT, examples: list[Example], dist: Distributed, log: JSONLinesLog | None
 ) -> list[dict]:
-    """The records of all examples, which the ranks share out: those in the log of rank 0, and new
-    ones, which are added to it.
-    """
+    """The records of all examples: those in the log of rank 0, and new ones, which are added."""
     records = dist.all_gather({record["row"]: record for record in log.records} if log else {})[0]
     done = frozenset(i for i, e in enumerate(examples) if e.record["row"] in records)
-    dtype = autocast_dtype(config.precision)
-    bar = tqdm(
-        total=len(examples),
-        initial=len(done),
-        unit=" rows",
-        disable=None if dist.is_main else True,
-    )
+    is_hidden = None if dist.is_main else True  # None: without a terminal
+    bar = tqdm(total=len(examples), initial=len(done), unit=" rows", disable=is_hidden)
     shown_at, interval = time.perf_counter(), PROGRESS_SECONDS if bar.disable else BAR_SECONDS
-    requests = [example.request for example in examples]
-    batches = score(
-        model, requests, dist.device, rank=dist.rank, world_size=dist.world_size, done=done
-    )
-    with torch.autocast(dist.device.type, dtype, enabled=dtype is not None), bar:
-        for batch in batches:
-            mine = [make_record(config.task, examples[i], scores) for i, scores in batch]
-            scored = [record for rank_scored in dist.all_gather(mine) for record in rank_scored]
-            new = [record for record in scored if record["row"] not in records]
-            check_finite(new)
+    with bar:
+        for batch in task.score_examples(model, examples, dist, done):
+            new = [record for record in batch if record["row"] not in records]
+            for record in new:
+                if not all(map(math.isfinite, record["log_probs"])):
+                    raise ValueError(
+                        f"row {record['row']} has log-probabilities {record['log_probs']}: the "
+                        "model is damaged, or needs --precision fp32"
+                    )
             records |= {record["row"]: record for record in new}
             if log:
                 log.append(*new)
             bar.update(len(new))
             if time.perf_counter() - shown_at > interval:
                 shown_at = time.perf_counter()
-                metrics = compute_metrics(config.task, config.text, list(records.values()))
+                metrics = task.compute_metrics(list(records.values()))
                 name, metric = next(iter(metrics.items()))
                 bar.set_postfix_str(f"{name} {metric['value']:.4f}")
                 if bar.disable:
                     print(f"{len(records)}/{len(examples)} rows, {bar.postfix}", flush=True)
     return [records[e.record["row"]] for e in examples]
-
-
-def check_finite(records: list[dict]) -> None:
-    for record in records:
-        if not all(map(math.isfinite, record["log_probs"])):
-            raise ValueError(
-                f"row {record['row']} has log-probabilities {record['log_probs']}: the model is "
-                "damaged, or needs --precision fp32"
-            )
 
 
 def main(config: EvalConfig) -> None:
@@ -153,25 +121,18 @@ def evaluate(config: EvalConfig, dist: Distributed) -> None:
     if config.precision is None:  # on a CPU exact, although it may train in bf16
         is_cpu = dist.device.type == "cpu"
         config = replace(config, precision="fp32" if is_cpu else default_precision(dist.device))
+    task = config.find_task()
     with dist.main_process_first():
         model = load_model(config.model, config.lora_load_path)
         check_vocabulary(model, config.model)
-        examples = load_examples(
-            config.task,
-            config.data,
-            model.config.block_size,
-            text=config.text,
-            limit=config.limit,
-            stride=config.stride,
-            skip_bad_rows=config.skip_bad_rows,
-        )
+        examples = task.load(model.config.block_size)
     out = Path(config.out_dir) if config.out_dir and dist.is_main else None
-    with lock_folder(out) if out else nullcontext():
-        log = open_rows_log(out, find_settings(config, model)) if out else None
+    with lock_folder(out) if out else nullcontext(), autocast(dist.device, config.precision):
+        log = open_rows_log(out, find_settings(config, task, model)) if out else None
         started = time.perf_counter()
-        records = score_examples(config, model.to(dist.device), examples, dist, log)
+        records = score_examples(task, model.to(dist.device), examples, dist, log)
         seconds = time.perf_counter() - started
-        metrics = compute_metrics(config.task, config.text, records)
+        metrics = task.compute_metrics(records)
         if out:
             results = {"config": asdict(config), "rows": len(records), **metrics}
             write_json(out / "results.json", results)

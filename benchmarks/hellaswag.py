@@ -27,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from benchmarks.harness import BenchmarkConfig, Result, Size
 from engine.config import flag, run_command
-from engine.scoring import encode, score
-from engine.tasks import load_examples, make_record, predict, read_rows
+from engine.distributed import Distributed
+from engine.rows import open_rows
+from engine.scoring import encode
+from engine.tasks import find_task, predict
 from engine.tokenizer import save_tokenizer
 from model import GPT
 
@@ -51,11 +53,11 @@ class HellaSwagBenchmarkConfig(BenchmarkConfig):
 def predict_with_this_project(
     model: GPT, device: torch.device, text: str, file: Path
 ) -> Predictions:
-    examples = load_examples("hellaswag", str(file), model.config.block_size, text=text)
-    batches = score(model, [example.request for example in examples], device)
-    scores = dict(pair for batch in batches for pair in batch)
-    records = [make_record("hellaswag", e, scores[i]) for i, e in enumerate(examples)]
-    return [(record["pred"], record["pred_norm"]) for record in records]
+    task = find_task("hellaswag", data=str(file), text=text)
+    examples = task.load(model.config.block_size)
+    batches = task.score_examples(model, examples, Distributed(0, 1, device))
+    records = {record["row"]: record for batch in batches for record in batch}
+    return [(records[row]["pred"], records[row]["pred_norm"]) for row in sorted(records)]
 
 
 def predict_with_lm_eval(lm: Any, file: Path) -> Predictions:
@@ -133,8 +135,9 @@ def make_contender(
 
 def write_rounds(config: HellaSwagBenchmarkConfig, folder: str) -> list[Path]:
     """Write random rows into a file per round."""
-    rows = [row for _, row in read_rows("hellaswag", config.data)]
-    lines = [row.decode() if isinstance(row, bytes) else json.dumps(row) + "\n" for row in rows]
+    task = find_task("hellaswag", data=config.data)
+    rows = open_rows(task.source, *task.hub[1:])
+    lines = [row.decode() if isinstance(row, bytes) else json.dumps(row) + "\n" for _, row in rows]
     n = (config.rounds + 1) * config.rows
     if len(lines) < n:
         raise ValueError(f"data has {len(lines)} rows, expected at least {n}; lower --rows")

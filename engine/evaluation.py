@@ -13,7 +13,7 @@ from engine.data import IGNORE_INDEX, Batch
 from engine.distributed import Distributed, autocast, cudnn_attention, has_finite_weights
 from engine.loss import SummedLoss
 from engine.metrics import finite_or_none
-from engine.tasks import Example, count_correct
+from engine.tasks import Example, find_task
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer, token_lengths
 from model import GPT
 
@@ -70,7 +70,7 @@ class Evaluation:
                 seed = config.seed + step
                 record["samples"] = generate_samples(model, self.prompts, seed, dist.device)
             if is_due(config.hellaswag_every, step, config) and step:  # before, it is at chance
-                record |= evaluate_hellaswag(model, self.hellaswag, dist)
+                record |= evaluate_task("hellaswag", model, self.hellaswag, dist)
         return record
 
 
@@ -115,11 +115,14 @@ def evaluate_loss(
     return nats / targets_sum, nats / math.log(2) / bytes_sum if bytes_sum else None
 
 
-def evaluate_hellaswag(model: GPT, examples: list[Example], dist: Distributed) -> dict[str, float]:
-    """lm-eval's acc and acc_norm."""
-    counts = count_correct(model, examples, dist.device, rank=dist.rank, world_size=dist.world_size)
-    correct, correct_norm, n = dist.sum(*counts)
-    return {"hellaswag_acc": correct / n, "hellaswag_acc_norm": correct_norm / n}
+def evaluate_task(
+    name: str, model: GPT, examples: list[Example], dist: Distributed
+) -> dict[str, float | None]:
+    """The metrics of the task of that name, by their names in the log."""
+    task = find_task(name)
+    batches = task.score_examples(model, examples, dist)
+    metrics = task.compute_metrics([record for batch in batches for record in batch])
+    return {f"{name}_{key}": finite_or_none(metric["value"]) for key, metric in metrics.items()}
 
 
 def generate_samples(

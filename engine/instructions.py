@@ -1,28 +1,22 @@
-"""Prompt-completion rows from files, the hub or Python itself, and the batches of a step."""
+"""Prompts and completions, the templates of prompts, and the batches of a step."""
 
-import ast
 import functools
-import hashlib
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from engine.data import IGNORE_INDEX, Batch, epoch_entries, epoch_order, make_batch
-from engine.errors import parse
-from engine.files import read_json, read_lines, sha256_text, write_json
-from engine.hub import check_hub_name, load_hub_rows
-from engine.sources import stdlib_definitions
+from engine.files import read_json, sha256_text, write_json
+from engine.rows import STDLIB, convert_rows, get_text, open_rows
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 
 DEFAULT_DATA = "yahma/alpaca-cleaned"
 TEMPLATE_FILE = "prompt_template.json"
-DOCSTRING_WORDS = range(5, 60)  # longer or shorter first paragraphs are left out
 PAD_MULTIPLE = 8  # tensor cores need sizes that are multiples of 8
 
 
@@ -68,90 +62,40 @@ def read_examples(name: str, block_size: int) -> list[PromptCompletion]:
     fit block_size; rows without a completion, or with a prompt too long, are skipped and counted.
     ValueError names a row of another form.
     """
-    rows = list(read_rows(name))
     examples, skipped, tokenizer = [], [], get_tokenizer()
     block_size = max(1, block_size // PAD_MULTIPLE) * PAD_MULTIPLE  # batches are padded to it
-    for number, row in enumerate(rows, start=1):
-        prompt, completion, template = parse_row(row, f"{name} row {number}")
-        if name == "stdlib":
-            template = FUNCTION
+    rows = convert_rows(name, open_rows(name), parse_row)
+    for number, (prompt, completion, template) in rows:
         prompt_ids = tokenizer.encode_ordinary(prompt) or [END_OF_TEXT_ID]
         ids = [*prompt_ids, *tokenizer.encode_ordinary(completion), END_OF_TEXT_ID]
         if not completion.strip() or len(prompt_ids) > block_size:
             skipped.append(number)
             continue
         tokens = np.array(ids[: block_size + 1])
-        examples.append(PromptCompletion(prompt, completion, tokens, len(prompt_ids), template))
+        used = FUNCTION if name == STDLIB else template
+        examples.append(PromptCompletion(prompt, completion, tokens, len(prompt_ids), used))
     if skipped:
         print(
-            f"{name}: skipped {len(skipped)} of {len(rows)} rows, which have no completion or a "
-            f"prompt of more than {block_size} tokens; the first is row {skipped[0]}"
+            f"{name}: skipped {len(skipped)} of {len(skipped) + len(examples)} rows, which have no "
+            f"completion or a prompt of over {block_size} tokens; the first is row {skipped[0]}"
         )
     if len(examples) < 2:
         raise ValueError(f"{name} has {len(examples)} usable examples, expected at least 2")
     return examples
 
 
-def check_data_name(name: str) -> None:
-    """FileNotFoundError if there is no such file and the name cannot be one of the hub."""
-    if name != "stdlib" and not Path(name).exists():
-        check_hub_name(name, "a .json or .jsonl file, a hub name, or stdlib")
-
-
-def read_rows(name: str) -> Iterable:
-    check_data_name(name)
-    if name == "stdlib":
-        return stdlib_rows()
-    if not Path(name).exists():
-        return load_hub_rows(name, remedy="It is not a file either; --data stdlib needs no network")
-    lines = read_lines(Path(name))
-    if not name.removesuffix(".gz").endswith(".json"):
-        return [parse_json(line, f"{name} line {number}") for number, line in lines]
-    rows = parse_json(b"".join(line for _, line in lines), name)
-    if not isinstance(rows, list):
-        raise ValueError(f"{name} holds a {type(rows).__name__}, expected a list of rows")
-    return rows
-
-
-def parse_json(text: bytes, where: str) -> object:
-    try:
-        return parse(json.loads, text)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
-
-
-def stdlib_rows() -> list[dict]:
-    """Python functions and the first paragraphs of their docstrings, each function once."""
-    rows = {}
-    for node, docstring in stdlib_definitions():
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        paragraph = " ".join(docstring.split("\n\n")[0].split())
-        if len(paragraph.split()) in DOCSTRING_WORDS:
-            rows[f"def {node.name}({ast.unparse(node.args)}):\n"] = paragraph
-    return [{"prompt": p, "completion": rows[p]} for p in sorted(rows, key=sha256_text)]
-
-
-def parse_row(row: object, where: str) -> tuple[str, str, PromptTemplate]:
+def parse_row(row: dict) -> tuple[str, str, PromptTemplate]:
     """A row's prompt and completion, and the template of the prompt."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is a {type(row).__name__}, expected an object")
     if {"instruction", "output"} <= row.keys():
-        row = {**row, "input": "" if row.get("input") is None else row["input"]}
-        fields: tuple[str, ...] = ("instruction", "input", "output")
-    elif {"prompt", "completion"} <= row.keys():
-        fields = ("prompt", "completion")
-    else:
-        raise ValueError(
-            f"{where} has {', '.join(row) or 'nothing'}; expected instruction, input, output, or "
-            "prompt, completion"
-        )
-    for field in fields:
-        if not isinstance(row[field], str):
-            raise ValueError(f"{where}: {field} is {row[field]!r}, expected a string")
-    if "prompt" in fields:
-        return row["prompt"], row["completion"], PROMPT
-    return ALPACA.fill(row["instruction"], row["input"]), row["output"], ALPACA
+        input_text = "" if row.get("input") is None else get_text(row, "input")
+        prompt = ALPACA.fill(get_text(row, "instruction"), input_text)
+        return prompt, get_text(row, "output"), ALPACA
+    if {"prompt", "completion"} <= row.keys():
+        return get_text(row, "prompt"), get_text(row, "completion"), PROMPT
+    raise ValueError(
+        f"it has {', '.join(row) or 'nothing'}; expected instruction, input, output, or prompt, "
+        "completion"
+    )
 
 
 def save_prompt_template(examples: list[PromptCompletion], folder: Path) -> None:
@@ -168,12 +112,10 @@ def find_prompt_template(path: Path) -> PromptTemplate | None:
     file = folder / TEMPLATE_FILE
     if not path.exists() or not file.is_file():
         return None
-    try:
-        template = PromptTemplate(**read_json(file, "delete it"))
-        if not all(isinstance(text, str | None) for text in template) or not template.without_input:
-            raise TypeError("expected strings")
-    except TypeError as error:
-        raise ValueError(f"{file} is damaged: {error}; delete it") from error
+    values = read_json(file, "delete it")
+    template = PromptTemplate(values.get("without_input", ""), values.get("with_input"))
+    if not all(isinstance(text, str | None) for text in template) or not template.without_input:
+        raise ValueError(f"{file} is damaged: it has no prompt without_input; delete it")
     return template
 
 
@@ -216,6 +158,8 @@ class InstructionData:
     rank: int = 0
     world_size: int = 1
 
+    has_one_shape: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         micro = self.batch_size * self.world_size
         if self.examples_per_step % micro:
@@ -227,10 +171,7 @@ class InstructionData:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for example in self.examples:
-            digest.update(repr((example.n_prompt, example.tokens.tolist())).encode())
-        return digest.hexdigest()
+        return sha256_text("".join(repr((e.n_prompt, e.tokens.tolist())) for e in self.examples))
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -240,10 +181,6 @@ class InstructionData:
     @property
     def block_size(self) -> int:
         return int(self.lengths.max())
-
-    @property
-    def has_one_shape(self) -> bool:
-        return False
 
     @property
     def grad_accum_steps(self) -> int:

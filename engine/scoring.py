@@ -4,13 +4,14 @@ A row holds a context and its continuations. A prefix that continuations share i
 the tokens that follow a token come right after it: token i attends to token j if j <= i < ends[j].
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from engine.distributed import Distributed
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from model import GPT
 
@@ -38,7 +39,10 @@ class Score(NamedTuple):
 
 
 def encode(text: str) -> list[int]:
-    """Token ids. As in Hugging Face's tokenizer, `<|endoftext|>` in the text is a single id."""
+    """Token ids. As in Hugging Face's tokenizer, `<|endoftext|>` in the text is a single id.
+    ValueError if the text cannot be encoded as UTF-8.
+    """
+    text.encode()
     return get_tokenizer().encode(text, allowed_special="all")
 
 
@@ -213,27 +217,21 @@ def score_rows(
 
 
 def score(
-    model: GPT,
-    requests: list[Request],
-    device: torch.device,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    done: frozenset[int] = frozenset(),
+    model: GPT, requests: list[Request], dist: Distributed, done: Container[int] = ()
 ) -> Iterator[list[tuple[int, list[Score]]]]:
     """Yield the scores of this rank's share of the requests with their indices, a batch at a time.
     Batches whose requests are all `done` are skipped. Every rank calls the model and yields equally
     often, in the end perhaps an empty batch: sharded models are gathered by all ranks together.
     """
     block_size = model.config.block_size
-    batch_tokens, multiple = BATCH_SHAPE.get(device.type, BATCH_SHAPE_ELSEWHERE)
+    batch_tokens, multiple = BATCH_SHAPE.get(dist.device.type, BATCH_SHAPE_ELSEWHERE)
     batches = plan_batches(requests, block_size, batch_tokens, multiple)
-    batches = [batch for batch in batches if not done.issuperset(batch)]
-    for first in range(0, len(batches), world_size):
-        is_mine = first + rank < len(batches)
-        batch = batches[first + rank if is_mine else first]
+    batches = [batch for batch in batches if any(i not in done for i in batch)]
+    for first in range(0, len(batches), dist.world_size):
+        is_mine = first + dist.rank < len(batches)
+        batch = batches[first + dist.rank if is_mine else first]
         packed = [(i, row) for i in batch for row in pack_request(requests[i], block_size)]
-        scores = score_rows(model, [row for _, row in packed], device, multiple)
+        scores = score_rows(model, [row for _, row in packed], dist.device, multiple)
         found: dict[int, dict[int, Score]] = {i: {} for i in batch}
         for (i, _), row_scores in zip(packed, scores, strict=True):
             found[i] |= row_scores

@@ -1,34 +1,27 @@
 """HellaSwag, LAMBADA and the perplexity of a text: what they ask a model, and their metrics.
 
-To add a task: name its rows in `HUB_ROWS` and the task in `EvalConfig` (hellaswag.py), make an
-`Example` of a row in `make_example`, and add its scores to `make_record` and `compute_metrics`.
+To add a task: write a subclass of `Task` and list it in `TASKS`.
 """
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-import torch
 
+from engine.distributed import Distributed
 from engine.documents import check_encoding, find_files, read_documents
-from engine.errors import parse
-from engine.files import read_lines
-from engine.hub import load_hub_rows
+from engine.rows import convert_rows, get_text, open_rows
 from engine.scoring import Request, Score, encode, encode_request, score
 from engine.tokenizer import END_OF_TEXT_ID
 from model import GPT
 
-# Where rows come from without a file: repository, configuration and split.
-HUB_ROWS = {
-    "hellaswag": ("Rowan/hellaswag", None, "validation"),
-    "lambada": ("EleutherAI/lambada_openai", "default", "test"),
-}
+HellaSwagText = Literal["lm-eval", "raw"]
 # The metrics of HellaSwag's two kinds of text, without and with length normalization.
 HELLASWAG_METRICS = {
     "lm-eval": {
@@ -40,23 +33,140 @@ HELLASWAG_METRICS = {
         "acc_token_norm": "build-nanogpt's acc_norm: mean over tokens",
     },
 }
+UNJOINED = (
+    "have no ctx_a and ctx_b; their ctx is used unchanged, so results differ slightly from "
+    "lm-eval's"
+)
 Z_95 = 1.959964  # normal quantile of a 95% interval
 MAX_EXPONENT = 709  # e to a higher power overflows a float
 
 
 class Example(NamedTuple):
-    """A request, and the first fields of its record in rows.jsonl."""
+    """A request, the first fields of its record in rows.jsonl, and what to report of its row."""
 
     request: Request
     record: dict
+    remark: str = ""
 
 
-def check_text(value: object) -> str:
-    """The value; ValueError if it is not a string, or cannot be encoded as UTF-8."""
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} where a string is expected")
-    value.encode()
-    return value
+@dataclass(frozen=True)
+class Task:
+    """What a task asks a model, and its metrics. Its fields are settings of the command; a subclass
+    may add its own.
+    """
+
+    data: str | None = None  # None: the rows of the hub
+    limit: int | None = None  # evaluate only the first rows or documents
+    skip_bad_rows: bool | None = None  # None: the command has no such flag
+
+    name: ClassVar[str]
+    hub: ClassVar[tuple[str, str | None, str]] = ("", None, "")  # repository, configuration, split
+
+    def make_example(self, row: dict) -> Example:
+        """The example of a row; ValueError or KeyError if the row is not valid."""
+        raise NotImplementedError
+
+    def make_record(self, example: Example, scores: list[Score]) -> dict:
+        """The example's line of rows.jsonl."""
+        return {**example.record, "log_probs": [score.log_prob for score in scores]}
+
+    def compute_metrics(self, records: list[dict]) -> dict[str, dict]:
+        """Each metric's value and meaning, and its 95% interval where rows are independent."""
+        raise NotImplementedError
+
+    @property
+    def source(self) -> str:
+        """Where the rows come from: a file, or a name of the hub."""
+        if source := self.data or self.hub[0]:
+            return source
+        raise ValueError(f"task {self.name} needs --data, the text or rows to evaluate on")
+
+    def find_files(self) -> list[Path]:
+        """The files of the rows, if they are not from the hub."""
+        return [Path(self.source)] if Path(self.source).exists() else []
+
+    def load(self, block_size: int) -> list[Example]:
+        """The examples. ValueError names the first bad row; `skip_bad_rows` prints and skips them
+        instead.
+        """
+        found = self.read_examples(block_size)
+        examples = [Example(e.request, {"row": n, **e.record}, e.remark) for n, e in found]
+        if not examples:
+            raise ValueError(f"{self.source} contains nothing to evaluate on")
+        for remark, n in Counter(e.remark for e in examples if e.remark).items():
+            print(f"{n} of {len(examples)} rows {remark}")
+        return examples
+
+    def read_examples(self, block_size: int) -> Iterator[tuple[int, Example]]:
+        """The examples, with the numbers of their rows."""
+
+        def convert(row: dict) -> Example:
+            example = self.make_example(row)
+            longest = max(map(len, example.request.continuations))
+            if longest > block_size:
+                raise ValueError(f"{longest} tokens to predict exceed block_size {block_size}")
+            return example
+
+        rows = open_rows(self.source, *self.hub[1:])
+        return convert_rows(self.source, islice(rows, self.limit), convert, self.skip_bad_rows)
+
+    def score_examples(
+        self, model: GPT, examples: list[Example], dist: Distributed, done: Container[int] = ()
+    ) -> Iterator[list[dict]]:
+        """Yield the records of the examples, which the ranks share out, a batch of every rank at a
+        time. Batches whose examples are all `done`, by index, are skipped. All ranks must call it.
+        """
+        for batch in score(model, [e.request for e in examples], dist, done):
+            mine = [self.make_record(examples[i], scores) for i, scores in batch]
+            yield [record for records in dist.all_gather(mine) for record in records]
+
+
+@dataclass(frozen=True)
+class HellaSwag(Task):
+    """The most likely of several endings. `text` is cleaned as in lm-eval, or raw as in
+    build-nanogpt; it decides about the `lengths` for normalization: characters or tokens.
+    """
+
+    text: HellaSwagText = "lm-eval"
+
+    name = "hellaswag"
+    hub = ("Rowan/hellaswag", None, "validation")
+
+    def make_example(self, row: dict) -> Example:
+        """Of an original row, or of one with ctx, endings and label alone."""
+        endings, label = row["endings"], row["label"]
+        is_list = isinstance(endings, list) and all(isinstance(ending, str) for ending in endings)
+        if not is_list or len(endings) < 2:
+            raise ValueError(f"endings is {endings!r}, expected a list of at least two strings")
+        if str(label) not in map(str, range(len(endings))):  # a number, or a string of one
+            raise ValueError(f"label is {label!r}, expected 0 to {len(endings) - 1}")
+        if self.text == "raw":
+            context = encode(get_text(row, "ctx")) or [END_OF_TEXT_ID]
+            request = Request(context, [encode(" " + ending) for ending in endings])
+            record = {"label": int(label), "lengths": list(map(len, request.continuations))}
+            return Example(request, record)
+        if has_parts := "ctx_a" in row:
+            query = f"{get_text(row, 'ctx_a')} {get_text(row, 'ctx_b').capitalize()}"
+        else:
+            query = get_text(row, "ctx")
+        if "activity_label" in row:
+            query = f"{get_text(row, 'activity_label')}: {query}"
+        endings = [clean(ending) for ending in endings]
+        request = encode_request(clean(query), [" " + ending for ending in endings])
+        record = {"label": int(label), "lengths": list(map(len, endings))}
+        return Example(request, record, "" if has_parts else UNJOINED)
+
+    def make_record(self, example: Example, scores: list[Score]) -> dict:
+        record = super().make_record(example, scores)
+        record["pred"], record["pred_norm"] = predict(record["log_probs"], record["lengths"])
+        return record
+
+    def compute_metrics(self, records: list[dict]) -> dict[str, dict]:
+        (acc, meaning), (acc_norm, meaning_norm) = HELLASWAG_METRICS[self.text].items()
+        return {
+            acc: accuracy(meaning, [r["pred"] == r["label"] for r in records]),
+            acc_norm: accuracy(meaning_norm, [r["pred_norm"] == r["label"] for r in records]),
+        }
 
 
 def clean(text: str) -> str:
@@ -65,36 +175,94 @@ def clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def make_hellaswag_example(row: dict, text: str) -> Example:
-    """The example of an original row, or of one with ctx, endings and label alone. `lengths`, for
-    normalization, are characters of the cleaned endings (lm-eval) or tokens (raw).
+def predict(log_probs: list[float], lengths: list[int]) -> tuple[int, int]:
+    """The most likely ending, without and with normalization by length; ties go to the first. An
+    ending of length 0 has normalized log-probability -inf (lm-eval divides by 0).
     """
-    endings = row["endings"]
-    if not isinstance(endings, list) or len(endings) < 2:
-        raise ValueError(f"endings is {endings!r}, expected a list of at least two strings")
-    endings = [check_text(ending) for ending in endings]
-    if str(row["label"]) not in map(str, range(len(endings))):  # a number, or a string of one
-        raise ValueError(f"label is {row['label']!r}, expected 0 to {len(endings) - 1}")
-    label = int(row["label"])
-    if text == "raw":
-        context = encode(check_text(row["ctx"])) or [END_OF_TEXT_ID]
-        request = Request(context, [encode(" " + ending) for ending in endings])
-        return Example(request, {"label": label, "lengths": list(map(len, request.continuations))})
-    if "ctx_a" in row:
-        query = f"{check_text(row['ctx_a'])} {check_text(row['ctx_b']).capitalize()}"
-    else:
-        query = check_text(row["ctx"])
-    if "activity_label" in row:
-        query = f"{check_text(row['activity_label'])}: {query}"
-    endings = [clean(ending) for ending in endings]
-    request = encode_request(clean(query), [" " + ending for ending in endings])
-    return Example(request, {"label": label, "lengths": list(map(len, endings))})
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return int(np.argmax(log_probs)), int(np.argmax(np.array(log_probs) / np.array(lengths)))
 
 
-def make_lambada_example(row: dict) -> Example:
-    """lm-eval's lambada_openai: predict what follows the last space."""
-    context, _, word = check_text(row["text"]).rpartition(" ")
-    return Example(encode_request(context, [" " + word]), {})
+@dataclass(frozen=True)
+class Lambada(Task):
+    """lm-eval's lambada_openai: the last word, which follows the last space."""
+
+    name = "lambada"
+    hub = ("EleutherAI/lambada_openai", "default", "test")
+
+    def make_example(self, row: dict) -> Example:
+        context, _, word = get_text(row, "text").rpartition(" ")
+        return Example(encode_request(context, [" " + word]), {})
+
+    def make_record(self, example: Example, scores: list[Score]) -> dict:
+        return super().make_record(example, scores) | {"greedy": scores[0].greedy}
+
+    def compute_metrics(self, records: list[dict]) -> dict[str, dict]:
+        nats = [-record["log_probs"][0] for record in records]
+        n, mean = len(nats), math.fsum(nats) / len(nats)
+        variance = math.fsum((x - mean) ** 2 for x in nats) / max(1, n - 1)
+        half = Z_95 * math.sqrt(variance / n)
+        return {
+            "acc": accuracy("lm-eval's acc: last word most likely", [r["greedy"] for r in records]),
+            "perplexity": metric(
+                "lm-eval's perplexity of the last word",
+                *(perplexity(nats) for nats in (mean, mean - half, mean + half)),
+            ),
+        }
+
+
+@dataclass(frozen=True)
+class TextPerplexity(Task):
+    """The perplexity of the documents of text files, whose windows overlap unless `stride`, the
+    tokens from one to the next, is the model's block_size (None).
+    """
+
+    stride: int | None = None
+
+    name = "text"
+
+    def find_files(self) -> list[Path]:
+        return find_files([self.source])
+
+    def read_examples(self, block_size: int) -> Iterator[tuple[int, Example]]:
+        """A document's first window has its number of words and bytes, as lm-eval counts them."""
+        stride = self.stride or block_size
+        if stride > block_size:
+            raise ValueError(f"stride is {stride}, expected at most block_size {block_size}")
+        n_examples = 0
+        for document, text in enumerate(self.read_documents()[: self.limit], start=1):
+            sizes = {"words": len(re.split(r"\s+", text)), "bytes": len(text.encode())}
+            for request in split_into_windows(encode(text), block_size, stride):
+                n_examples += 1
+                record = {"document": document, "tokens": len(request.continuations[0])}
+                yield n_examples, Example(request, record | sizes)
+                sizes = {}
+
+    def read_documents(self) -> list[str]:
+        documents: list[str] = []
+        problems: Counter = Counter()
+        for file in self.find_files():
+            check_encoding(file)
+            for piece, starts in read_documents(file, "text", problems):
+                if starts:
+                    documents.append("")
+                documents[-1] += piece
+        if problems and not self.skip_bad_rows:
+            found = ", ".join(f"{n} {problem}" for problem, n in problems.items())
+            raise ValueError(f"{self.source} has {found}; repair it, or add --skip_bad_rows")
+        return documents
+
+    def compute_metrics(self, records: list[dict]) -> dict[str, dict]:
+        total = math.fsum(-record["log_probs"][0] for record in records)
+        tokens, words, n_bytes = (
+            sum(record.get(unit, 0) for record in records) for unit in ("tokens", "words", "bytes")
+        )
+        bits = total / max(1, n_bytes) / math.log(2)
+        return {
+            "token_perplexity": metric(f"{tokens:,} tokens", perplexity(total, tokens)),
+            "word_perplexity": metric(f"{words:,} words", perplexity(total, words)),
+            "bits_per_byte": metric(f"{n_bytes:,} bytes", bits),
+        }
 
 
 def split_into_windows(ids: list[int], block_size: int, stride: int) -> Iterator[Request]:
@@ -109,179 +277,26 @@ def split_into_windows(ids: list[int], block_size: int, stride: int) -> Iterator
         start = end
 
 
-def load_text(
-    data: str | None, block_size: int, stride: int, limit: int | None, skip_bad_rows: bool
-) -> list[Example]:
-    """The windows of the first `limit` documents. A document's first window has its number of words
-    and bytes, as lm-eval counts them.
-    """
-    if data is None:
-        raise ValueError("--task text needs --data, the text to evaluate on")
-    if stride > block_size:
-        raise ValueError(
-            f"stride is {stride}, expected at most the model's block_size {block_size}"
-        )
-    documents: list[list[str]] = []
-    problems: Counter = Counter()
-    for file in find_files([data]):
-        check_encoding(file)
-        for piece, starts in read_documents(file, "text", problems):
-            if starts:
-                documents.append([])
-            documents[-1].append(piece)
-    if problems and not skip_bad_rows:
-        found = ", ".join(f"{n} {problem}" for problem, n in problems.items())
-        raise ValueError(f"{data} has {found}; repair it, or add --skip_bad_rows")
-    examples: list[Example] = []
-    for document, pieces in enumerate(documents[:limit], start=1):
-        text = "".join(pieces)
-        sizes = {"words": len(re.split(r"\s+", text)), "bytes": len(text.encode())}
-        ids = [i for piece in pieces for i in encode(piece)]
-        for request in split_into_windows(ids, block_size, stride):
-            tokens = len(request.continuations[0])
-            record = {"row": len(examples) + 1, "document": document, "tokens": tokens}
-            examples.append(Example(request, record | sizes))
-            sizes = {}
-    if not examples:
-        raise ValueError(f"{data} contains no text")
-    return examples
+TASKS = {task.name: task for task in (HellaSwag, Lambada, TextPerplexity)}
 
 
-def read_rows(task: str, data: str | None) -> Iterator[tuple[int, bytes | dict]]:
-    """The rows of a file, as lines of JSON, or of the hub, with their numbers from 1."""
-    if data is None:
-        remedy = "Without a network, use a file of its rows: --data, in training --hellaswag_data"
-        yield from enumerate(load_hub_rows(*HUB_ROWS[task], remedy=remedy), start=1)
-    elif data.endswith((".jsonl", ".jsonl.gz")):
-        yield from read_lines(Path(data))
-    else:
-        raise ValueError(f"{data} is not a .jsonl or .jsonl.gz file")
+def find_task(name: str, **settings: Any) -> Task:
+    """The task of that name; ValueError if there is none, or it has no such setting."""
+    if name not in TASKS:
+        raise ValueError(f"task is {name}, expected {' or '.join(TASKS)}")
+    for setting in {*settings} - {f.name for f in fields(TASKS[name])}:
+        raise ValueError(f"{setting} is not a setting of task {name}; omit --{setting}")
+    return TASKS[name](**settings)
 
 
-def make_example(task: str, row: object, text: str, block_size: int) -> Example:
-    """The example of a row; ValueError or KeyError if the row is not valid."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{row!r} is not a JSON object")
-    example = make_lambada_example(row) if task == "lambada" else make_hellaswag_example(row, text)
-    longest = max(map(len, example.request.continuations))
-    if longest > block_size:
-        raise ValueError(f"{longest} tokens to predict exceed the model's block_size {block_size}")
-    return example
+def metric(meaning: str, *values: float) -> dict:
+    """The value, and where there is a 95% interval its ends."""
+    return dict(zip(("value", "low", "high"), values, strict=False)) | {"meaning": meaning}
 
 
-def load_examples(
-    task: str,
-    data: str | None,
-    block_size: int,
-    *,
-    text: str = "lm-eval",
-    limit: int | None = None,
-    stride: int | None = None,
-    skip_bad_rows: bool = False,
-) -> list[Example]:
-    """The examples of a task's first `limit` rows or documents, from `data` or the hub. ValueError
-    names the first bad row; `skip_bad_rows` prints and skips them instead.
-    """
-    if task == "text":
-        return load_text(data, block_size, stride or block_size, limit, skip_bad_rows)
-    source = data or HUB_ROWS[task][0]
-    examples = []
-    n_joined = 0  # rows with ctx, but without the parts that lm-eval joins
-    for number, line in islice(read_rows(task, data), limit):
-        try:
-            row = parse(json.loads, line) if isinstance(line, bytes) else line
-            request, record = make_example(task, row, text, block_size)
-        except (ValueError, KeyError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            problem = f"{source} line {number}: {reason}"
-            if not skip_bad_rows:
-                raise ValueError(f"{problem}; repair it, or add --skip_bad_rows") from error
-            print(f"{problem}; skipped")
-        else:
-            examples.append(Example(request, {"row": number, **record}))
-            n_joined += task == "hellaswag" and text == "lm-eval" and "ctx_a" not in row
-    if not examples:
-        raise ValueError(f"{source} contains no valid row")
-    if n_joined:
-        print(
-            f"{n_joined} of {len(examples)} rows have no ctx_a and ctx_b; their ctx is used "
-            "unchanged, so results differ slightly from lm-eval's"
-        )
-    return examples
-
-
-def make_record(task: str, example: Example, scores: list[Score]) -> dict:
-    """The example's line of rows.jsonl."""
-    log_probs = [score.log_prob for score in scores]
-    record = {**example.record, "log_probs": log_probs}
-    if task == "hellaswag":
-        record["pred"], record["pred_norm"] = predict(log_probs, record["lengths"])
-    elif task == "lambada":
-        record["greedy"] = scores[0].greedy
-    return record
-
-
-def predict(log_probs: list[float], lengths: list[int]) -> tuple[int, int]:
-    """The most likely ending, without and with normalization by length; ties go to the first. An
-    ending of length 0 has normalized log-probability -inf (lm-eval divides by 0).
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return int(np.argmax(log_probs)), int(np.argmax(np.array(log_probs) / np.array(lengths)))
-
-
-def is_correct(records: list[dict], prediction: str) -> list[bool]:
-    return [record[prediction] == record["label"] for record in records]
-
-
-def count_correct(
-    model: GPT, examples: list[Example], device: torch.device, *, rank: int = 0, world_size: int = 1
-) -> tuple[int, int, int]:
-    """In this rank's share of HellaSwag: correct predictions, correct ones with normalization, and
-    examples. All ranks must call it.
-    """
-    requests = [example.request for example in examples]
-    batches = score(model, requests, device, rank=rank, world_size=world_size)
-    scored = [pair for batch in batches for pair in batch]
-    records = [make_record("hellaswag", examples[i], scores) for i, scores in scored]
-    return sum(is_correct(records, "pred")), sum(is_correct(records, "pred_norm")), len(records)
-
-
-def compute_metrics(task: str, text: str, records: list[dict]) -> dict[str, dict]:
-    """Each metric's value and meaning, and its 95% interval where rows are independent."""
-    if task == "hellaswag":
-        (acc, meaning), (acc_norm, meaning_norm) = HELLASWAG_METRICS[text].items()
-        return {
-            acc: accuracy(is_correct(records, "pred"), meaning),
-            acc_norm: accuracy(is_correct(records, "pred_norm"), meaning_norm),
-        }
-    nats = [-record["log_probs"][0] for record in records]
-    total, n = math.fsum(nats), len(nats)
-    if task == "lambada":
-        variance = math.fsum((x - total / n) ** 2 for x in nats) / max(1, n - 1)
-        half = Z_95 * math.sqrt(variance / n)
-        return {
-            "acc": accuracy([r["greedy"] for r in records], "lm-eval's acc: last word most likely"),
-            "perplexity": {
-                "value": perplexity(total, n),
-                "low": perplexity(total / n - half),
-                "high": perplexity(total / n + half),
-                "meaning": "lm-eval's perplexity of the last word",
-            },
-        }
-    tokens, words, n_bytes = (
-        sum(record.get(unit, 0) for record in records) for unit in ("tokens", "words", "bytes")
-    )
-    bits = total / max(1, n_bytes) / math.log(2)
-    return {
-        "token_perplexity": {"value": perplexity(total, tokens), "meaning": f"{tokens:,} tokens"},
-        "word_perplexity": {"value": perplexity(total, words), "meaning": f"{words:,} words"},
-        "bits_per_byte": {"value": bits, "meaning": f"{n_bytes:,} bytes"},
-    }
-
-
-def accuracy(correct: list[bool], meaning: str) -> dict:
-    low, high = wilson_interval(sum(correct), len(correct))
-    return {"value": sum(correct) / len(correct), "low": low, "high": high, "meaning": meaning}
+def accuracy(meaning: str, correct: list[bool]) -> dict:
+    n, total = len(correct), sum(correct)
+    return metric(meaning, total / n, *wilson_interval(total, n))
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from engine.plots import plot_runs
 from engine.report import write_report
 from engine.resume import extend_run
 from engine.step import TrainingStep
-from engine.tasks import Example, load_examples
+from engine.tasks import Example, find_task
 from engine.throughput import describe_device, flops_per_token
 from model import GPT
 
@@ -51,7 +51,8 @@ def train(
     hellaswag: list[Example] = []
     if config.hellaswag_every:
         with dist.main_process_first():
-            hellaswag = load_examples("hellaswag", config.hellaswag_data, model.config.block_size)
+            task = find_task("hellaswag", data=config.hellaswag_data)
+            hellaswag = task.load(model.config.block_size)
     if dist.is_main:
         announce_run(model, data, config, dist)
         warn_of_settings(model, data, config, dist)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    CPU,
     GPU,
     NEEDS_GPU,
     ROOT,
@@ -26,14 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.data import Batch, PretrainingData
 from engine.decode import speed_up_decoding
 from engine.distributed import shard_model
-from engine.evaluation import eval_mode, evaluate_loss
+from engine.evaluation import eval_mode, evaluate_loss, evaluate_task
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora, only_optimize_lora_parameters
 from engine.loss import HeadLoss, SummedLoss, compile_softmax, softmax_
 from engine.metrics import Meter
 from engine.optim import build_optimizers
-from engine.scoring import score
 from engine.step import Prefetcher, apply_recompute
-from engine.tasks import count_correct, load_examples, make_record
+from engine.tasks import find_task
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 
@@ -212,27 +212,26 @@ def hellaswag_rows(request):
 def test_hellaswag_predictions_equal_a_cpus(hellaswag_rows):
     """In fp32 a GPU predicts the endings that a CPU does."""
     model = talkative_model(block_size=1024).eval()
-    examples = load_examples("hellaswag", hellaswag_rows, 1024)
-    requests = [example.request for example in examples]
+    task = find_task("hellaswag", data=hellaswag_rows)
+    examples = task.load(1024)
     predictions = []
-    for device in (torch.device("cpu"), CUDA):
-        scores = dict(itertools.chain(*score(model.to(device), requests, device)))
-        records = [make_record("hellaswag", e, scores[i]) for i, e in enumerate(examples)]
-        predictions.append([(record["pred"], record["pred_norm"]) for record in records])
+    for dist in (CPU, GPU):
+        records = itertools.chain(*task.score_examples(model.to(dist.device), examples, dist))
+        predictions.append({r["row"]: (r["pred"], r["pred_norm"]) for r in records})
     assert predictions[0] == predictions[1]
 
 
 def test_training_evaluates_hellaswag_as_the_command_does(shards, hellaswag_rows):
     """Training in bf16 allows TF32 in the whole process, but not in its evaluations."""
     model = talkative_model(block_size=1024).to(CUDA)
-    examples = load_examples("hellaswag", hellaswag_rows, 1024)
+    examples = find_task("hellaswag", data=hellaswag_rows).load(1024)
     with torch.autocast("cuda", BF16):
-        expected = count_correct(model.eval(), examples, CUDA)
+        expected = evaluate_task("hellaswag", model.eval(), examples, GPU)
     step = cuda_step(shards, model, precision="bf16")
     assert torch.get_float32_matmul_precision() == "high"
     with eval_mode(model, step.config, GPU):
         assert torch.get_float32_matmul_precision() == "highest"
-        assert count_correct(model, examples, CUDA) == expected
+        assert evaluate_task("hellaswag", model, examples, GPU) == expected
     assert torch.get_float32_matmul_precision() == "high"
 
 

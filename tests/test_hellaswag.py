@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ONE_THREAD, ROOT, TORCHRUN, run_script, talkative_model
+from conftest import CPU, ONE_THREAD, ROOT, TORCHRUN, run_script, talkative_model
 from transformers import GPT2LMHeadModel
 
 from engine import scoring
@@ -21,13 +21,12 @@ from engine.adapter import save_adapter
 from engine.checkpoint import load_model
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora, merge_lora
 from engine.metrics import read_metrics
-from engine.scoring import encode, score
-from engine.tasks import count_correct, load_examples
+from engine.scoring import encode, encode_request, score
+from engine.tasks import TASKS, Example, Task, find_task
 from engine.tokenizer import save_tokenizer
 from hellaswag import EvalConfig, main
 from model import GPT
 
-CPU = torch.device("cpu")
 BLOCK_SIZE = 128
 ROWS = Path(__file__).parent / "hellaswag_rows.jsonl"
 TEXT = ROWS.read_text()[:3000] + "“Naïve café” — 日本語 😀\n\n"
@@ -40,11 +39,6 @@ def folder(tmp_path_factory) -> Path:
     talkative_model(BLOCK_SIZE).save_pretrained(folder)
     save_tokenizer(folder, BLOCK_SIZE)
     return folder
-
-
-@pytest.fixture(scope="module")
-def model(folder) -> GPT:
-    return GPT.from_pretrained(folder)
 
 
 def read_results(out: Path) -> dict:
@@ -134,7 +128,7 @@ def test_adapter_is_evaluated(folder, tmp_path):
     adapted = save_random_adapter(folder, tmp_path / "adapter")
     out = tmp_path / "out"
     main(EvalConfig(str(folder), str(tmp_path / "adapter"), data=str(ROWS), out_dir=str(out)))
-    examples = load_examples("hellaswag", str(ROWS), BLOCK_SIZE)
+    examples = find_task("hellaswag", data=str(ROWS)).load(BLOCK_SIZE)
     requests = [example.request for example in examples]
     expected, plain = (
         dict(pair for batch in score(m, requests, CPU) for pair in batch)
@@ -147,7 +141,7 @@ def test_adapter_is_evaluated(folder, tmp_path):
         assert row["log_probs"] != pytest.approx([s.log_prob for s in plain[i]], abs=1)
 
 
-def test_results_are_the_counts(folder, model, tmp_path, capsys):
+def test_results_are_the_counts(folder, tmp_path, capsys):
     """The command prints and writes the fractions of correct predictions, the same for gzip and
     plain files; rows with ctx alone are reported to differ from lm-eval's.
     """
@@ -157,14 +151,11 @@ def test_results_are_the_counts(folder, model, tmp_path, capsys):
     main(config)
     found, rows = read_results(tmp_path / "out"), read_rows(tmp_path / "out")
     assert [row["row"] for row in rows] == list(range(1, 21))
-    correct, correct_norm, n = count_correct(
-        model, load_examples("hellaswag", str(ROWS), BLOCK_SIZE), CPU
+    acc, acc_norm = (
+        sum(row[key] == row["label"] for row in rows) / 20 for key in ("pred", "pred_norm")
     )
-    assert (correct, correct_norm) == tuple(
-        sum(row[key] == row["label"] for row in rows) for key in ("pred", "pred_norm")
-    )
-    assert (found["acc"]["value"], found["acc_norm"]["value"]) == (correct / n, correct_norm / n)
-    assert f"acc_norm         {correct_norm / n:.4f}" in capsys.readouterr().out
+    assert (found["acc"]["value"], found["acc_norm"]["value"]) == (acc, acc_norm)
+    assert f"acc_norm         {acc_norm:.4f}" in capsys.readouterr().out
     short = [{k: json.loads(line)[k] for k in ("ctx", "endings", "label")} for line in ROWS.open()]
     plain = tmp_path / "short.jsonl"
     plain.write_text("".join(json.dumps(row) + "\n" for row in short))
@@ -262,11 +253,50 @@ def test_bad_flags_and_damaged_models_are_named(folder, tmp_path):
     for wrong in ({"stride": 5}, {"task": "lambada", "text": "raw"}, {"limit": 0}):
         with pytest.raises(ValueError, match=list(wrong)[-1]):
             EvalConfig(**wrong)
+    with pytest.raises(ValueError, match="task is piqa, expected hellaswag or lambada or text"):
+        EvalConfig(task="piqa")
     broken = GPT.from_pretrained(folder)
     broken.transformer.wpe.weight.data[3] = torch.nan
     broken.save_pretrained(tmp_path / "broken")
     with pytest.raises(ValueError, match="the model is damaged"):
         main(EvalConfig(str(tmp_path / "broken"), data=str(ROWS)))
+
+
+class Continue(Task):
+    """A task with the least that a task has: the log-probability of a word."""
+
+    name = "continue"
+
+    def make_example(self, row: dict) -> Example:
+        return Example(encode_request(row["start"], [row["word"]]), {"word": row["word"]})
+
+    def compute_metrics(self, records: list[dict]) -> dict[str, dict]:
+        nats = -sum(record["log_probs"][0] for record in records)
+        return {"nats": {"value": nats, "meaning": f"{len(records)} words"}}
+
+
+def test_a_task_in_the_table_is_a_task_of_the_command(folder, tmp_path, monkeypatch, capsys):
+    """A task that is added to the table is evaluated, with its own metrics, and resumes."""
+    monkeypatch.setitem(TASKS, "continue", Continue)
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"start": "The cat", "word": w} for w in (" sat", " flew")]))
+    config = EvalConfig(str(folder), task="continue", data=str(file), out_dir=str(tmp_path / "out"))
+    main(config)
+    rows = read_rows(tmp_path / "out")
+    logits = (
+        GPT2LMHeadModel.from_pretrained(folder).eval()(torch.tensor([encode("The cat")])).logits
+    )
+    for row in rows:
+        (token,) = encode(row["word"])
+        expected = logits[0, -1].log_softmax(-1)[token].item()
+        assert row["log_probs"] == pytest.approx([expected], abs=1e-4)
+    found = read_results(tmp_path / "out")["nats"]
+    assert found == {"value": -sum(row["log_probs"][0] for row in rows), "meaning": "2 words"}
+    main(config)
+    assert read_rows(tmp_path / "out") == rows
+    assert capsys.readouterr().out.count("2 words") == 2
+    with pytest.raises(ValueError, match="task continue needs --data"):
+        main(replace(config, data=None))
 
 
 TRAINING = """
@@ -312,7 +342,9 @@ def test_training_evaluates_hellaswag_on_all_ranks(tmp_path):
         logs.append({r["step"]: r for r in log if "hellaswag_acc" in r})
     assert [*logs[0]] == [*logs[1]] == [2, 4]
     model = load_model(tmp_path / "one")
-    correct, correct_norm, n = count_correct(model, load_examples("hellaswag", str(ROWS), 32), CPU)
+    task = find_task("hellaswag", data=str(ROWS))
+    rows = [row for batch in task.score_examples(model, task.load(32), CPU) for row in batch]
+    assert len(rows) == 20
     for log in logs:
-        assert log[4]["hellaswag_acc"] == correct / n
-        assert log[4]["hellaswag_acc_norm"] == correct_norm / n
+        for key, prediction in (("hellaswag_acc", "pred"), ("hellaswag_acc_norm", "pred_norm")):
+            assert log[4][key] == sum(row[prediction] == row["label"] for row in rows) / 20

@@ -172,15 +172,15 @@ def test_long_and_empty_rows(write, capsys):
 def test_bad_rows_are_named(write, tmp_path):
     """Rows of another form, broken lines and damaged files are errors with their place."""
     for rows, match in (
-        ([{"text": "x"}], "row 1 has text; expected instruction, input, output, or prompt"),
-        ([*ROWS, "x"], "row 5 is a str, expected an object"),
-        ([{"prompt": 5, "completion": "x"}], "row 1: prompt is 5, expected a string"),
+        ([{"text": "x"}], "line 1: it has text; expected instruction, input, output, or prompt"),
+        ([*ROWS, "x"], "line 5: 'x' is not a JSON object; repair it$"),
+        ([{"prompt": 5, "completion": "x"}], "line 1: prompt is 5, expected a string"),
         ([ROWS[0]], "has 1 usable examples, expected at least 2"),
     ):
         with pytest.raises(ValueError, match=match):
             read_examples(write(rows), 1024)
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prom')
-    with pytest.raises(ValueError, match=r"broken.jsonl line 2 is not JSON"):
+    with pytest.raises(ValueError, match=r"broken.jsonl line 2: not JSON"):
         read_examples(str(tmp_path / "broken.jsonl"), 1024)
     (tmp_path / "object.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a dict, expected a list of rows"):

@@ -1,15 +1,17 @@
 """Packed continuations score as each does alone in transformers, on any number of ranks."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import small_transformers_gpt2
+from conftest import CPU, small_transformers_gpt2
 from transformers import GPT2LMHeadModel
 
 from engine import scoring
+from engine.distributed import Distributed
 from engine.scoring import (
     Request,
     Score,
@@ -23,7 +25,6 @@ from engine.scoring import (
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from model import GPT
 
-CPU = torch.device("cpu")
 BLOCK_SIZE = 128
 CAUSAL = torch.ones(1, 1, BLOCK_SIZE, BLOCK_SIZE, dtype=torch.bool).tril()
 
@@ -58,8 +59,10 @@ def random_requests(n: int) -> list[Request]:
     return [Request(ids(BLOCK_SIZE), [ids(40) for _ in range(4)]) for _ in range(n)]
 
 
-def score_all(model: GPT, requests: list[Request], **options) -> list[tuple[int, list[Score]]]:
-    return [pair for batch in score(model, requests, CPU, **options) for pair in batch]
+def score_all(
+    model: GPT, requests: list[Request], dist: Distributed = CPU
+) -> list[tuple[int, list[Score]]]:
+    return [pair for batch in score(model, requests, dist) for pair in batch]
 
 
 def test_a_token_attends_to_its_own_past():
@@ -143,7 +146,7 @@ def test_ranks_share_the_batches(model, world_size, monkeypatch):
     calls.clear()
     shared = []
     for rank in range(world_size):
-        shared += score_all(model, requests, rank=rank, world_size=world_size)
+        shared += score_all(model, requests, replace(CPU, rank=rank, world_size=world_size))
     assert sorted(shared) == sorted(single)
     assert len(shared) == 10
     assert len({calls.count(r) for r in range(world_size)}) == 1

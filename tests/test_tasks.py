@@ -10,24 +10,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from conftest import CPU
 from transformers import GPT2LMHeadModel
 
-from engine.scoring import Score, encode, score
+from engine.distributed import Distributed
+from engine.evaluation import evaluate_task
+from engine.scoring import encode, score
 from engine.tasks import (
     Example,
-    compute_metrics,
-    count_correct,
-    load_examples,
-    make_record,
+    Task,
+    find_task,
     perplexity,
-    predict,
     split_into_windows,
     wilson_interval,
 )
 from engine.tokenizer import get_tokenizer, save_tokenizer
 from model import GPT, GPTConfig
 
-CPU = torch.device("cpu")
 BLOCK_SIZE = 128
 ROWS = Path(__file__).parent / "hellaswag_rows.jsonl"
 HUB_LAMBADA = "EleutherAI/lambada_openai"
@@ -90,10 +89,10 @@ def lm_eval_samples(folder: Path, task: str, data: str, batch_size: int = 1) -> 
     return sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
 
 
-def score_examples(model: GPT, examples: list[Example]) -> list[list[Score]]:
-    requests = [example.request for example in examples]
-    found = dict(pair for batch in score(model, requests, CPU) for pair in batch)
-    return [found[i] for i in range(len(examples))]
+def score_all(task: Task, model: GPT, examples: list[Example]) -> list[dict]:
+    """The records of the examples, in their order."""
+    records = [record for batch in task.score_examples(model, examples, CPU) for record in batch]
+    return sorted(records, key=lambda record: record["row"])
 
 
 def assert_same_as_lm_eval(folder: Path, model: GPT, data: str) -> None:
@@ -101,20 +100,18 @@ def assert_same_as_lm_eval(folder: Path, model: GPT, data: str) -> None:
     adds in fp32, whose last digit is worth more than that beyond 1000 nats.)
     """
     samples = lm_eval_samples(folder, "hellaswag", data)
-    examples = load_examples("hellaswag", data, BLOCK_SIZE)
-    assert len(samples) == len(examples) > 0
-    for sample, example, scores in zip(
-        samples, examples, score_examples(model, examples), strict=True
-    ):
+    task = find_task("hellaswag", data=data)
+    records = score_all(task, model, task.load(BLOCK_SIZE))
+    assert len(samples) == len(records) > 0
+    for sample, record in zip(samples, records, strict=True):
         theirs = np.array([response[0] for response in sample["filtered_resps"]])
-        record = make_record("hellaswag", example, scores)
         np.testing.assert_allclose(record["log_probs"], theirs, atol=1e-4, rtol=2e-7)
         lengths = np.array([len(choice) for choice in sample["doc"]["choices"]])
         assert record["lengths"] == lengths.tolist()
         with np.errstate(divide="ignore"):
             expected = int(np.argmax(theirs)), int(np.argmax(theirs / lengths))
         assert (record["pred"], record["pred_norm"]) == expected
-        metrics = compute_metrics("hellaswag", "lm-eval", [record])
+        metrics = task.compute_metrics([record])
         assert [metrics[key]["value"] for key in ("acc", "acc_norm")] == [
             sample["acc"],
             sample["acc_norm"],
@@ -216,10 +213,11 @@ def test_raw_text_is_build_nanogpts(folder, model):
     """With raw text the predictions are those of four padded rows through transformers."""
     theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
-    examples = load_examples("hellaswag", str(ROWS), BLOCK_SIZE, text="raw")
-    for found, example, scores in zip(rows, examples, score_examples(model, examples), strict=True):
-        log_probs = [s.log_prob for s in scores]
-        assert predict(log_probs, example.record["lengths"]) == build_nanogpt(theirs, found)
+    task = find_task("hellaswag", data=str(ROWS), text="raw")
+    records = score_all(task, model, task.load(BLOCK_SIZE))
+    for found, record in zip(rows, records, strict=True):
+        assert (record["pred"], record["pred_norm"]) == build_nanogpt(theirs, found)
+    assert list(task.compute_metrics(records)) == ["acc_raw", "acc_token_norm"]
 
 
 LAMBADA = [
@@ -245,17 +243,14 @@ def test_lambada_is_lm_evals(folder, model, write_rows):
     rows = [{"text": text} for text in [*LAMBADA, "Now the next word is" + most_likely]]
     data = write_rows(rows)
     samples = lm_eval_samples(folder, "lambada_openai", data)
-    examples = load_examples("lambada", data, BLOCK_SIZE)
-    records = [
-        make_record("lambada", example, scores)
-        for example, scores in zip(examples, score_examples(model, examples), strict=True)
-    ]
+    task = find_task("lambada", data=data)
+    records = score_all(task, model, task.load(BLOCK_SIZE))
     for sample, record in zip(samples, records, strict=True):
         assert record["log_probs"] == pytest.approx([sample["perplexity"]], abs=1e-4)
         assert record["greedy"] == sample["acc"]
     nats = [-sample["perplexity"] for sample in samples]
     error = 1.959964 * np.std(nats, ddof=1) / len(nats) ** 0.5
-    metrics = compute_metrics("lambada", "lm-eval", records)
+    metrics = task.compute_metrics(records)
     assert metrics["acc"]["value"] == np.mean([sample["acc"] for sample in samples]) > 0
     for key, expected in (("value", 0), ("low", -error), ("high", error)):
         assert metrics["perplexity"][key] == pytest.approx(np.exp(np.mean(nats) + expected), 1e-4)
@@ -297,8 +292,11 @@ def test_interval_is_wilsons():
         ('{"ctx": "a", "label": "", "endings": ["a", "b", "c", "d"]}', "label is .*, expected 0"),
         ('{"ctx": "a", "label": 1.5, "endings": ["a", "b", "c", "d"]}', "label is .*, expected 0"),
         ('{"ctx": "a", "label": 0, "endings": ["a"]}', "at least two strings"),
-        ('{"ctx": "a", "label": 0, "endings": ["a", null]}', "None where a string"),
-        ('{"ctx": 7, "label": 0, "endings": ["a", "b"]}', "7 where a string"),
+        (
+            '{"ctx": "a", "label": 0, "endings": ["a", null]}',
+            "None.*, expected a list of",
+        ),
+        ('{"ctx": 7, "label": 0, "endings": ["a", "b"]}', "ctx is 7, expected a string"),
         ('{"ctx_a": "a", "label": 0, "endings": ["a", "b"]}', "'ctx_b' is missing"),
         (r'{"ctx": "\ud800", "label": 0, "endings": ["a", "b"]}', "surrogates"),
         (b"\xff\xfe", "decode"),
@@ -312,8 +310,8 @@ def test_bad_row_is_named(tmp_path, capsys, line, reason):
     line = line if isinstance(line, bytes) else line.encode()
     file.write_bytes(good[0] + b"\n" + line + b"\n" + good[1])
     with pytest.raises(ValueError, match=f"rows.jsonl line 3: .*{reason}"):
-        load_examples("hellaswag", str(file), BLOCK_SIZE)
-    examples = load_examples("hellaswag", str(file), BLOCK_SIZE, skip_bad_rows=True)
+        find_task("hellaswag", data=str(file)).load(BLOCK_SIZE)
+    examples = find_task("hellaswag", data=str(file), skip_bad_rows=True).load(BLOCK_SIZE)
     assert [example.record["row"] for example in examples] == [1, 4]
     assert "line 3" in capsys.readouterr().out
 
@@ -322,20 +320,20 @@ def test_damaged_files_are_named(tmp_path):
     """A file that is truncated, has no rows or is of another kind is an error that says so."""
     for name, content, reason in (
         ("cut.jsonl.gz", gzip.compress(ROWS.read_bytes())[:-50], "truncated or damaged"),
-        ("empty.jsonl", b"\n", "contains no valid row"),
-        ("rows.csv", b"a", "is not a .jsonl or"),
+        ("empty.jsonl", b"\n", "contains nothing to evaluate on"),
+        ("rows.csv", b"a", "rows.csv line 1: not JSON"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=reason):
-            load_examples("hellaswag", str(tmp_path / name), BLOCK_SIZE)
+            find_task("hellaswag", data=str(tmp_path / name)).load(BLOCK_SIZE)
     with pytest.raises(ValueError, match="needs --data"):
-        load_examples("text", None, BLOCK_SIZE)
+        find_task("text").load(BLOCK_SIZE)
     file = tmp_path / "text.txt"
     file.write_text("")
-    with pytest.raises(ValueError, match="contains no text"):
-        load_examples("text", str(file), BLOCK_SIZE)
+    with pytest.raises(ValueError, match="contains nothing to evaluate on"):
+        find_task("text", data=str(file)).load(BLOCK_SIZE)
     with pytest.raises(ValueError, match=f"stride is 1000, expected at most .* {BLOCK_SIZE}"):
-        load_examples("text", str(file), BLOCK_SIZE, stride=1000)
+        find_task("text", data=str(file), stride=1000).load(BLOCK_SIZE)
 
 
 @pytest.mark.parametrize("task", ["hellaswag", "lambada"])
@@ -348,7 +346,7 @@ def test_rows_of_the_hub(task, monkeypatch, datasets, network):
     monkeypatch.setattr(
         "datasets.load_dataset", lambda repo, **options: asked.append((repo, options)) or [row, row]
     )
-    examples = load_examples(task, None, BLOCK_SIZE, limit=1)
+    examples = find_task(task, limit=1).load(BLOCK_SIZE)
     assert [example.record["row"] for example in examples] == [1]
     ((repo, options),) = asked
     expected = {"hellaswag": ("Rowan/hellaswag", "validation"), "lambada": (HUB_LAMBADA, "test")}
@@ -359,16 +357,48 @@ def test_rows_of_the_hub(task, monkeypatch, datasets, network):
 
     monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(ConnectionError, match=rf"{repo}: no network.* --data.* --hellaswag_data"):
-        load_examples(task, None, BLOCK_SIZE)
+        find_task(task).load(BLOCK_SIZE)
 
 
-def test_ranks_count_every_example_once(model):
-    """The counts of all ranks add up to those of one."""
-    examples = load_examples("hellaswag", str(ROWS), BLOCK_SIZE)
-    expected = count_correct(model, examples, CPU)
-    shares = [count_correct(model, examples, CPU, rank=r, world_size=3) for r in range(3)]
-    assert tuple(map(sum, zip(*shares, strict=True))) == expected
-    assert 0 < expected[0] < expected[2] == 20
+class Share(Distributed):
+    """A rank that sees only its own share."""
+
+    def all_gather(self, value: object) -> list:
+        return [value]
+
+
+def test_ranks_score_every_example_once(model):
+    """The records of all ranks are those of one."""
+    task = find_task("hellaswag", data=str(ROWS))
+    examples = task.load(BLOCK_SIZE)
+    shares = [Share(rank, 3, CPU.device) for rank in range(3)]
+    found = [r for dist in shares for b in task.score_examples(model, examples, dist) for r in b]
+    expected = score_all(task, model, examples)
+    assert sorted(found, key=lambda record: record["row"]) == expected
+    assert len(expected) == 20
+
+
+def test_training_evaluates_a_task_by_name(model, write_rows):
+    """Its metrics are those of its records, each under the names of task and metric."""
+    lambada = write_rows([{"text": text} for text in LAMBADA])
+    for name, data, keys in (
+        ("hellaswag", str(ROWS), ["hellaswag_acc", "hellaswag_acc_norm"]),
+        ("lambada", lambada, ["lambada_acc", "lambada_perplexity"]),
+    ):
+        task = find_task(name, data=data)
+        examples = task.load(BLOCK_SIZE)
+        metrics = task.compute_metrics(score_all(task, model, examples))
+        logged = evaluate_task(name, model, examples, CPU)
+        assert list(logged) == keys
+        assert list(logged.values()) == [metric["value"] for metric in metrics.values()]
+
+
+def test_unknown_tasks_and_settings_are_named():
+    """A name that is no task, or a setting of another one, is an error: no task stands in."""
+    with pytest.raises(ValueError, match="task is piqa, expected hellaswag or lambada or text"):
+        find_task("piqa")
+    with pytest.raises(ValueError, match="stride is not a setting of task lambada; omit --stride"):
+        find_task("lambada", stride=3)
 
 
 def test_perplexity_beyond_floats_is_infinite():
