@@ -6,9 +6,9 @@ first exactly once.
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -45,45 +45,89 @@ def make_batch(idx: np.ndarray, targets: np.ndarray) -> Batch:
     return Batch(torch.from_numpy(idx), torch.from_numpy(targets), rows)
 
 
-class TrainingData(Protocol):
-    """The data of a training run: batches as a function of the step alone, so that a run can resume
-    at any step, on any number of ranks.
+class TrainingData(ABC):
+    """The rows of a training run, and the batches of a step as a function of the step alone, so
+    that a run can resume at any step, on any number of ranks.
+
+    Epochs follow each other without a gap, each with its own seeded order of all rows. Step s is
+    the s-th run of `rows_per_step` rows of that sequence, dealt out to micro-steps, ranks and the
+    rows of a batch in this order. So a step has the same rows on any machine.
     """
 
-    @property
-    def block_size(self) -> int:
-        """Tokens in the longest row."""
+    has_one_shape: ClassVar[bool]  # whether all batches have the same shape
+    setting: ClassVar[str]  # the name of `step_size` in the config
+    fingerprint: str  # a hash that identifies the data
+    epoch_size: str  # of an epoch, for the user
 
-    @property
-    def has_one_shape(self) -> bool:
-        """Whether all batches have the same shape."""
+    def __init__(
+        self,
+        n_rows: int,
+        step_size: int,
+        *,
+        row_size: int,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        """A step is `step_size` tokens or examples, a row `row_size` of these, and `block_size`
+        tokens at most.
+        """
+        self.n_rows, self.rows_per_step = n_rows, step_size // row_size
+        self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        if step_size % (micro := batch_size * row_size * world_size):
+            sizes = range(batch_size, 0, -1)
+            fitting = [n for n in sizes if step_size % (n * row_size * world_size) == 0]
+            below = step_size // micro * micro
+            nearest = " or ".join(str(n) for n in (below, below + micro) if n)
+            remedy = f"the nearest are {nearest}"
+            if fitting:
+                remedy = f"--batch_size {fitting[0]} fits, and the loss curve is the same with it"
+            raise ValueError(
+                f"{self.setting} {step_size} is not a multiple of batch_size {batch_size} x "
+                f"{row_size} x {world_size} ranks = {micro}; {remedy}"
+            )
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash that identifies the data."""
+    @abstractmethod
+    def read_rows(self, ids: list[int]) -> Batch:
+        """The rows as a batch."""
 
-    @property
-    def grad_accum_steps(self) -> int:
-        """Micro-steps per step."""
-
-    def micro_batch(self, step: int, micro_step: int) -> Batch:
-        """This rank's rows of a micro-step. Both arguments count from 1."""
-
+    @abstractmethod
     def targets_in_step(self, step: int) -> int:
         """Predicted tokens of a step over all ranks."""
 
+    @abstractmethod
     def tokens_through(self, step: int) -> int:
         """Tokens of all steps up to and including this one."""
 
     @property
-    def epoch_size(self) -> str:
-        """The tokens or examples of an epoch, for the user."""
+    def grad_accum_steps(self) -> int:
+        return self.rows_per_step // (self.batch_size * self.world_size)
 
     @property
-    def steps_per_epoch(self) -> float: ...
+    def steps_per_epoch(self) -> float:
+        return self.n_rows / self.rows_per_step
+
+    def row_ids(self, step: int) -> list[int]:
+        """The rows of a step, counted from 1."""
+        first = (step - 1) * self.rows_per_step
+        return epoch_entries(first, self.rows_per_step, self.n_rows, self.seed)
+
+    def micro_batch(self, step: int, micro_step: int) -> Batch:
+        """This rank's rows of a micro-step. Both arguments count from 1."""
+        first = ((micro_step - 1) * self.world_size + self.rank) * self.batch_size
+        return self.read_rows(self.row_ids(step)[first : first + self.batch_size])
 
     def summary(self) -> str:
         """The sizes that follow from the config, for the user."""
+        return (
+            f"{self.tokens_through(1):,} tokens in the first step: {self.batch_size} rows of up to "
+            f"{self.block_size} tokens x {self.world_size} ranks x grad_accum_steps "
+            f"{self.grad_accum_steps}\n"
+            f"data: {self.epoch_size}; an epoch is {self.steps_per_epoch:,.1f} steps"
+        )
 
 
 def read_windows(shards: TokenShards, ids: list[int], block_size: int, limit: int) -> Batch:
@@ -118,94 +162,31 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-@dataclass(frozen=True)
-class PretrainingData:
-    """Batches of token windows, as `TrainingData` describes.
+class PretrainingData(TrainingData):
+    """Windows of tokens. The last window of an epoch may be short."""
 
-    Epochs follow each other without a gap, each with its own seeded order of all windows. Step s is
-    the s-th run of total_batch_size / block_size windows of that sequence, dealt out to
-    micro-steps, ranks and rows in this order. So a step has the same windows on any machine.
-    """
+    has_one_shape = True
+    setting = "total_batch_size"
 
-    shards: TokenShards
-    _: KW_ONLY
-    block_size: int
-    batch_size: int
-    total_batch_size: int
-    seed: int
-    rank: int = 0
-    world_size: int = 1
+    def __init__(
+        self, shards: TokenShards, *, block_size: int, total_batch_size: int, **options: int
+    ):
+        self.shards, self.total_batch_size = shards, total_batch_size
+        self.fingerprint, self.epoch_size = shards.fingerprint, f"{len(shards):,} tokens"
+        n_windows = -(-(len(shards) - 1) // block_size)
+        sizes = {"row_size": block_size, "block_size": block_size, **options}
+        super().__init__(n_windows, total_batch_size, **sizes)
 
-    def __post_init__(self) -> None:
-        micro = self.batch_size * self.block_size * self.world_size
-        if self.total_batch_size % micro:
-            rows, rest = divmod(self.total_batch_size, self.block_size * self.world_size)
-            fitting = [n for n in range(min(self.batch_size, rows), 0, -1) if rows % n == 0]
-            below = self.total_batch_size // micro * micro
-            nearest = " or ".join(str(n) for n in (below, below + micro) if n)
-            remedy = f"the nearest are {nearest}"
-            if fitting and not rest:
-                remedy = f"--batch_size {fitting[0]} fits, and the loss curve is the same with it"
-            raise ValueError(
-                f"total_batch_size {self.total_batch_size} is not a multiple of batch_size "
-                f"{self.batch_size} x block_size {self.block_size} x {self.world_size} ranks = "
-                f"{micro}; {remedy}"
-            )
-
-    @property
-    def has_one_shape(self) -> bool:
-        return True
-
-    @property
-    def fingerprint(self) -> str:
-        return self.shards.fingerprint
-
-    @property
-    def grad_accum_steps(self) -> int:
-        return self.total_batch_size // (self.batch_size * self.block_size * self.world_size)
-
-    @property
-    def windows_per_step(self) -> int:
-        return self.total_batch_size // self.block_size
-
-    @property
-    def n_windows(self) -> int:
-        """Windows in an epoch. The last one may be short."""
-        return -(-(len(self.shards) - 1) // self.block_size)
-
-    def _window_ids(self, first: int, count: int) -> list[int]:
-        return epoch_entries(first, count, self.n_windows, self.seed)
-
-    def micro_batch(self, step: int, micro_step: int) -> Batch:
-        position = (micro_step - 1) * self.world_size + self.rank
-        first = (step - 1) * self.windows_per_step + position * self.batch_size
-        ids = self._window_ids(first, self.batch_size)
+    def read_rows(self, ids: list[int]) -> Batch:
         return read_windows(self.shards, ids, self.block_size, limit=len(self.shards) - 1)
 
     def targets_in_step(self, step: int) -> int:
         """total_batch_size, less what the last window of an epoch lacks."""
-        ids = self._window_ids((step - 1) * self.windows_per_step, self.windows_per_step)
-        missing = self.n_windows * self.block_size - (len(self.shards) - 1)
-        return self.total_batch_size - missing * ids.count(self.n_windows - 1)
+        missing = self.n_rows * self.block_size - (len(self.shards) - 1)
+        return self.total_batch_size - missing * self.row_ids(step).count(self.n_rows - 1)
 
     def tokens_through(self, step: int) -> int:
         return step * self.total_batch_size
-
-    @property
-    def epoch_size(self) -> str:
-        return f"{len(self.shards):,} tokens"
-
-    @property
-    def steps_per_epoch(self) -> float:
-        return len(self.shards) / self.total_batch_size
-
-    def summary(self) -> str:
-        return (
-            f"tokens per step: {self.total_batch_size:,} = {self.batch_size} sequences x "
-            f"{self.block_size} tokens x {self.world_size} ranks x grad_accum_steps "
-            f"{self.grad_accum_steps}\n"
-            f"data: {self.epoch_size}, an epoch is {self.steps_per_epoch:,.1f} steps"
-        )
 
 
 def validation_batches(

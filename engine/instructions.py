@@ -1,16 +1,15 @@
 """Prompts and completions, the templates of prompts, and the batches of a step."""
 
-import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from engine.data import IGNORE_INDEX, Batch, epoch_entries, epoch_order, make_batch
+from engine.data import IGNORE_INDEX, Batch, TrainingData, epoch_order, make_batch
 from engine.files import read_json, sha256_text, write_json
 from engine.rows import STDLIB, convert_rows, get_text, open_rows
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
@@ -143,83 +142,40 @@ def pad(examples: list[PromptCompletion]) -> Batch:
     return make_batch(idx, targets)
 
 
-@dataclass(frozen=True)
-class InstructionData:
-    """Batches of examples, as `TrainingData` describes. Every epoch has its own seeded order. The
-    examples of a step are sorted by length before they are dealt out to micro-steps and ranks, so
-    that the rows of a batch need little padding.
+class InstructionData(TrainingData):
+    """Examples. Those of a step are sorted by length before they are dealt out, so that the rows of
+    a batch need little padding.
     """
 
-    examples: list[PromptCompletion]
-    _: KW_ONLY
-    batch_size: int
-    examples_per_step: int
-    seed: int
-    rank: int = 0
-    world_size: int = 1
+    has_one_shape = False
+    setting = "examples_per_step"
 
-    has_one_shape: ClassVar[bool] = False
+    def __init__(self, examples: list[PromptCompletion], *, examples_per_step: int, **options: int):
+        self.examples = examples
+        self.lengths = np.array([len(example.tokens) - 1 for example in examples])  # of the inputs
+        self.fingerprint = sha256_text(
+            "".join(repr((e.n_prompt, e.tokens.tolist())) for e in examples)
+        )
+        self.epoch_size = (
+            f"{len(examples):,} examples with {self.lengths.sum():,} tokens, "
+            f"{count_targets(examples):,} of them predicted"
+        )
+        sizes = {"row_size": 1, "block_size": int(self.lengths.max()), **options}
+        super().__init__(len(examples), examples_per_step, **sizes)
 
-    def __post_init__(self) -> None:
-        micro = self.batch_size * self.world_size
-        if self.examples_per_step % micro:
-            raise ValueError(
-                f"examples_per_step {self.examples_per_step} is not a multiple of batch_size "
-                f"{self.batch_size} x {self.world_size} ranks = {micro}; --examples_per_step "
-                f"{-(-self.examples_per_step // micro) * micro} is"
-            )
+    def row_ids(self, step: int) -> list[int]:
+        return sorted(super().row_ids(step), key=lambda i: (self.lengths[i], i))
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        return sha256_text("".join(repr((e.n_prompt, e.tokens.tolist())) for e in self.examples))
-
-    @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        """Input tokens of each example."""
-        return np.array([len(example.tokens) - 1 for example in self.examples])
-
-    @property
-    def block_size(self) -> int:
-        return int(self.lengths.max())
-
-    @property
-    def grad_accum_steps(self) -> int:
-        return self.examples_per_step // (self.batch_size * self.world_size)
-
-    def _examples_in_step(self, step: int) -> list[PromptCompletion]:
-        n = self.examples_per_step
-        ids = epoch_entries((step - 1) * n, n, len(self.examples), self.seed)
-        return [self.examples[i] for i in sorted(ids, key=lambda i: (self.lengths[i], i))]
-
-    def micro_batch(self, step: int, micro_step: int) -> Batch:
-        first = ((micro_step - 1) * self.world_size + self.rank) * self.batch_size
-        return pad(self._examples_in_step(step)[first : first + self.batch_size])
+    def read_rows(self, ids: list[int]) -> Batch:
+        return pad([self.examples[i] for i in ids])
 
     def targets_in_step(self, step: int) -> int:
-        return count_targets(self._examples_in_step(step))
+        return count_targets([self.examples[i] for i in self.row_ids(step)])
 
     def tokens_through(self, step: int) -> int:
-        n = len(self.examples)
-        epochs, rest = divmod(step * self.examples_per_step, n)
-        ids = epoch_order(self.seed, epochs, n)[:rest]
+        epochs, rest = divmod(step * self.rows_per_step, self.n_rows)
+        ids = epoch_order(self.seed, epochs, self.n_rows)[:rest]
         return int(epochs * self.lengths.sum() + self.lengths[ids].sum())
-
-    @property
-    def epoch_size(self) -> str:
-        return f"{len(self.examples):,} examples"
-
-    @property
-    def steps_per_epoch(self) -> float:
-        return len(self.examples) / self.examples_per_step
-
-    def summary(self) -> str:
-        return (
-            f"examples per step: {self.examples_per_step} = {self.batch_size} x {self.world_size} "
-            f"ranks x grad_accum_steps {self.grad_accum_steps}\n"
-            f"data: {self.epoch_size} with {self.lengths.sum():,} tokens, "
-            f"{count_targets(self.examples):,} of them predicted; the longest has "
-            f"{self.block_size}; an epoch is {self.steps_per_epoch:,.1f} steps"
-        )
 
 
 def count_targets(examples: list[PromptCompletion]) -> int:

@@ -31,7 +31,7 @@ def test_each_token_once_per_epoch(make_shards, n_tokens):
     shards = TokenShards(make_shards(*[n_tokens // 2, n_tokens - n_tokens // 2]), "train")
     data = make_data(shards, 1, 8, seed=3)
     for epochs in (1, 2):
-        counts = np.bincount(predicted(data, range(1, epochs * data.n_windows + 1)))
+        counts = np.bincount(predicted(data, range(1, epochs * data.n_rows + 1)))
         assert counts.tolist() == [0] + [epochs] * (n_tokens - 1)
 
 

@@ -279,9 +279,10 @@ def test_summary(examples):
     tokens = sum(len(e.tokens) - 1 for e in examples)
     predicted = sum(len(e.tokens) - e.n_prompt for e in examples)
     assert data.summary() == (
-        "examples per step: 20 = 5 x 2 ranks x grad_accum_steps 2\n"
-        f"data: 50 examples with {tokens:,} tokens, {predicted:,} of them predicted; the longest "
-        f"has {data.block_size}; an epoch is 2.5 steps"
+        f"{data.tokens_through(1):,} tokens in the first step: 5 rows of up to {data.block_size} "
+        "tokens x 2 ranks x grad_accum_steps 2\n"
+        f"data: 50 examples with {tokens:,} tokens, {predicted:,} of them predicted; an epoch is "
+        "2.5 steps"
     )
 
 
