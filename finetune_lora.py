@@ -141,12 +141,9 @@ class FinetuneConfig(TrainConfig):
                 if self.lora_form == "summed" and getattr(self, name) not in (None, needed):
                     raise ValueError(f"lora_form is summed, which needs {name} {needed}")
             return
-        for name, default in (("lora_form", "separate"), ("base_precision", "fp32")):
-            if (value := getattr(self, name)) != default:
+        for name in ("lora_load_path", "lora_form", "base_precision", *LORA_SETTINGS):
+            if (value := getattr(self, name)) != getattr(FinetuneConfig, name):
                 raise ValueError(f"{name} is {value}, which needs --use_lora")
-        for name in ("lora_load_path", *LORA_SETTINGS):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name} is given, which needs --use_lora")
 
 
 def main(given: FinetuneConfig) -> None:
@@ -171,7 +168,7 @@ def main(given: FinetuneConfig) -> None:
         if merged and is_occupied(merged) and not is_finished:
             raise ValueError(f"merge_out {merged} already exists; choose another folder")
         if config.use_lora:
-            freeze_base(model, config)
+            freeze_base(model, config, dist)
         sizes: dict[str, Any] = {
             "batch_size": config.batch_size,
             "rank": dist.rank,
@@ -187,7 +184,6 @@ def main(given: FinetuneConfig) -> None:
                 save_prompt_template(examples, run)
             if config.use_lora:
                 mark_base(Path(base_path), run)
-            announce_adapter(model, config)
         try:
             train(model, data, val, prompts, config, dist, resumed)
         finally:
@@ -274,22 +270,20 @@ def resolve_config(
     return resolve_device_settings(replace(config, **resolved), dist)
 
 
-def freeze_base(model: GPT, config: FinetuneConfig) -> None:
+def freeze_base(model: GPT, config: FinetuneConfig, dist: Distributed) -> None:
     """Freeze all but the adapter; apply lora_form and base_precision."""
     only_optimize_lora_parameters(model)
-    for linear in lora_linears(model).values():
+    linears = lora_linears(model).values()
+    for linear in linears:
         linear.sums_weight = config.lora_form == "summed"
     if config.base_precision == "bf16":
         cast_frozen_weights(model, torch.bfloat16)
-
-
-def announce_adapter(model: GPT, config: FinetuneConfig) -> None:
-    if config.use_lora:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        n, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
+    if dist.is_main:
+        sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+        n, total = sum(sizes), sum(p.numel() for p in model.parameters())
         print(
-            f"LoRA: {len(lora_linears(model))} layers, {len(trained)} trainable tensors with "
-            f"{n:,} parameters, {n / total:.2%} of all; adapter {4 * n / 1e6:.2f} MB"
+            f"LoRA: {len(linears)} layers, {len(sizes)} trainable tensors with {n:,} parameters, "
+            f"{n / total:.2%} of all; adapter {4 * n / 1e6:.2f} MB"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from engine.checkpoint import check_vocabulary, latest_checkpoint, load_model
 from engine.config import MAX_SEED, Settings, flag, run_command
 from engine.decode import speed_up_decoding
-from engine.distributed import Distributed, check_memory, has_finite_weights
+from engine.distributed import Distributed, has_finite_weights
 from engine.instructions import TEMPLATE_FILE, PromptTemplate, find_prompt_template
 from engine.lora import lora_linears, merge_lora
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
@@ -35,7 +35,10 @@ class SampleConfig(Settings):
     )
     input: str | None = flag(None, "input of the instruction")
     num_return_sequences: int = flag(
-        1, "continuations to generate: one is streamed, several are printed when all are complete"
+        1,
+        "continuations to generate: one is streamed, several are printed when all are complete",
+        at_least=1,
+        at_most=10_000,
     )
     max_new_tokens: int = flag(
         None, "maximum tokens in each continuation (default: 50, in answers 256)"
@@ -118,15 +121,12 @@ def print_continuations(
     is_answer: bool = False,
 ) -> None:
     """Print the prompt with its continuations, or answers alone; the speed goes to stderr."""
-    shape, n = model.config, config.num_return_sequences
-    cache = 2 * shape.n_layer * shape.block_size * shape.n_embd  # keys and values
-    check_memory(4 * n * (cache + shape.vocab_size), f"{n} continuations", generator.device.type)
     ids = get_tokenizer().encode(prompt, disallowed_special=()) or [END_OF_TEXT_ID]
     if len(ids) > (block_size := model.config.block_size):
         seen = f"the model sees only the last {block_size}"
         print(f"the prompt has {len(ids)} tokens; {seen}", file=sys.stderr)
         ids = ids[-block_size:]
-    rows = [Continuation(config.stop) for _ in range(n)]
+    rows = [Continuation(config.stop) for _ in range(config.num_return_sequences)]
     streaming = len(rows) == 1
     shown, max_new_tokens = ("", ANSWER_TOKENS) if is_answer else (prompt, PROMPT_TOKENS)
     started = time.perf_counter()

@@ -1,6 +1,7 @@
 """Pretrain GPT-2. On N devices: torchrun --standalone --nproc_per_node=N train_gpt2.py"""
 
 import math
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from engine.checkpoint import load_model
 from engine.config import TrainConfig, flag, run_command
 from engine.data import PretrainingData, validation_batches
-from engine.distributed import Distributed, check_memory, keep_freed_memory, resolve_device_settings
+from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
 from engine.evaluation import Prompt
 from engine.lora import lora_linears
 from engine.resume import open_run
@@ -59,11 +60,6 @@ def main(given: PretrainConfig) -> None:
     train_shards, val_shards = (
         TokenShards(given.data_dir, split, verify=dist.is_main) for split in ("train", "val")
     )
-    if (given.block_size or 0) >= len(train_shards):
-        raise ValueError(
-            f"block_size is {given.block_size}, but {given.data_dir} has {len(train_shards)} "
-            "training tokens; lower it, or prepare more text"
-        )
     resolve = partial(resolve_config, dist=dist)
     with open_run(given, dist, build_model, resolve) as (config, model, resumed):
         sizes: dict[str, Any] = {
@@ -129,11 +125,20 @@ def new_model(model_config: GPTConfig, config: PretrainConfig) -> GPT:
 
 
 def check_size(config: GPTConfig) -> None:
-    """MemoryError if the weights alone would not fit into this machine's memory."""
+    """MemoryError if the weights alone would not fit into this machine's memory: the system would
+    swap, or end the process.
+    """
     C, rows = config.n_embd, config.padded_vocab_size + config.block_size
     block = 12 * C * C + 13 * C  # weights, biases
     n_bytes = config.n_layer * (4 * block + BYTES_PER_BLOCK) + 4 * rows * C
-    check_memory(n_bytes, f"{config.n_layer} layers of width {C}")
+    if not hasattr(os, "sysconf"):  # on Windows
+        return
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if n_bytes > total:
+        raise MemoryError(
+            f"{config.n_layer} layers of width {C} take at least {n_bytes // 10**9:,} GB, this "
+            f"machine has {total // 10**9:,} GB"
+        )
 
 
 def sinusoids(T: int, C: int) -> torch.Tensor:

@@ -54,9 +54,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def latest_checkpoint(name_or_path: str | Path) -> Path:
-    """A run's latest checkpoint; any other name or path as it is. ValueError for an empty name."""
-    if not str(name_or_path):
-        raise ValueError("the name of a model or an adapter is empty, expected a name or a folder")
+    """A run's latest checkpoint; any other name or path as it is."""
     return next(reversed(list_checkpoints(name_or_path)), Path(name_or_path))
 
 

@@ -125,23 +125,6 @@ def cudnn_attention(enabled: bool) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def check_memory(n_bytes: int, what: str, device_type: str = "cpu") -> None:
-    """MemoryError if `what` takes more memory than the current device has in all; without this,
-    the system would swap, or end the process.
-    """
-    if device_type == "cuda":
-        total = torch.cuda.get_device_properties().total_memory
-    elif hasattr(os, "sysconf"):  # not on Windows
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return
-    if n_bytes > total:
-        raise MemoryError(
-            f"{what} take at least {n_bytes // 10**9:,} GB, the {device_type} has "
-            f"{total // 10**9:,} GB"
-        )
-
-
 def has_bf16_units(device: torch.device) -> bool:
     """Whether the device computes in bf16, rather than emulating it slowly."""
     if device.type == "cuda":

@@ -245,8 +245,6 @@ def convert_linear_layer_to_lora(
 def replace_linears(model: nn.Module, names: list[str], config: LoRAConfig) -> None:
     for name in names:
         linear = model.get_submodule(name)
-        if linear.bias is None:
-            raise ValueError(f"{name} has no bias, but LoRALinear needs one; GPT-2's all have")
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRALinear(linear, config))
 

@@ -18,7 +18,6 @@ from engine.distributed import (
     Distributed,
     autocast,
     autocast_dtype,
-    check_memory,
     cudnn_attention,
     full_tensor,
     shard_model,
@@ -35,8 +34,6 @@ class TrainingStep:
     def __init__(self, model: GPT, data: TrainingData, config: TrainConfig, dist: Distributed):
         self.model, self.data, self.config, self.dist = model.train(), data, config, dist
         self.dtype = autocast_dtype(config.precision)
-        embeddings = 4 * config.batch_size * data.block_size * model.config.n_embd
-        check_memory(embeddings, f"{config.batch_size} sequences at once", dist.device.type)
         if self.dtype is not None and dist.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == torch.float16)

@@ -89,21 +89,17 @@ class BatchEncoder:
             if is_checked and len(text) <= MAX_CHECKED_CHARS:
                 found = tokens[ends[i] - lengths[i] : ends[i]]
                 if not np.array_equal(found, encode_with_tiktoken(text)):
-                    raise ValueError(describe_difference(number, text))
+                    raise ValueError(
+                        f"gigatoken and tiktoken disagree on text {number + 1}, which begins with "
+                        f"{text[:60]!r}; to use tiktoken alone, delete the shards, `pip uninstall "
+                        "gigatoken` and run this again"
+                    )
         self.n_texts += len(texts)
         return tokens, lengths
 
 
 def encode_with_tiktoken(text: str) -> np.ndarray:
     return get_tokenizer().encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-
-
-def describe_difference(number: int, text: str) -> str:
-    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("gigatoken", "tiktoken"))
-    return (
-        f"{' and '.join(versions)} disagree on text {number + 1}, which begins with {text[:60]!r}; "
-        "to use tiktoken alone, delete the shards, `pip uninstall gigatoken` and run this again"
-    )
 
 
 def load_gigatoken() -> "gigatoken.Tokenizer | None":

@@ -4,8 +4,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -56,11 +55,7 @@ def train(
     if dist.is_main:
         announce_run(model, data, config, dist)
         warn_of_settings(model, data, config, dist)
-    with (
-        explaining_errors(config, dist.device),
-        Interrupt() as interrupt,
-        profile_steps(config, dist, start) as profiler,
-    ):
+    with Interrupt() as interrupt, profile_steps(config, dist, start) as profiler:
         training_step = TrainingStep(model.to(dist.device), data, config, dist)
         if resumed:
             training_step.restore(resumed.tensors)
@@ -68,16 +63,8 @@ def train(
         if dist.is_main:
             extend_run(Path(config.out_dir), config)
             write_atomically(Path(config.out_dir) / "config.yaml", to_yaml(config).encode())
-        evaluation = Evaluation(
-            model,
-            training_step.summed_loss,
-            val,
-            prompts,
-            hellaswag,
-            config,
-            dist,
-            has_one_shape=data.has_one_shape,
-        )
+        loss, one_shape = training_step.summed_loss, data.has_one_shape
+        evaluation = Evaluation(model, loss, val, prompts, hellaswag, config, dist, one_shape)
         logger = RunLogger(config, dist, start)
         if start:
             is_finished = start == config.max_steps
@@ -217,28 +204,6 @@ def collect_facts(model: GPT, data: TrainingData, step: int) -> dict[str, str]:
         "epochs": f"{step / data.steps_per_epoch:.2f}",
         "training FLOPs": f"{flops:.2e}",
     }
-
-
-@contextmanager
-def explaining_errors(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Turn what PyTorch raises without memory, or without a compiler, into advice."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{device} ran out of memory with batch_size {config.batch_size}; lower it (without "
-            "dropout the loss curve stays the same), or add --recompute block"
-        ) from error
-    except RuntimeError as error:
-        from torch._dynamo.exc import BackendCompilerFailed  # importing it takes a second
-
-        if not isinstance(error, BackendCompilerFailed):
-            raise
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"torch.compile failed: {reason}; install a C++ compiler and Python's headers (apt "
-            "install build-essential python3-dev), or use --no-compile"
-        ) from error
 
 
 def profile_steps(config: TrainConfig, dist: Distributed, start: int) -> AbstractContextManager:

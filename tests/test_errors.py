@@ -60,7 +60,6 @@ WRONG = [
     ("train_gpt2 --data_dir empty", "no train shards in empty"),
     ("train_gpt2 --data_dir half", "half/manifest.json is damaged"),
     ("train_gpt2 --data_dir llama", "llama has tokens of 'llama', expected 'gpt2'; prepare the"),
-    ("train_gpt2 --data_dir few --block_size 9", "block_size is 9, but few has 9 training tokens"),
     ("train_gpt2 --max_lr nan", "nan"),
     ("train_gpt2 surplus", "surplus"),
     ("train_gpt2 --max_steps 1000000000000000000", "and at most 1,000,000,000,000"),
@@ -110,7 +109,7 @@ WRONG = [
     ("sample --model gpt2-nowhere --prompt x", "without a network, name one with config.json"),
     (
         "sample --model tiny --prompt x --num_return_sequences 1000000000000",
-        "not enough memory: 1000000000000 continuations take at least",
+        "num_return_sequences is 1000000000000, expected at least 1 and at most 10,000",
     ),
     ("sample --model tiny --max_new_tokens 0", "expected at least 1"),
     ("sample --model= --prompt x", "model is empty, expected text"),

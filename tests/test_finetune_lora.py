@@ -354,8 +354,8 @@ WRONG_SETTINGS = [
     ({"merge_out": "base"}, "merge_out base already exists"),
     ({"val_fraction": 1.0}, "val_fraction is 1.0, expected between 0 and 1"),
     ({"lora_dropout": 1.0}, "lora_dropout is 1.0, expected 0 to below 1"),
-    ({"use_lora": False, "lora_load_path": "x"}, "lora_load_path is given, which needs --use_lora"),
-    ({"use_lora": False, "lora_dim": 4}, "lora_dim is given, which needs --use_lora"),
+    ({"use_lora": False, "lora_load_path": "x"}, "lora_load_path is x, which needs --use_lora"),
+    ({"use_lora": False, "lora_dim": 4}, "lora_dim is 4, which needs --use_lora"),
     ({"lora_alpha": 0.0}, "lora_alpha is 0.0, expected above 0"),
     ({"examples_per_step": 0}, "examples_per_step is 0"),
 ]
