@@ -199,8 +199,6 @@ def main(config: SampleConfig) -> None:
                 "machine, as fine-tuned models have; give the full text as --prompt"
             )
         prompt = template.fill(config.instruction, config.input or "")
-    elif prompt is None and sys.stdin is None:
-        raise ValueError("stdin is closed and --prompt is missing, expected one of them")
     elif prompt is None and not sys.stdin.isatty():
         prompt = read_stdin()
     device = Distributed.start(config.device).device

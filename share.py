@@ -35,22 +35,12 @@ class ShareConfig(Settings):
     private: bool = flag(False, "make a new repository private")
     dry_run: bool = flag(False, "write RUN/share, the files to upload, and stop")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.run:
-            raise ValueError("run is missing, expected a run folder such as --run runs/demo")
-        check_repo_id("repo_id", self.repo_id)
-
 
 def main(config: ShareConfig) -> None:
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
-    if not config.dry_run and get_token() is None:
-        raise ValueError(
-            "not logged in to the Hugging Face hub; run `hf auth login`, set HF_TOKEN to a token "
-            "that can write, or see the files first with --dry_run"
-        )
+    check_repo_id("repo_id", config.repo_id)
     folder = write_files(config)
     for file in sorted(folder.iterdir()):
         print(f"{file.name:<28}{file.stat().st_size:>15,} bytes")
@@ -62,8 +52,8 @@ def main(config: ShareConfig) -> None:
         HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder)  # one commit
     except (HTTPError, OSError) as error:
         raise OSError(
-            f"the hub did not accept {config.repo_id}: {error}. {folder} holds the files; run the "
-            "same command again with a network and a token that can write (hf auth login)"
+            f"the hub did not accept {config.repo_id}: {error}. {folder} holds the files; log in "
+            "with a token that can write (hf auth login), and run the same command again"
         ) from error
     print(f"uploaded to {url}")
 

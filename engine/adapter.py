@@ -102,20 +102,15 @@ def read_adapter_config(folder: Path | str) -> AdapterConfig:
             raise ValueError(
                 f"{path}: {option} {value!r} is not supported; merge the adapter with PEFT"
             )
-    base, targets = options.get("base_model_name_or_path"), options.get("target_modules")
+    given = {"lora_alpha": None, **options, "lora_dim": options.get("r")}
+    names = [f.name for f in fields(LoRAConfig) if f.name in given]
     try:
-        if isinstance(targets, str):
-            re.compile(targets)
-        elif not isinstance(targets, list) or not targets:
+        lora = LoRAConfig(**{name: convert(given[name], LoRAConfig, name) for name in names})
+        if not isinstance(targets := options.get("target_modules"), str | list):
             raise ValueError(f"target_modules is {targets!r}, expected names or a pattern")
-        if not isinstance(base, str | None):
-            raise ValueError(f"base_model_name_or_path is {base!r}, expected a name or null")
-        given = {"lora_alpha": None, **options, "lora_dim": options.get("r")}
-        names = [f.name for f in fields(LoRAConfig) if f.name in given]
-        lora = {name: convert(given[name], LoRAConfig, name) for name in names}
-        return AdapterConfig(base, targets, LoRAConfig(**lora))
-    except (ValueError, re.error) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; save the adapter again") from error
+    return AdapterConfig(options.get("base_model_name_or_path"), targets, lora)
 
 
 def match_targets(names: list[str], targets: str | list[str]) -> list[str]:
@@ -145,11 +140,6 @@ def load_adapter(model: Model, path: Path | str, config: LoRAConfig | None = Non
         name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor
         for name, tensor in read_tensors(file).items()
     }
-    for name, tensor in tensors.items():  # before memory is allocated
-        if name.endswith("lora_A") and tensor.shape[:1] < (config.lora_dim,):
-            raise ValueError(
-                f"{path}: {name} is {tuple(tensor.shape)}, the model has lora_dim {config.lora_dim}"
-            )
     targets = adapter.target_modules if adapter else [n.removesuffix(".lora_A") for n in tensors]
     chosen = match_targets(convertible_linears(model), targets)
     if not chosen:

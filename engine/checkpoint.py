@@ -89,12 +89,7 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
                 f"{base}, the base model of {name_or_path}, no longer exists"
                 f"{base_hash_note(path)}; give a copy of it, and the adapter as --lora_load_path"
             )
-        if is_adapter(latest_checkpoint(base)):  # it may even be this one
-            raise ValueError(
-                f"{name_or_path} is an adapter of {base}, which is an adapter itself; expected a "
-                "model without LoRA: merge that one first"
-            )
-        return load_adapter(load_model(base), path).eval()
+        name_or_path, lora_load_path, path = base, path, latest_checkpoint(base)
     model = load_pretrained(path if path.exists() else name_or_path)
     if lora_load_path is not None:
         load_adapter(model, latest_checkpoint(lora_load_path))

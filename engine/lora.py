@@ -146,7 +146,9 @@ class LoRALinear(nn.Linear):
 
 
 def lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    """The layers with LoRA that is not merged, by name."""
+    modules = model.named_modules()
+    return {n: m for n, m in modules if isinstance(m, LoRALinear) and not m.is_merged}
 
 
 @contextmanager
@@ -262,8 +264,6 @@ def get_lora_state_dict(model: nn.Module) -> Tensors:
     linears = lora_linears(model)
     if not linears:
         raise ValueError("the model has no LoRA; call convert_linear_layer_to_lora first")
-    if merged := [name for name, linear in linears.items() if linear.is_merged]:
-        raise ValueError(f"{merged[0]} is merged into its weight; load the adapter again")
     return {
         f"{name}.{matrix}": linear.get_parameter(matrix).detach()
         for name, linear in linears.items()

@@ -24,8 +24,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file or of one written by torch.save; ValueError if it is
     damaged or holds anything else.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, expected a file of tensors; save it again")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,12 +119,9 @@ def save_tokenizer(folder: Path | str, block_size: int = 1024) -> None:
     transformers' `AutoTokenizer` rebuilds this encoding. `block_size` is its `model_max_length`.
     """
     folder = Path(folder)
-    tokenizer = build_hf_tokenizer()
-    try:
-        tokenizer.save(str(folder / "tokenizer.json"))
-        tokenizer.model.save(str(folder))
-    except Exception as error:  # tokenizers raises nothing more specific
-        raise OSError(f"the tokenizer cannot be written to {folder}: {error}") from error
+    (folder / "tokenizer.json").write_text(build_hf_tokenizer().to_str(pretty=True))
+    shutil.copyfile(find_vocabulary("encoder.json"), folder / "vocab.json")
+    shutil.copyfile(find_vocabulary("vocab.bpe"), folder / "merges.txt")
     config = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": block_size,

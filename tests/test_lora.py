@@ -395,9 +395,9 @@ def test_merging(base, idx, tmp_path):
     merge_lora(model)
     torch.testing.assert_close(logits(model, idx), expected, atol=1e-5, rtol=0)
     for wrong in (merge_lora, get_lora_state_dict, only_optimize_lora_parameters):
-        with pytest.raises(ValueError, match="is merged into its weight"):
+        with pytest.raises(ValueError, match="the model has no LoRA"):
             wrong(model)
-    with pytest.raises(ValueError, match="is merged into its weight"):
+    with pytest.raises(ValueError, match="the model has no LoRA"):
         save_adapter(model, tmp_path / "adapter")
     model.save_pretrained(tmp_path / "merged")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
@@ -496,10 +496,8 @@ def test_bad_adapters_are_errors(base, tmp_path):
     check_error("and at most 1,000,000,000,000", config={"r": 10**15})
     check_error("lora_alpha is 0", config={"lora_alpha": 0})
     check_error("lora_dropout is 1.5", config={"lora_dropout": 1.5})
-    check_error("base_model_name_or_path is 5", config={"base_model_name_or_path": 5})
     check_error("lora_alpha is null", config={"lora_alpha": None})
     check_error("target_modules is 5", config={"target_modules": 5})
-    check_error("is damaged", config={"target_modules": "(["})
     check_error("LoRA for none of the model's linear layers", config={"target_modules": ["q_proj"]})
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_model(base, tmp_path / "nowhere")
