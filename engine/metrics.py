@@ -55,26 +55,17 @@ class Meter:
         self.data, self.dist = data, dist
         self.flops_per_token = flops_per_token(model, data.block_size)
         self.peak_flops = peak_flops(dist.device)
-        self.pending: deque[tuple[int, float, float, torch.Tensor, torch.cuda.Event | None]] = (
-            deque()
-        )
+        self.pending: deque[tuple[dict, float, torch.Tensor, torch.cuda.Event | None]] = deque()
         self.max_pending = int(dist.device.type == "cuda")  # a CPU's step is over when it returns
         self.last_read = -math.inf
         self.skipped_in_a_row = 0  # steps whose gradient was not finite
         self.stop_requested = False  # on any rank
 
     def add(
-        self,
-        step: int,
-        started: float,
-        loss: torch.Tensor,
-        grad_norm: torch.Tensor,
-        *,
-        lr: float,
-        stop: bool,
+        self, record: dict, started: float, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool
     ) -> None:
-        """Take the results of a step launched at time `started`, and whether this rank should stop
-        after it.
+        """Take the results of a step launched at time `started`: what is known of it (its number
+        and learning rate), its loss and norm, and whether this rank should stop after it.
         """
         # Ranks must agree on stopping, and asking together with the loss costs nothing.
         sums = self.dist.all_reduce(torch.stack([loss, torch.full_like(loss, stop)]))
@@ -84,7 +75,7 @@ class Meter:
             results = torch.empty(3, pin_memory=True).copy_(results, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        self.pending.append((step, started, lr, results, copied))
+        self.pending.append((record, started, results, copied))
 
     def read(self, wait: bool) -> Iterator[dict]:
         """The records of the steps that are done; with `wait` or a stop requested, of all steps."""
@@ -92,7 +83,7 @@ class Meter:
             yield self._read_step()
 
     def _read_step(self) -> dict:
-        step, started, lr, results, copied = self.pending.popleft()
+        record, started, results, copied = self.pending.popleft()
         if copied is not None:
             copied.synchronize()
         loss, stops, norm = results.tolist()
@@ -100,10 +91,9 @@ class Meter:
         seconds, self.last_read = now - max(started, self.last_read), now
         self.stop_requested |= stops > 0
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
-        tokens = self.data.tokens_through(step)
-        speed = (tokens - self.data.tokens_through(step - 1)) / seconds
-        return {
-            "step": step,
+        tokens = self.data.tokens_through(record["step"])
+        speed = (tokens - self.data.tokens_through(record["step"] - 1)) / seconds
+        return record | {
             "train_loss": finite_or_none(loss),
             "grad_norm": finite_or_none(norm),
             "tokens": tokens,
@@ -111,7 +101,6 @@ class Meter:
             "step_ms": round(seconds * 1e3, 2),
             "mfu": self._utilization(speed),
             "peak_memory_gb": round(peak_memory(self.dist.device) / 1e9, 3),
-            "lr": lr,
         }
 
     def _utilization(self, tokens_per_s: float) -> float | None:

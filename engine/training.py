@@ -55,7 +55,7 @@ def train(
     if dist.is_main:
         announce_run(model, data, config, dist)
         warn_of_settings(model, data, config, dist)
-    with Interrupt() as interrupt, profile_steps(config, dist, start) as profiler:
+    with Interrupt() as interrupt, profile_steps(config, dist) as profiler:
         training_step = TrainingStep(model.to(dist.device), data, config, dist)
         if resumed:
             training_step.restore(resumed.tensors)
@@ -90,8 +90,8 @@ def train_steps(
     for step in range(first, config.max_steps + 1):
         started = time.perf_counter()
         loss, grad_norm = training_step(step)
-        stop = interrupt.is_requested
-        meter.add(step, started, loss, grad_norm, lr=training_step.lr, stop=stop)
+        record: dict[str, Any] = {"step": step, "lr": training_step.lr}
+        meter.add(record, started, loss, grad_norm, interrupt.is_requested)
         is_last = step == config.max_steps
         is_save_due = is_due(config.save_every, step, config) or step == plateau_end(config)
         for record in meter.read(wait=is_save_due or evaluation.is_due(step)):
@@ -206,9 +206,9 @@ def collect_facts(model: GPT, data: TrainingData, step: int) -> dict[str, str]:
     }
 
 
-def profile_steps(config: TrainConfig, dist: Distributed, start: int) -> AbstractContextManager:
-    """On rank 0, a profiler of `profile` steps after the first two from `start`; the loop calls its
-    `step()`. A run that ends earlier writes a trace of the steps it did.
+def profile_steps(config: TrainConfig, dist: Distributed) -> AbstractContextManager:
+    """On rank 0, a profiler of `profile` steps after the first two; the loop calls its `step()`. A
+    run that ends earlier writes a trace of the steps it did.
     """
 
     def write(profiler: torch.profiler.profile) -> None:
@@ -222,8 +222,6 @@ def profile_steps(config: TrainConfig, dist: Distributed, start: int) -> Abstrac
 
     if not config.profile or not dist.is_main:
         return nullcontext(SimpleNamespace(step=lambda: None))
-    if (left := max(0, config.max_steps - start - 2)) < config.profile:
-        print(f"profile is {config.profile}, but after two unprofiled steps only {left} are left")
     schedule = torch.profiler.schedule(wait=1, warmup=1, active=config.profile, repeat=1)
     return torch.profiler.profile(schedule=schedule, on_trace_ready=write)
 

@@ -304,7 +304,7 @@ def test_the_time_of_a_step_does_not_count_the_next(shards):
     for step in range(1, 5):
         started = time.perf_counter()
         torch.cuda._sleep(100_000_000)  # cycles, about 50 ms
-        meter.add(step, started, result, result, stop=False)
+        meter.add({"step": step}, started, result, result, stop=False)
         records += meter.read(wait=step == 4)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert all(record["step_ms"] > 20 for record in records)

@@ -21,7 +21,6 @@ from engine.training import (
     announce_run,
     check_skipped,
     collect_facts,
-    profile_steps,
     train,
     warn_of_settings,
 )
@@ -227,15 +226,6 @@ def test_a_diverged_model_ends_the_run_in_one_line():
     model.transformer.wpe.weight.data[0] = math.nan
     with pytest.raises(ValueError, match="weights that are not finite"):
         generate_samples(model, [Prompt()], 0, torch.device("cpu"))
-
-
-def test_a_profile_longer_than_the_run_is_reported(capsys):
-    """A run says how many steps it can profile, if there are fewer than asked for."""
-    config = PretrainConfig(max_steps=20, profile=5)
-    for start, text in ((0, ""), (13, ""), (14, "only 4 are left"), (20, "only 0 are left")):
-        profile_steps(config, CPU, start)
-        out = capsys.readouterr().out
-        assert (text in out) if text else not out
 
 
 def test_settings_and_sizes_are_printed(shards, capsys):
