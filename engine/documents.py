@@ -1,18 +1,31 @@
-"""Documents of text files: find the files, check their encoding, and read them in pieces."""
+"""Documents of files, of the hub and of Python itself: find, decode, cut and split them."""
 
+import ast
 import codecs
 import glob
+import hashlib
 import json
 import re
+import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from engine.errors import parse
-from engine.files import DAMAGED_GZIP, open_binary, read_lines
+from engine.files import DAMAGED_GZIP, open_binary, sha256_file, sha256_text
+from engine.hub import load_hub_rows, reporting_hub_errors
 
+# Text on the hub: repository and configuration.
+HUB_TEXT = {
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
+    "slimpajama": ("DKYoon/SlimPajama-6B", "default"),
+}
+HUB_REMEDY = "The same command resumes; without a network, use --dataset stdlib or your own files"
 SUFFIXES = (".txt", ".txt.gz", ".md", ".rst", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file
 # Encodings that a file's first bytes tell. UTF-32 comes first, as its mark begins with UTF-16's.
@@ -21,13 +34,165 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
 }
-CHECKED_BYTES = 1 << 24  # of each file, to see whether it is UTF-8
-MAX_UNDECODABLE, MAX_NUL = 0.001, 0.1  # shares of bytes; text in Latin-1 or UTF-16 has more
-PIECE_CHARS = 1 << 20  # longer documents are tokenized in pieces
-MAX_PIECE_CHARS = 1 << 24  # a text without spaces is cut here
+SURROGATES = re.compile("[\ud800-\udfff]")  # no text in UTF-8 has them, but JSON may escape them
+PARQUET_TEXT = re.compile("(dictionary<values=)?(large_)?string")  # types of columns
+BLOCK_BYTES = 1 << 20
+COMPRESSION = 3  # about that of text in .parquet
+# Your own documents are drawn for validation in sections of about a context of 1,024 tokens. They
+# are small, so that a text of 30 kB gives an eighth of itself rather than half. They have a fixed
+# size, so that a document and its copies are cut alike in any corpus. A long document is cut only
+# where a drawn section begins or ends.
+SECTION_CHARS = 4000
+MAX_PIECE_CHARS = 1 << 24  # of a document that should stay whole
+PRINTED_ONCE = ("bad rows", "replaced characters")  # problems that a file may have many times
+NON_SPACE = re.compile(r"\S")
+# No token of GPT-2 reaches from a non-space across a newline or space. The last resort may cut one.
+CUT = re.compile(r".*\S(?=[\r\n])|.*\S(?= )|.*(?=.)", re.DOTALL)
 
-Piece = tuple[str, bool]  # text of about PIECE_CHARS at most, and whether a document starts here
+Block = tuple[str, bool]  # text, and whether a document ends with it
+Report = Callable[..., None]  # called with a kind of problem, a message and a count (default: 1)
+
+
+def report_problem(problems: Counter, kind: str, message: str, count: int = 1) -> None:
+    """Count the problem in `problems`; print the message, or only the first of its kind."""
+    if kind not in PRINTED_ONCE or not problems[kind]:
+        print(message)
+    problems[kind] += count
+
+
+def ignore_problem(*_: object) -> None:
+    """The report of a reading before the one that reports."""
+
+
+def is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class TextFormat(NamedTuple):
+    """How files become text."""
+
+    text_field: str = "text"  # key or column in .jsonl and .parquet
+    encoding: str = "utf-8"  # of files without a byte order mark
+    decode_errors: str = "strict"  # or "replace", by U+FFFD
+
+
+class Piece(NamedTuple):
+    """A document or a section of one."""
+
+    text: str
+    starts: bool = True  # a document
+    is_val: bool = False  # drawn for validation
+    is_separated: bool = True  # by <|endoftext|> from what precedes it in its split
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from. `identity` changes when they do; `pieces(n, report)` yields them
+    from piece n on; `count_bytes()` is about how much text there is (None: unknown), and raises a
+    ValueError that names a file if it cannot be decoded.
+    """
+
+    name: str
+    identity: str
+    pieces: Callable[[int, Report], Iterator[Piece]]
+    count_bytes: Callable[[], int | None]
+    is_drawn: bool = False  # validation is drawn from all of it, not its first tokens
+
+
+def open_source(dataset: list[str], text_format: TextFormat, skip_bad_files: bool) -> Source:
+    """The source for "stdlib", a key of HUB_TEXT, or files, folders and globs."""
+    if len(dataset) > 1 and (known := {"stdlib", *HUB_TEXT} & set(dataset)):
+        raise ValueError(f"{' and '.join(known)} cannot be combined; prepare each dataset alone")
+    if dataset == ["stdlib"]:
+        documents = stdlib_documents()
+        return Source(
+            name="stdlib",
+            identity=sha256_text("\0".join(documents)),
+            pieces=lambda skip, _: map(Piece, documents[skip:]),
+            count_bytes=lambda: sum(map(len, documents)),
+        )
+    if dataset[0] in HUB_TEXT:
+        repo, name = HUB_TEXT[dataset[0]]
+        pieces = partial(stream_hub_text, repo, name)
+        return Source(dataset[0], f"{repo} {name}", pieces, lambda: None)
+    return open_files(find_files(dataset), text_format, skip_bad_files)
+
+
+def open_files(found: list[Path], text_format: TextFormat, skip_bad_files: bool) -> Source:
+    """The source for files. With `skip_bad_files` those that cannot be decoded are left out."""
+    count = cache(partial(count_text_bytes, found, text_format, skip_bad_files))
+    files = list(count()) if skip_bad_files else found
+
+    def pieces(skip: int, report: Report) -> Iterator[Piece]:
+        if n := len(found) - len(files):
+            report("bad files left out", f"{n} of {len(found)} files are left out", n)
+        read = (piece for file in files for piece in read_pieces(file, text_format, report))
+        return islice(read, skip, None)
+
+    n_bytes = sum(file.stat().st_size for file in files)
+    sha256 = sha256_text(" ".join(map(sha256_file, files)))
+    identity = f"{len(files)} files, {n_bytes} bytes, {sha256}"
+    return Source("files", identity, pieces, lambda: sum(count().values()), is_drawn=True)
+
+
+def count_text_bytes(
+    files: list[Path], text_format: TextFormat, skip_bad_files: bool
+) -> dict[Path, int]:
+    """About the bytes of text in each file. ValueError names the first that cannot be decoded; with
+    `skip_bad_files` such files are missing from the result.
+    """
+    counts = {}
+    for file in files:
+        try:
+            if file.suffix == ".parquet":  # which holds UTF-8
+                counts[file] = COMPRESSION * file.stat().st_size
+            else:
+                counts[file] = sum(map(len, decode_blocks(file, text_format)))
+        except UnicodeError as error:
+            if not skip_bad_files:
+                raise ValueError(
+                    f"{error}, name its encoding (--encoding NAME), replace what cannot be decoded "
+                    "(--decode_errors replace), or leave such files out (--skip_bad_files)"
+                ) from error
+            print(f"{error}; left out")
+    return counts
+
+
+def stream_hub_text(repo: str, name: str, skip: int, _: Report) -> Iterator[Piece]:
+    """The texts of a hub dataset from row `skip` on."""
+    rows = load_hub_rows(repo, name, streaming=True, remedy=HUB_REMEDY)
+    with reporting_hub_errors(repo, HUB_REMEDY):
+        for row in rows.select_columns(["text"]).skip(skip):
+            yield Piece(row["text"])
+
+
+def stdlib_documents() -> list[str]:
+    """Python's language reference by topic and the docstrings of its standard library. Each once,
+    ordered by hash, so that any part is a random sample.
+    """
+    import pydoc_data.topics
+
+    documents = set(pydoc_data.topics.topics.values())
+    documents |= {docstring.strip() for _, docstring in stdlib_definitions()}
+    documents.discard("")
+    return sorted(documents, key=sha256_text)
+
+
+def stdlib_definitions() -> Iterator[tuple[ast.AST, str]]:
+    """The standard library's modules, classes and functions with their docstrings, as parsed."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(root.rglob("*.py")):
+        if {"site-packages", "test", "tests", "idle_test"} & set(file.relative_to(root).parts):
+            continue
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield node, ast.get_docstring(node) or ""
 
 
 def find_files(paths: list[str]) -> list[Path]:
@@ -61,141 +226,171 @@ def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def find_encoding(file: Path) -> str:
-    """That of the file's byte order mark; without one, or in a damaged .gz, UTF-8."""
+def read_pieces(
+    file: Path,
+    text_format: TextFormat,
+    report: Report = ignore_problem,
+    n_chars: int = SECTION_CHARS,
+) -> Iterator[Piece]:
+    """The documents of a file in pieces of about `n_chars` at most. Bad rows are skipped, and of a
+    damaged .gz the text before the damage is read; both are reported. UnicodeError if the file
+    cannot be decoded.
+    """
+    if file.suffix == ".parquet":
+        return cut_documents(read_parquet(file, text_format.text_field), n_chars)
+    decoded = decode_blocks(file, text_format, report)
+    if ".jsonl" in file.suffixes:
+        return cut_documents(read_jsonl(decoded, file, text_format.text_field, report), n_chars)
+    return cut_documents(split_documents(decoded), n_chars)
+
+
+def decode_blocks(
+    file: Path, text_format: TextFormat, report: Report = ignore_problem
+) -> Iterator[str]:
+    """The text of a file in blocks, each decoded from at most BLOCK_BYTES."""
+    _, encoding, errors = text_format
+    n_read = 0
     try:
         with open_binary(file) as stream:
             start = stream.read(4)
-    except DAMAGED_GZIP:  # `stop_at_damage` reports it
-        start = b""
-    found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
-    return next(found, "utf-8-sig")
-
-
-def check_encoding(file: Path) -> None:
-    """ValueError if more than MAX_UNDECODABLE of the start of the file is not UTF-8."""
-    if problem := find_problem(file):
-        raise ValueError(f"{file} {problem}; convert it, as iconv -f LATIN1 -t UTF-8 does")
-
-
-def find_problem(file: Path) -> str | None:
-    """Why a file cannot be read as text."""
-    if file.suffix == ".parquet":
-        return None
-    try:
-        encoding = find_encoding(file)
-        with open_binary(file) as stream:
-            data = stream.read(CHECKED_BYTES)
+            marked = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
+            encoding = next(marked, encoding)
+            decode = codecs.getincrementaldecoder(encoding)(errors).decode
+            # Decodes to the same but for replaced characters, so that these can be counted.
+            decode_others = codecs.getincrementaldecoder(encoding)("ignore").decode
+            blocks = iter(partial(stream.read1, BLOCK_BYTES), b"")  # type: ignore[attr-defined]
+            for block in chain([start], blocks, [b""]):
+                n_read += len(block)
+                text = decode(block, not block)
+                if errors == "replace" and (n := len(text) - len(decode_others(block, not block))):
+                    report("replaced characters", f"{file} is not all {encoding.upper()}", n)
+                yield text
     except DAMAGED_GZIP:
-        return None  # `stop_at_damage` reports it
-    if encoding != "utf-8-sig":
-        return f"is {encoding.upper()}, expected UTF-8" if ".jsonl" in file.suffixes else None
-    n_valid = len(data.decode(errors="ignore").encode())
-    undecodable, nul = ((n / max(1, len(data))) for n in (len(data) - n_valid, data.count(0)))
-    if undecodable > MAX_UNDECODABLE:
-        return f"is not UTF-8: {undecodable:.1%} of its bytes cannot be decoded"
-    return f"is not text: {nul:.0%} of its bytes are NUL" if nul > MAX_NUL else None
+        message = f"{file} is truncated or damaged; only the text before the damage is used"
+        report("truncated files", message)
+    except UnicodeError as error:
+        reason = str(error)
+        if isinstance(error, UnicodeDecodeError):
+            offset = n_read - len(error.object) + error.start
+            reason = f"{error.reason} (byte {error.object[error.start]:#x} at offset {offset})"
+        raise UnicodeError(
+            f"{file} is not {encoding.upper()}: {reason}; convert it to UTF-8"
+        ) from error
 
 
-def read_documents(
-    file: Path, text_field: str, problems: Counter, errors: str = "replace"
-) -> Iterator[Piece]:
-    """The documents of a file in pieces. Bad rows and truncated files are skipped, reported and
-    counted in `problems`. `errors` is the decoding error handler for bytes that are not UTF-8.
-    """
-    if file.suffix == ".parquet":
-        documents = read_parquet(file, text_field)
-    elif ".jsonl" in file.suffixes:
-        documents = read_jsonl(file, text_field, problems, errors)
-    else:
-        with open_binary(file) as stream:
-            blocks = iter(partial(stream.read1, PIECE_CHARS), b"")  # type: ignore[attr-defined]
-            blocks = stop_at_damage(blocks, file, problems)
-            decoded = codecs.iterdecode(blocks, find_encoding(file), errors=errors)
-            yield from cut_into_pieces(decoded, SEPARATOR)
-        return
-    for text in documents:
-        starts = range(0, len(text), PIECE_CHARS)
-        yield from cut_into_pieces(text[i : i + PIECE_CHARS] for i in starts)
+def split_documents(blocks: Iterable[str]) -> Iterator[Block]:
+    text, overlap = "", len(SEPARATOR) - 1  # a separator may begin in a block and end in the next
+    for block in blocks:
+        *documents, text = (text + block).split(SEPARATOR)
+        yield from ((document, True) for document in documents)
+        yield text[:-overlap], False
+        text = text[-overlap:]
+    yield text, True
 
 
-def read_parquet(file: Path, text_field: str) -> Iterator[str]:
+def read_jsonl(
+    blocks: Iterable[str], file: Path, text_field: str, report: Report
+) -> Iterator[Block]:
+    for number, line in enumerate(split_lines(blocks), start=1):
+        if not line or line.isspace():
+            continue
+        try:
+            text = parse(json.loads, line.lstrip("\ufeff"))[text_field]
+            if not isinstance(text, str):
+                raise TypeError(f"{type(text).__name__} instead of a string")
+            if not is_encodable(text):
+                text, n = SURROGATES.subn("\ufffd", text)
+                report("replaced characters", f"{file} has lone surrogates", n)
+            yield text, True
+        except (ValueError, KeyError, TypeError) as error:
+            problem = f"no text under {text_field!r} ({error!r})"
+            report("bad rows", f"{file} line {number}: {problem}; skipped")
+
+
+def split_lines(blocks: Iterable[str]) -> Iterator[str]:
+    text = ""
+    for block in blocks:
+        *lines, text = (text + block).split("\n")
+        yield from lines
+    yield text
+
+
+def read_parquet(file: Path, text_field: str) -> Iterator[Block]:
     import pyarrow.parquet
 
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
-        columns = parquet.schema_arrow.names
+        columns = [f.name for f in parquet.schema_arrow if PARQUET_TEXT.match(str(f.type))]
         if text_field not in columns:
             raise ValueError(
-                f"{file} has no column {text_field!r}; --text_field may be {' or '.join(columns)}"
+                f"{file} has no column {text_field!r} of text; --text_field may be "
+                f"{' or '.join(columns) or 'none of its columns'}"
             )
         for batch in parquet.iter_batches(batch_size=1000, columns=[text_field]):
-            for value in batch.column(0).to_pylist():
-                text = value or ""
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"{file}: column {text_field!r} holds {type(text).__name__}, expected "
-                        "text; choose another with --text_field"
-                    )
-                yield text
+            yield from ((text or "", True) for text in batch.column(0).to_pylist())
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is damaged or not parquet: {error}; download it again") from error
 
 
-def read_jsonl(file: Path, text_field: str, problems: Counter, errors: str) -> Iterator[str]:
-    for number, line in stop_at_damage(read_lines(file), file, problems):
-        try:
-            text = parse(json.loads, line.decode(errors=errors).lstrip("\ufeff"))[text_field]
-            if not isinstance(text, str):
-                raise TypeError(f"{type(text).__name__} instead of a string")
-        except (ValueError, KeyError, TypeError) as error:
-            if not problems["bad rows"]:
-                print(f"{file} line {number}: no text under {text_field!r} ({error!r}); skipped")
-            problems["bad rows"] += 1
-        else:
-            yield text
-
-
-def stop_at_damage(parts: Iterable[Any], file: Path, problems: Counter) -> Iterator[Any]:
-    """The lines or blocks of a file, up to where its compression is damaged."""
-    try:
-        yield from parts
-    except (ValueError, *DAMAGED_GZIP):
-        problems["truncated files"] += 1
-        print(f"{file} is truncated or damaged; only the text before the damage is used")
-
-
-def cut_into_pieces(
-    blocks: Iterable[str], separator: str | None = None, n_chars: int | None = None
-) -> Iterator[Piece]:
-    """Cut text into documents, and documents of more than `n_chars` (PIECE_CHARS) where that does
-    not change their tokens.
+def cut_documents(blocks: Iterable[Block], n_chars: int) -> Iterator[Piece]:
+    """Cut documents, which come in blocks with whether one ends there, into pieces of at most
+    `n_chars` without leading and trailing space. The cuts depend on the document alone.
     """
-    n_chars = n_chars or PIECE_CHARS
     text, starts = "", True
-    for block in blocks:
+    for block, is_last in blocks:
         text += block
-        if separator:
-            *documents, text = text.split(separator)
-            for document in documents:
-                yield document, starts
-                starts = True
-        while end := find_cut(text, n_chars):
-            yield text[:end], starts
-            text, starts = text[end:], False
-    if text or starts:
-        yield text, starts
+        position = 0
+        while end := find_cut(text, position, n_chars):
+            yield Piece(text[position:end], starts)
+            position, starts = end, False
+        text = text[position:]
+        if is_last:
+            yield Piece(text, starts)
+            text, starts = "", True
 
 
-def find_cut(text: str, n_chars: int) -> int:
-    """Where to cut about `n_chars` off a longer text, or 0 if more must be read first: before a
-    space or newline after a non-space, because no token of GPT-2's pattern crosses there. The place
-    depends on the text alone, not on how much of it has been read.
+def find_cut(text: str, start: int, n_chars: int) -> int:
+    """Where the piece that begins at `start` ends; 0 if at the end of the text, as far as it has
+    been read. A piece always has a non-space.
     """
-    if len(text) <= n_chars:
+    first = NON_SPACE.search(text, start)
+    if not first or len(text) <= first.start() + n_chars:
         return 0
-    if cut := re.match(r"(?s).*(?<=\S)(?=[ \n])", text[: n_chars + 1]):
-        return cut.end()
-    if cut := re.search(r"\S(?=[ \n])", text[n_chars : MAX_PIECE_CHARS + 1]):
-        return n_chars + cut.end()
-    return MAX_PIECE_CHARS if len(text) > MAX_PIECE_CHARS else 0
+    cut = CUT.match(text, first.start(), first.start() + n_chars + 1)
+    return cut.end() if cut and NON_SPACE.search(text, cut.end()) else 0
+
+
+def hash_text(text: str) -> int:
+    """A number below 2**64 that is the same for equal texts."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def choose_limit(pieces: Iterable[Piece], fraction: float, max_tokens: int) -> int | None:
+    """The limit below which the hashes of about `fraction` of the pieces are, but at least those of
+    one piece and not those of all; None if there are no two different ones.
+
+    Only as many pieces are read as have a hash on either side, and, if there are two different
+    ones, none that the first `max_tokens` tokens may not reach.
+    """
+    limit = round(fraction * 2**64)
+    smallest, largest = 2**64, -1
+    most_tokens = 2  # of the text so far and the beginning of the next piece: one a byte
+    for piece in pieces:
+        if smallest < limit <= largest or (smallest < largest and most_tokens > max_tokens):
+            break
+        if piece.text and not piece.text.isspace():
+            smallest = min(smallest, hash_text(piece.text))
+            largest = max(largest, hash_text(piece.text))
+        most_tokens += len(piece.text.encode()) + 1
+    return min(max(limit, smallest + 1), largest) if smallest < largest else None
+
+
+def draw_validation(pieces: Iterable[Piece], limit: int) -> Iterator[Piece]:
+    """The pieces, drawn for validation by the hash of their text, so that a document and its copies
+    are always in the same split.
+    """
+    was_val = False
+    for text, starts, *_ in pieces:
+        is_val = hash_text(text) < limit
+        yield Piece(text, starts, is_val, starts or is_val != was_val)
+        was_val = is_val

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.data import IGNORE_INDEX, Batch, epoch_entries, epoch_order, make_batch
+from engine.documents import stdlib_definitions
 from engine.errors import parse
 from engine.files import read_json, read_lines, sha256_text, write_json
 from engine.hub import check_hub_name, load_hub_rows
-from engine.sources import stdlib_definitions
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 
 DEFAULT_DATA = "yahma/alpaca-cleaned"

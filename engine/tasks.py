@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from engine.documents import check_encoding, find_files, read_documents
+from engine.documents import (
+    MAX_PIECE_CHARS,
+    TextFormat,
+    find_files,
+    read_pieces,
+    report_problem,
+)
 from engine.errors import parse
 from engine.files import read_lines
 from engine.hub import load_hub_rows
@@ -123,12 +130,12 @@ def load_text(
         )
     documents: list[list[str]] = []
     problems: Counter = Counter()
+    report = partial(report_problem, problems)
     for file in find_files([data]):
-        check_encoding(file)
-        for piece, starts in read_documents(file, "text", problems):
-            if starts:
+        for piece in read_pieces(file, TextFormat(), report, MAX_PIECE_CHARS):
+            if piece.starts:
                 documents.append([])
-            documents[-1].append(piece)
+            documents[-1].append(piece.text)
     if problems and not skip_bad_rows:
         found = ", ".join(f"{n} {problem}" for problem, n in problems.items())
         raise ValueError(f"{data} has {found}; repair it, or add --skip_bad_rows")
