@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice, takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -17,17 +16,14 @@ from tqdm import tqdm
 
 from engine.config import Settings, flag, run_command
 from engine.documents import (
+    BYTES_PER_TOKEN,
     HUB_REMEDY,
     HUB_TEXT,
-    SECTION_CHARS,
     SUFFIXES,
     Piece,
     Source,
     TextFormat,
-    choose_limit,
-    draw_validation,
     open_source,
-    report_problem,
 )
 from engine.files import lock_folder, sha256_file
 from engine.hub import reporting_hub_errors
@@ -46,14 +42,8 @@ DATASETS = (
     f"{', '.join(HUB_SHARDS)}; stdlib (Python's own documentation); or files, folders and globs of "
     f"{', '.join(SUFFIXES)}"
 )
-MAX_TOKENS = 10**15
 BATCH_CHARS = 1 << 22  # encoded at once
-HUB_VAL_TOKENS = 10_485_760  # of FineWeb's validation shard, on which 124M speedruns are compared
-BYTES_PER_TOKEN = 4.4  # of English in GPT-2's BPE; for estimates
-VAL_FRACTION, MAX_VAL_FRACTION = 0.05, 0.5  # of text that is not from the hub
 MIN_TOKENS = 2  # of a split: one to predict from another
-# Options of a folder that say how its validation split was chosen.
-SPLIT_OPTIONS = {"val_tokens", "val_fraction", "section_chars"}
 TokenizedPiece = tuple[Piece, np.ndarray]
 
 
@@ -62,23 +52,19 @@ class PrepareConfig(Settings):
     dataset: list[str] = flag(["fineweb-edu"], DATASETS)
     out_dir: str = flag("", "folder of the shards (default: data/ and the name of the dataset)")
     max_tokens: int | None = flag(
-        None,
-        "tokens to write; of ready-made shards, training tokens to download (default: all)",
-        at_least=2 * MIN_TOKENS,
-        at_most=MAX_TOKENS,
+        None, "tokens to write; of ready-made shards, for training (default: all)", at_least=4
     )
     shard_size: int = flag(100_000_000, "tokens in a shard")
     val_tokens: int | None = flag(
         None,
-        "tokens for validation: of your own files about this many, at most half, drawn from all of "
-        "them; of other text the first (default: 5%, at most 10,485,760)",
-        at_least=MIN_TOKENS,
-        at_most=MAX_TOKENS,
+        "tokens for validation, of your own files about this many, at most half (default: 5%, at "
+        "most 10,485,760)",
+        at_least=2,
     )
     text_field: str = flag("text", "column or key of the text in .parquet and .jsonl")
     encoding: str = flag("utf-8", "of files without a byte order mark, such as latin-1 or gbk")
     decode_errors: Literal["strict", "replace"] = flag(
-        "strict", "replace: what cannot be decoded becomes U+FFFD, where else it is an error"
+        "strict", "what cannot be decoded is an error, or becomes U+FFFD (replace)"
     )
     skip_bad_files: bool = flag(False, "leave out files that cannot be decoded")
 
@@ -88,11 +74,8 @@ class PrepareConfig(Settings):
             raise ValueError("dataset is empty, expected a name, a file, a folder or a glob")
         try:
             "".encode(self.encoding)
-        except (LookupError, UnicodeError) as error:
-            raise ValueError(
-                f"encoding is {self.encoding!r}, expected a codec of Python for text, such as "
-                "utf-8, utf-16, latin-1, gbk or shift_jis"
-            ) from error
+        except LookupError as error:
+            raise ValueError(f"{error}; expected one of Python's, such as latin-1") from error
 
 
 def main(config: PrepareConfig) -> None:
@@ -102,54 +85,35 @@ def main(config: PrepareConfig) -> None:
         with lock_folder(out_dir):
             download_shards(config.dataset[0], out_dir, config.max_tokens)
         return
-    text_format = TextFormat(config.text_field, config.encoding, config.decode_errors)
-    source = open_source(config.dataset, text_format, config.skip_bad_files)
+    text_format = TextFormat(
+        config.text_field, config.encoding, config.decode_errors, config.skip_bad_files
+    )
+    source = open_source(config.dataset, text_format, config.val_tokens, config.max_tokens)
     with lock_folder(out_dir):
-        manifest = open_manifest(source, out_dir, choose_options(source, config))
+        manifest = open_manifest(source, out_dir, config)
         if manifest["complete"]:
             print(f"{out_dir} is complete: {summarize_manifest(manifest)}")
         else:
-            prepare(source, out_dir, manifest, config)
+            prepare(source, out_dir, manifest)
 
 
-def choose_options(source: Source, config: PrepareConfig) -> dict:
-    """The settings that the content of the shards depends on. They must be the same to resume."""
-    options = {"source": source.identity, "text_field": config.text_field}
-    if (encoding := codecs.lookup(config.encoding).name) != "utf-8":
-        options["encoding"] = encoding
-    if config.decode_errors != "strict":
-        options["decode_errors"] = config.decode_errors
-    options |= {"max_tokens": config.max_tokens, "shard_size": config.shard_size}
-    if source.is_drawn:
-        return {**options, "val_tokens": config.val_tokens, "section_chars": SECTION_CHARS}
-    n_bytes = source.count_bytes()
-    tokens = MAX_TOKENS if n_bytes is None else n_bytes / BYTES_PER_TOKEN
-    default = min(HUB_VAL_TOKENS, max(MIN_TOKENS, int(tokens * VAL_FRACTION)))
-    val_tokens = config.val_tokens or default
-    if config.max_tokens and config.max_tokens < val_tokens + MIN_TOKENS:
-        raise ValueError(
-            f"max_tokens is {config.max_tokens}, expected val_tokens + {MIN_TOKENS} = "
-            f"{val_tokens + MIN_TOKENS} or more"
-        )
-    return {**options, "val_tokens": val_tokens}
-
-
-def open_manifest(source: Source, out_dir: Path, options: dict) -> dict:
+def open_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict:
     """The manifest to continue: the intact shards of an earlier call with the same options."""
+    options = choose_options(source, config)
     earlier = read_manifest(out_dir)
     old, shards = earlier.get("options", {}), earlier["shards"]
-    changed = [key for key in {**options, **old} if old.get(key) != options.get(key)]
+    changed = {key for key in {**options, **old} if old.get(key) != options.get(key)}
     damaged = [shard for shard in shards if not is_intact(out_dir, shard)]
     if shards and earlier["complete"] and not damaged:
-        # Versions without sections cut documents elsewhere. Their split stays as it is.
-        is_earlier = source.is_drawn and "section_chars" not in old
-        if not set(changed) - (SPLIT_OPTIONS if is_earlier else set()):
+        # Earlier versions cut and split files in other ways. Their folders stay as they are.
+        is_earlier = "section_chars" in options and "section_chars" not in old
+        if not changed - ({"val_tokens", "val_fraction", "section_chars"} if is_earlier else set()):
             return earlier
     # With one split the earlier call stopped or failed before it made anything of use.
     if changed and {shard["split"] for shard in shards} == {"train", "val"}:
-        before, now = ({key: values.get(key) for key in changed} for values in (old, options))
+        before, now = ({k: values.get(k) for k in sorted(changed)} for values in (old, options))
         raise ValueError(
-            f"{out_dir} holds shards made with another {' and '.join(changed)}: {before} before, "
+            f"{out_dir} holds shards made with another {' and '.join(now)}: {before} before, "
             f"{now} now; choose another --out_dir, or delete the folder"
         )
     # Shards with one cursor were finished together, so none is of use without the others.
@@ -161,41 +125,44 @@ def open_manifest(source: Source, out_dir: Path, options: dict) -> dict:
     return {**manifest, "complete": False, "options": options, "shards": shards}
 
 
+def choose_options(source: Source, config: PrepareConfig) -> dict:
+    """What the content of the shards depends on."""
+    keys = ("text_field", "max_tokens", "shard_size")
+    options = {"source": source.identity, **{key: getattr(config, key) for key in keys}}
+    if (encoding := codecs.lookup(config.encoding).name) != "utf-8":
+        options["encoding"] = encoding
+    if config.decode_errors != "strict":
+        options["decode_errors"] = config.decode_errors
+    fewest = (source.split["val_tokens"] or 0) + MIN_TOKENS
+    if config.max_tokens and config.max_tokens < fewest and "section_chars" not in source.split:
+        raise ValueError(
+            f"max_tokens is {config.max_tokens}, expected at least {fewest}, {MIN_TOKENS} of them "
+            "for training; raise it, or lower --val_tokens"
+        )
+    return options | source.split
+
+
 def is_intact(out_dir: Path, shard: dict) -> bool:
     file = out_dir / shard["name"]
     return file.exists() and sha256_file(file) == shard["sha256"]
 
 
-def prepare(source: Source, out_dir: Path, manifest: dict, config: PrepareConfig) -> None:
+def prepare(source: Source, out_dir: Path, manifest: dict) -> None:
     """Write the shards of `source` that the manifest lacks."""
-    max_tokens = config.max_tokens or MAX_TOKENS
-    n_bytes = source.count_bytes()
-    expected = None if n_bytes is None else max(1, int(n_bytes / BYTES_PER_TOKEN))
-    expected = min(expected or MAX_TOKENS, max_tokens)
-    writer, problems = ShardWriter(out_dir, manifest, max_tokens), Counter[str]()
-    report = partial(report_problem, problems)
-    skip = writer.cursor["pieces"]
-    if source.is_drawn:
-        limit = draw_limit(source, expected, config)
-        pieces = islice(draw_validation(source.pieces(0, report), limit), skip, None)
-    else:
-        pieces = source.pieces(skip, report)
+    writer, problems = ShardWriter(out_dir, manifest), Counter[str]()
+    expected = manifest["options"]["max_tokens"] or int((source.n_bytes or 0) / BYTES_PER_TOKEN)
     shards, first, start = manifest["shards"], writer.total, time.perf_counter()
-    total = None if expected == MAX_TOKENS else expected
-    with tqdm(
-        desc=str(out_dir), initial=first, total=total, unit=" tok", unit_scale=True, disable=None
-    ) as bar:
-        for batch in tokenize(pieces):
+    sizes = {"initial": first, "total": expected or None, "unit": " tok", "unit_scale": True}
+    with tqdm(desc=str(out_dir), disable=None, **sizes) as bar:
+        for batch in tokenize(source.pieces(writer.cursor["pieces"], problems)):
             n_shards = len(shards)
             for piece, tokens in batch:
                 writer.add(tokens, piece.starts, piece.is_val)
-                if writer.is_full:
-                    break
             bar.update(writer.total - bar.n)
             if len(shards) > n_shards:
                 speed = (writer.total - first) / (time.perf_counter() - start)
-                minutes = max(0, (total or 0) - writer.total) / speed / 60
-                left = f", about {minutes:.0f} min left" if total else ""
+                minutes = max(0, expected - writer.total) / speed / 60
+                left = f", about {minutes:.0f} min left" if expected else ""
                 bar.write(f"{shards[-1]['name']}: {speed:,.0f} tokens/s{left}")
             if writer.is_full:
                 break
@@ -203,30 +170,16 @@ def prepare(source: Source, out_dir: Path, manifest: dict, config: PrepareConfig
     finish_manifest(manifest, out_dir, writer.cursor, problems)
 
 
-def draw_limit(source: Source, expected: int, config: PrepareConfig) -> int:
-    """The limit below which the hash of a section draws it for validation."""
-    wanted = config.val_tokens or min(HUB_VAL_TOKENS, expected * VAL_FRACTION)
-    fraction = min(MAX_VAL_FRACTION, wanted / expected)
-    seen: dict[str, str] = {}  # the first problem of each kind
-    pieces = source.pieces(0, lambda kind, message, _=1: seen.setdefault(kind, message))
-    limit = choose_limit(pieces, fraction, config.max_tokens or MAX_TOKENS)
-    if limit is None:
-        found = "; ".join(seen.values())
-        raise ValueError(
-            f"{' '.join(config.dataset)} has less than two different sections of {SECTION_CHARS} "
-            f"characters, expected one for training and one for validation; add text ({found})"
-        )
-    return limit
-
-
 def tokenize(pieces: Iterable[Piece]) -> Iterator[list[TokenizedPiece]]:
     """The pieces in batches with their tokens. The next batch is read while one is encoded."""
-    encoder, batches = BatchEncoder(), batch_pieces(pieces)
+    encoder, future = BatchEncoder(), None
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(next, batches, None)
-        while batch := future.result():
-            future = pool.submit(next, batches, None)
-            yield tokenize_pieces(encoder, batch)
+        for batch in batch_pieces(pieces):
+            previous, future = future, pool.submit(tokenize_pieces, encoder, batch)
+            if previous:
+                yield previous.result()
+        if future:
+            yield future.result()
 
 
 def batch_pieces(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -247,22 +200,22 @@ def tokenize_pieces(encoder: BatchEncoder, pieces: list[Piece]) -> list[Tokenize
     """
     texts = ["" if piece.text.isspace() else piece.text for piece in pieces]
     tokens, lengths = encoder.encode(texts)
-    has_separator = np.array([p.is_separated and p.text > "" for p in pieces])
+    has_separator = np.array([piece.is_separated for piece in pieces]) & (lengths > 0)
     begins = np.cumsum(lengths) - lengths
     tokens = np.insert(tokens, begins[has_separator], END_OF_TEXT_ID)
-    ends = np.cumsum(lengths + has_separator)
-    return list(zip(pieces, np.split(tokens, ends[:-1]), strict=True))
+    ends = np.cumsum(lengths + has_separator).tolist()
+    parts = [tokens[start:end] for start, end in pairwise([0, *ends])]
+    return list(zip(pieces, parts, strict=True))
 
 
 def finish_manifest(manifest: dict, out_dir: Path, cursor: dict, problems: Counter) -> None:
     tokens = {split: count_tokens(manifest, split) for split in ("val", "train")}
-    for split, n in tokens.items():
-        if n < MIN_TOKENS:
-            remedy = "raise --max_tokens" if manifest["options"]["max_tokens"] else "add text"
-            raise ValueError(
-                f"{n} of {sum(tokens.values())} tokens in {cursor['documents']} documents are for "
-                f"{split}, expected at least {MIN_TOKENS}; lower --val_tokens, or {remedy}"
-            )
+    if min(tokens.values()) < MIN_TOKENS:
+        raise ValueError(
+            f"the text gives {tokens['val']} tokens for validation and {tokens['train']} for "
+            f"training, expected at least {MIN_TOKENS}; lower --val_tokens, raise --max_tokens, or "
+            "add text"
+        )
     manifest["complete"] = True
     kinds = ("replaced characters", "bad rows", "truncated files", "bad files left out")
     manifest["summary"] = {

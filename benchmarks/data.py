@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from engine.config import flag, run_command
 from engine.data import PretrainingData
-from engine.documents import Piece, TextFormat, ignore_problem, open_source
+from engine.documents import Piece, TextFormat, open_source
 from engine.shards import ShardFile, read_manifest
 from engine.step import Prefetcher
 from engine.tokenizer import BatchEncoder, get_tokenizer
@@ -54,7 +55,7 @@ class DataBenchmarkConfig:
 
 def read_documents(data: list[str]) -> list[str]:
     documents: list[str] = []
-    for piece in open_source(data, TextFormat(), skip_bad_files=False).pieces(0, ignore_problem):
+    for piece in open_source(data, TextFormat()).pieces(0, Counter()):
         if piece.starts:
             documents.append("")
         documents[-1] += piece.text
@@ -115,8 +116,7 @@ def measure_parts(file: Path, tokens: np.ndarray, folder: Path) -> None:
     encoder, encode = BatchEncoder(), 0.0
     encoder.encode(["warm up"])
     start = time.perf_counter()
-    source = open_source([str(file)], TextFormat(), skip_bad_files=False)
-    for batch in batch_pieces(source.pieces(0, ignore_problem)):
+    for batch in batch_pieces(open_source([str(file)], TextFormat()).pieces(0, Counter())):
         began = time.perf_counter()
         tokenize_pieces(encoder, batch)
         encode += time.perf_counter() - began

@@ -10,7 +10,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -36,10 +36,13 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
     codecs.BOM_UTF8: "utf-8-sig",
 }
-SURROGATES = re.compile("[\ud800-\udfff]")  # no text in UTF-8 has them, but JSON may escape them
+SURROGATES = re.compile("[\ud800-\udfff]")  # UTF-8 cannot have them, but JSON may escape them
 PARQUET_TEXT = re.compile("(dictionary<values=)?(large_)?string")  # types of columns
-BLOCK_BYTES = 1 << 20
-COMPRESSION = 3  # about that of text in .parquet
+BLOCK_BYTES = 1 << 18
+COMPRESSION = 3  # about that of text in .gz and .parquet
+BYTES_PER_TOKEN = 4.4  # of English in GPT-2's BPE; for estimates
+HUB_VAL_TOKENS = 10_485_760  # of FineWeb's validation shard, on which 124M speedruns are compared
+VAL_FRACTION, MAX_VAL_FRACTION = 0.05, 0.5  # of text that is not from the hub
 # Your own documents are drawn for validation in sections of about a context of 1,024 tokens. They
 # are small, so that a text of 30 kB gives an eighth of itself rather than half. They have a fixed
 # size, so that a document and its copies are cut alike in any corpus. A long document is cut only
@@ -52,7 +55,7 @@ NON_SPACE = re.compile(r"\S")
 CUT = re.compile(r".*\S(?=[\r\n])|.*\S(?= )|.*(?=.)", re.DOTALL)
 
 Block = tuple[str, bool]  # text, and whether a document ends with it
-Report = Callable[..., None]  # called with a kind of problem, a message and a count (default: 1)
+Report = Callable[..., object]  # called with a kind of problem, a message and a count (default: 1)
 
 
 def report_problem(problems: Counter, kind: str, message: str, count: int = 1) -> None:
@@ -66,20 +69,13 @@ def ignore_problem(*_: object) -> None:
     """The report of a reading before the one that reports."""
 
 
-def is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 class TextFormat(NamedTuple):
     """How files become text."""
 
     text_field: str = "text"  # key or column in .jsonl and .parquet
     encoding: str = "utf-8"  # of files without a byte order mark
     decode_errors: str = "strict"  # or "replace", by U+FFFD
+    skip_bad_files: bool = False  # those that cannot be decoded
 
 
 class Piece(NamedTuple):
@@ -87,84 +83,93 @@ class Piece(NamedTuple):
 
     text: str
     starts: bool = True  # a document
+    is_separated: bool = True  # by <|endoftext|> from the piece before it
     is_val: bool = False  # drawn for validation
-    is_separated: bool = True  # by <|endoftext|> from what precedes it in its split
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from. `identity` changes when they do; `pieces(n, report)` yields them
-    from piece n on; `count_bytes()` is about how much text there is (None: unknown), and raises a
-    ValueError that names a file if it cannot be decoded.
+    """Where documents come from. `identity` changes when they do. `pieces(n, problems)` yields them
+    from piece n on, and counts what is wrong; ValueError names a file that cannot be decoded.
     """
 
     name: str
     identity: str
-    pieces: Callable[[int, Report], Iterator[Piece]]
-    count_bytes: Callable[[], int | None]
-    is_drawn: bool = False  # validation is drawn from all of it, not its first tokens
+    n_bytes: int | None  # of text, approximately
+    split: dict  # how validation is chosen: the first val_tokens tokens, or drawn sections
+    pieces: Callable[[int, Counter], Iterator[Piece]]
 
 
-def open_source(dataset: list[str], text_format: TextFormat, skip_bad_files: bool) -> Source:
+def open_source(
+    dataset: list[str],
+    text_format: TextFormat,
+    val_tokens: int | None = None,
+    max_tokens: int | None = None,
+) -> Source:
     """The source for "stdlib", a key of HUB_TEXT, or files, folders and globs."""
     if len(dataset) > 1 and (known := {"stdlib", *HUB_TEXT} & set(dataset)):
         raise ValueError(f"{' and '.join(known)} cannot be combined; prepare each dataset alone")
     if dataset == ["stdlib"]:
         documents = stdlib_documents()
+        identity, n_bytes = sha256_text("\0".join(documents)), sum(map(len, documents))
+        split = {"val_tokens": val_tokens or int(n_bytes / BYTES_PER_TOKEN * VAL_FRACTION)}
         return Source(
-            name="stdlib",
-            identity=sha256_text("\0".join(documents)),
-            pieces=lambda skip, _: map(Piece, documents[skip:]),
-            count_bytes=lambda: sum(map(len, documents)),
+            "stdlib", identity, n_bytes, split, lambda skip, _: map(Piece, documents[skip:])
         )
     if dataset[0] in HUB_TEXT:
         repo, name = HUB_TEXT[dataset[0]]
+        split = {"val_tokens": val_tokens or HUB_VAL_TOKENS}
         pieces = partial(stream_hub_text, repo, name)
-        return Source(dataset[0], f"{repo} {name}", pieces, lambda: None)
-    return open_files(find_files(dataset), text_format, skip_bad_files)
+        return Source(dataset[0], f"{repo} {name}", None, split, pieces)
+    return open_files(find_files(dataset), text_format, val_tokens, max_tokens)
 
 
-def open_files(found: list[Path], text_format: TextFormat, skip_bad_files: bool) -> Source:
-    """The source for files. With `skip_bad_files` those that cannot be decoded are left out."""
-    count = cache(partial(count_text_bytes, found, text_format, skip_bad_files))
-    files = list(count()) if skip_bad_files else found
-
-    def pieces(skip: int, report: Report) -> Iterator[Piece]:
-        if n := len(found) - len(files):
-            report("bad files left out", f"{n} of {len(found)} files are left out", n)
-        read = (piece for file in files for piece in read_pieces(file, text_format, report))
-        return islice(read, skip, None)
-
-    n_bytes = sum(file.stat().st_size for file in files)
+def open_files(
+    found: list[Path], text_format: TextFormat, val_tokens: int | None, max_tokens: int | None
+) -> Source:
+    files = select_text(found, text_format) if text_format.skip_bad_files else found
+    sizes = {file: file.stat().st_size for file in files}
     sha256 = sha256_text(" ".join(map(sha256_file, files)))
-    identity = f"{len(files)} files, {n_bytes} bytes, {sha256}"
-    return Source("files", identity, pieces, lambda: sum(count().values()), is_drawn=True)
+    identity = f"{len(files)} files, {sum(sizes.values())} bytes, {sha256}"
+    n_compressed = sum(sizes[file] for file in files if file.suffix in (".gz", ".parquet"))
+    n_bytes = sum(sizes.values()) + (COMPRESSION - 1) * n_compressed
+    n_tokens = max(1, min(n_bytes / BYTES_PER_TOKEN, max_tokens or n_bytes))
+    wanted = val_tokens or min(HUB_VAL_TOKENS, n_tokens * VAL_FRACTION)
+
+    def read(report: Report) -> Iterator[Piece]:
+        return (piece for file in files for piece in read_pieces(file, text_format, report))
+
+    def draw(skip: int, problems: Counter) -> Iterator[Piece]:
+        select_text(files, text_format)
+        problems["bad files left out"] = len(found) - len(files)
+        limit = choose_limit(read, min(MAX_VAL_FRACTION, wanted / n_tokens), max_tokens)
+        drawn = draw_validation(read(partial(report_problem, problems)), limit)
+        return islice(drawn, skip, None)
+
+    split = {"val_tokens": val_tokens, "section_chars": SECTION_CHARS}
+    return Source("files", identity, n_bytes, split, draw)
 
 
-def count_text_bytes(
-    files: list[Path], text_format: TextFormat, skip_bad_files: bool
-) -> dict[Path, int]:
-    """About the bytes of text in each file. ValueError names the first that cannot be decoded; with
-    `skip_bad_files` such files are missing from the result.
-    """
-    counts = {}
+def select_text(files: list[Path], text_format: TextFormat) -> list[Path]:
+    """The files that can be decoded. Unless bad files are to be skipped, ValueError names one."""
+    selected = []
     for file in files:
         try:
-            if file.suffix == ".parquet":  # which holds UTF-8
-                counts[file] = COMPRESSION * file.stat().st_size
-            else:
-                counts[file] = sum(map(len, decode_blocks(file, text_format)))
+            if file.suffix != ".parquet":  # which holds UTF-8
+                _ = [None for _ in decode_blocks(file, text_format)]
         except UnicodeError as error:
-            if not skip_bad_files:
+            if not text_format.skip_bad_files:
                 raise ValueError(
                     f"{error}, name its encoding (--encoding NAME), replace what cannot be decoded "
                     "(--decode_errors replace), or leave such files out (--skip_bad_files)"
                 ) from error
             print(f"{error}; left out")
-    return counts
+        else:
+            selected.append(file)
+    return selected
 
 
-def stream_hub_text(repo: str, name: str, skip: int, _: Report) -> Iterator[Piece]:
+def stream_hub_text(repo: str, name: str, skip: int, _: Counter) -> Iterator[Piece]:
     """The texts of a hub dataset from row `skip` on."""
     rows = load_hub_rows(repo, name, streaming=True, remedy=HUB_REMEDY)
     with reporting_hub_errors(repo, HUB_REMEDY):
@@ -227,28 +232,26 @@ def is_hidden(path: Path) -> bool:
 
 
 def read_pieces(
-    file: Path,
-    text_format: TextFormat,
-    report: Report = ignore_problem,
-    n_chars: int = SECTION_CHARS,
+    file: Path, text_format: TextFormat, report: Report, n_chars: int = SECTION_CHARS
 ) -> Iterator[Piece]:
     """The documents of a file in pieces of about `n_chars` at most. Bad rows are skipped, and of a
     damaged .gz the text before the damage is read; both are reported. UnicodeError if the file
     cannot be decoded.
     """
     if file.suffix == ".parquet":
-        return cut_documents(read_parquet(file, text_format.text_field), n_chars)
-    decoded = decode_blocks(file, text_format, report)
-    if ".jsonl" in file.suffixes:
-        return cut_documents(read_jsonl(decoded, file, text_format.text_field, report), n_chars)
-    return cut_documents(split_documents(decoded), n_chars)
+        blocks = read_parquet(file, text_format.text_field)
+    elif ".jsonl" in file.suffixes:
+        blocks = read_jsonl(file, text_format, report)
+    else:
+        blocks = split_blocks(decode_blocks(file, text_format, report), SEPARATOR)
+    return cut_documents(blocks, n_chars)
 
 
 def decode_blocks(
     file: Path, text_format: TextFormat, report: Report = ignore_problem
 ) -> Iterator[str]:
     """The text of a file in blocks, each decoded from at most BLOCK_BYTES."""
-    _, encoding, errors = text_format
+    encoding, errors = text_format.encoding, text_format.decode_errors
     n_read = 0
     try:
         with open_binary(file) as stream:
@@ -278,41 +281,37 @@ def decode_blocks(
         ) from error
 
 
-def split_documents(blocks: Iterable[str]) -> Iterator[Block]:
-    text, overlap = "", len(SEPARATOR) - 1  # a separator may begin in a block and end in the next
+def split_blocks(blocks: Iterable[str], separator: str) -> Iterator[Block]:
+    """Split text that comes in blocks; a separator may begin in one and end in the next."""
+    text = ""
     for block in blocks:
-        *documents, text = (text + block).split(SEPARATOR)
-        yield from ((document, True) for document in documents)
-        yield text[:-overlap], False
-        text = text[-overlap:]
+        *parts, text = (text + block).split(separator)
+        yield from ((part, True) for part in parts)
+        n_sure = max(0, len(text) + 1 - len(separator))
+        yield text[:n_sure], False
+        text = text[n_sure:]
     yield text, True
 
 
-def read_jsonl(
-    blocks: Iterable[str], file: Path, text_field: str, report: Report
-) -> Iterator[Block]:
-    for number, line in enumerate(split_lines(blocks), start=1):
-        if not line or line.isspace():
+def read_jsonl(file: Path, text_format: TextFormat, report: Report) -> Iterator[Block]:
+    line, number = "", 1
+    for part, is_last in split_blocks(decode_blocks(file, text_format, report), "\n"):
+        line += part
+        if not is_last:
             continue
         try:
-            text = parse(json.loads, line.lstrip("\ufeff"))[text_field]
-            if not isinstance(text, str):
-                raise TypeError(f"{type(text).__name__} instead of a string")
-            if not is_encodable(text):
-                text, n = SURROGATES.subn("\ufffd", text)
-                report("replaced characters", f"{file} has lone surrogates", n)
-            yield text, True
+            if line and not line.isspace():
+                text = parse(json.loads, line.lstrip("\ufeff"))[text_format.text_field]
+                if not isinstance(text, str):
+                    raise TypeError(f"{type(text).__name__} instead of a string")
+                if "\\u" in line and (n := len(SURROGATES.findall(text))):
+                    text = SURROGATES.sub("\ufffd", text)
+                    report("replaced characters", f"{file} has lone surrogates", n)
+                yield text, True
         except (ValueError, KeyError, TypeError) as error:
-            problem = f"no text under {text_field!r} ({error!r})"
+            problem = f"no text under {text_format.text_field!r} ({error!r})"
             report("bad rows", f"{file} line {number}: {problem}; skipped")
-
-
-def split_lines(blocks: Iterable[str]) -> Iterator[str]:
-    text = ""
-    for block in blocks:
-        *lines, text = (text + block).split("\n")
-        yield from lines
-    yield text
+        line, number = "", number + 1
 
 
 def read_parquet(file: Path, text_field: str) -> Iterator[Block]:
@@ -341,11 +340,11 @@ def cut_documents(blocks: Iterable[Block], n_chars: int) -> Iterator[Piece]:
         text += block
         position = 0
         while end := find_cut(text, position, n_chars):
-            yield Piece(text[position:end], starts)
+            yield Piece(text[position:end], starts, starts)
             position, starts = end, False
         text = text[position:]
         if is_last:
-            yield Piece(text, starts)
+            yield Piece(text, starts, starts)
             text, starts = "", True
 
 
@@ -365,9 +364,11 @@ def hash_text(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
-def choose_limit(pieces: Iterable[Piece], fraction: float, max_tokens: int) -> int | None:
+def choose_limit(
+    read: Callable[[Report], Iterator[Piece]], fraction: float, max_tokens: int | None
+) -> int:
     """The limit below which the hashes of about `fraction` of the pieces are, but at least those of
-    one piece and not those of all; None if there are no two different ones.
+    one piece and not those of all.
 
     Only as many pieces are read as have a hash on either side, and, if there are two different
     ones, none that the first `max_tokens` tokens may not reach.
@@ -375,14 +376,22 @@ def choose_limit(pieces: Iterable[Piece], fraction: float, max_tokens: int) -> i
     limit = round(fraction * 2**64)
     smallest, largest = 2**64, -1
     most_tokens = 2  # of the text so far and the beginning of the next piece: one a byte
-    for piece in pieces:
-        if smallest < limit <= largest or (smallest < largest and most_tokens > max_tokens):
+    problems: dict[str, str] = {}  # the first of each kind
+    for piece in read(lambda kind, message, _=1: problems.setdefault(kind, message)):
+        is_certain = not max_tokens or most_tokens <= max_tokens
+        if smallest < limit <= largest or (smallest < largest and not is_certain):
             break
         if piece.text and not piece.text.isspace():
             smallest = min(smallest, hash_text(piece.text))
             largest = max(largest, hash_text(piece.text))
         most_tokens += len(piece.text.encode()) + 1
-    return min(max(limit, smallest + 1), largest) if smallest < largest else None
+    if smallest >= largest:
+        raise ValueError(
+            f"the text has fewer than two different sections of {SECTION_CHARS} characters, "
+            f"expected one for training and one for validation; add text "
+            f"({'; '.join(problems.values()) or 'all of it was read'})"
+        )
+    return min(max(limit, smallest + 1), largest)
 
 
 def draw_validation(pieces: Iterable[Piece], limit: int) -> Iterator[Piece]:
@@ -392,5 +401,5 @@ def draw_validation(pieces: Iterable[Piece], limit: int) -> Iterator[Piece]:
     was_val = False
     for text, starts, *_ in pieces:
         is_val = hash_text(text) < limit
-        yield Piece(text, starts, is_val, starts or is_val != was_val)
+        yield Piece(text, starts, starts or is_val != was_val, is_val)
         was_val = is_val

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from engine.tokenizer import END_OF_TEXT_ID
 
 # Header of llm.c's and modded-nanogpt's .bin shards (llm.c, dev/data/data_common.py).
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_INTS = 20240520, 1, 256
+BUFFER_BYTES = 1 << 18  # of tokens, because pieces are short
 NANOGPT_FILES = ("train.bin", "val.bin")
 
 
@@ -26,7 +28,7 @@ class ShardFile:
         self.path, self.tokens = path, 0
         self.temporary = path.with_name(path.name + ".tmp")
         with naming_file(path):
-            self.file = self.temporary.open("wb")
+            self.file = self.temporary.open("wb", buffering=BUFFER_BYTES)
             self._write_header()
 
     def _write_header(self) -> None:
@@ -37,7 +39,7 @@ class ShardFile:
 
     def write(self, tokens: np.ndarray) -> None:
         with naming_file(self.path):
-            self.file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
+            self.file.write(tokens.data)
         self.tokens += len(tokens)
 
     def finish(self) -> dict:
@@ -61,10 +63,11 @@ class ShardWriter:
     then a place to resume from.
     """
 
-    def __init__(self, out_dir: Path, manifest: dict, max_tokens: int):
-        self.out_dir, self.manifest, self.max_tokens = out_dir, manifest, max_tokens
+    def __init__(self, out_dir: Path, manifest: dict):
+        self.out_dir, self.manifest = out_dir, manifest
         options, shards = manifest["options"], manifest["shards"]
         self.shard_size = options["shard_size"]
+        self.max_tokens = options["max_tokens"] or sys.maxsize
         self.val_tokens = 0 if "section_chars" in options else options["val_tokens"]
         self.total = sum(shard["tokens"] for shard in shards)
         # The position in the source: what precedes it, `tokens` in the current piece.
@@ -116,7 +119,7 @@ class ShardWriter:
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
     """Write a whole shard; return its entry of the manifest."""
     file = ShardFile(path)
-    file.write(tokens)
+    file.write(tokens.astype("<u2"))
     return file.finish()
 
 
@@ -158,23 +161,21 @@ def open_shard(path: Path) -> np.ndarray:
                 f"uint16; {remedy}"
             )
         return np.asarray(tokens)
-    header = np.fromfile(path, dtype="<i4", count=BIN_HEADER_INTS)
-    if path.name in NANOGPT_FILES and tuple(header[:1]) != (BIN_MAGIC,):
-        if path.with_name("meta.pkl").exists():
+    header, n_header_bytes = np.fromfile(path, dtype="<i4", count=BIN_HEADER_INTS)[:3], 0
+    if path.name not in NANOGPT_FILES or BIN_MAGIC in header[:1]:
+        n_header_bytes = 4 * BIN_HEADER_INTS
+        expected = [BIN_MAGIC, BIN_VERSION, (path.stat().st_size - n_header_bytes) // 2]
+        if header.tolist() != expected:
             raise ValueError(
-                f"{path} has the vocabulary of the meta.pkl beside it, expected GPT-2's tokens; "
-                "prepare its text with fineweb.py"
+                f"{path} begins with {header.tolist()}, expected {expected}: magic, version and "
+                f"number of tokens of an llm.c shard; {remedy}"
             )
-        return np.asarray(np.memmap(path, dtype="<u2", mode="r"))
-    if len(header) < BIN_HEADER_INTS or tuple(header[:2]) != (BIN_MAGIC, BIN_VERSION):
+    elif path.with_name("meta.pkl").exists():
         raise ValueError(
-            f"{path} begins with {header[:2].tolist()}, expected magic {BIN_MAGIC} and version "
-            f"{BIN_VERSION} of an llm.c shard; {remedy}"
+            f"{path} has the vocabulary of the meta.pkl beside it, expected GPT-2's tokens; "
+            "prepare its text with fineweb.py"
         )
-    expected, found = int(header[2]), (path.stat().st_size - BIN_HEADER_INTS * 4) // 2
-    if found != expected:
-        raise ValueError(f"{path} holds {found} tokens, its header says {expected}; {remedy}")
-    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=BIN_HEADER_INTS * 4))
+    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=n_header_bytes))
 
 
 class TokenShards:
@@ -226,16 +227,12 @@ class TokenShards:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64, across shard borders."""
-        out = np.empty(stop - start, dtype=np.int64)
-        position = start
-        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
-        while position < stop:
-            offset = position - int(self.starts[shard])
-            piece = self.shards[shard][offset : offset + stop - position]
-            out[position - start : position - start + len(piece)] = piece
-            position += len(piece)
-            shard += 1
-        return out
+        first, last = np.searchsorted(self.starts, (start, stop - 1), side="right") - 1
+        parts = []
+        for shard in range(first, last + 1):
+            offset = int(self.starts[shard])
+            parts.append(self.shards[shard][max(0, start - offset) : stop - offset])
+        return np.concatenate(parts, dtype=np.int64)
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:

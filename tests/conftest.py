@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine.data import PretrainingData
 from engine.distributed import Distributed
+from engine.documents import Piece, TextFormat, find_files, read_pieces, report_problem
 from engine.shards import TokenShards, write_manifest, write_shard
-from engine.sources import open_source
 from engine.step import TrainingStep
 from engine.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
@@ -127,9 +128,13 @@ def expected_tokens(documents: list[str]) -> list[int]:
     return [i for d in documents for i in (50256, *get_tokenizer().encode_ordinary(d))]
 
 
-def read_pieces(*dataset: object, skip: int = 0) -> tuple[list[tuple[str, bool]], Counter]:
+def read_files(*paths: object, n_chars: int = 4000, **options) -> tuple[list[Piece], Counter]:
+    """The pieces of files, and what is wrong with them."""
     problems: Counter = Counter()
-    return list(open_source([str(d) for d in dataset], "text").pieces(skip, problems)), problems
+    read = partial(read_pieces, text_format=TextFormat(**options), n_chars=n_chars)
+    report = partial(report_problem, problems)
+    files = find_files([str(path) for path in paths])
+    return [piece for file in files for piece in read(file, report=report)], problems
 
 
 @pytest.fixture(scope="session")
