@@ -48,6 +48,7 @@ VAL_FRACTION, MAX_VAL_FRACTION = 0.05, 0.5  # of text that is not from the hub
 # size, so that a document and its copies are cut alike in any corpus. A long document is cut only
 # where a drawn section begins or ends.
 SECTION_CHARS = 4000
+MAX_SECTIONS = 256  # of a piece, which is held in memory
 MAX_PIECE_CHARS = 1 << 24  # of a document that should stay whole
 PRINTED_ONCE = ("bad rows", "replaced characters")  # problems that a file may have many times
 NON_SPACE = re.compile(r"\S")
@@ -394,12 +395,21 @@ def choose_limit(
     return min(max(limit, smallest + 1), largest)
 
 
-def draw_validation(pieces: Iterable[Piece], limit: int) -> Iterator[Piece]:
-    """The pieces, drawn for validation by the hash of their text, so that a document and its copies
-    are always in the same split.
+def draw_validation(sections: Iterable[Piece], limit: int) -> Iterator[Piece]:
+    """The sections, drawn for validation by the hash of their text, so that a document and its
+    copies are always in the same split. Those that follow each other in a document and in a split
+    are one piece again, up to MAX_SECTIONS.
     """
-    was_val = False
-    for text, starts, *_ in pieces:
+    run: list[str] = []
+    first = Piece("")  # of the run
+    for text, starts, *_ in sections:
         is_val = hash_text(text) < limit
-        yield Piece(text, starts, starts or is_val != was_val, is_val)
-        was_val = is_val
+        is_separated = starts or is_val != first.is_val
+        if run and (is_separated or len(run) == MAX_SECTIONS):
+            yield first._replace(text="".join(run))
+            run = []
+        if not run:
+            first = Piece(text, starts, is_separated, is_val)
+        run.append(text)
+    if run:
+        yield first._replace(text="".join(run))

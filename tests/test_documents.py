@@ -122,16 +122,22 @@ def test_any_two_different_sections_have_both_splits():
             choose_limit(lambda _, p=pieces: iter(p), 0.5, None)
 
 
-def test_a_section_beside_the_other_split_is_separated():
-    """A section is separated from the one before it if that is in the other split; copies of a
-    section are in one split.
+def test_a_section_beside_the_other_split_is_separated(monkeypatch):
+    """Sections of a document in one split are one piece, which is separated from one in the other
+    split; a piece has at most MAX_SECTIONS. Copies of a section are in one split.
     """
-    sections = [Piece(str(i % 7), starts=i == 0) for i in range(50)]
+    monkeypatch.setattr(documents, "MAX_SECTIONS", 2)
+    sections = [Piece(str(i % 7), i % 20 == 0) for i in range(50)]
     drawn = list(draw_validation(sections, 2**63))
+    assert "".join(piece.text for piece in drawn) == "".join(piece.text for piece in sections)
+    assert sum(piece.starts for piece in drawn) == 3
     assert {piece.is_val for piece in drawn} == {True, False}
-    assert len({(piece.text, piece.is_val) for piece in drawn}) == 7
+    assert {len(piece.text) for piece in drawn} == {1, 2}
+    assert len({(digit, piece.is_val) for piece in drawn for digit in piece.text}) == 7
     for before, piece in pairwise(drawn):
-        assert piece.is_separated == (before.is_val != piece.is_val)
+        changes = piece.starts or before.is_val != piece.is_val
+        assert piece.is_separated == changes
+        assert changes or len(before.text) == 2
 
 
 BAD_UTF8 = [
