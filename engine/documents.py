@@ -298,21 +298,22 @@ def read_jsonl(file: Path, text_format: TextFormat, report: Report) -> Iterator[
     line, number = "", 1
     for part, is_last in split_blocks(decode_blocks(file, text_format, report), "\n"):
         line += part
-        if not is_last:
-            continue
-        try:
-            if line and not line.isspace():
+        if is_last and line and not line.isspace():
+            try:
                 text = parse(json.loads, line.lstrip("\ufeff"))[text_format.text_field]
                 if not isinstance(text, str):
                     raise TypeError(f"{type(text).__name__} instead of a string")
-                if "\\u" in line and (n := len(SURROGATES.findall(text))):
-                    text = SURROGATES.sub("\ufffd", text)
-                    report("replaced characters", f"{file} has lone surrogates", n)
+                text.encode()  # a fast search for surrogates
                 yield text, True
-        except (ValueError, KeyError, TypeError) as error:
-            problem = f"no text under {text_format.text_field!r} ({error!r})"
-            report("bad rows", f"{file} line {number}: {problem}; skipped")
-        line, number = "", number + 1
+            except UnicodeEncodeError:
+                text, n = SURROGATES.subn("\ufffd", text)
+                report("replaced characters", f"{file} line {number} has lone surrogates", n)
+                yield text, True
+            except (ValueError, KeyError, TypeError) as error:
+                problem = f"no text under {text_format.text_field!r} ({error!r})"
+                report("bad rows", f"{file} line {number}: {problem}; skipped")
+        if is_last:
+            line, number = "", number + 1
 
 
 def read_parquet(file: Path, text_field: str) -> Iterator[Block]:
