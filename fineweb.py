@@ -1,38 +1,33 @@
 """Tokenize text into shards: from the hub, from files, or Python's own documentation."""
 
+import codecs
 import re
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice, takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from engine.config import Settings, flag, run_command
-from engine.documents import SUFFIXES
-from engine.files import lock_folder, sha256_file
-from engine.hub import reporting_hub_errors
-from engine.shards import (
-    Cursor,
-    ShardWriter,
-    TokenizedPieces,
-    count_tokens,
-    open_shard,
-    read_manifest,
-    write_manifest,
-)
-from engine.sources import (
+from engine.documents import (
+    BYTES_PER_TOKEN,
     HUB_REMEDY,
     HUB_TEXT,
+    SUFFIXES,
+    Piece,
     Source,
-    draw_validation,
+    TextFormat,
     open_source,
 )
+from engine.files import lock_folder, sha256_file
+from engine.hub import reporting_hub_errors
+from engine.shards import ShardWriter, count_tokens, open_shard, read_manifest, write_manifest
 from engine.tokenizer import END_OF_TEXT_ID, BatchEncoder
 
 # Shards of 100M tokens on the hub, from modded-nanogpt (data/cached_*.py): repository, prefix of
@@ -47,14 +42,9 @@ DATASETS = (
     f"{', '.join(HUB_SHARDS)}; stdlib (Python's own documentation); or files, folders and globs of "
     f"{', '.join(SUFFIXES)}"
 )
-MAX_TOKENS = 10**15
 BATCH_CHARS = 1 << 22  # encoded at once
-HUB_VAL_TOKENS = 10_485_760  # of FineWeb's validation shard, on which 124M speedruns are compared
-BYTES_PER_TOKEN = 4.4  # of English in GPT-2's BPE; for estimates
-VAL_FRACTION, MAX_VAL_FRACTION = 0.05, 0.5  # of text that is not from the hub
-MIN_TOKENS = {"train": 2, "val": 1}
-SplitPiece = tuple[str, bool, bool]  # a piece, and whether it is drawn for validation
-SURROGATES = re.compile("[\ud800-\udfff]")
+MIN_TOKENS = 2  # of a split: one to predict from another
+TokenizedPiece = tuple[Piece, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -62,21 +52,30 @@ class PrepareConfig(Settings):
     dataset: list[str] = flag(["fineweb-edu"], DATASETS)
     out_dir: str = flag("", "folder of the shards (default: data/ and the name of the dataset)")
     max_tokens: int | None = flag(
-        None, "tokens to write; of ready-made shards, training tokens to download (default: all)"
+        None, "tokens to write; of ready-made shards, for training (default: all)", at_least=4
     )
     shard_size: int = flag(100_000_000, "tokens in a shard")
     val_tokens: int | None = flag(
         None,
-        "tokens for validation: of your own files about this many, at most half, drawn from all of "
-        "them; of other text the first (default: 5%, at most 10,485,760)",
+        "tokens for validation, of your own files about this many, at most half (default: 5%, at "
+        "most 10,485,760)",
+        at_least=2,
     )
     text_field: str = flag("text", "column or key of the text in .parquet and .jsonl")
-    skip_bad_files: bool = flag(False, "leave out files that are not UTF-8 instead of stopping")
+    encoding: str = flag("utf-8", "of files without a byte order mark, such as latin-1 or gbk")
+    decode_errors: Literal["strict", "replace"] = flag(
+        "strict", "what cannot be decoded is an error, or becomes U+FFFD (replace)"
+    )
+    skip_bad_files: bool = flag(False, "leave out files that cannot be decoded")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.dataset:
             raise ValueError("dataset is empty, expected a name, a file, a folder or a glob")
+        try:
+            "".encode(self.encoding)
+        except LookupError as error:
+            raise ValueError(f"{error}; expected one of Python's, such as latin-1") from error
 
 
 def main(config: PrepareConfig) -> None:
@@ -85,97 +84,84 @@ def main(config: PrepareConfig) -> None:
     if config.dataset[0] in HUB_SHARDS:
         with lock_folder(out_dir):
             download_shards(config.dataset[0], out_dir, config.max_tokens)
-    else:
-        source = open_source(config.dataset, config.text_field, config.skip_bad_files)
-        with lock_folder(out_dir):
-            prepare(source, out_dir, config)
-
-
-def split_pieces(
-    source: Source, options: dict, skip: int, problems: Counter
-) -> Iterator[SplitPiece]:
-    """The pieces of `source` from piece `skip` on. Without a val_fraction in the options none is
-    drawn for validation, which then is the leading tokens.
-    """
-    if "val_fraction" not in options:
-        return ((*piece, False) for piece in source.pieces(skip, problems))
-    drawn = draw_validation(
-        source.pieces(0, problems), options["val_fraction"], source.n_bytes or 0
-    )
-    return islice(drawn, skip, None)
-
-
-def tokenize_pieces(encoder: BatchEncoder, pieces: list[SplitPiece]) -> TokenizedPieces:
-    """The tokens of each piece, after <|endoftext|> where a document starts. A blank document has
-    none; a lone surrogate becomes U+FFFD.
-    """
-    texts, counts = [], []
-    for text, starts, _ in pieces:
-        valid = replace_surrogates(text)
-        texts.append("" if starts and not text.strip() else valid)
-        counts.append((starts, not texts[-1], valid != text))
-    tokens, lengths = encoder.encode(texts)
-    starts, is_empty, _ = np.array(counts).T
-    has_separator = starts & ~is_empty
-    begins = np.cumsum(lengths) - lengths
-    tokens = np.insert(tokens, begins[has_separator], END_OF_TEXT_ID)
-    is_val = np.array([piece[2] for piece in pieces])
-    return TokenizedPieces(tokens, np.cumsum(lengths + has_separator), np.array(counts), is_val)
-
-
-def replace_surrogates(text: str) -> str:
-    try:
-        text.encode()  # faster than a regular expression
-    except UnicodeEncodeError:
-        return SURROGATES.sub("\ufffd", text)
-    return text
-
-
-def batch_pieces(pieces: Iterable[SplitPiece]) -> Iterator[list[SplitPiece]]:
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[0])
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def tokenize(pieces: Iterator[SplitPiece]) -> Iterator[TokenizedPieces]:
-    """The pieces in batches with their tokens. The next batch is read while one is encoded."""
-    encode = partial(tokenize_pieces, BatchEncoder())
-    with ThreadPoolExecutor(1) as pool:
-        pending: deque[Future] = deque()
-        for batch in batch_pieces(pieces):
-            pending.append(pool.submit(encode, batch))
-            if len(pending) > 1:
-                yield pending.popleft().result()
-        yield from (future.result() for future in pending)
-
-
-def prepare(source: Source, out_dir: Path, config: PrepareConfig) -> None:
-    """Write the shards of `source`, after the intact ones of an earlier call."""
-    manifest = start_manifest(source, out_dir, config)
-    if manifest["complete"]:
-        print(f"{out_dir} is complete: {summarize_manifest(manifest)}")
         return
-    writer = ShardWriter(out_dir, manifest, config.max_tokens or MAX_TOKENS)
+    text_format = TextFormat(
+        config.text_field, config.encoding, config.decode_errors, config.skip_bad_files
+    )
+    source = open_source(config.dataset, text_format, config.val_tokens, config.max_tokens)
+    with lock_folder(out_dir):
+        manifest = open_manifest(source, out_dir, config)
+        if manifest["complete"]:
+            print(f"{out_dir} is complete: {summarize_manifest(manifest)}")
+        else:
+            prepare(source, out_dir, manifest)
+
+
+def open_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict:
+    """The manifest to continue: the intact shards of an earlier call with the same options."""
+    options = choose_options(source, config)
+    earlier = read_manifest(out_dir)
+    old, shards = earlier.get("options", {}), earlier["shards"]
+    changed = {key for key in {**options, **old} if old.get(key) != options.get(key)}
+    damaged = [shard for shard in shards if not is_intact(out_dir, shard)]
+    if shards and earlier["complete"] and not damaged:
+        # Earlier versions cut and split files in other ways. Their folders stay as they are.
+        is_earlier = "section_chars" in options and "section_chars" not in old
+        if not changed - ({"val_tokens", "val_fraction", "section_chars"} if is_earlier else set()):
+            return earlier
+    # With one split the earlier call stopped or failed before it made anything of use.
+    if changed and {shard["split"] for shard in shards} == {"train", "val"}:
+        before, now = ({k: values.get(k) for k in sorted(changed)} for values in (old, options))
+        raise ValueError(
+            f"{out_dir} holds shards made with another {' and '.join(now)}: {before} before, "
+            f"{now} now; choose another --out_dir, or delete the folder"
+        )
+    # Shards with one cursor were finished together, so none is of use without the others.
+    lost = [shard["cursor"] for shard in damaged]
+    shards = [] if changed else list(takewhile(lambda s: s["cursor"] not in lost, shards))
+    if shards:
+        print(f"{out_dir}: resuming after {shards[-1]['name']}")
+    manifest = {"name": out_dir.name, "dataset": source.name, "tokenizer": "gpt2"}
+    return {**manifest, "complete": False, "options": options, "shards": shards}
+
+
+def choose_options(source: Source, config: PrepareConfig) -> dict:
+    """What the content of the shards depends on."""
+    keys = ("text_field", "max_tokens", "shard_size")
+    options = {"source": source.identity, **{key: getattr(config, key) for key in keys}}
+    if (encoding := codecs.lookup(config.encoding).name) != "utf-8":
+        options["encoding"] = encoding
+    if config.decode_errors != "strict":
+        options["decode_errors"] = config.decode_errors
+    fewest = (source.split["val_tokens"] or 0) + MIN_TOKENS
+    if config.max_tokens and config.max_tokens < fewest and "section_chars" not in source.split:
+        raise ValueError(
+            f"max_tokens is {config.max_tokens}, expected at least {fewest}, {MIN_TOKENS} of them "
+            "for training; raise it, or lower --val_tokens"
+        )
+    return options | source.split
+
+
+def is_intact(out_dir: Path, shard: dict) -> bool:
+    file = out_dir / shard["name"]
+    return file.exists() and sha256_file(file) == shard["sha256"]
+
+
+def prepare(source: Source, out_dir: Path, manifest: dict) -> None:
+    """Write the shards of `source` that the manifest lacks."""
+    writer, problems = ShardWriter(out_dir, manifest), Counter[str]()
+    expected = manifest["options"]["max_tokens"] or int((source.n_bytes or 0) / BYTES_PER_TOKEN)
     shards, first, start = manifest["shards"], writer.total, time.perf_counter()
-    problems: Counter = Counter()
-    expected = config.max_tokens or (source.n_bytes and int(source.n_bytes / BYTES_PER_TOKEN))
-    with tqdm(
-        desc=str(out_dir), initial=first, total=expected, unit=" tok", unit_scale=True, disable=None
-    ) as bar:
-        options, skip = manifest["options"], writer.cursor.pieces
-        for pieces in tokenize(split_pieces(source, options, skip, problems)):
+    sizes = {"initial": first, "total": expected or None, "unit": " tok", "unit_scale": True}
+    with tqdm(desc=str(out_dir), disable=None, **sizes) as bar:
+        for batch in tokenize(source.pieces(writer.cursor["pieces"], problems)):
             n_shards = len(shards)
-            writer.add(pieces)
+            for piece, tokens in batch:
+                writer.add(tokens, piece.starts, piece.is_val)
             bar.update(writer.total - bar.n)
             if len(shards) > n_shards:
                 speed = (writer.total - first) / (time.perf_counter() - start)
-                minutes = max(0, (expected or 0) - writer.total) / speed / 60
+                minutes = max(0, expected - writer.total) / speed / 60
                 left = f", about {minutes:.0f} min left" if expected else ""
                 bar.write(f"{shards[-1]['name']}: {speed:,.0f} tokens/s{left}")
             if writer.is_full:
@@ -184,79 +170,59 @@ def prepare(source: Source, out_dir: Path, config: PrepareConfig) -> None:
     finish_manifest(manifest, out_dir, writer.cursor, problems)
 
 
-def choose_options(source: Source, config: PrepareConfig, old: dict) -> dict:
-    """What the content of the shards depends on. A folder whose `old` options are from before
-    validation was drawn keeps its leading tokens.
+def tokenize(pieces: Iterable[Piece]) -> Iterator[list[TokenizedPiece]]:
+    """The pieces in batches with their tokens. The next batch is read while one is encoded."""
+    encoder, future = BatchEncoder(), None
+    with ThreadPoolExecutor(1) as pool:
+        for batch in batch_pieces(pieces):
+            previous, future = future, pool.submit(tokenize_pieces, encoder, batch)
+            if previous:
+                yield previous.result()
+        if future:
+            yield future.result()
+
+
+def batch_pieces(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def tokenize_pieces(encoder: BatchEncoder, pieces: list[Piece]) -> list[TokenizedPiece]:
+    """The pieces, each with its tokens as uint16, after <|endoftext|> if it is separated. A blank
+    document has none.
     """
-    settings = {key: getattr(config, key) for key in ("text_field", "max_tokens", "shard_size")}
-    settings = {"source": source.identity, **settings}
-    limit = config.max_tokens or MAX_TOKENS
-    expected = None if source.n_bytes is None else max(1, source.n_bytes / BYTES_PER_TOKEN)
-    if limit < (fewest := sum(MIN_TOKENS.values())):
-        raise ValueError(f"max_tokens is {limit}, expected at least {fewest}")
-    if source.is_ordered and expected and "val_tokens" not in old:
-        expected = min(expected, limit)
-        wanted = config.val_tokens or min(HUB_VAL_TOKENS, expected * VAL_FRACTION)
-        return {**settings, "val_fraction": min(MAX_VAL_FRACTION, wanted / expected)}
-    val_tokens = config.val_tokens or (old.get("val_tokens") if source.is_ordered else None)
-    if val_tokens is None:
-        val_tokens = min(HUB_VAL_TOKENS, max(1, int((expected or MAX_TOKENS) * VAL_FRACTION)))
-    if limit < val_tokens + 2:
-        raise ValueError(
-            f"max_tokens is {limit}, expected val_tokens + 2 = {val_tokens + 2} or more"
-        )
-    return {**settings, "val_tokens": val_tokens}
+    texts = ["" if piece.text.isspace() else piece.text for piece in pieces]
+    tokens, lengths = encoder.encode(texts)
+    has_separator = np.array([piece.is_separated for piece in pieces]) & (lengths > 0)
+    begins = np.cumsum(lengths) - lengths
+    tokens = np.insert(tokens, begins[has_separator], END_OF_TEXT_ID)
+    ends = np.cumsum(lengths + has_separator).tolist()
+    parts = [tokens[start:end] for start, end in pairwise([0, *ends])]
+    return list(zip(pieces, parts, strict=True))
 
 
-def start_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict:
-    """The manifest to continue: the intact shards of an earlier call with the same options."""
-    earlier = read_manifest(out_dir)
-    old = earlier.get("options", {})
-    options = choose_options(source, config, old)
-    changed = [key for key in options if old.get(key) != options[key]]
-    # With one split the earlier call stopped or failed before it made anything of use.
-    if changed and {shard["split"] for shard in earlier["shards"]} == {"train", "val"}:
-        before, now = ({key: values.get(key) for key in changed} for values in (old, options))
-        raise ValueError(
-            f"{out_dir} holds shards made with another {' and '.join(changed)}: {before} before, "
-            f"{now} now; choose another --out_dir, or delete the folder"
-        )
-
-    def is_intact(shard: dict) -> bool:
-        file = out_dir / shard["name"]
-        return file.exists() and sha256_file(file) == shard["sha256"]
-
-    shards = list(takewhile(is_intact, earlier["shards"] if old == options else []))
-    # Shards with one cursor were finished together, so none is of use without the others.
-    lost = [shard["cursor"] for shard in earlier["shards"][len(shards) :]]
-    shards = [shard for shard in shards if shard["cursor"] not in lost]
-    if shards and len(shards) == len(earlier["shards"]) and earlier["complete"]:
-        return earlier
-    if shards:
-        print(f"{out_dir}: resuming after {shards[-1]['name']}")
-    manifest = {"name": out_dir.name, "dataset": source.name, "tokenizer": "gpt2"}
-    return {**manifest, "complete": False, "options": options, "shards": shards}
-
-
-def finish_manifest(manifest: dict, out_dir: Path, cursor: Cursor, problems: Counter) -> None:
+def finish_manifest(manifest: dict, out_dir: Path, cursor: dict, problems: Counter) -> None:
     tokens = {split: count_tokens(manifest, split) for split in ("val", "train")}
-    for split, remedy in (("train", "lower"), ("val", "raise")):
-        if tokens[split] < MIN_TOKENS[split]:
-            raise ValueError(
-                f"of the {sum(tokens.values())} tokens in {cursor.documents} documents "
-                f"{tokens[split]} are for {split}, expected at least {MIN_TOKENS[split]}; {remedy} "
-                f"--val_tokens, or add text ({problems['bad rows']} rows had none under "
-                f"--text_field {manifest['options']['text_field']})"
-            )
+    if min(tokens.values()) < MIN_TOKENS:
+        raise ValueError(
+            f"the text gives {tokens['val']} tokens for validation and {tokens['train']} for "
+            f"training, expected at least {MIN_TOKENS}; lower --val_tokens, raise --max_tokens, or "
+            "add text"
+        )
     manifest["complete"] = True
+    kinds = ("replaced characters", "bad rows", "truncated files", "bad files left out")
     manifest["summary"] = {
-        "documents": cursor.documents,
+        "documents": cursor["documents"],
         **{f"{split} tokens": n for split, n in tokens.items()},
-        "empty documents": cursor.empty,
-        "pieces with undecodable bytes": cursor.undecodable,
-        "bad rows": problems["bad rows"],
-        "truncated files": problems["truncated files"],
-        "bad files left out": problems["bad files"],
+        "empty documents": cursor["empty"],
+        **{kind: problems[kind] for kind in kinds},
     }
     write_manifest(out_dir, manifest)
     print(f"{out_dir}: {summarize_manifest(manifest)}")

@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from engine.config import flag, run_command
 from engine.data import PretrainingData
+from engine.documents import Piece, TextFormat, open_source
 from engine.shards import ShardFile, read_manifest
-from engine.sources import open_source
 from engine.step import Prefetcher
 from engine.tokenizer import BatchEncoder, get_tokenizer
 from fineweb import batch_pieces, tokenize_pieces
@@ -55,10 +55,10 @@ class DataBenchmarkConfig:
 
 def read_documents(data: list[str]) -> list[str]:
     documents: list[str] = []
-    for text, is_start in open_source(data, "text").pieces(0, Counter()):
-        if is_start:
+    for piece in open_source(data, TextFormat()).pieces(0, Counter()):
+        if piece.starts:
             documents.append("")
-        documents[-1] += text
+        documents[-1] += piece.text
     return [document for document in documents if document.strip()]
 
 
@@ -116,8 +116,7 @@ def measure_parts(file: Path, tokens: np.ndarray, folder: Path) -> None:
     encoder, encode = BatchEncoder(), 0.0
     encoder.encode(["warm up"])
     start = time.perf_counter()
-    pieces = open_source([str(file)], "text").pieces(0, Counter())
-    for batch in batch_pieces((text, starts, False) for text, starts in pieces):
+    for batch in batch_pieces(open_source([str(file)], TextFormat()).pieces(0, Counter())):
         began = time.perf_counter()
         tokenize_pieces(encoder, batch)
         encode += time.perf_counter() - began
@@ -134,8 +133,7 @@ def measure_parts(file: Path, tokens: np.ndarray, folder: Path) -> None:
 
 def compare_encoders(documents: list[str], rounds: int) -> None:
     """Encode one copy, with a new encoder in each round."""
-    pieces = ((document, True, False) for document in documents)
-    batches = [[text for text, *_ in batch] for batch in batch_pieces(pieces)]
+    batches = [[text for text, *_ in batch] for batch in batch_pieces(map(Piece, documents))]
 
     def encode(encoder: BatchEncoder) -> None:
         for texts in batches:

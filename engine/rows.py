@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from engine.documents import stdlib_definitions
 from engine.errors import parse
 from engine.files import read_lines, sha256_text
 from engine.hub import check_hub_name, load_hub_rows
-from engine.sources import stdlib_definitions
 
 Converted = TypeVar("Converted")
 STDLIB = "stdlib"  # the source whose rows are Python's own functions

@@ -4,9 +4,8 @@ import hashlib
 import io
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -16,6 +15,7 @@ from engine.tokenizer import END_OF_TEXT_ID
 
 # Header of llm.c's and modded-nanogpt's .bin shards (llm.c, dev/data/data_common.py).
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_INTS = 20240520, 1, 256
+BUFFER_BYTES = 1 << 18  # of tokens, because pieces are short
 NANOGPT_FILES = ("train.bin", "val.bin")
 
 
@@ -28,7 +28,7 @@ class ShardFile:
         self.path, self.tokens = path, 0
         self.temporary = path.with_name(path.name + ".tmp")
         with naming_file(path):
-            self.file = self.temporary.open("wb")
+            self.file = self.temporary.open("wb", buffering=BUFFER_BYTES)
             self._write_header()
 
     def _write_header(self) -> None:
@@ -39,7 +39,7 @@ class ShardFile:
 
     def write(self, tokens: np.ndarray) -> None:
         with naming_file(self.path):
-            self.file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
+            self.file.write(tokens.data)
         self.tokens += len(tokens)
 
     def finish(self) -> dict:
@@ -55,101 +55,61 @@ class ShardFile:
         return {"name": self.path.name, "tokens": self.tokens, "sha256": sha256}
 
 
-class TokenizedPieces(NamedTuple):
-    """Pieces of documents as tokens."""
-
-    tokens: np.ndarray  # uint16, of all pieces one after another
-    ends: np.ndarray  # where each piece ends in `tokens`
-    counts: np.ndarray  # (pieces, 3): starts a document, is empty, is undecodable
-    is_val: np.ndarray  # (pieces,): is drawn for validation
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """A position in the source, from which an interrupted preparation resumes."""
-
-    pieces: int = 0  # before the position
-    tokens: int = 0  # of the current piece, before the position
-    documents: int = 0
-    empty: int = 0
-    undecodable: int = 0  # pieces with bytes that are not UTF-8, or with lone surrogates
-
-    def after(self, counts: np.ndarray, tokens: int = 0) -> "Cursor":
-        """The position after the pieces with these counts and `tokens` tokens of the next one."""
-        documents, empty, undecodable = (int(n) for n in counts.sum(axis=0))
-        return Cursor(
-            self.pieces + len(counts),
-            tokens,
-            self.documents + documents,
-            self.empty + empty,
-            self.undecodable + undecodable,
-        )
-
-
 class ShardWriter:
-    """Cuts a stream of tokens into shards. For validation are the pieces drawn for it, or, where
-    the options have val_tokens, so many leading tokens.
+    """Cuts a stream of tokens into shards. Validation gets the pieces drawn for it or, with
+    val_tokens and no section_chars among the options, the first val_tokens tokens.
 
     When a shard is full, that of the other split is finished as well: the cursor that they share is
     then a place to resume from.
     """
 
-    def __init__(self, out_dir: Path, manifest: dict, limit: int):
-        self.out_dir, self.manifest, self.limit = out_dir, manifest, limit
-        self.shard_size = manifest["options"]["shard_size"]
-        self.val_tokens: int | None = manifest["options"].get("val_tokens")
-        shards = manifest["shards"]
+    def __init__(self, out_dir: Path, manifest: dict):
+        self.out_dir, self.manifest = out_dir, manifest
+        options, shards = manifest["options"], manifest["shards"]
+        self.shard_size = options["shard_size"]
+        self.max_tokens = options["max_tokens"] or sys.maxsize
+        self.val_tokens = 0 if "section_chars" in options else options["val_tokens"]
         self.total = sum(shard["tokens"] for shard in shards)
-        self.cursor = Cursor(**shards[-1]["cursor"]) if shards else Cursor()
+        # The position in the source: what precedes it, `tokens` in the current piece.
+        start = dict.fromkeys(("pieces", "tokens", "documents", "empty"), 0)
+        self.cursor: dict[str, int] = shards[-1]["cursor"] if shards else start
         self.unfinished: dict[str, ShardFile] = {}  # by split
 
     @property
     def is_full(self) -> bool:
-        return self.total == self.limit
+        return self.total == self.max_tokens
 
-    def add(self, pieces: TokenizedPieces) -> None:
-        """Write the pieces that begin at the cursor, as far as the limit allows."""
-        tokens, ends, counts, _ = pieces
-        position = self.cursor.tokens  # where an earlier call stopped within the first piece
-        start = replace(self.cursor, tokens=0)
-        while position < len(tokens) and not self.is_full:
-            split, end = self._find_split(pieces, position)
-            shard = self.unfinished.get(split) or self._start_shard(split)
-            end = min(end, position + self.shard_size - shard.tokens)
-            end = min(end, position + self.limit - self.total)
-            shard.write(tokens[position:end])
-            self.total += end - position
-            position = end
-            if shard.tokens == self.shard_size or self.total in (self.val_tokens, self.limit):
-                last = int(np.searchsorted(ends, position))  # the piece of the last token
-                used = position - (int(ends[last - 1]) if last else 0)
-                self.cursor = start.after(counts[:last], used)
+    def add(self, tokens: np.ndarray, starts: bool, is_val: bool) -> None:
+        """Write the piece at the cursor from there on, as far as max_tokens allows."""
+        cursor = self.cursor = dict(self.cursor)
+        while cursor["tokens"] < len(tokens) and not self.is_full:
+            is_leading = self.total < self.val_tokens
+            shard = self._open_shard("val" if is_val or is_leading else "train")
+            room = min(self.shard_size - shard.tokens, self.max_tokens - self.total)
+            if is_leading:
+                room = min(room, self.val_tokens - self.total)
+            part = tokens[cursor["tokens"] :][:room]
+            shard.write(part)
+            self.total += len(part)
+            cursor["tokens"] += len(part)
+            if shard.tokens == self.shard_size or self.total in (self.val_tokens, self.max_tokens):
                 self.finish_shards()
-        n_pieces = int(np.searchsorted(ends, position)) + 1 if self.is_full else len(counts)
-        self.cursor = start.after(counts[:n_pieces])
+        cursor["pieces"] += 1
+        cursor["tokens"] = 0
+        cursor["documents"] += starts
+        cursor["empty"] += starts and not len(tokens)
 
-    def _find_split(self, pieces: TokenizedPieces, position: int) -> tuple[str, int]:
-        """The split of the token at `position`, and the position up to which it is the same."""
-        if self.val_tokens is not None:
-            val_left = self.val_tokens - self.total
-            is_val, end = val_left > 0, position + val_left
-            return ("val", end) if is_val else ("train", len(pieces.tokens))
-        piece = int(np.searchsorted(pieces.ends, position, side="right"))
-        is_val = bool(pieces.is_val[piece])
-        others = np.flatnonzero(pieces.is_val[piece:] != is_val)
-        last = piece + int(others[0]) - 1 if len(others) else -1
-        return "val" if is_val else "train", int(pieces.ends[last])
-
-    def _start_shard(self, split: str) -> ShardFile:
-        index = sum(shard["split"] == split for shard in self.manifest["shards"])
-        name = f"{self.manifest['name']}_{split}_{index:06d}.npy"
-        self.unfinished[split] = ShardFile(self.out_dir / name)
+    def _open_shard(self, split: str) -> ShardFile:
+        if split not in self.unfinished:
+            index = sum(shard["split"] == split for shard in self.manifest["shards"])
+            name = f"{self.manifest['name']}_{split}_{index:06d}.npy"
+            self.unfinished[split] = ShardFile(self.out_dir / name)
         return self.unfinished[split]
 
     def finish_shards(self) -> None:
         """Finish the shards that were started, and list them in the manifest."""
         for split, shard in sorted(self.unfinished.items(), reverse=True):  # val first
-            entry = {**shard.finish(), "split": split, "cursor": asdict(self.cursor)}
+            entry = {**shard.finish(), "split": split, "cursor": dict(self.cursor)}
             self.manifest["shards"].append(entry)
         if self.unfinished:
             write_manifest(self.out_dir, self.manifest)
@@ -159,7 +119,7 @@ class ShardWriter:
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
     """Write a whole shard; return its entry of the manifest."""
     file = ShardFile(path)
-    file.write(tokens)
+    file.write(tokens.astype("<u2"))
     return file.finish()
 
 
@@ -201,23 +161,21 @@ def open_shard(path: Path) -> np.ndarray:
                 f"uint16; {remedy}"
             )
         return np.asarray(tokens)
-    header = np.fromfile(path, dtype="<i4", count=BIN_HEADER_INTS)
-    if path.name in NANOGPT_FILES and tuple(header[:1]) != (BIN_MAGIC,):
-        if path.with_name("meta.pkl").exists():
+    header, n_header_bytes = np.fromfile(path, dtype="<i4", count=BIN_HEADER_INTS)[:3], 0
+    if path.name not in NANOGPT_FILES or BIN_MAGIC in header[:1]:
+        n_header_bytes = 4 * BIN_HEADER_INTS
+        expected = [BIN_MAGIC, BIN_VERSION, (path.stat().st_size - n_header_bytes) // 2]
+        if header.tolist() != expected:
             raise ValueError(
-                f"{path} has the vocabulary of the meta.pkl beside it, expected GPT-2's tokens; "
-                "prepare its text with fineweb.py"
+                f"{path} begins with {header.tolist()}, expected {expected}: magic, version and "
+                f"number of tokens of an llm.c shard; {remedy}"
             )
-        return np.asarray(np.memmap(path, dtype="<u2", mode="r"))
-    if len(header) < BIN_HEADER_INTS or tuple(header[:2]) != (BIN_MAGIC, BIN_VERSION):
+    elif path.with_name("meta.pkl").exists():
         raise ValueError(
-            f"{path} begins with {header[:2].tolist()}, expected magic {BIN_MAGIC} and version "
-            f"{BIN_VERSION} of an llm.c shard; {remedy}"
+            f"{path} has the vocabulary of the meta.pkl beside it, expected GPT-2's tokens; "
+            "prepare its text with fineweb.py"
         )
-    expected, found = int(header[2]), (path.stat().st_size - BIN_HEADER_INTS * 4) // 2
-    if found != expected:
-        raise ValueError(f"{path} holds {found} tokens, its header says {expected}; {remedy}")
-    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=BIN_HEADER_INTS * 4))
+    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=n_header_bytes))
 
 
 class TokenShards:
@@ -229,7 +187,6 @@ class TokenShards:
     def __init__(self, folder: Path | str, split: str, verify: bool = False):
         folder = Path(folder)
         manifest = read_manifest(folder)
-        entries = {entry["name"]: entry for entry in manifest["shards"]}
         if (tokenizer := manifest.get("tokenizer", "gpt2")) != "gpt2":
             raise ValueError(
                 f"{folder} has tokens of {tokenizer!r}, expected 'gpt2'; prepare the data again"
@@ -239,33 +196,23 @@ class TokenShards:
                 f"the preparation of {folder} is incomplete; run the same fineweb.py command to "
                 "resume it"
             )
-        if entries:
-            files = [folder / name for name, entry in entries.items() if entry["split"] == split]
-        else:
+        hashes = {s["name"]: s["sha256"] for s in manifest["shards"] if s["split"] == split}
+        files = [folder / name for name in hashes]
+        if not manifest["shards"]:
             files = find_shards(folder, split)
         if not files:
-            other = {"train": "val", "val": "train"}[split]
-            if entries or find_shards(folder, other):
-                raise FileNotFoundError(
-                    f"{folder} has {other} shards, but none for {split}; expected files named like "
-                    f"NAME_{split}_000000.npy or NAME_{split}.bin"
-                )
             raise FileNotFoundError(
-                f"no {split} shards in {folder}; `python fineweb.py --dataset fineweb-edu "
-                f"--out_dir {folder}` gets 10B tokens from the hub; `python fineweb.py "
-                "--dataset stdlib` takes seconds and no network, then use --data_dir data/stdlib"
+                f"no {split} shards in {folder}, expected files named like NAME_{split}_000000.npy "
+                f"or NAME_{split}.bin; `python fineweb.py --dataset fineweb-edu --out_dir {folder}`"
+                " gets 10B tokens from the hub; `python fineweb.py --dataset stdlib` takes seconds "
+                "and no network, then use --data_dir data/stdlib"
             )
-        bar = tqdm(
-            files,
-            f"checking {split}",
-            leave=False,
-            unit=" shards",
-            disable=None if verify else True,
-        )
-        self.shards = [load_shard(file, entries.get(file.name, {}), verify) for file in bar]
+        hidden = None if verify else True  # None: if there is no terminal
+        bar = tqdm(files, f"checking {split}", leave=False, unit=" shards", disable=hidden)
+        self.shards = [load_shard(file, hashes.get(file.name), verify) for file in bar]
         self.starts = np.cumsum([0, *map(len, self.shards)])
         identity = [
-            (len(shard), entries.get(file.name, {}).get("sha256"))
+            (len(shard), hashes.get(file.name))
             for file, shard in zip(files, self.shards, strict=True)
         ]
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
@@ -280,16 +227,12 @@ class TokenShards:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64, across shard borders."""
-        out = np.empty(stop - start, dtype=np.int64)
-        position = start
-        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
-        while position < stop:
-            offset = position - int(self.starts[shard])
-            piece = self.shards[shard][offset : offset + stop - position]
-            out[position - start : position - start + len(piece)] = piece
-            position += len(piece)
-            shard += 1
-        return out
+        first, last = np.searchsorted(self.starts, (start, stop - 1), side="right") - 1
+        parts = []
+        for shard in range(first, last + 1):
+            offset = int(self.starts[shard])
+            parts.append(self.shards[shard][max(0, start - offset) : stop - offset])
+        return np.concatenate(parts, dtype=np.int64)
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
@@ -300,19 +243,12 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     return sorted(f for f in folder.glob("*") if name.fullmatch(f.name))
 
 
-def load_shard(file: Path, entry: dict, verify: bool) -> np.ndarray:
-    """The tokens of a shard; ValueError where they are not those of its manifest entry."""
-    if not file.exists():
-        raise FileNotFoundError(
-            f"{file} is missing, manifest.json lists it; prepare the data again"
-        )
+def load_shard(file: Path, sha256: str | None, verify: bool) -> np.ndarray:
+    """The tokens of a shard. `verify`: ValueError if they are not those with the sha256, or not
+    GPT-2's.
+    """
     tokens = open_shard(file)
-    if entry.get("tokens", len(tokens)) != len(tokens):
-        raise ValueError(
-            f"{file} holds {len(tokens)} tokens, manifest.json says {entry['tokens']}; delete it "
-            "and prepare the data again"
-        )
-    if verify and entry and sha256_file(file) != entry["sha256"]:
+    if verify and sha256 and sha256_file(file) != sha256:
         raise ValueError(
             f"{file} has changed since it was written: its sha256 differs from manifest.json; "
             "delete it and prepare the data again"

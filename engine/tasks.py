@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from engine.distributed import Distributed
-from engine.documents import check_encoding, find_files, read_documents
+from engine.documents import MAX_PIECE_CHARS, TextFormat, find_files, read_pieces
 from engine.rows import convert_rows, get_text, open_rows
 from engine.scoring import Request, Score, encode, encode_request, score
 from engine.tokenizer import END_OF_TEXT_ID
@@ -242,11 +242,10 @@ class TextPerplexity(Task):
         documents: list[str] = []
         problems: Counter = Counter()
         for file in self.find_files():
-            check_encoding(file)
-            for piece, starts in read_documents(file, "text", problems):
-                if starts:
+            for piece in read_pieces(file, TextFormat(), problems, MAX_PIECE_CHARS):
+                if piece.starts:
                     documents.append("")
-                documents[-1] += piece
+                documents[-1] += piece.text
         if problems and not self.skip_bad_rows:
             found = ", ".join(f"{n} {problem}" for problem, n in problems.items())
             raise ValueError(f"{self.source} has {found}; repair it, or add --skip_bad_rows")

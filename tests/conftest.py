@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine.data import PretrainingData
 from engine.distributed import Distributed
+from engine.documents import Piece, TextFormat, find_files, read_pieces
 from engine.shards import TokenShards, write_manifest, write_shard
-from engine.sources import open_source
 from engine.step import TrainingStep
 from engine.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
@@ -127,9 +127,12 @@ def expected_tokens(documents: list[str]) -> list[int]:
     return [i for d in documents for i in (50256, *get_tokenizer().encode_ordinary(d))]
 
 
-def read_pieces(*dataset: object, skip: int = 0) -> tuple[list[tuple[str, bool]], Counter]:
+def read_files(*paths: object, n_chars: int = 4000, **options) -> tuple[list[Piece], Counter]:
+    """The pieces of files, and what is wrong with them."""
     problems: Counter = Counter()
-    return list(open_source([str(d) for d in dataset], "text").pieces(skip, problems)), problems
+    options = {"text_format": TextFormat(**options), "problems": problems, "n_chars": n_chars}
+    files = find_files([str(path) for path in paths])
+    return [piece for file in files for piece in read_pieces(file, **options)], problems
 
 
 @pytest.fixture(scope="session")

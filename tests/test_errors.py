@@ -118,7 +118,7 @@ WRONG = [
     ("sample --model broken --prompt x", "broken has weights that are not finite"),
     ("fineweb --dataset empty", "empty is neither a dataset"),
     ("fineweb --dataset text.txt --out_dir file", "file"),
-    ("fineweb --dataset deep.jsonl --out_dir new", "(1 rows had none under --text_field text)"),
+    ("fineweb --dataset deep.jsonl --out_dir new", "deep.jsonl line 1: no text under 'text'"),
     ("plot nothing", "nothing/metrics.jsonl does not exist; expected the --out_dir"),
     ("plot word_run", "word_run/metrics.jsonl is damaged"),
     ("plot syntax_run", "syntax_run/config.yaml is damaged"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from conftest import NASTY_TEXT, ROOT, expected_tokens
 
 import fineweb
 from engine.config import parse_flags
+from engine.documents import find_files, open_source, read_pieces
 from engine.files import lock_folder
 from engine.shards import TokenShards, open_shard, read_manifest
-from engine.sources import open_source
 from engine.tokenizer import get_tokenizer
 from fineweb import PrepareConfig, main
 
@@ -37,22 +38,18 @@ def split_tokens(folder: Path) -> tuple[list[int], list[int]]:
     return train, val
 
 
-def expected_split(documents: list[str], fraction: float) -> tuple[list[int], list[int]]:
+def expected_split(documents: list[str], file: Path) -> tuple[list[int], list[int]]:
     """The tokens for training and for validation, if whole documents are drawn: those whose sha256
-    is among the lowest.
+    is among the lowest, about 100 tokens of a file with 4.4 bytes a token.
     """
+    n_bytes = file.stat().st_size * (3 if file.suffix in (".gz", ".parquet") else 1)
+    fraction = min(0.5, 100 / (n_bytes / 4.4))
     hashes = [int(hashlib.sha256(d.encode()).hexdigest(), 16) / 16**64 for d in documents]
     pairs = list(zip(documents, hashes, strict=True))
     return (
         expected_tokens([document for document, x in pairs if x >= fraction]),
         expected_tokens([document for document, x in pairs if x < fraction]),
     )
-
-
-@pytest.fixture
-def whole_documents(monkeypatch):
-    """Documents are never drawn in sections."""
-    monkeypatch.setattr("engine.sources.SECTIONS", 1)
 
 
 def prepare(folder: Path, *dataset: object, **options) -> dict:
@@ -76,13 +73,19 @@ def jsonl(tmp_path):
 def unordered(monkeypatch):
     """Files in a random order, as documents of the hub are: validation is their first tokens."""
 
-    def open_unordered(*args):
-        return replace(open_source(*args), is_ordered=False)
+    def open_unordered(dataset, text_format, val_tokens, max_tokens):
+        def read(skip, problems):
+            files = find_files(dataset)
+            pieces = (p for f in files for p in read_pieces(f, text_format, problems))
+            return islice(pieces, skip, None)
+
+        source = open_source(dataset, text_format, val_tokens, max_tokens)
+        return replace(source, split={"val_tokens": val_tokens}, pieces=read)
 
     monkeypatch.setattr(fineweb, "open_source", open_unordered)
 
 
-def test_every_format_gives_the_same_tokens(tmp_path, jsonl, whole_documents, write_parquet):
+def test_every_format_gives_the_same_tokens(tmp_path, jsonl, write_parquet):
     """.jsonl, .jsonl.gz, .parquet and one .txt a document become exactly the documents' tokens,
     each after <|endoftext|>, in the split that its hash gives. Full shards have the requested size.
     """
@@ -96,15 +99,14 @@ def test_every_format_gives_the_same_tokens(tmp_path, jsonl, whole_documents, wr
         (folder / f"{i:03d}.txt").write_bytes(text.encode())
     for i, source in enumerate(("documents.jsonl", "documents.jsonl.gz", "documents.parquet")):
         manifest = prepare(tmp_path / f"out{i}", tmp_path / source)
-        fraction = manifest["options"]["val_fraction"]
-        assert split_tokens(tmp_path / f"out{i}") == expected_split(DOCUMENTS, fraction)
+        assert split_tokens(tmp_path / f"out{i}") == expected_split(DOCUMENTS, tmp_path / source)
         assert manifest["complete"]
         sizes = [s["tokens"] for s in manifest["shards"] if s["split"] == "train"]
         assert set(sizes[:-1]) == {300}
-    manifest = prepare(tmp_path / "out_txt", tmp_path / "txt")
+    prepare(tmp_path / "out_txt", tmp_path / "txt")
     separated = [d.replace("<|endoftext|>", "<|end|>") for d in DOCUMENTS]
-    fraction = manifest["options"]["val_fraction"]
-    assert split_tokens(tmp_path / "out_txt") == expected_split(separated, fraction)
+    (tmp_path / "all").write_text("".join(separated))
+    assert split_tokens(tmp_path / "out_txt") == expected_split(separated, tmp_path / "all")
 
 
 def test_bad_input_is_handled_and_counted(tmp_path, capsys, unordered):
@@ -116,17 +118,18 @@ def test_bad_input_is_handled_and_counted(tmp_path, capsys, unordered):
     (tmp_path / "a.jsonl").write_bytes(
         "\n".join(rows).encode() + b'\n{"text": "caf\xe9 au lait"}\n'
     )
-    whole = gzip.compress(os.urandom(20_000).hex().encode())
+    whole = gzip.compress(os.urandom(20_000).hex("\n", 40).encode())
     (tmp_path / "b.txt.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "c.jsonl").write_text('{"text": "lone \\ud800 surrogate"}\n')
-    manifest = prepare(tmp_path / "out", tmp_path)
+    manifest = prepare(tmp_path / "out", tmp_path, decode_errors="replace")
+    assert manifest["options"]["decode_errors"] == "replace"
     train, val = split_tokens(tmp_path / "out")
     assert manifest["summary"] == {
         "documents": 25,
         "val tokens": len(val),
         "train tokens": len(train),
         "empty documents": 2,
-        "pieces with undecodable bytes": 2,
+        "replaced characters": 1,
         "bad rows": 3,
         "truncated files": 1,
         "bad files left out": 0,
@@ -135,27 +138,6 @@ def test_bad_input_is_handled_and_counted(tmp_path, capsys, unordered):
     assert "a.jsonl line 23" in out
     assert "b.txt.gz is truncated" in out
     assert "3 bad rows" in out
-
-
-def test_genuine_u_fffd_is_not_undecodable(tmp_path, monkeypatch, unordered):
-    """U+FFFD in valid UTF-8, as a character or as an escape of JSON, is text like any other; the
-    count is of pieces with bytes that are not UTF-8. Both give the tokens of U+FFFD.
-    """
-    monkeypatch.setattr("engine.documents.MAX_UNDECODABLE", 1)
-    text = "a genuine \ufffd stays " * 40
-    escaped = json.dumps({"text": text})
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    (tmp_path / "b.jsonl").write_text(f'{escaped}\n{{"text": "{text}"}}\n', encoding="utf-8")
-    manifest = prepare(tmp_path / "valid", tmp_path / "a.txt", tmp_path / "b.jsonl")
-    assert manifest["summary"]["pieces with undecodable bytes"] == 0
-    expected = expected_tokens([text] * 3)
-    assert all_tokens(tmp_path / "valid") == expected
-    bad = text.encode().replace(b"\xef\xbf\xbd", b"\xef\xbf")
-    (tmp_path / "a.txt").write_bytes(bad)
-    (tmp_path / "b.jsonl").write_bytes(escaped.encode() + b'\n{"text": "' + bad + b'"}\n')
-    manifest = prepare(tmp_path / "invalid", tmp_path / "a.txt", tmp_path / "b.jsonl")
-    assert manifest["summary"]["pieces with undecodable bytes"] == 2
-    assert all_tokens(tmp_path / "invalid") == expected
 
 
 def prepare_sections(folder: Path, text: str, name: str = "a.txt", **options) -> list[list[str]]:
@@ -168,15 +150,65 @@ def prepare_sections(folder: Path, text: str, name: str = "a.txt", **options) ->
 
 
 def test_validation_is_drawn_from_all_of_a_long_document(tmp_path):
-    """One long document is drawn in sections of a 400th: together they are the document, about 5%
-    are for validation, from its first, second, third and last quarter alike, and each part starts
-    with <|endoftext|>.
+    """One long document is drawn in sections of 4,000 characters: together they are the document,
+    about 5% are for validation, from its first, second, third and last quarter alike, and each part
+    starts with <|endoftext|>. It counts as one document.
     """
-    text = " ".join(f"word{i}" for i in range(40_000))
+    text = " ".join(f"word{i}" for i in range(120_000))
     train, val = prepare_sections(tmp_path / "a", text)
     assert "".join(sorted(train + val, key=text.index)) == text
     assert 0.02 < len("".join(val)) / len(text) < 0.09
     assert {4 * text.index(part) // len(text) for part in val} == {0, 1, 2, 3}
+    assert read_manifest(tmp_path / "a" / "out")["summary"]["documents"] == 1
+
+
+HARD_TO_CUT = {
+    "cjk": "".join(chr(0x4E00 + i * i % 9999) for i in range(9000)),
+    "dna": "".join("ACGT"[i * i % 13 % 4] for i in range(9000)),
+    "tabs": "".join(f"word{i}\t" for i in range(2000)),
+    "ideographic spaces": "".join(f"{chr(0x4E00 + i)}\u3000" for i in range(5000)),
+    "space at the ends": "\n" * 9000 + "a" * 4001 + "\n" * 9000,
+    "two sections": "a" * 4001,
+    "30 kB": " ".join(f"word{i}" for i in range(3500)),
+}
+
+
+@pytest.mark.parametrize("name", HARD_TO_CUT)
+def test_any_text_of_two_sections_has_both_splits(tmp_path, name):
+    """Text without spaces or newlines is prepared too, nothing of it is lost, and what is for
+    validation is at most about a half, of 30 kB an eighth.
+    """
+    text = HARD_TO_CUT[name]
+    train, val = prepare_sections(tmp_path / "a", text)
+    assert sorted("".join(train + val)) == sorted(text)
+    if name != "space at the ends":
+        assert 0 < len("".join(val)) <= len(text) / 2 + 4000
+    if name == "30 kB":
+        assert len("".join(val)) < len(text) / 6
+
+
+def test_text_of_one_section_is_refused(tmp_path):
+    """One section cannot be split; the error says how much text is needed, and with it the same
+    command works. Nothing is written before.
+    """
+    file = tmp_path / "a.txt"
+    for text in ("a" * 4000, "a" * 4000 + "<|endoftext|>" + "a" * 4000, "  \n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"fewer than two different sections .*add text"):
+            prepare(tmp_path / "out", file)
+        assert not (tmp_path / "out").exists()
+    file.write_text("a" * 4000 + "<|endoftext|>b")
+    assert prepare(tmp_path / "out", file)["complete"]
+
+
+def test_small_files_are_documents(tmp_path):
+    """30 files that end in newlines, one of which begins a section, are 30 documents."""
+    (tmp_path / "text").mkdir()
+    for i in range(30):
+        text = f"{i} " + "x" * 3998 + "\n" * (i % 3)
+        (tmp_path / "text" / f"{i}.txt").write_text(text[: 4000 + i % 3])
+    summary = prepare(tmp_path / "out", tmp_path / "text")["summary"]
+    assert (summary["documents"], summary["empty documents"]) == (30, 0)
 
 
 def test_a_document_and_its_copies_are_in_one_split(tmp_path):
@@ -195,52 +227,63 @@ def test_a_document_and_its_copies_are_in_one_split(tmp_path):
     assert splits[0][0] == splits[1][0] - {"new " * 99}
 
 
-def test_an_earlier_folder_keeps_its_validation_tokens(tmp_path, jsonl, monkeypatch):
-    """A folder of files whose validation split is their first tokens, as earlier versions wrote
-    them, is complete, and resumes, with those.
+@pytest.mark.parametrize(
+    "split", [{"val_tokens": 100}, {"val_fraction": 0.05}], ids=["leading", "drawn"]
+)
+def test_folders_of_earlier_versions(tmp_path, jsonl, split):
+    """A complete folder of files that an earlier version split in another way stays complete and as
+    it is; an incomplete one is refused, because its cuts cannot be continued.
     """
-    with monkeypatch.context() as patch:
-        patch.setattr(fineweb, "open_source", lambda *a: replace(open_source(*a), is_ordered=False))
-        prepare(tmp_path / "out", jsonl, val_tokens=None)
+    prepare(tmp_path / "out", jsonl)
+    manifest = read_manifest(tmp_path / "out")
+    del manifest["options"]["val_tokens"], manifest["options"]["section_chars"]
+    manifest["options"] |= split
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     before = snapshot(tmp_path / "out")
-    prepare(tmp_path / "out", jsonl, val_tokens=None)
+    prepare(tmp_path / "out", jsonl)
     assert snapshot(tmp_path / "out") == before
-    (tmp_path / "out" / "out_train_000004.npy").unlink()
-    prepare(tmp_path / "out", jsonl, val_tokens=None)
-    assert snapshot(tmp_path / "out") == before
+    with pytest.raises(ValueError, match=r"another .*shard_size"):
+        prepare(tmp_path / "out", jsonl, shard_size=400)
+    (tmp_path / "out" / manifest["shards"][-1]["name"]).unlink()
+    for complete in (True, False):
+        (tmp_path / "out" / "manifest.json").write_text(
+            json.dumps({**manifest, "complete": complete})
+        )
+        with pytest.raises(ValueError, match=r"another section_chars.*delete the folder"):
+            prepare(tmp_path / "out", jsonl)
 
 
-def test_a_failed_preparation_can_be_repeated(tmp_path):
-    """Where too little text leaves no validation tokens, the remedy of the error works."""
-    (tmp_path / "a.txt").write_text("These are the few words of a very short text. " * 2)
-    errors = []
-    for val_tokens in range(1, 20):
-        try:
-            manifest = prepare(tmp_path / "out", tmp_path / "a.txt", val_tokens=val_tokens)
-        except ValueError as error:
-            errors.append(str(error))
-        else:
-            break
-    assert errors
-    assert all("raise --val_tokens" in error for error in errors)
-    assert manifest["complete"]
-
-
-def test_files_that_are_not_utf8(tmp_path, capsys):
-    """A file in Latin-1 is refused by name, before anything is written; with --skip_bad_files it is
-    left out and counted.
+def test_files_in_other_encodings(tmp_path, capsys):
+    """A file in Latin-1 is refused by name and place before anything is written. Each remedy of the
+    error works, and is noted in the manifest if the shards depend on it.
     """
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "good.txt").write_text("Un café. " * 900)
-    (tmp_path / "text" / "latin.txt").write_bytes(("Un café. " * 900).encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8: 11.1%.*iconv.*--skip_bad_files"):
+    good, latin = "Grüße. " * 900, "Un café. " * 900
+    (tmp_path / "text" / "good.txt").write_bytes(b"\xef\xbb\xbf" + good.encode())
+    (tmp_path / "text" / "latin.txt").write_bytes(latin.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 at byte 6") as e:
         prepare(tmp_path / "out", tmp_path / "text")
     assert not (tmp_path / "out").exists()
-    manifest = prepare(tmp_path / "out", tmp_path / "text", skip_bad_files=True)
+    for flag, value, text in (
+        ("encoding", "latin1", good + latin),
+        ("decode_errors", "replace", good + latin.replace("é", "\ufffd")),
+        ("skip_bad_files", True, good),
+    ):
+        assert f"--{flag}" in str(e.value)
+        manifest = prepare(tmp_path / flag, tmp_path / "text", **{flag: value})
+        decoded = get_tokenizer().decode(all_tokens(tmp_path / flag))
+        assert sorted(decoded.replace("<|endoftext|>", "")) == sorted(text)
+        options = {"encoding": "iso8859-1", "decode_errors": "replace"}
+        noted = {flag: options[flag]} if flag in options else {}
+        assert {key: manifest["options"][key] for key in options if key in manifest["options"]} == (
+            noted
+        )
     assert manifest["summary"]["bad files left out"] == 1
     assert "latin.txt is not UTF-8" in capsys.readouterr().out
-    text = get_tokenizer().decode(all_tokens(tmp_path / "out")).replace("<|endoftext|>", "")
-    assert sorted(text) == sorted("Un café. " * 900)
+    with pytest.raises(ValueError, match=r"another encoding .*iso8859-1.* before, .*None.* now"):
+        prepare(tmp_path / "encoding", tmp_path / "text", skip_bad_files=True)
+    with pytest.raises(ValueError, match="unknown encoding: klingon; expected one of Python's"):
+        PrepareConfig(encoding="klingon")
 
 
 def test_two_preparations_in_one_folder(tmp_path, jsonl):
@@ -265,7 +308,7 @@ def test_max_tokens_is_exact(tmp_path, jsonl, unordered):
     """The first max_tokens tokens are written and no others."""
     prepare(tmp_path / "out", jsonl, max_tokens=1234)
     assert all_tokens(tmp_path / "out") == expected_tokens(DOCUMENTS)[:1234]
-    with pytest.raises(ValueError, match=r"max_tokens is 101, expected val_tokens \+ 2 = 102"):
+    with pytest.raises(ValueError, match=r"max_tokens is 101, expected at least 102"):
         prepare(tmp_path / "out2", jsonl, max_tokens=101)
 
 
@@ -299,8 +342,8 @@ def test_a_killed_preparation_resumes_byte_identically(tmp_path):
 @pytest.mark.parametrize("is_ordered", [True, False])
 def test_any_shard_is_a_place_to_resume(tmp_path, jsonl, is_ordered, request):
     """From the manifest after any shard the same command completes the same files, with max_tokens
-    as without, whether validation is drawn or leads. The cursor keeps the names that earlier
-    versions wrote.
+    as without, whether validation is drawn or leads. The cursor keeps names that earlier versions
+    wrote.
     """
     if not is_ordered:
         request.getfixturevalue("unordered")
@@ -309,7 +352,7 @@ def test_any_shard_is_a_place_to_resume(tmp_path, jsonl, is_ordered, request):
         prepare(folder, jsonl, **options)
         before = snapshot(folder)
         manifest = json.loads(before["manifest.json"])
-        names = {"pieces", "tokens", "documents", "empty", "undecodable"}
+        names = {"pieces", "tokens", "documents", "empty"}
         assert all(shard["cursor"].keys() == names for shard in manifest["shards"])
         del manifest["summary"]
         cursors = [shard["cursor"] for shard in manifest["shards"]]
@@ -338,7 +381,7 @@ def test_a_damaged_shard_is_written_again(tmp_path, jsonl):
     assert snapshot(tmp_path / "out") == before
 
 
-def test_complete_and_changed_preparations(tmp_path, jsonl, capsys, whole_documents):
+def test_complete_and_changed_preparations(tmp_path, jsonl, capsys):
     """A second call reports that the folder is complete; one with other options is refused and
     changes nothing.
     """
@@ -354,7 +397,7 @@ def test_complete_and_changed_preparations(tmp_path, jsonl, capsys, whole_docume
 
 def test_too_little_text_is_an_error_with_a_remedy(tmp_path, jsonl, unordered):
     """val_tokens that leave nothing for training are an error; a smaller number then works."""
-    with pytest.raises(ValueError, match="lower --val_tokens"):
+    with pytest.raises(ValueError, match="expected at least 2; lower --val_tokens"):
         prepare(tmp_path / "out", jsonl, val_tokens=10**6, shard_size=10**6)
     prepare(tmp_path / "out", jsonl)
     assert all_tokens(tmp_path / "out") == expected_tokens(DOCUMENTS)
@@ -362,8 +405,8 @@ def test_too_little_text_is_an_error_with_a_remedy(tmp_path, jsonl, unordered):
 
 def test_settings_are_checked(tmp_path):
     """Sizes out of range, an empty dataset, and a dataset that is not a list are errors."""
-    for name, value in (("max_tokens", 0), ("shard_size", 10**13), ("val_tokens", -1)):
-        with pytest.raises(ValueError, match=f"{name} is {value}, expected at least 1 and at most"):
+    for name, value in (("max_tokens", 3), ("shard_size", 10**13), ("val_tokens", 1)):
+        with pytest.raises(ValueError, match=f"{name} is {value}, expected at least [124]"):
             PrepareConfig(**{name: value})
     with pytest.raises(ValueError, match="dataset is empty"):
         PrepareConfig(dataset=[])
@@ -381,7 +424,9 @@ def test_without_gigatoken_the_shards_are_the_same(tmp_path, jsonl, monkeypatch)
 
 
 def test_hub_data_streams_and_resumes(tmp_path, monkeypatch, datasets):
-    """A hub dataset is streamed row by row; an interrupted preparation resumes at its row."""
+    """A hub dataset is streamed row by row; an interrupted preparation resumes at its row,
+    also one of an earlier version, whose cursor has one more count.
+    """
 
     def load_dataset(repo, name, split, streaming):
         assert (repo, name, split) == ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train")
@@ -394,10 +439,14 @@ def test_hub_data_streams_and_resumes(tmp_path, monkeypatch, datasets):
     assert all_tokens(tmp_path / "out") == expected_tokens(DOCUMENTS)
     before = snapshot(tmp_path / "out")
     manifest = json.loads(before["manifest.json"])
-    manifest["complete"], manifest["shards"] = False, manifest["shards"][:3]
+    manifest["complete"], manifest["shards"] = False, (shards := manifest["shards"][:3])
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     prepare(tmp_path / "out", "fineweb-edu")
     assert snapshot(tmp_path / "out") == before
+    manifest["shards"] = [{**s, "cursor": {**s["cursor"], "undecodable": 0}} for s in shards]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    prepare(tmp_path / "out", "fineweb-edu")
+    assert all_tokens(tmp_path / "out") == expected_tokens(DOCUMENTS)
 
 
 def test_an_unreachable_hub_names_what_works_without(tmp_path, monkeypatch, datasets, network):
@@ -443,7 +492,7 @@ def test_ready_made_shards(tmp_path, jsonl, monkeypatch):
 def test_stdlib_becomes_shards(tmp_path, monkeypatch, capsys):
     """stdlib needs no network; about 5% are for validation; the summary has all counts."""
     texts = [f"Document {i}. " * 20 for i in range(50)]
-    monkeypatch.setattr("engine.sources.stdlib_documents", lambda: texts)
+    monkeypatch.setattr("engine.documents.stdlib_documents", lambda: texts)
     main(PrepareConfig(dataset=["stdlib"], out_dir=str(tmp_path / "out")))
     val = int(sum(map(len, texts)) / 4.4 / 20)
     tokens = expected_tokens(texts)
@@ -451,8 +500,8 @@ def test_stdlib_becomes_shards(tmp_path, monkeypatch, capsys):
     assert len(TokenShards(tmp_path / "out", "val")) == val
     expected = (
         f"out: 50 documents, {val:,} val tokens, {len(tokens) - val:,} train tokens, 0 empty "
-        "documents, 0 pieces with undecodable bytes, 0 bad rows, 0 truncated files, 0 bad files "
-        "left out, 2 shards"
+        "documents, 0 replaced characters, 0 bad rows, 0 truncated files, 0 bad files left out, "
+        "2 shards"
     )
     assert expected in capsys.readouterr().out
 
