@@ -122,10 +122,8 @@ def print_continuations(
 ) -> None:
     """Print the prompt with its continuations, or answers alone; the speed goes to stderr."""
     ids = get_tokenizer().encode(prompt, disallowed_special=()) or [END_OF_TEXT_ID]
-    if len(ids) > (block_size := model.config.block_size):
-        seen = f"the model sees only the last {block_size}"
-        print(f"the prompt has {len(ids)} tokens; {seen}", file=sys.stderr)
-        ids = ids[-block_size:]
+    if len(ids) > (seen := model.config.block_size):
+        print(f"the prompt has {len(ids)} tokens, the model sees the last {seen}", file=sys.stderr)
     rows = [Continuation(config.stop) for _ in range(config.num_return_sequences)]
     streaming = len(rows) == 1
     shown, max_new_tokens = ("", ANSWER_TOKENS) if is_answer else (prompt, PROMPT_TOKENS)
@@ -181,14 +179,6 @@ def prompt_loop(
             print(flush=True)
 
 
-def read_stdin() -> str:
-    """The prompt on stdin, without the newline that `echo` adds."""
-    try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt on stdin is not UTF-8 text: {error}") from error
-
-
 def main(config: SampleConfig) -> None:
     template = find_prompt_template(latest_checkpoint(config.lora_load_path or config.model))
     prompt = config.prompt
@@ -200,7 +190,7 @@ def main(config: SampleConfig) -> None:
             )
         prompt = template.fill(config.instruction, config.input or "")
     elif prompt is None and not sys.stdin.isatty():
-        prompt = read_stdin()
+        prompt = sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")  # echo's
     device = Distributed.start(config.device).device
     model = load_model(config.model, config.lora_load_path).to(device)
     check_vocabulary(model, config.model)

@@ -23,7 +23,6 @@ import yaml
 from safetensors import SafetensorError
 
 from engine.adapter import is_adapter, load_adapter, read_adapter_config, save_adapter
-from engine.errors import parse
 from engine.files import fsync_folder, read_json
 from engine.lora import lora_linears
 from engine.pretrained import load_pretrained, save_pretrained
@@ -160,7 +159,7 @@ def load_latest(
 
 
 def save_checkpoint(
-    run: Path, model: GPT, params: dict, state: RunState, *, keep: int, kept_step: int = 0
+    run: Path, model: GPT, params: dict, state: RunState, keep: int, *, kept_step: int = 0
 ) -> None:
     """Save a checkpoint of `params`, the parameters of `model` or copies of them; with LoRA only
     the adapter. Then delete all but the latest `keep`, the best, that of `kept_step`, and bases of
@@ -257,6 +256,6 @@ def read_run_config(run: Path | str) -> dict:
     file = Path(run) / "config.yaml"
     try:
         with file.open() as stream:  # an OSError then has the file's name
-            return dict(parse(yaml.safe_load, stream))
+            return dict(yaml.safe_load(stream))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}; repair it, or choose another run") from error

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import yaml
 
-from engine.errors import exit_with_error, parse, with_reported_errors
+from engine.errors import exit_with_error, with_reported_errors
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -344,7 +344,7 @@ def read_config_file(file: str, parser: Parser) -> dict[str, Any]:
         parser.error(f"{file}: no such file; --config expects a YAML file")
     try:
         with Path(file).open(encoding="utf-8") as stream:
-            content = parse(yaml.safe_load, stream)
+            content = yaml.safe_load(stream)
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(f"{file} is not YAML: {error}")
     if not isinstance(content, dict):

@@ -80,9 +80,7 @@ class TrainingData(ABC):
         if step_size % (micro := batch_size * row_size * world_size):
             sizes = range(batch_size, 0, -1)
             fitting = [n for n in sizes if step_size % (n * row_size * world_size) == 0]
-            below = step_size // micro * micro
-            nearest = " or ".join(str(n) for n in (below, below + micro) if n)
-            remedy = f"the nearest are {nearest}"
+            remedy = f"{-(-step_size // micro) * micro} is one"
             if fitting:
                 remedy = f"--batch_size {fitting[0]} fits, and the loss curve is the same with it"
             raise ValueError(

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 BAD_INPUT = 2  # argparse's exit code for bad usage
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: 128 + SIGINT
@@ -52,14 +52,6 @@ def exit_with_error(message: str) -> NoReturn:
         info = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(error_file).write_text(json.dumps({"message": info}))
     sys.exit(BAD_INPUT)
-
-
-def parse(load: Callable[[Any], Any], source: Any) -> Any:
-    """What `load`, such as json.loads, makes of the source; ValueError if it is nested too deep."""
-    try:
-        return load(source)
-    except RecursionError as error:
-        raise ValueError("brackets are nested too deep") from error
 
 
 def describe_error(error: Exception) -> str | None:

@@ -12,8 +12,6 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-from engine.errors import parse
-
 DAMAGED_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
@@ -71,7 +69,7 @@ def write_json(path: Path, content: dict) -> None:
 def read_json(path: Path, remedy: str) -> dict:
     """The JSON object in a file; ValueError with the remedy if there is none."""
     try:
-        return dict(parse(json.loads, path.read_text()))
+        return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}; {remedy}") from error
 
@@ -111,7 +109,7 @@ class JSONLinesLog:
         lines = path.read_bytes()
         lines = lines[: lines.rfind(b"\n") + 1]
         try:
-            records = [dict(parse(json.loads, line)) for line in lines.splitlines()]
+            records = [dict(json.loads(line)) for line in lines.splitlines()]
             _ = [record[key] + 0 for record in records]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
@@ -126,30 +124,23 @@ class JSONLinesLog:
 
 
 @contextmanager
-def make_folder(folder: Path) -> Iterator[None]:
-    """Make the folder and its parents. Those that are new and in the end empty are removed."""
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it, so that no other process writes into it. The lock ends with the
+    process. What is new and in the end empty is removed, with its parents.
+    """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        for path in new:
-            with suppress(OSError):  # it is not empty
-                path.rmdir()
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder so that no other process writes into it. The lock ends with the process."""
     lock = folder / "lock"
     try:
-        with make_folder(folder), FileLock(lock, timeout=0):
+        with FileLock(lock, timeout=0):
             try:
                 yield
             finally:
-                if list(folder.iterdir()) == [lock]:
+                if [*folder.iterdir()] == [lock]:
                     with suppress(OSError):  # Windows keeps a file that is open
                         lock.unlink()
+                        for path in new:
+                            path.rmdir()
     except Timeout as error:
         raise ValueError(
             f"{folder} is in use by another process; wait until it ends, or choose another "

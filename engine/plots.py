@@ -92,12 +92,8 @@ def draw_runs(runs: list[Path], x: str = "step", *, has_all_panels: bool = False
 
 
 def printable(name: str) -> str:
-    """The name as a label of matplotlib, with escapes for characters that its font lacks."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    glyphs = get_font(findfont(FontProperties())).get_charmap()
-    shown = "".join(c if ord(c) in glyphs else ascii(c)[1:-1] for c in name)
-    shown = shown.replace("$", r"\$")  # formulas are between dollars
+    """The name as a label of matplotlib."""
+    shown = name.replace("$", r"\$")  # formulas are between dollars
     return f" {shown}" if shown.startswith("_") else shown  # it would be missing in the legend
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.documents import stdlib_definitions
-from engine.errors import parse
 from engine.files import read_lines, sha256_text
 from engine.hub import check_hub_name, load_hub_rows
 
@@ -71,7 +70,7 @@ def convert_rows(
 
 def parse_json(text: bytes, place: str = "") -> Any:
     try:
-        return parse(json.loads, text)
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{place}not JSON: {error}") from error
 

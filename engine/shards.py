@@ -216,11 +216,6 @@ class TokenShards:
             for file, shard in zip(files, self.shards, strict=True)
         ]
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
-        if len(self) < 2:
-            raise ValueError(
-                f"the {split} split of {folder} has {len(self)} tokens, expected at least 2; "
-                "prepare more text"
-            )
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -47,10 +47,9 @@ def check_tensors(
     ):
         if names:
             shown = ", ".join(sorted(names)[:MAX_NAMES_SHOWN])
-            more = len(names) - MAX_NAMES_SHOWN
             raise ValueError(
-                f"{source}: {problem} tensors: {shown}{f' and {more} more' if more > 0 else ''}; "
-                "it belongs to a different model"
+                f"{source}: {len(names)} {problem} tensors, such as {shown}; it belongs to a "
+                "different model"
             )
     for name, target in targets.items():
         if tensors[name].shape != target.shape:

@@ -178,15 +178,9 @@ def start_save(training_step: TrainingStep, record: dict, save: BackgroundSave) 
     }
 
     def write() -> None:
-        state = RunState(progress, tensors)
-        save_checkpoint(
-            run,
-            training_step.model,
-            params,
-            state,
-            keep=config.keep,
-            kept_step=plateau_end(config),  # from which the run can be extended
-        )
+        model, state = training_step.model, RunState(progress, tensors)
+        # From the end of the plateau the run can be extended.
+        save_checkpoint(run, model, params, state, config.keep, kept_step=plateau_end(config))
         plot_runs([run], run / "loss.png")
         write_report(run, dist)
 
