@@ -45,8 +45,8 @@ def test_copying_tensors_is_all_or_nothing():
     tensors = {name: torch.full((2, 3), i + 1.0) for i, name in enumerate(names)}
     without = {name: tensors[name] for name in names[:1]}
     for wrong, expected in (
-        (without, r"x: missing tensors: h\.1, h\.2, h\.3, h\.4 and 1 more; it belongs"),
-        (tensors | {"more": torch.ones(1)}, "x: unexpected tensors: more; it belongs"),
+        (without, r"x: 5 missing tensors, such as h\.1, h\.2, h\.3, h\.4; it belongs"),
+        (tensors | {"more": torch.ones(1)}, "x: 1 unexpected tensors, such as more; it belongs"),
         (tensors | {"h.5": torch.ones(3, 2)}, r"x: h\.5 is \(3, 2\), the model has \(2, 3\)"),
     ):
         with pytest.raises(ValueError, match=expected):
