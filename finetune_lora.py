@@ -236,7 +236,7 @@ def build_model(base: GPT, config: FinetuneConfig) -> GPT:
 
 
 def resolve_config(
-    config: FinetuneConfig, model: GPT, *, n_examples: int, dist: Distributed
+    config: FinetuneConfig, model: GPT, n_examples: int, dist: Distributed
 ) -> FinetuneConfig:
     """The config with a value for everything that was left to the adapter, the data or the device.
     ValueError if it contradicts the adapter.
@@ -254,11 +254,6 @@ def resolve_config(
         resolved["warmup_steps"] = min(WARMUP_STEPS, max_steps // SMALL_PARTS)
     if config.max_lr is None:
         resolved["max_lr"] = 5e-4 if config.use_lora else 5e-5
-    if dist.is_main and per_step < EXAMPLES_PER_STEP and config.examples_per_step is None:
-        print(
-            f"{n_examples} examples are few: examples_per_step is {per_step} instead of "
-            f"{EXAMPLES_PER_STEP}, so that an epoch has at least {SMALL_PARTS} steps"
-        )
     for linear in lora_linears(model).values():
         for name, found in asdict(linear.config).items():
             if getattr(config, name) not in (None, found):

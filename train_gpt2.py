@@ -1,7 +1,6 @@
 """Pretrain GPT-2. On N devices: torchrun --standalone --nproc_per_node=N train_gpt2.py"""
 
 import math
-import os
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +19,6 @@ from engine.shards import TokenShards
 from engine.training import train
 from model import GPT, GPTConfig
 
-BYTES_PER_BLOCK = 35_000  # of a block's Python objects, measured
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
 
@@ -110,7 +108,6 @@ def build_model(config: PretrainConfig) -> GPT:
 
 def new_model(model_config: GPTConfig, config: PretrainConfig) -> GPT:
     """A model to be trained from scratch."""
-    check_size(model_config)
     torch.manual_seed(config.seed)
     model = GPT(model_config)
     if config.zero_residual:  # every block starts as the identity
@@ -122,23 +119,6 @@ def new_model(model_config: GPTConfig, config: PretrainConfig) -> GPT:
         with torch.no_grad():  # a sinusoid has an rms of 1 / sqrt(2)
             wpe.copy_(config.sinusoidal_wpe * math.sqrt(2) * sinusoids(*wpe.shape))
     return model
-
-
-def check_size(config: GPTConfig) -> None:
-    """MemoryError if the weights alone would not fit into this machine's memory: the system would
-    swap, or end the process.
-    """
-    C, rows = config.n_embd, config.padded_vocab_size + config.block_size
-    block = 12 * C * C + 13 * C  # weights, biases
-    n_bytes = config.n_layer * (4 * block + BYTES_PER_BLOCK) + 4 * rows * C
-    if not hasattr(os, "sysconf"):  # on Windows
-        return
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if n_bytes > total:
-        raise MemoryError(
-            f"{config.n_layer} layers of width {C} take at least {n_bytes // 10**9:,} GB, this "
-            f"machine has {total // 10**9:,} GB"
-        )
 
 
 def sinusoids(T: int, C: int) -> torch.Tensor:

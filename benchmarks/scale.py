@@ -20,7 +20,7 @@ from benchmarks import harness
 from benchmarks.harness import BenchmarkConfig, Result, Size
 from engine.config import flag, run_command
 from engine.loss import CPU_CHUNK_ROWS, DEFAULT_CHUNK_ROWS
-from engine.throughput import PEAK_FLOPS, flops_per_token
+from engine.throughput import flops_per_token
 from model import GPTConfig
 
 MODELS = {
@@ -32,9 +32,9 @@ MODELS = {
 # Bytes of memory, peak FLOP/s, and the bytes per second that a GPU sends to the others of its node:
 # PCIe 4.0 x16, and NVLink of the A100 and the H100 in one direction (NVIDIA's data sheets).
 CARDS = {
-    "24 GB (RTX 4090)": (24e9, PEAK_FLOPS["RTX 4090"], 25e9),
-    "40 GB (A100)": (40e9, PEAK_FLOPS["A100"], 300e9),
-    "80 GB (H100)": (80e9, PEAK_FLOPS["H100"], 450e9),
+    "24 GB (RTX 4090)": (24e9, 165.2e12, 25e9),
+    "40 GB (A100)": (40e9, 312e12, 300e9),
+    "80 GB (H100)": (80e9, 989e12, 450e9),
 }
 USABLE = 0.92  # of a GPU's memory; the rest is CUDA's own and fragmentation
 MFU = 0.4  # llm.c on an H100 at 124M

@@ -78,11 +78,11 @@ class TrainingData(ABC):
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         self.rank, self.world_size = rank, world_size
         if step_size % (micro := batch_size * row_size * world_size):
-            sizes = range(batch_size, 0, -1)
-            fitting = [n for n in sizes if step_size % (n * row_size * world_size) == 0]
+            sizes = range(min(batch_size, self.rows_per_step), 0, -1)
+            fits = next((n for n in sizes if step_size % (n * row_size * world_size) == 0), None)
             remedy = f"{-(-step_size // micro) * micro} is one"
-            if fitting:
-                remedy = f"--batch_size {fitting[0]} fits, and the loss curve is the same with it"
+            if fits:
+                remedy = f"--batch_size {fits} fits, and the loss curve is the same with it"
             raise ValueError(
                 f"{self.setting} {step_size} is not a multiple of batch_size {batch_size} x "
                 f"{row_size} x {world_size} ranks = {micro}; {remedy}"

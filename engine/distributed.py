@@ -39,11 +39,6 @@ class Distributed:
             int(os.environ.get(variable, default))
             for variable, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
-        if world_size > 1 and ":" in device_name:
-            raise ValueError(
-                f"device is {device_name}, but each of the {world_size} ranks needs its own; use "
-                f"--device {device_name.partition(':')[0]}"
-            )
         device = open_device(device_name, local_rank)
         if world_size == 1:
             return cls(rank, world_size, device)
@@ -98,8 +93,6 @@ def open_device(name: str, local_rank: int) -> torch.device:
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         name = found.type if found and found.type in DEVICE_TYPES else "cpu"
-    if name.partition(":")[0] not in DEVICE_TYPES:
-        raise ValueError(f"device is {name}, expected auto, cpu, cuda or mps")
     try:
         device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)

@@ -18,6 +18,7 @@ from engine.distributed import Distributed
 from engine.files import write_atomically
 from engine.metrics import read_metrics, summarize_run
 from engine.plots import CURVES, draw_runs
+from engine.throughput import describe_device
 
 MAX_TITLES = 100  # points of a curve whose values the report shows on hover
 SVG_DPI = 72  # of matplotlib's SVG
@@ -45,12 +46,10 @@ def write_report(run: Path, dist: Distributed) -> None:
 
 def collect_environment(dist: Distributed) -> dict[str, str]:
     """The command, hardware and versions of this process."""
-    is_cuda = dist.device.type == "cuda"
-    device = torch.cuda.get_device_name(dist.device) if is_cuda else dist.device.type
     return {
         "command": shlex.join(["python", *sys.argv]),
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "devices": f"{dist.world_size} x {device}",
+        "devices": f"{dist.world_size} x {describe_device(dist.device)}",
         "system": f"{platform.platform()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,  # with the version of CUDA

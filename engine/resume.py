@@ -90,10 +90,9 @@ def check_extension(run: Path, config: TrainConfig, max_steps: int) -> None:
     """ValueError if the run, of `max_steps`, cannot be extended to config.max_steps."""
     if config.schedule != "wsd":
         raise ValueError(
-            f"{run} has max_steps {max_steps}, and a cosine depends on them from its first step, "
-            f"so it cannot be extended to {config.max_steps}. Start a new run from its weights "
-            "(--init_from, or --lora_load_path) with a lower --max_lr and another --out_dir; only "
-            "runs with --schedule wsd can be extended"
+            f"{run} has max_steps {max_steps}, on which a cosine depends from its first step. Only "
+            "runs with --schedule wsd can be extended; start a new run from its weights "
+            "(--init_from, or --lora_load_path) with a lower --max_lr and another --out_dir"
         )
     end, checkpoints = plateau_end(replace(config, max_steps=max_steps)), list_checkpoints(run)
     later = [path for path in checkpoints if checkpoint_step(path) > end]

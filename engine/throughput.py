@@ -11,36 +11,29 @@ from model import GPT
 if sys.platform != "win32":
     import resource
 
-# Dense peak FLOP/s of the matrix units in 16-bit floating point with fp32 accumulation, from the
-# vendors' data sheets. The first name that occurs in the device's name counts.
-PEAK_FLOPS = {
-    "GB300": 2500e12,
-    "GB200": 2500e12,
-    "B300": 2250e12,
-    "B200": 2250e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A40": 149.7e12,
-    "A10G": 70e12,
-    "RTX PRO 6000 Blackwell Workstation Edition": 503.8e12,
-    "RTX 6000 Ada": 364.2e12,
-    "RTX A6000": 154.8e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
+# Dense peak TFLOP/s of the matrix units in 16-bit floating point with fp32 accumulation, from the
+# vendors' data sheets.
+PEAK_TFLOPS = {
+    2500: ("GB300", "GB200"),
+    2250: ("B300", "B200"),
+    989: ("H200", "GH200", "H100", "H800"),
+    835: ("H200 NVL", "H100 NVL"),
+    756: ("H100 PCIe",),
+    503.8: ("RTX PRO 6000 Blackwell Workstation Edition",),
+    364.2: ("RTX 6000 Ada",),
+    362: ("L40S",),
+    312: ("A100", "A800"),
+    209.5: ("RTX 5090",),
+    181: ("L40",),
+    165.2: ("RTX 4090",),
+    154.8: ("RTX A6000",),
+    149.7: ("A40",),
+    148: ("H20",),
+    125: ("V100",),
+    121: ("L4",),
+    71: ("RTX 3090",),
+    70: ("A10G",),
+    65: ("T4",),
 }
 
 
@@ -49,7 +42,9 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((f for card, f in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
+    cards = ((card, peak) for peak, cards in PEAK_TFLOPS.items() for card in cards)
+    found = [(len(card), peak) for card, peak in cards if re.search(rf"\b{card}\b", name)]
+    return max(found)[1] * 1e12 if found else None  # of the longest name: H100 PCIe, not H100
 
 
 def peak_memory(device: torch.device) -> int:

@@ -338,7 +338,7 @@ def test_a_wrong_flag_of_a_process(workplace):
 
 WRONG_SETTINGS = [
     ({"device": "cuda:99"}, "cuda:99"),
-    ({"device": "tpu"}, "device is tpu, expected auto, cpu, cuda or mps"),
+    ({"device": "tpu"}, "device tpu is not available: Expected one of cpu"),
     ({"total_batch_size": 1000}, "the nearest are 896 or 1024"),
     ({"init_from": "nowhere"}, "hub did not provide nowhere"),
     ({"n_head": 3}, "n_embd 32 is not divisible by n_head 3"),
