@@ -241,9 +241,9 @@ def main(config: FaultsBenchmarkConfig) -> None:
         poison(lab, "NaN in all gradients", MAX_STEPS, expected_code=2)
         compete(lab)
     figures = "tried", "survived", "steps", "bytes", "in_save"
-    harness.print_header("fault", *figures[:2], "steps computed again", "bytes lost", "in a save")
-    for fault, row in lab.rows.items():
-        harness.print_row(fault, *(int(row[figure]) for figure in figures))
+    rows = [[fault, *(int(row[f]) for f in figures)] for fault, row in lab.rows.items()]
+    columns = "tried", "survived", "steps computed again", "bytes lost", "in a save"
+    harness.print_table(["fault", *columns], rows)
     if any(row["survived"] < row["tried"] or row["bytes"] for row in lab.rows.values()):
         raise ValueError("not every fault was survived")
 

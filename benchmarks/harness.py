@@ -16,19 +16,17 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from engine.config import Precision, TrainConfig, flag
-from engine.data import PretrainingData
+from engine.data import Batch
 from engine.distributed import Distributed, autocast_dtype, open_device
-from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
 from engine.throughput import flops_per_token, peak_memory
 from engine.tokenizer import END_OF_TEXT_ID
@@ -41,7 +39,8 @@ VOCAB_SIZE = GPTConfig().padded_vocab_size  # of the peers' models, as of this p
 
 Result = dict[str, Any]  # figures of a turn by name
 Results = dict[str, list[Result]]  # by contender
-Maker = Callable[["Size", "BenchmarkConfig"], Callable[[], Result]]  # makes a contender
+Contender = Callable[[int], Any]  # does its part of a round, counted from 0
+Maker = Callable[[str, "Size", Any], Contender]  # of the contender of that name
 
 
 @dataclass(frozen=True)
@@ -106,43 +105,50 @@ class Size:
 TINY = Size(n_layer=1, n_embd=8, batch_size=1, T=8)  # so small that its memory does not count
 
 
-def take_turns(
-    contenders: Mapping[str, Callable[[Any], Any]], inputs: Iterable[Any], *, warmup: int = 1
-) -> Results:
-    """Call every contender with the first input, then every one with the second, and so on. Return
-    the `seconds` and the `value` of each call, without the first `warmup` rounds.
+def take_turns(contenders: Mapping[str, Contender], rounds: int, *, warmup: int = 1) -> Results:
+    """In every round call one contender after another. Return, without the first `warmup` rounds,
+    the `seconds` of each call and the figures that it returned, if any.
     """
     results: Results = {name: [] for name in contenders}
-    for i, argument in enumerate(inputs):
+    for i in range(warmup + rounds):
         for name, contender in contenders.items():
             started = time.perf_counter()
-            value = contender(argument)
+            figures = contender(i)
             if i >= warmup:
-                results[name].append({"seconds": time.perf_counter() - started, "value": value})
+                seconds = time.perf_counter() - started
+                results[name].append({"seconds": seconds, **(figures or {})})
     return results
 
 
 def measure(
-    makers: Mapping[str, Maker], size: Size, config: BenchmarkConfig, *, warmup: int = 1
+    make: Maker, names: Collection[str], size: Size, config: BenchmarkConfig, *, warmup: int = 1
 ) -> Results:
-    """Run the contenders; return what each measured in `config.rounds` turns.
+    """Make the contenders and run them; return what each measured in `config.rounds` turns.
 
-    A maker returns the contender, a function that does a step and returns figures by name. To these
-    are added `seconds`, and `peak_bytes`: on a CPU the highest resident memory so far over that
-    after a step of a tiny size, on CUDA the allocator's peak. On a CPU the contenders take turns.
-    On CUDA each needs the GPU for itself, so they run one after another in this process; those
-    that fail, out of memory or without a package, are reported and left out. With `one_by_one` a
-    CPU does the same, and `peak_bytes` is the peak of the process.
+    A contender does a step and returns figures by name. To these are added `seconds`, and
+    `peak_bytes`: on a CPU the highest resident memory so far over that after a step of a tiny size,
+    on CUDA the allocator's peak. On a CPU the contenders take turns. On CUDA each needs the GPU for
+    itself, so they run one after another in this process; those that fail, out of memory or without
+    a package, are reported and left out. With `one_by_one` a CPU does the same.
     """
-    chosen = {name: make for name, make in makers.items() if is_chosen(name, config)}
+    chosen = [name for name in names if is_chosen(name, config)]
     if not chosen:
-        raise ValueError(f"contenders is {config.contenders}, expected parts of {list(makers)}")
-    if config.one_by_one or config.open_device().type == "cuda":
-        results = {name: measure_alone(name, chosen[name], size, config, warmup) for name in chosen}
-        return {name: turns for name, turns in results.items() if turns}
-    results = measure_in_turns(chosen, size, config, warmup)
-    for name, turns in results.items():
-        append_figures(name, turns, size, config)
+        raise ValueError(f"contenders is {config.contenders}, expected parts of {list(names)}")
+    if not config.one_by_one and config.open_device().type == "cpu":
+        results = measure_in_turns(make, chosen, size, config, warmup)
+        for name, turns in results.items():
+            append_figures(name, turns, size, config)
+        return results
+    results = {}
+    for name in chosen:
+        print(f"measuring {name}, {size}", file=sys.stderr, flush=True)
+        try:
+            turn = make_turn(make, name, size, config)
+            results |= take_turns({name: turn}, config.rounds, warmup=warmup)
+        except (RuntimeError, ImportError) as error:  # out of memory, not compiled, not installed
+            print(f"{name}, {size}, is missing: {str(error).splitlines()[0]}", flush=True)
+            continue
+        append_figures(name, results[name], size, config)
     return results
 
 
@@ -150,44 +156,27 @@ def is_chosen(name: str, config: BenchmarkConfig) -> bool:
     return not config.contenders or any(part in name for part in config.contenders)
 
 
-def measure_in_turns(
-    makers: Mapping[str, Maker], size: Size, config: BenchmarkConfig, warmup: int
-) -> Results:
-    """What contenders measure that take turns, each in a process of its own."""
-    for name in [name for name in os.environ if name.startswith("OMP_")]:
-        del os.environ[name]  # config.threads decides, not the shell
-    with ExitStack() as stack:
-        contenders = {
-            name: stack.enter_context(start_worker(name, make, size, config))
-            for name, make in makers.items()
-        }
-        turns = take_turns(contenders, range(warmup + config.rounds), warmup=warmup)
-    return {name: [turn["value"] for turn in turns[name]] for name in makers}
-
-
-def measure_alone(
-    name: str, make: Maker, size: Size, config: BenchmarkConfig, warmup: int
-) -> list[Result]:
-    """What a contender measures in this process; nothing if it cannot run."""
-    print(f"measuring {name}, {size}", file=sys.stderr, flush=True)
-    device = config.open_device()
+def make_turn(make: Maker, name: str, size: Size, config: BenchmarkConfig) -> Contender:
+    """The contender, which adds `seconds` and `peak_bytes` to its figures."""
+    device, before = config.open_device(), 0
     torch.compiler.reset()
+    if device.type == "cpu":
+        make(name, TINY, config)(0)  # code that is loaded at first use is not memory of the step
+        before = read_memory("VmRSS")
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(0)
-    try:
-        step, turns = make(size, config), []
-        for _ in range(warmup + config.rounds):
-            started = read_clock(device)
-            result = step() | {"seconds": read_clock(device) - started}
-            turns.append(result | {"peak_bytes": peak_memory(device)})
-    except (RuntimeError, ImportError) as error:  # out of memory, not compiled, not installed
-        print(f"{name}, {size}, is missing: {str(error).splitlines()[0]}", flush=True)
-        return []
-    append_figures(name, turns[warmup:], size, config)
-    return turns[warmup:]
+    step = make(name, size, config)
+
+    def turn(i: int) -> Result:
+        started = read_clock(device)
+        figures = step(i) | {"seconds": read_clock(device) - started}
+        peak = peak_memory(device) if device.type == "cuda" else read_memory("VmHWM")
+        return figures | {"peak_bytes": peak - before}
+
+    return turn
 
 
 def append_figures(name: str, turns: list[Result], size: Size, config: BenchmarkConfig) -> None:
@@ -203,20 +192,34 @@ def append_figures(name: str, turns: list[Result], size: Size, config: Benchmark
         file.write(json.dumps(record | figures) + "\n")
 
 
+def measure_in_turns(
+    make: Maker, names: list[str], size: Size, config: BenchmarkConfig, warmup: int
+) -> Results:
+    """What contenders measure that take turns, each in a process of its own."""
+    for variable in [variable for variable in os.environ if variable.startswith("OMP_")]:
+        del os.environ[variable]  # config.threads decides, not the shell
+    with ExitStack() as stack:
+        contenders = {
+            name: stack.enter_context(start_worker(make, name, size, config)) for name in names
+        }
+        return take_turns(contenders, config.rounds, warmup=warmup)
+
+
 @contextmanager
 def start_worker(
-    name: str, make: Maker, size: Size, config: BenchmarkConfig
-) -> Iterator[Callable[[Any], Result]]:
-    """A function that asks a new process for a step, and raises what the process raised."""
+    make: Maker, name: str, size: Size, config: BenchmarkConfig
+) -> Iterator[Contender]:
+    """A function that asks a new process for a turn, and raises what the process raised."""
     context = multiprocessing.get_context("spawn")
     pipe, other_end = context.Pipe()
-    process = context.Process(target=serve_steps, args=(other_end, make, size, config), daemon=True)
+    arguments = other_end, make, name, size, config
+    process = context.Process(target=serve_turns, args=arguments, daemon=True)
     process.start()
     other_end.close()  # so that the end of the process ends the pipe
 
-    def ask(_: Any) -> Result:
+    def ask(i: int) -> Result:
         with suppress(BrokenPipeError):  # its error may still be in the pipe
-            pipe.send("step")
+            pipe.send(i)
         try:
             result = pipe.recv()
         except EOFError as error:
@@ -232,22 +235,15 @@ def start_worker(
         process.join()
 
 
-def serve_steps(pipe: Any, make: Maker, size: Size, config: BenchmarkConfig) -> None:
-    """Run in the worker: answer each message with a step, until the pipe is closed."""
+def serve_turns(pipe: Any, make: Maker, name: str, size: Size, config: BenchmarkConfig) -> None:
+    """Run in the worker: answer the number of each round with a turn, until the pipe is closed."""
     sys.stdout = sys.stderr  # what contenders print does not belong in the tables
     torch.set_num_threads(config.threads)
-    device = config.open_device()
     try:
-        make(TINY, config)()  # code that is loaded at first use is not memory of the step
-        gc.collect()
-        before = read_memory("VmRSS")
-        torch.manual_seed(0)
-        step = make(size, config)
+        turn = make_turn(make, name, size, config)
         with suppress(EOFError):
-            while pipe.recv():
-                started = read_clock(device)
-                result = step() | {"seconds": read_clock(device) - started}
-                pipe.send(result | {"peak_bytes": read_memory("VmHWM") - before})
+            while True:
+                pipe.send(turn(pipe.recv()))
     except Exception as error:
         if not isinstance(error, ValueError):
             traceback.print_exc()
@@ -307,21 +303,17 @@ def print_device(config: BenchmarkConfig) -> None:
         print(torch.cuda.get_device_name())
         return
     info = Path("/proc/cpuinfo").read_text()
-    names = re.findall(r"(?m)^model name\s*: (.*)", info)
-    units = [unit for unit in BF16_UNITS if unit in info.split()]
-    kind = f"{names[0] if names else platform.machine()} ({', '.join(units) or 'no bf16 units'})"
-    print(f"{kind}, {config.threads} threads, torch {torch.__version__}")
+    kind = re.search(r"(?m)^model name\s*: (.*)", info)
+    units = ", ".join(unit for unit in BF16_UNITS if unit in info.split()) or "no bf16 units"
+    name = kind[1] if kind else platform.machine()
+    print(f"{name} ({units}), {config.threads} threads, torch {torch.__version__}")
 
 
-def print_header(*columns: str) -> None:
-    """The head of a Markdown table; its rows follow with `print_row`."""
-    print()
-    print_row(*columns)
-    print(f"{'|---' * len(columns)}|", flush=True)
-
-
-def print_row(*cells: object) -> None:
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a Markdown table after an empty line."""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (columns, *rows)]
+    lines.insert(1, f"{'|---' * len(columns)}|")
+    print("", *lines, sep="\n", flush=True)
 
 
 def meta_model(config: GPTConfig) -> GPT:
@@ -330,29 +322,34 @@ def meta_model(config: GPTConfig) -> GPT:
         return GPT(config)
 
 
-def random_shards(folder: Path | str, n_tokens: int) -> TokenShards:
-    """The train split of a new data folder: one shard of random tokens."""
-    ids = np.random.default_rng(0).integers(END_OF_TEXT_ID + 1, size=n_tokens, dtype=np.uint16)
-    entry = write_shard(Path(folder) / "random_train_000000.npy", ids)
-    write_manifest(Path(folder), {"shards": [{**entry, "split": "train"}]})
-    return TokenShards(folder, "train")
+class RandomBatches:
+    """The data of a training step: random tokens, a micro-batch of each of the sizes."""
+
+    def __init__(self, sizes: Sequence[Size]):
+        self.sizes, self.block_size = sizes, max(size.T for size in sizes)
+        self.grad_accum_steps, self.has_one_shape = len(sizes), len(set(sizes)) == 1
+
+    def micro_batch(self, _step: int, micro_step: int) -> Batch:
+        ids = self.sizes[micro_step - 1].random_ids(CPU)
+        return Batch(ids, ids)
+
+    def targets_in_step(self, _step: int) -> int:
+        return sum(size.tokens for size in self.sizes)
 
 
 def random_training_step(
-    size: Size, config: BenchmarkConfig, step_class: Any = TrainingStep, **settings: Any
+    model: GPT,
+    sizes: Sequence[Size],
+    config: BenchmarkConfig,
+    step_class: type[TrainingStep] = TrainingStep,
+    **settings: Any,
 ) -> Any:
-    """The real training step, a `step_class`, with a new model and random tokens. `settings` are
-    the config's, and `grad_accum_steps`.
-    """
-    total_batch_size = size.tokens * settings.pop("grad_accum_steps", 1)
-    sizes = {"block_size": size.T, "batch_size": size.batch_size}
-    with tempfile.TemporaryDirectory() as folder:  # the shard stays open after it is deleted
-        shards = random_shards(folder, 20 * total_batch_size + 1)
-    data = PretrainingData(shards, total_batch_size=total_batch_size, seed=0, **sizes)
+    """The real training step, a `step_class`, of random tokens: a micro-batch of each size."""
     dist = Distributed(rank=0, world_size=1, device=config.open_device())
-    settings = {"precision": config.precision, "compile": False, **settings}
-    model = GPT(size.gpt_config()).to(dist.device)
-    return step_class(model, data, TrainConfig(**settings), dist)
+    shared = {"batch_size": sizes[0].batch_size, "precision": config.precision, "compile": False}
+    train_config = TrainConfig(**(shared | settings))
+    data: Any = RandomBatches(sizes)
+    return step_class(model.to(dist.device), data, train_config, dist)
 
 
 def transformers_gpt2(config: GPTConfig) -> Any:

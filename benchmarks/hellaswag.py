@@ -25,7 +25,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Result, Size
+from benchmarks.harness import BenchmarkConfig, Contender, Result, Results, Size
 from engine.config import flag, run_command
 from engine.scoring import encode, score
 from engine.tasks import load_examples, make_record, predict, read_rows
@@ -118,15 +118,15 @@ def make_predictor(name: str, size: Size, device: torch.device) -> Callable[[Pat
 
 
 def make_contender(
-    size: Size, config: BenchmarkConfig, name: str, files: list[Path]
-) -> Callable[[], Result]:
-    """Each step predicts the endings of the next file."""
-    predictor, rounds = make_predictor(name, size, config.open_device()), iter(files)
+    files: list[Path], name: str, size: Size, config: HellaSwagBenchmarkConfig
+) -> Contender:
+    """Predicts the endings of the rows of a round, those of its file."""
+    predict_file = make_predictor(name, size, config.open_device())
 
     @torch.no_grad()
-    def step() -> Result:
+    def step(i: int) -> Result:
         with config.autocast():
-            return {"predictions": predictor(next(rounds))}
+            return {"predictions": predict_file(files[i])}
 
     return step
 
@@ -145,30 +145,28 @@ def write_rounds(config: HellaSwagBenchmarkConfig, folder: str) -> list[Path]:
     return files
 
 
+def list_cells(name: str, results: Results, n_rows: int) -> list[str]:
+    ours, turns = OURS_RAW if name in (OURS_RAW, LOOP, LOOP_OURS) else OURS, results[name]
+    predictions, ours_predictions = (
+        [pair for turn in results.get(which, []) for pair in turn["predictions"]]
+        for which in (name, ours)
+    )
+    pairs = list(zip(predictions, ours_predictions, strict=False))
+    equal = [sum(a[i] == b[i] for a, b in pairs) for i in (0, 1)]
+    speed, ratio = f"{n_rows / harness.median(turns):.2f}", harness.ratio(results, name, ours)
+    return [name, speed, f"{ratio} x", *(f"{n} of {len(pairs)}" for n in equal)]
+
+
 def main(config: HellaSwagBenchmarkConfig) -> None:
     lm_eval = [f"{LM_EVAL} {n}" for n in BATCH_SIZES[config.open_device().type]]
     names = OURS, *lm_eval, OURS_RAW, LOOP, LOOP_OURS
     with tempfile.TemporaryDirectory() as folder:
         files = write_rounds(config, folder)
-        makers = {name: partial(make_contender, name=name, files=files) for name in names}
         size = Size(config.n_layer, 768, batch_size=1, T=BLOCK_SIZE)
-        results = harness.measure(makers, size, config)
-    columns = "ours is", "equal predictions: summed", "normalized"
-    harness.print_header("contender", "examples/s", *columns)
-    for name, turns in results.items():
-        ours = OURS_RAW if name in (OURS_RAW, LOOP, LOOP_OURS) else OURS
-        pairs = [
-            pair
-            for turn, our_turn in zip(turns, results.get(ours, []), strict=False)
-            for pair in zip(turn["predictions"], our_turn["predictions"], strict=True)
-        ]
-        equal = [sum(a[i] == b[i] for a, b in pairs) for i in (0, 1)]
-        harness.print_row(
-            name,
-            f"{config.rows / harness.median(turns):.2f}",
-            f"{harness.ratio(results, name, ours)} x",
-            *(f"{n} of {len(pairs)}" for n in equal),
-        )
+        results = harness.measure(partial(make_contender, files), names, size, config)
+    columns = "examples/s", "ours is", "equal predictions: summed", "normalized"
+    rows = [list_cells(name, results, config.rows) for name in results]
+    harness.print_table(["contender", *columns], rows)
 
 
 if __name__ == "__main__":

@@ -24,42 +24,42 @@ from engine.config import flag, run_command
 from engine.instructions import read_examples
 from engine.metrics import read_metrics
 
+Curve = dict[int, float]
+N_EXAMPLES, VAL_FRACTION = 500, 0.6  # few examples remain for training, on purpose
+LORA_DIM = 8
+RATES = 5e-4, 2.5e-4  # of full fine-tuning; LoRA has ten times these
+
 
 @dataclass(frozen=True)
 class OverfitBenchmarkConfig:
     model: str = flag("runs/demo", "the pretrained model")
     data: str = flag("stdlib", "examples, as for finetune_lora.py")
-    n_examples: int = flag(500, "examples to use, the first ones")
-    val_fraction: float = flag(0.6, "fraction held out; few examples remain, on purpose")
     epochs: int = flag(12, "passes over the training examples")
     seeds: int = flag(3, "of the split, the order and the adapter")
-    max_lr: float = flag(5e-4, "of full fine-tuning; also half of it, and LoRA ten times each")
-    lora_dim: int = flag(8, "LoRA's rank")
     out_dir: str = flag("runs/overfit", "folder of the runs")
     plot: str = flag("docs/overfit.png", "the figure to write")
 
 
-def finetune(run: Path, rows: Path, config: OverfitBenchmarkConfig, **settings: object) -> None:
-    shared: dict[str, Any] = {
-        "model_name_or_path": config.model,
-        "data": str(rows),
-        "epochs": config.epochs,
-        "val_fraction": config.val_fraction,
-        "batch_size": 32,
-        "examples_per_step": 32,
-        "eval_every": 15,
-        "sample_every": 0,
-        "save_every": 10_000,
-    }
-    finetune_lora.main(finetune_lora.FinetuneConfig(out_dir=str(run), **{**shared, **settings}))
-
-
-def read_curve(run: Path) -> dict[int, float]:
-    """The validation losses of a run, by step."""
+def finetune(run: Path, rows: Path, config: OverfitBenchmarkConfig, **settings: Any) -> Curve:
+    """The validation losses of a run by step."""
+    finetune_config = finetune_lora.FinetuneConfig(
+        model_name_or_path=config.model,
+        data=str(rows),
+        out_dir=str(run),
+        epochs=config.epochs,
+        val_fraction=VAL_FRACTION,
+        batch_size=32,
+        examples_per_step=32,
+        eval_every=15,
+        sample_every=0,
+        save_every=10_000,
+        **settings,
+    )
+    finetune_lora.main(finetune_config)
     return {r["step"]: r["val_loss"] for r in read_metrics(run) if "val_loss" in r}
 
 
-def plot_curves(curves: dict[str, list[dict[int, float]]], file: Path) -> None:
+def plot_curves(curves: dict[str, list[Curve]], file: str) -> None:
     """Draw the mean of each contender's curves, and their range."""
     from matplotlib.figure import Figure
 
@@ -82,26 +82,27 @@ def main(config: OverfitBenchmarkConfig) -> None:
     examples = read_examples(config.data, load_model(config.model).config.block_size)
     pairs = [{"prompt": e.prompt, "completion": e.completion} for e in examples]
     rows = folder / "rows.jsonl"
-    rows.write_text("\n".join(map(json.dumps, pairs[: config.n_examples])))
-    curves: dict[str, list[dict[int, float]]] = {}
+    rows.write_text("\n".join(map(json.dumps, pairs[:N_EXAMPLES])))
+    curves: dict[str, list[Curve]] = {}
     for seed in range(config.seeds):
-        for rate in (config.max_lr, config.max_lr / 2):
-            full, lora = folder / f"full_{rate:g}_{seed}", folder / f"lora_{10 * rate:g}_{seed}"
-            finetune(full, rows, config, seed=seed, use_lora=False, max_lr=rate)
-            finetune(lora, rows, config, seed=seed, lora_dim=config.lora_dim, max_lr=10 * rate)
-            curves.setdefault(f"full, rate {rate:g}", []).append(read_curve(full))
-            curves.setdefault(f"LoRA, rate {10 * rate:g}", []).append(read_curve(lora))
-    plot_curves(curves, Path(config.plot))
-    harness.print_header(
-        "run", "best val loss", "at step", "last val loss", "lowest seed", "highest seed"
-    )
+        for rate in RATES:
+            for kind, settings in (
+                ("full", {"use_lora": False, "max_lr": rate}),
+                ("LoRA", {"lora_dim": LORA_DIM, "max_lr": 10 * rate}),
+            ):
+                run = folder / f"{kind.lower()}_{settings['max_lr']:g}_{seed}"
+                curve = finetune(run, rows, config, seed=seed, **settings)
+                curves.setdefault(f"{kind}, rate {settings['max_lr']:g}", []).append(curve)
+    plot_curves(curves, config.plot)
+    table = []
     for name, runs in curves.items():
         means = {step: statistics.mean(run[step] for run in runs) for step in runs[0]}
         best, last = min(means, key=lambda step: means[step]), max(means)
         final = [run[last] for run in runs]
-        losses = means[best], means[last], min(final), max(final)
-        best_loss, *rest = (f"{loss:.3f}" for loss in losses)
-        harness.print_row(name, best_loss, best, *rest)
+        rest = (f"{loss:.3f}" for loss in (means[last], min(final), max(final)))
+        table.append([name, f"{means[best]:.3f}", best, *rest])
+    columns = "best val loss", "at step", "last val loss", "lowest seed", "highest seed"
+    harness.print_table(["run", *columns], table)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +16,12 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Result, Size
+from benchmarks.harness import BenchmarkConfig, Contender, Size
+from benchmarks.train_step import TimedStep, time_parts
 from engine.config import flag, run_command
 from engine.loss import CPU_CHUNK_ROWS, DEFAULT_CHUNK_ROWS
 from engine.throughput import PEAK_FLOPS, flops_per_token
-from model import GPTConfig
+from model import GPT, GPTConfig
 
 MODELS = {
     "124M": GPTConfig(),
@@ -118,12 +118,13 @@ def gb(n_bytes: float) -> str:
 
 
 def print_memory() -> None:
-    parts = "size", "parameters", "weights", "gradients", "AdamW", "activations", "recomputed"
-    harness.print_header(*parts, "logits")
+    parts = "weights", "gradients", "AdamW", "activations", "recomputed", "logits"
+    rows = []
     for name, config in MODELS.items():
         m, recomputed = (predict_memory(config, 1, Setup(recompute=r)) for r in (False, True))
         values = *m[:4], recomputed.activations, m.logits
-        harness.print_row(name, f"{count_params(config) / 1e6:,.0f} M", *map(gb, values))
+        rows.append([name, f"{count_params(config) / 1e6:,.0f} M", *map(gb, values)])
+    harness.print_table(["size", "parameters", *parts], rows)
 
 
 def print_cards() -> None:
@@ -135,8 +136,7 @@ def print_cards() -> None:
         "FSDP, recompute": Setup(ranks=WORLD_SIZE, recompute=True),
     }
     costs = "sent, DDP", "sent, FSDP", "step, DDP", "step, FSDP"
-    harness.print_header("size", "GPU", *setups, *costs)
-    share = (WORLD_SIZE - 1) / WORLD_SIZE
+    share, rows = (WORLD_SIZE - 1) / WORLD_SIZE, []
     for name, config in MODELS.items():
         P, model = count_params(config), harness.meta_model(config)
         flops = flops_per_token(model, config.block_size) * TOTAL_BATCH_SIZE
@@ -152,19 +152,14 @@ def print_cards() -> None:
                 for s, n_bytes in sent.items()
             ]
             fits = [n or "-" for n in batch.values()]
-            harness.print_row(name, card, *fits, *map(gb, sent.values()), *seconds)
+            rows.append([name, card, *fits, *map(gb, sent.values()), *seconds])
+    harness.print_table(["size", "GPU", *setups, *costs], rows)
 
 
-def make_step(size: Size, config: BenchmarkConfig) -> Callable[[], Result]:
+def make_contender(_: str, size: Size, config: ScaleBenchmarkConfig) -> Contender:
     """A step of two micro-steps, so that gradients accumulate."""
-    training_step = harness.random_training_step(size, config, grad_accum_steps=2)
-    numbers = itertools.count(1)
-
-    def step() -> Result:
-        training_step(next(numbers))
-        return {}
-
-    return step
+    model = GPT(size.gpt_config())
+    return time_parts(harness.random_training_step(model, [size] * 2, config, TimedStep), config)
 
 
 def main(config: ScaleBenchmarkConfig) -> None:
@@ -174,15 +169,15 @@ def main(config: ScaleBenchmarkConfig) -> None:
         return
     # glibc then returns freed memory at once, so that resident memory is what is alive.
     os.environ.update({"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"})
-    columns = "predicted, GB", "measured, GB", "predicted / measured"
-    harness.print_header("layers x width, batch", *columns)
+    rows = []
     for size in map(Size.parse, config.sizes):
-        steps = harness.measure({"ours": make_step}, size, config, warmup=0)["ours"]
+        steps = harness.measure(make_contender, ["ours"], size, config, warmup=0)["ours"]
         measured = steps[-1]["peak_bytes"]
-        predicted = predict_peak(
-            size.gpt_config(), size.batch_size, Setup(half=False, device_type="cpu")
-        )
-        harness.print_row(size, gb(predicted), gb(measured), f"{predicted / measured:.2f}")
+        setup = Setup(half=False, device_type="cpu")
+        predicted = predict_peak(size.gpt_config(), size.batch_size, setup)
+        rows.append([size, gb(predicted), gb(measured), f"{predicted / measured:.2f}"])
+    columns = "predicted, GB", "measured, GB", "predicted / measured"
+    harness.print_table(["layers x width, batch", *columns], rows)
 
 
 if __name__ == "__main__":

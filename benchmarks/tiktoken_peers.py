@@ -44,12 +44,9 @@ def tokenize_in_a_pool(documents: Iterator[str]) -> Iterator[np.ndarray]:
 
 def write_shards(documents: Iterable[np.ndarray], out_dir: Path) -> None:
     shard, filled, index = np.empty(SHARD_SIZE, dtype=np.uint16), 0, 0
-    for document in documents:
-        tokens = document
-        while filled + len(tokens) > SHARD_SIZE:
-            left = SHARD_SIZE - filled
-            shard[filled:], tokens = tokens[:left], tokens[left:]
-            np.save(out_dir / f"peer_{index:06d}.npy", shard)
+    for tokens in documents:
+        if filled + len(tokens) > SHARD_SIZE:
+            np.save(out_dir / f"peer_{index:06d}.npy", shard[:filled])
             filled, index = 0, index + 1
         shard[filled : filled + len(tokens)] = tokens
         filled += len(tokens)
