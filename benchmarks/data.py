@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from engine.config import flag, run_command
 from engine.data import PretrainingData
-from engine.shards import ShardFile, TokenShards, read_manifest, write_manifest, write_shard
+from engine.shards import TokenShards, read_manifest, write_manifest, write_shard
 from engine.sources import open_source
 from engine.step import Prefetcher
 from engine.tokenizer import END_OF_TEXT_ID, BatchEncoder, get_tokenizer, token_lengths
@@ -115,22 +115,25 @@ def compare_preparation(documents: list[str], config: DataBenchmarkConfig) -> No
 
 def measure_parts(file: Path, tokens: np.ndarray, folder: Path) -> None:
     """How long the parts of fineweb.py take when nothing runs beside them."""
-    encoder, encode = BatchEncoder(), 0.0
+    encoder, batches = BatchEncoder(), []
     encoder.encode(["warm up"])
-    start = time.perf_counter()
-    pieces = open_source([str(file)], "text").pieces(0, Counter())
-    for batch in batch_pieces((text, starts, False) for text, starts in pieces):
-        began = time.perf_counter()
-        tokenize_pieces(encoder, batch)
-        encode += time.perf_counter() - began
-    read = time.perf_counter() - start - encode
-    start = time.perf_counter()
-    shard = ShardFile(folder / "shard.npy")
-    shard.write(tokens)
-    shard.finish()
-    write = time.perf_counter() - start
+
+    def read(_: int) -> None:
+        pieces = open_source([str(file)], "text").pieces(0, Counter())
+        batches.extend(batch_pieces((text, starts, False) for text, starts in pieces))
+
+    def encode(_: int) -> None:
+        for batch in batches:
+            tokenize_pieces(encoder, batch)
+
+    def write(_: int) -> None:
+        write_shard(folder / "shard.npy", tokens)
+
     parts = {"reading": read, "encoding": encode, "writing": write}
-    rows = [[part, f"{s:.2f}", f"{s / sum(parts.values()):.0%}"] for part, s in parts.items()]
+    results = harness.take_turns(parts, rounds=1, warmup=0)
+    seconds = {part: harness.median(turns) for part, turns in results.items()}
+    total = sum(seconds.values())
+    rows = [[part, f"{s:.2f}", f"{s / total:.0%}"] for part, s in seconds.items()]
     harness.print_table(["part of fineweb.py alone", "s", "share"], rows)
 
 

@@ -18,9 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +76,21 @@ class Lab:
         out, err = process.communicate(timeout=600)
         return process.returncode, out, err
 
-    def stop(
-        self, name: str, signum: int = signal.SIGTERM, step: int = STOP_AT, delay: float = 0
-    ) -> int:
-        """Start or resume a run, and send it a signal after a step; return its exit code."""
+    def start_until(self, name: str, step: int = STOP_AT) -> subprocess.Popen:
+        """Start or resume a run, and wait until it has done a step."""
         process = self.start(name)
-        self.wait_for(process, name, step)
-        time.sleep(delay)
-        process.send_signal(signum)
-        process.communicate(timeout=60)
-        return process.returncode
-
-    def wait_for(self, process: subprocess.Popen, name: str, step: int) -> None:
         while len(self.read_curve(name)) <= step:  # it begins with step 0
             if process.poll() is not None:
                 raise ValueError(f"{name} ended early: {process.communicate()[1]}")
             time.sleep(0.002)
+        return process
+
+    def stop(self, name: str, signum: int = signal.SIGTERM) -> int:
+        """Run until STOP_AT, and send a signal; return the exit code."""
+        process = self.start_until(name)
+        process.send_signal(signum)
+        process.communicate(timeout=60)
+        return process.returncode
 
     def checkpoints(self, name: str) -> list[Path]:
         return list_checkpoints(self.folder / "runs" / name)
@@ -125,15 +122,16 @@ class Lab:
         is_exact = self.read_curve(name) == self.curve
         self.rows[fault] += Counter(tried=1, survived=is_handled and is_exact)
 
-    def refuse(
-        self, fault: str, expected: str, *args: object, damage: Callable[[], object] = bool
-    ) -> None:
-        """The command refuses with one line that contains `expected` and changes nothing. With the
-        shard as it was, the run resumes exactly.
+    def refuse(self, fault: str, expected: str, *args: object, shard: bytes | None = None) -> None:
+        """With other flags, or with another shard (an empty one is deleted), the command refuses
+        with one line that contains `expected` and changes nothing. With the shard as it was, the
+        run resumes exactly.
         """
         self.stop(fault)
         before, content = self.read_files(fault), self.shard.read_bytes()
-        damage()
+        self.shard.write_bytes(content if shard is None else shard)
+        if shard == b"":
+            self.shard.unlink()
         code, _, err = self.finish(fault, *args)
         self.shard.write_bytes(content)
         is_refused = code == 2 and expected in err and err.count("\n") == 1
@@ -145,8 +143,10 @@ def kill(lab: Lab, config: FaultsBenchmarkConfig, fault: str = "kill -9") -> Non
     rng, names, row = random.Random(config.seed), ["kill0"], lab.rows[fault]
     for _ in range(config.kills):
         name = names[-1]
-        step = len(lab.read_curve(name))
-        lab.stop(name, signal.SIGKILL, step, delay=rng.uniform(0, 0.3))
+        process = lab.start_until(name, step=len(lab.read_curve(name)))
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
         curve, lost = lab.read_curve(name), lab.count_lost(name)
         is_exact = curve == lab.curve[: len(curve)] and not lost["bytes"]
         is_in_save = any((lab.folder / "runs" / name).glob("checkpoints/*.tmp"))
@@ -156,18 +156,6 @@ def kill(lab: Lab, config: FaultsBenchmarkConfig, fault: str = "kill -9") -> Non
     for name in names:
         lab.finish(name)
     row["survived"] *= all(lab.read_curve(name) == lab.curve for name in names)
-
-
-def damage_shard(lab: Lab) -> None:
-    content = lab.shard.read_bytes()
-    flipped = bytearray(content)
-    flipped[5000] ^= 1
-    for fault, expected, damage in (
-        ("shard truncated", "is truncated", partial(lab.shard.write_bytes, content[:-64])),
-        ("bit of a shard flipped", "has changed since", partial(lab.shard.write_bytes, flipped)),
-        ("shard deleted", "is missing, manifest.json lists it", lab.shard.unlink),
-    ):
-        lab.refuse(fault, expected, damage=damage)
 
 
 def fill_disk(lab: Lab, fault: str = "disk full during a save") -> None:
@@ -217,8 +205,7 @@ def train_poisoned(first: int, last: int) -> None:
 
 
 def compete(lab: Lab, fault: str = "a second process on the run") -> None:
-    process = lab.start(fault)
-    lab.wait_for(process, fault, 10)
+    process = lab.start_until(fault, step=10)
     code, _, err = lab.finish(fault)
     process.communicate(timeout=600)
     lab.report(fault, fault, code == 2 and "in use by another" in err)
@@ -232,7 +219,11 @@ def main(config: FaultsBenchmarkConfig) -> None:
             code = lab.stop(signum.name, signum)
             lab.report(signum.name, signum.name, code == 128 + signum)
         fill_disk(lab)
-        damage_shard(lab)
+        content = lab.shard.read_bytes()
+        flipped = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+        lab.refuse("shard truncated", "is truncated", shard=content[:-64])
+        lab.refuse("bit of a shard flipped", "has changed since", shard=flipped)
+        lab.refuse("shard deleted", "is missing, manifest.json lists it", shard=b"")
         lab.refuse("settings changed", "max_lr was 0.01, is 0.02", "--max_lr", 0.02)
         lab.refuse("checkpoint of another shape", "n_layer was 2, is 3", "--n_layer", 3)
         corrupt_checkpoint(lab, "model.safetensors")

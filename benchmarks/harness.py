@@ -4,21 +4,22 @@ Contenders take turns, so that a slow minute of the machine slows all of them. C
 over the rounds, and ratios of medians.
 """
 
+import functools
 import gc
-import itertools
 import json
 import multiprocessing
 import os
-import platform
-import re
+import pickle
 import statistics
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,12 @@ from engine.config import Precision, TrainConfig, flag
 from engine.data import Batch
 from engine.distributed import Distributed, autocast_dtype, open_device
 from engine.step import TrainingStep
-from engine.throughput import flops_per_token, peak_memory
+from engine.throughput import peak_memory
 from engine.tokenizer import END_OF_TEXT_ID
 from model import GPT, GPTConfig
 
 ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
 HEAD_SIZE = 64  # of every GPT-2
-BF16_UNITS = ("avx512_bf16", "amx_bf16")  # as Linux names them
 VOCAB_SIZE = GPTConfig().padded_vocab_size  # of the peers' models, as of this project's
 
 Result = dict[str, Any]  # figures of a turn by name
@@ -93,11 +93,6 @@ class Size:
     def tokens(self) -> int:
         return self.batch_size * self.T
 
-    @property
-    def flops(self) -> int:
-        """FLOPs of a training step."""
-        return flops_per_token(meta_model(self.gpt_config()), self.T) * self.tokens
-
     def random_ids(self, device: torch.device) -> torch.Tensor:
         return torch.randint(END_OF_TEXT_ID + 1, (self.batch_size, self.T), device=device)
 
@@ -131,7 +126,8 @@ def measure(
     itself, so they run one after another in this process; those that fail, out of memory or without
     a package, are reported and left out. With `one_by_one` a CPU does the same.
     """
-    chosen = [name for name in names if is_chosen(name, config)]
+    parts = config.contenders or [""]
+    chosen = [name for name in names if any(part in name for part in parts)]
     if not chosen:
         raise ValueError(f"contenders is {config.contenders}, expected parts of {list(names)}")
     if not config.one_by_one and config.open_device().type == "cpu":
@@ -143,8 +139,10 @@ def measure(
     for name in chosen:
         print(f"measuring {name}, {size}", file=sys.stderr, flush=True)
         try:
-            turn = make_turn(make, name, size, config)
-            results |= take_turns({name: turn}, config.rounds, warmup=warmup)
+            # Nothing else refers to the contender, so its memory is free for the next one.
+            results |= take_turns(
+                {name: make_turn(make, name, size, config)}, config.rounds, warmup=warmup
+            )
         except (RuntimeError, ImportError) as error:  # out of memory, not compiled, not installed
             print(f"{name}, {size}, is missing: {str(error).splitlines()[0]}", flush=True)
             continue
@@ -152,21 +150,18 @@ def measure(
     return results
 
 
-def is_chosen(name: str, config: BenchmarkConfig) -> bool:
-    return not config.contenders or any(part in name for part in config.contenders)
-
-
 def make_turn(make: Maker, name: str, size: Size, config: BenchmarkConfig) -> Contender:
     """The contender, which adds `seconds` and `peak_bytes` to its figures."""
     device, before = config.open_device(), 0
-    torch.compiler.reset()
-    if device.type == "cpu":
-        make(name, TINY, config)(0)  # code that is loaded at first use is not memory of the step
-        before = read_memory("VmRSS")
-    gc.collect()
     if device.type == "cuda":
+        torch.compiler.reset()
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        make(name, TINY, config)(0)  # code that is loaded at first use is not memory of the step
+        gc.collect()
+        before = read_memory("VmRSS")
     torch.manual_seed(0)
     step = make(name, size, config)
 
@@ -198,79 +193,33 @@ def measure_in_turns(
     """What contenders measure that take turns, each in a process of its own."""
     for variable in [variable for variable in os.environ if variable.startswith("OMP_")]:
         del os.environ[variable]  # config.threads decides, not the shell
+    context, contenders = multiprocessing.get_context("spawn"), {}
     with ExitStack() as stack:
-        contenders = {
-            name: stack.enter_context(start_worker(make, name, size, config)) for name in names
-        }
+        for name in names:
+            process = stack.enter_context(ProcessPoolExecutor(1, context))
+            contenders[name] = partial(ask, process, pickle.dumps((make, name, size, config)))
         return take_turns(contenders, config.rounds, warmup=warmup)
 
 
-@contextmanager
-def start_worker(
-    make: Maker, name: str, size: Size, config: BenchmarkConfig
-) -> Iterator[Contender]:
-    """A function that asks a new process for a turn, and raises what the process raised."""
-    context = multiprocessing.get_context("spawn")
-    pipe, other_end = context.Pipe()
-    arguments = other_end, make, name, size, config
-    process = context.Process(target=serve_turns, args=arguments, daemon=True)
-    process.start()
-    other_end.close()  # so that the end of the process ends the pipe
-
-    def ask(i: int) -> Result:
-        with suppress(BrokenPipeError):  # its error may still be in the pipe
-            pipe.send(i)
-        try:
-            result = pipe.recv()
-        except EOFError as error:
-            raise ValueError(f"the process of {name} was killed; use a smaller size") from error
-        if isinstance(result, Exception):
-            raise result
-        return result
-
+def ask(process: ProcessPoolExecutor, contender: bytes, i: int) -> Result:
+    """The figures of a turn in the process; raises what it raised."""
     try:
-        yield ask
-    finally:
-        pipe.close()
-        process.join()
+        return process.submit(take_turn, contender, i).result()
+    except BrokenProcessPool as error:
+        raise ValueError("the process of a contender was killed; use a smaller size") from error
 
 
-def serve_turns(pipe: Any, make: Maker, name: str, size: Size, config: BenchmarkConfig) -> None:
-    """Run in the worker: answer the number of each round with a turn, until the pipe is closed."""
+def take_turn(contender: bytes, i: int) -> Result:
+    return start_contender(contender)(i)
+
+
+@functools.cache
+def start_contender(contender: bytes) -> Contender:
+    """Make the contender of this process, in its first turn."""
+    make, name, size, config = pickle.loads(contender)  # noqa: S301  # from this program
     sys.stdout = sys.stderr  # what contenders print does not belong in the tables
     torch.set_num_threads(config.threads)
-    try:
-        turn = make_turn(make, name, size, config)
-        with suppress(EOFError):
-            while True:
-                pipe.send(turn(pipe.recv()))
-    except Exception as error:
-        if not isinstance(error, ValueError):
-            traceback.print_exc()
-        pipe.send(error)
-
-
-class Stopwatch:
-    """Notes times on the device; on CUDA by events, so that launching never waits."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.times: list[Any] = []
-
-    def note(self, *_: object) -> None:
-        if self.device.type != "cuda":
-            self.times.append(time.perf_counter())
-            return
-        self.times.append(torch.cuda.Event(enable_timing=True))
-        self.times[-1].record()
-
-    def read(self) -> list[float]:
-        """The seconds between the times noted."""
-        pairs = itertools.pairwise(self.times)
-        if self.device.type != "cuda":
-            return [end - start for start, end in pairs]
-        self.times[-1].synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+    return make_turn(make, name, size, config)
 
 
 def read_clock(device: torch.device) -> float:
@@ -295,18 +244,6 @@ def ratio(results: Results, name: str, reference: str, figure: str = "seconds") 
     if not {name, reference} <= results.keys():
         return ""
     return f"{median(results[name], figure) / median(results[reference], figure):.2f}"
-
-
-def print_device(config: BenchmarkConfig) -> None:
-    """What the figures are of. Those of two kinds of CPU cannot be compared."""
-    if config.open_device().type == "cuda":
-        print(torch.cuda.get_device_name())
-        return
-    info = Path("/proc/cpuinfo").read_text()
-    kind = re.search(r"(?m)^model name\s*: (.*)", info)
-    units = ", ".join(unit for unit in BF16_UNITS if unit in info.split()) or "no bf16 units"
-    name = kind[1] if kind else platform.machine()
-    print(f"{name} ({units}), {config.threads} threads, torch {torch.__version__}")
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -356,10 +293,10 @@ def transformers_gpt2(config: GPTConfig) -> Any:
     """transformers' model of this shape, without dropout, with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
-    shape |= {"n_positions": config.block_size, "vocab_size": VOCAB_SIZE}
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    return GPT2LMHeadModel(GPT2Config(use_cache=False, **shape, **dropout))
+    options: dict[str, Any] = {"n_layer": config.n_layer, "n_head": config.n_head}
+    options |= {"n_embd": config.n_embd, "n_positions": config.block_size, "use_cache": False}
+    options |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, **options))
 
 
 def transformers_copy(model: GPT) -> Any:

@@ -43,14 +43,11 @@ class HellaSwagBenchmarkConfig(BenchmarkConfig):
     data: str | None = flag(None, "HellaSwag rows, .jsonl or .jsonl.gz (default: from the hub)")
     rounds: int = flag(3, "measured rounds, after one that warms up")
     rows: int = flag(30, "examples per round")
-    seed: int = flag(0, "of the order of the rows")
     n_layer: int = flag(12, "blocks of the model; its width is 768")
     threads: int = flag(1, "CPU threads of each contender")
 
 
-def predict_with_this_project(
-    model: GPT, device: torch.device, text: str, file: Path
-) -> Predictions:
+def predict_with_ours(model: GPT, device: torch.device, text: str, file: Path) -> Predictions:
     examples = load_examples("hellaswag", str(file), model.config.block_size, text=text)
     batches = score(model, [example.request for example in examples], device)
     scores = dict(pair for batch in batches for pair in batch)
@@ -64,7 +61,7 @@ def predict_with_lm_eval(lm: Any, file: Path) -> Predictions:
 
     requests, lengths = [], []
     for row in map(json.loads, file.read_text().splitlines()):
-        context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}" if "ctx_a" in row else row["ctx"]
+        context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
         query = preprocess(f"{row['activity_label']}: {context}")
         choices = [preprocess(ending) for ending in row["endings"]]
         pairs = [(query, f" {choice}") for choice in choices]
@@ -95,8 +92,12 @@ def predict_with_loop(
     return found
 
 
-def make_predictor(name: str, size: Size, device: torch.device) -> Callable[[Path], Predictions]:
-    model = GPT(size.gpt_config(BLOCK_SIZE)).eval()
+def make_contender(
+    files: list[Path], name: str, size: Size, config: HellaSwagBenchmarkConfig
+) -> Contender:
+    """Predicts the endings of the rows of a round, those of its file."""
+    model, device = GPT(size.gpt_config(BLOCK_SIZE)).eval(), config.open_device()
+    predict_file: Callable[[Path], Predictions]
     if name.startswith(LM_EVAL):
         os.environ["HF_HUB_OFFLINE"] = "1"  # all that it needs is in the folder
         from lm_eval.models.huggingface import HFLM
@@ -106,22 +107,15 @@ def make_predictor(name: str, size: Size, device: torch.device) -> Callable[[Pat
             save_tokenizer(folder)
             batch_size = int(name.rsplit(maxsplit=1)[-1])
             lm = HFLM(pretrained=folder, device=str(device), batch_size=batch_size)
-        return partial(predict_with_lm_eval, lm)
-    if name == LOOP:
+        predict_file = partial(predict_with_lm_eval, lm)
+    elif name == LOOP:
         peer = harness.transformers_copy(model).to(device)
-        return partial(predict_with_loop, lambda idx: peer(idx).logits, device)
-    model.to(device)
-    if name == LOOP_OURS:
-        return partial(predict_with_loop, model, device)
-    text = "raw" if name == OURS_RAW else "lm-eval"
-    return partial(predict_with_this_project, model, device, text)
-
-
-def make_contender(
-    files: list[Path], name: str, size: Size, config: HellaSwagBenchmarkConfig
-) -> Contender:
-    """Predicts the endings of the rows of a round, those of its file."""
-    predict_file = make_predictor(name, size, config.open_device())
+        predict_file = partial(predict_with_loop, lambda idx: peer(idx).logits, device)
+    elif name == LOOP_OURS:
+        predict_file = partial(predict_with_loop, model.to(device), device)
+    else:
+        text = "raw" if name == OURS_RAW else "lm-eval"
+        predict_file = partial(predict_with_ours, model.to(device), device, text)
 
     @torch.no_grad()
     def step(i: int) -> Result:
@@ -138,7 +132,7 @@ def write_rounds(config: HellaSwagBenchmarkConfig, folder: str) -> list[Path]:
     n = (config.rounds + 1) * config.rows
     if len(lines) < n:
         raise ValueError(f"data has {len(lines)} rows, expected at least {n}; lower --rows")
-    random.Random(config.seed).shuffle(lines)
+    random.Random(0).shuffle(lines)
     files = [Path(folder) / f"round_{i}.jsonl" for i in range(config.rounds + 1)]
     for i, file in enumerate(files):
         file.write_text("".join(lines[i * config.rows : (i + 1) * config.rows]))
@@ -146,15 +140,13 @@ def write_rounds(config: HellaSwagBenchmarkConfig, folder: str) -> list[Path]:
 
 
 def list_cells(name: str, results: Results, n_rows: int) -> list[str]:
-    ours, turns = OURS_RAW if name in (OURS_RAW, LOOP, LOOP_OURS) else OURS, results[name]
-    predictions, ours_predictions = (
-        [pair for turn in results.get(which, []) for pair in turn["predictions"]]
-        for which in (name, ours)
-    )
-    pairs = list(zip(predictions, ours_predictions, strict=False))
-    equal = [sum(a[i] == b[i] for a, b in pairs) for i in (0, 1)]
-    speed, ratio = f"{n_rows / harness.median(turns):.2f}", harness.ratio(results, name, ours)
-    return [name, speed, f"{ratio} x", *(f"{n} of {len(pairs)}" for n in equal)]
+    ours = OURS_RAW if name in (OURS_RAW, LOOP, LOOP_OURS) else OURS
+    theirs = [pair for turn in results[name] for pair in turn["predictions"]]
+    expected = [pair for turn in results.get(ours, []) for pair in turn["predictions"]]
+    pairs = list(zip(theirs, expected, strict=False))
+    equal = [f"{sum(a[i] == b[i] for a, b in pairs)} of {len(pairs)}" for i in (0, 1)]
+    speed = f"{n_rows / harness.median(results[name]):.2f}"
+    return [name, speed, f"{harness.ratio(results, name, ours)} x", *equal]
 
 
 def main(config: HellaSwagBenchmarkConfig) -> None:

@@ -16,7 +16,7 @@ tensors, counted at every operation of one more step; on CUDA it is the allocato
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Contender, Result, Results, Size
+from benchmarks.harness import BenchmarkConfig, Contender, Result, Size
 from benchmarks.train_step import LoopStep, TimedStep, time_parts
 from engine import lora
 from engine.config import flag, run_command
@@ -37,12 +37,11 @@ from model import GPT
 
 RANK, RANKS = 8, (1, 8, 16, 32, 64)
 # Contenders: what is trained, and what is recomputed. transformers' model trains all weights.
-OWN = "full none", "full light", "lora none", "lora light"
-BLOCK, PEERS = ("full block", "lora block"), ("transformers none", "peft none")
+OWN, PEERS = ("full none", "lora none", "lora light"), ("transformers none", "peft none")
 COMPARED = (  # batch size, length, contenders; all at once, 16 x 139 would need 24 GB
-    (4, 128, (*OWN, *BLOCK, "peft none")),
-    (2, 512, ("frozen none", *OWN)),
-    (16, 139, (*OWN, *BLOCK, "bf16 light", "bf16 block")),
+    (4, 128, (*OWN, "lora block", "peft none")),
+    (2, 512, (*OWN, "frozen none")),
+    (16, 139, (*OWN, "full light", "full block", "lora block", "bf16 light", "bf16 block")),
     (16, 139, ("full none", *PEERS)),
 )
 
@@ -166,26 +165,18 @@ def measure_memory(step: TimedStep | LoopStep, n_tokens: int, device: torch.devi
     return {"peak": peak / 1e9, "kept": (live[-2] - live[-3]) / n_tokens / 1e3}
 
 
-def compare(names: Iterable[str], size: Size, config: LoRABenchmarkConfig) -> None:
-    """Measure the contenders; those called "full ..." are what the others are compared with."""
-    results = harness.measure(make_contender, [*names], size, config)
+def compare(names: Sequence[str], size: Size, config: LoRABenchmarkConfig) -> None:
+    """Measure the contenders; that called "full none" is what the others are compared with."""
+    results = harness.measure(make_contender, names, size, config)
+    rows = []
+    for name, steps in results.items():
+        medians = [harness.median(steps, part) for part in ("forward", "backward", "sum")]
+        ratio = harness.ratio(results, name, "full none", "sum")
+        memory = f"{steps[0]['peak']:.2f}", f"{steps[0]['kept']:.0f}"
+        rows.append([name, *(f"{seconds * 1e3:.0f}" for seconds in medians), ratio, *memory])
     title = f"{size}, eight lengths" if config.varying else str(size)
-    times = "forward ms", "backward ms", "sum", "/ full", "/ full with the same recomputation"
-    columns = title, *times, "peak memory, GB", "kept for backward, kB per token"
-    harness.print_table(columns, [list_cells(name, results) for name in results])
-
-
-def list_cells(name: str, results: Results) -> list[str]:
-    steps = results[name]
-    recompute = name.partition(", ")[0].split()[1]
-    references = "full none", f"full {recompute}"
-    return [
-        name,
-        *(f"{harness.median(steps, part) * 1e3:.0f}" for part in ("forward", "backward", "sum")),
-        *(harness.ratio(results, name, reference, "sum") for reference in references),
-        f"{steps[0]['peak']:.2f}",
-        f"{steps[0]['kept']:.0f}",
-    ]
+    columns = "forward ms", "backward ms", "sum", "/ full", "peak memory, GB"
+    harness.print_table([title, *columns, "kept for backward, kB per token"], rows)
 
 
 def main(config: LoRABenchmarkConfig) -> None:

@@ -6,7 +6,7 @@ and the memory model beside measured peaks.
 """
 
 import functools
-import itertools
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -54,15 +54,13 @@ class ScaleBenchmarkConfig(BenchmarkConfig):
 class Setup(NamedTuple):
     """How a model is trained."""
 
-    half: bool = True  # matrix products in 16 bits, else fp32
+    on_cpu: bool = False  # in fp32, with the loss in small chunks; else matrix products in 16 bits
     ranks: int = 1  # more than 1: sharded over so many by FSDP
     recompute: bool = False  # --recompute block
-    accumulate: bool = True  # several micro-steps
-    device_type: str = "cuda"
 
 
 class Memory(NamedTuple):
-    """Bytes on a device at the end of the forward pass."""
+    """Bytes on a device at the end of the forward pass, with several micro-steps."""
 
     weights: float
     gradients: float
@@ -79,22 +77,22 @@ def count_params(config: GPTConfig) -> int:
 def predict_memory(config: GPTConfig, batch_size: int, setup: Setup) -> Memory:
     C, L, V = config.n_embd, config.n_layer, config.padded_vocab_size
     tokens, P = batch_size * config.block_size, count_params(config)
-    product_bytes = 2 if setup.half else 4
+    product_bytes = 4 if setup.on_cpu else 2
     weights = 4 * P / setup.ranks
     if setup.ranks > 1:  # the root and one block are gathered while they are used
         root = (V + config.block_size) * C
         weights += product_bytes * (root + max(root, (P - root) / L))
-    elif setup.half:  # autocast's copies, which the backward pass needs again
+    elif not setup.on_cpu:  # autocast's copies, which the backward pass needs again
         weights += 2 * P
     # What a block keeps of a token, in widths: its input and the residual after attention (fp32);
     # the outputs of both LayerNorms 2, q k v 3, attention 1, the MLP before and after GELU 8.
     kept = (2 * 4 + 14 * product_bytes) * C
     activations = tokens * (L * 2 * 4 * C + kept if setup.recompute else L * kept)
     activations += tokens * 3 * 4 * C  # the last block's output, ln_f's, and its gradient
-    rows = min(tokens, CPU_CHUNK_ROWS if setup.device_type == "cpu" else DEFAULT_CHUNK_ROWS)
+    rows = min(tokens, CPU_CHUNK_ROWS if setup.on_cpu else DEFAULT_CHUNK_ROWS)
     logits = rows * V * product_bytes + V * C * 4  # of a chunk, and the head's gradient
-    gradients = 4 * P if setup.accumulate else 0  # not sharded: synchronized once a step
-    return Memory(weights, gradients, 8 * P / setup.ranks, activations, logits)
+    # Gradients are not sharded: they are synchronized once a step.
+    return Memory(weights, 4 * P, 8 * P / setup.ranks, activations, logits)
 
 
 def predict_peak(config: GPTConfig, batch_size: int, setup: Setup) -> float:
@@ -102,15 +100,14 @@ def predict_peak(config: GPTConfig, batch_size: int, setup: Setup) -> float:
     when activations are gone, and wte's gradients from head and lookup and their sum are there.
     """
     memory = predict_memory(config, batch_size, setup)
-    gradients = 4 * count_params(config) + 3 * 4 * config.padded_vocab_size * config.n_embd
+    gradients = memory.gradients + 3 * 4 * config.padded_vocab_size * config.n_embd
     return max(sum(memory), memory.weights + memory.optimizer + gradients)
 
 
 def find_largest_batch(config: GPTConfig, capacity: float, setup: Setup) -> int:
     """The largest batch size that fits, 0 if none does."""
     sizes = range(1, MAX_BATCH_SIZE + 1)
-    fits = (predict_peak(config, n, setup) <= USABLE * capacity for n in sizes)
-    return sum(itertools.takewhile(bool, fits))
+    return sum(predict_peak(config, n, setup) <= USABLE * capacity for n in sizes)
 
 
 def gb(n_bytes: float) -> str:
@@ -143,7 +140,7 @@ def print_cards() -> None:
         for card, (capacity, peak_flops, bandwidth) in CARDS.items():
             batch = {s: find_largest_batch(config, capacity, setup) for s, setup in setups.items()}
             micro_batch = WORLD_SIZE * config.block_size * max(1, batch["FSDP"])
-            micro_steps = -(-TOTAL_BATCH_SIZE // micro_batch)
+            micro_steps = math.ceil(TOTAL_BATCH_SIZE / micro_batch)
             # Gradients are reduced once; FSDP also gathers 16-bit weights twice per micro-step.
             sent = {"DDP": share * 2 * 4 * P, "FSDP": share * (2 * 2 * P * micro_steps + 4 * P)}
             compute = flops / WORLD_SIZE / (peak_flops * MFU)
@@ -173,8 +170,7 @@ def main(config: ScaleBenchmarkConfig) -> None:
     for size in map(Size.parse, config.sizes):
         steps = harness.measure(make_contender, ["ours"], size, config, warmup=0)["ours"]
         measured = steps[-1]["peak_bytes"]
-        setup = Setup(half=False, device_type="cpu")
-        predicted = predict_peak(size.gpt_config(), size.batch_size, setup)
+        predicted = predict_peak(size.gpt_config(), size.batch_size, Setup(on_cpu=True))
         rows.append([size, gb(predicted), gb(measured), f"{predicted / measured:.2f}"])
     columns = "predicted, GB", "measured, GB", "predicted / measured"
     harness.print_table(["layers x width, batch", *columns], rows)

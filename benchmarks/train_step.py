@@ -16,7 +16,9 @@ of the GPU's data sheet. With --compile this project and the peer are compiled, 
 runs both compiled and as it is.
 """
 
+import itertools
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.machinery import SourceFileLoader
@@ -29,12 +31,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Contender, Result, Results, Size, Stopwatch
+from benchmarks.harness import BenchmarkConfig, Contender, Result, Results, Size
 from engine.config import TrainConfig, flag, run_command
 from engine.distributed import Distributed, keep_freed_memory
 from engine.optim import parameter_groups
 from engine.step import TrainingStep
-from engine.throughput import peak_flops
+from engine.throughput import flops_per_token, peak_flops
 from model import GPT, GPTConfig
 
 PARTS = ("forward", "backward", "optimizer")
@@ -102,18 +104,30 @@ class LoopStep:
 
 def time_parts(training_step: TimedStep | LoopStep, config: BenchmarkConfig) -> Contender:
     """Does the steps of a turn; returns the seconds of the parts of the last."""
-    device = config.open_device()
-    stopwatch, n_steps = Stopwatch(device), STEPS_PER_TURN[device.type]
-    training_step.note = stopwatch.note
+    device, times = config.open_device(), []
+    n_steps = STEPS_PER_TURN[device.type]
+
+    def note() -> None:
+        if device.type == "cpu":
+            times.append(time.perf_counter())
+            return
+        event: Any = torch.cuda.Event(enable_timing=True)  # so that launching never waits
+        event.record()
+        times.append(event)
 
     def turn(i: int) -> Result:
         for step in range(i * n_steps, (i + 1) * n_steps):
-            stopwatch.times.clear()
+            times.clear()
             training_step(step + 1)
-            stopwatch.note()
-        *passes, optimizer = stopwatch.read()
+            note()
+        harness.read_clock(device)  # waits for the last event
+        *passes, optimizer = [
+            end - start if device.type == "cpu" else start.elapsed_time(end) / 1e3
+            for start, end in itertools.pairwise(times)
+        ]
         return dict(zip(PARTS, (sum(passes[::2]), sum(passes[1::2]), optimizer), strict=True))
 
+    training_step.note = note
     return turn
 
 
@@ -166,21 +180,20 @@ def list_contenders(config: StepBenchmarkConfig) -> list[str]:
 
 
 def list_cells(name: str, results: Results, size: Size, device: torch.device) -> list[str]:
-    steps, peak = results[name], peak_flops(device)
-    seconds = harness.median(steps) / STEPS_PER_TURN[device.type]
+    steps, peak, model = results[name], peak_flops(device), harness.meta_model(size.gpt_config())
+    speed = size.tokens * STEPS_PER_TURN[device.type] / harness.median(steps)
     return [
         name,
-        f"{size.tokens / seconds:,.0f}",
+        f"{speed:,.0f}",
         harness.ratio(results, BASELINE, name),
         *(f"{harness.median(steps, part) * 1e3:.0f}" for part in PARTS),
         f"{harness.median(steps, 'peak_bytes') / 2**20:,.0f}",
         harness.ratio(results, name, BASELINE, "peak_bytes"),
-        f"{size.flops / seconds / peak:.2f}" if peak else "",
+        f"{flops_per_token(model, size.T) * speed / peak:.2f}" if peak else "",
     ]
 
 
 def main(config: StepBenchmarkConfig) -> None:
-    harness.print_device(config)
     names, device = list_contenders(config), config.open_device()
     columns = ["tokens/s", f"/ {BASELINE}'", *(f"{part} ms" for part in PARTS)]
     columns += ["peak MB", f"/ {BASELINE}'", "of peak FLOP/s"]
