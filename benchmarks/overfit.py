@@ -26,7 +26,6 @@ from engine.metrics import read_metrics
 
 Curve = dict[int, float]
 N_EXAMPLES, VAL_FRACTION = 500, 0.6  # few examples remain for training, on purpose
-LORA_DIM = 8
 RATES = 5e-4, 2.5e-4  # of full fine-tuning; LoRA has ten times these
 
 
@@ -86,13 +85,12 @@ def main(config: OverfitBenchmarkConfig) -> None:
     curves: dict[str, list[Curve]] = {}
     for seed in range(config.seeds):
         for rate in RATES:
-            for kind, settings in (
-                ("full", {"use_lora": False, "max_lr": rate}),
-                ("LoRA", {"lora_dim": LORA_DIM, "max_lr": 10 * rate}),
-            ):
-                run = folder / f"{kind.lower()}_{settings['max_lr']:g}_{seed}"
-                curve = finetune(run, rows, config, seed=seed, **settings)
-                curves.setdefault(f"{kind}, rate {settings['max_lr']:g}", []).append(curve)
+            for use_lora in (False, True):
+                kind, max_lr = ("LoRA", 10 * rate) if use_lora else ("full", rate)
+                run = folder / f"{kind.lower()}_{max_lr:g}_{seed}"
+                settings = {"seed": seed, "use_lora": use_lora, "max_lr": max_lr}
+                curve = finetune(run, rows, config, **settings)
+                curves.setdefault(f"{kind}, rate {max_lr:g}", []).append(curve)
     plot_curves(curves, config.plot)
     table = []
     for name, runs in curves.items():

@@ -180,10 +180,7 @@ def read_finished(config: TimeToLossConfig) -> list[Record]:
     runs = [run for r in records[:1] for run in plan_runs(config, r["data"], r["precision"])]
     found = [record for run in runs for record in records if run.matches(record)]
     if not found:
-        raise ValueError(
-            f"{config.redraw} has no such runs; expected the runs.jsonl of an out_dir, and its "
-            "--size, --steps, --seeds and --recipes"
-        )
+        raise ValueError(f"{config.redraw} has no such runs; give the flags that they had")
     return found
 
 
@@ -306,18 +303,17 @@ def draw_curves(records: list[Record]) -> Figure:
     """Mean curves over the seeds, lengths of a recipe in one color; the shares of tokens."""
     step_tokens = harness.Size.parse(records[0]["size"]).tokens
     figure = Figure(figsize=(9, 5), layout="constrained")
-    axes, labelled = figure.subplots(), set()
+    axes = figure.subplots()
     colors = {name: f"C{i}" for i, name in enumerate(RECIPES)}
     curves: dict[tuple[str, int], list[list[tuple[int, float]]]] = {}
     for record in records:
         curves.setdefault((record["recipe"], record["steps"]), []).append(record["curve"])
-    for (name, _), of_seeds in curves.items():
+    for (name, length), of_seeds in curves.items():
         steps, losses = np.mean(of_seeds, axis=0).T
-        label = None if name in labelled else name
-        labelled.add(name)
-        millions = steps * step_tokens / 1e6
-        axes.plot(millions, losses, color=colors[name], label=label, linewidth=1)
-        axes.plot(millions[-1], losses[-1], "o", color=colors[name], markersize=4)
+        millions, color = steps * step_tokens / 1e6, colors[name]
+        is_last = length == max(steps for recipe, steps in curves if recipe == name)
+        axes.plot(millions, losses, color=color, label=name if is_last else None, linewidth=1)
+        axes.plot(millions[-1], losses[-1], "o", color=color, markersize=4)
     draw_shares(axes, losses_by_recipe(records), colors, step_tokens)
     axes.set(xlabel="million tokens", ylabel="validation loss, nats per token")
     axes.set_xlim(right=LABEL_SPACE * axes.dataLim.x1)

@@ -140,9 +140,8 @@ def make_contender(name: str, size: Size, config: StepBenchmarkConfig) -> Conten
             GPT(size.gpt_config()), [size], config, TimedStep, compile=config.compile
         )
         return time_parts(step, config)
-    is_baseline = name.startswith(BASELINE)
-    make = harness.transformers_gpt2 if is_baseline else load_peer(config.peer or "")
-    peer = make(size.gpt_config())
+    gpt_config, is_baseline = size.gpt_config(), name.startswith(BASELINE)
+    peer = harness.transformers_gpt2(gpt_config) if is_baseline else make_peer(gpt_config, config)
     called: Any = torch.compile(peer) if ", compiled" in name else peer
 
     def loss_of(idx: torch.Tensor) -> torch.Tensor:
@@ -151,31 +150,23 @@ def make_contender(name: str, size: Size, config: StepBenchmarkConfig) -> Conten
     return time_parts(LoopStep(peer, loss_of, [size], config), config)
 
 
-def load_peer(folder: str) -> Callable[[GPTConfig], Any]:
-    """A function that makes nanoGPT's GPT, which returns logits and loss."""
-    loader = SourceFileLoader("peer_model", str(Path(folder) / "model.py"))
+def make_peer(gpt_config: GPTConfig, config: StepBenchmarkConfig) -> Any:
+    """nanoGPT's GPT, which returns logits and loss."""
+    loader = SourceFileLoader("peer_model", str(Path(config.peer or "") / "model.py"))
     module: Any = ModuleType(loader.name)
     sys.modules[loader.name] = module  # dataclasses look themselves up
     loader.exec_module(module)
-
-    def make_gpt(config: GPTConfig) -> Any:
-        shape = {name: getattr(config, name) for name in SHAPE}
-        # Its default is no dropout.
-        return module.GPT(module.GPTConfig(vocab_size=harness.VOCAB_SIZE, **shape))
-
-    return make_gpt
+    shape = {name: getattr(gpt_config, name) for name in SHAPE}
+    # Its default is no dropout.
+    return module.GPT(module.GPTConfig(vocab_size=harness.VOCAB_SIZE, **shape))
 
 
 def list_contenders(config: StepBenchmarkConfig) -> list[str]:
-    compiled = ", compiled" if config.compile else ""
-    names = [OURS, BASELINE]
+    compiled, names = ", compiled" if config.compile else "", [OURS, BASELINE]
     if config.compile:
         names.append(f"{BASELINE}{compiled}")
     if config.peer:
-        folder = Path(config.peer).resolve()
-        if not (folder / "model.py").exists():
-            raise ValueError(f"peer is {config.peer}, expected a folder with model.py")
-        names.append(f"{folder.name}{compiled}")
+        names.append(f"{Path(config.peer).resolve().name}{compiled}")
     return names + [f"{name}, {config.precision}" for name in names if config.also_fp32]
 
 
