@@ -115,7 +115,7 @@ def compare_preparation(documents: list[str], config: DataBenchmarkConfig) -> No
 
 def measure_parts(file: Path, tokens: np.ndarray, folder: Path) -> None:
     """How long the parts of fineweb.py take when nothing runs beside them."""
-    encoder, batches = BatchEncoder(), []
+    encoder, batches = BatchEncoder(), list[list]()
     encoder.encode(["warm up"])
 
     def read(_: int) -> None:

@@ -99,8 +99,8 @@ def main(config: GPUBenchmarkConfig) -> None:
     if not config.dry_run:  # a step of all at once fills the compiler's cache
         compiled = [command for command in commands.values() if "--compile" in command]
         with ThreadPoolExecutor(len(PARTS)) as threads:
-            ends = threads.map(lambda command: run([*command, "--rounds", "1"], DEVNULL), compiled)
-        print(f"compiled: {'; '.join(ends)}", flush=True)
+            steps = threads.map(lambda command: run([*command, "--rounds", "1"], DEVNULL), compiled)
+        print(f"compiled: {'; '.join(steps)}", flush=True)
     device, ends = "CPU" if config.dry_run else torch.cuda.get_device_name(), []
     now = time.strftime("%Y-%m-%d %H:%M")
     with (out_dir / "results.md").open("a") as file:

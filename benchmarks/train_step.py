@@ -104,7 +104,7 @@ class LoopStep:
 
 def time_parts(training_step: TimedStep | LoopStep, config: BenchmarkConfig) -> Contender:
     """Does the steps of a turn; returns the seconds of the parts of the last."""
-    device, times = config.open_device(), []
+    device, times = config.open_device(), list[Any]()
     n_steps = STEPS_PER_TURN[device.type]
 
     def note() -> None:
