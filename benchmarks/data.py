@@ -4,11 +4,10 @@
     python benchmarks/data.py --data docs.jsonl more/*.parquet   # any text that fineweb.py reads
 
 Preparation: whole processes, from JSON lines to shards on disk. fineweb.py, which also checks the
-text and hashes the shards, and two programs with tiktoken (benchmarks/tiktoken_peers.py) take turns
-on all cores. The tokens must be those of equally long text. Repeated text flatters fineweb.py,
-because gigatoken caches words; so the encoders also encode one copy, without starting, reading and
-writing. Loader: batches of random tokens in the page cache, on one core. Prefetching: how long a
-step waits for its batch; the step is a sleep, as of a CPU whose GPU computes.
+text and hashes the shards, and a program with tiktoken (benchmarks/tiktoken_peer.py) take turns on
+all cores. The tokens must be those of equally long text. Repeated text flatters fineweb.py, because
+gigatoken caches words; --copies 1 avoids that. Loader: batches of random tokens in the page cache,
+on one core.
 """
 
 import json
@@ -32,14 +31,11 @@ from engine.config import flag, run_command
 from engine.data import PretrainingData
 from engine.shards import TokenShards, read_manifest, write_manifest, write_shard
 from engine.sources import open_source
-from engine.step import Prefetcher
-from engine.tokenizer import END_OF_TEXT_ID, BatchEncoder, get_tokenizer, token_lengths
-from fineweb import batch_pieces, tokenize_pieces
+from engine.tokenizer import END_OF_TEXT_ID, token_lengths
 
-OURS, PEERS = "fineweb.py", "benchmarks/tiktoken_peers.py"
+OURS, PEER = "fineweb.py", "benchmarks/tiktoken_peer.py"
 POLL_SECONDS = 0.02
 BATCH_SIZE, BLOCK_SIZE = 64, 1024  # of the loader's batches
-STEPS, STEP_SECONDS = 20, 0.15  # with prefetching, and as many without
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ def read_documents(data: list[str]) -> list[str]:
 
 def run_process(arguments: list[str], folder: Path, turn: int) -> harness.Result:
     """Run a program that writes shards to a new folder; return that and its peak memory."""
-    out_dir = folder / f"{Path(arguments[0]).stem}_{arguments[1].strip('-')}_{turn}"
+    out_dir = folder / f"{Path(arguments[0]).stem}_{turn}"
     out_dir.mkdir()
     command, peak = [sys.executable, *arguments, str(out_dir)], 0
     with subprocess.Popen(command, cwd=harness.ROOT, stdout=subprocess.DEVNULL) as process:
@@ -95,8 +91,7 @@ def compare_preparation(documents: list[str], config: DataBenchmarkConfig) -> No
             stream.writelines([lines] * config.copies)
         commands = {
             OURS: ["fineweb.py", "--dataset", str(file), "--out_dir"],
-            "tiktoken, encode_ordinary_batch": [PEERS, "batch", str(file)],
-            "tiktoken, a pool of processes": [PEERS, "pool", str(file)],
+            "tiktoken, a pool of processes": [PEER, str(file)],
         }
         contenders = {n: partial(run_process, command, folder) for n, command in commands.items()}
         results, rows = harness.take_turns(contenders, config.rounds, warmup=0), []
@@ -110,56 +105,6 @@ def compare_preparation(documents: list[str], config: DataBenchmarkConfig) -> No
         print(f"{file.stat().st_size / 1e6:.0f} MB of JSON lines, {os.cpu_count()} cores")
         print(f"{len(documents) * config.copies:,} documents, {len(tokens):,} tokens")
         harness.print_table(["text to shards", "s", "peak MB", "ours takes"], rows)
-        measure_parts(file, tokens, folder)
-
-
-def measure_parts(file: Path, tokens: np.ndarray, folder: Path) -> None:
-    """How long the parts of fineweb.py take when nothing runs beside them."""
-    encoder, batches = BatchEncoder(), list[list]()
-    encoder.encode(["warm up"])
-
-    def read(_: int) -> None:
-        pieces = open_source([str(file)], "text").pieces(0, Counter())
-        batches.extend(batch_pieces((text, starts, False) for text, starts in pieces))
-
-    def encode(_: int) -> None:
-        for batch in batches:
-            tokenize_pieces(encoder, batch)
-
-    def write(_: int) -> None:
-        write_shard(folder / "shard.npy", tokens)
-
-    parts = {"reading": read, "encoding": encode, "writing": write}
-    results = harness.take_turns(parts, rounds=1, warmup=0)
-    seconds = {part: harness.median(turns) for part, turns in results.items()}
-    total = sum(seconds.values())
-    rows = [[part, f"{s:.2f}", f"{s / total:.0%}"] for part, s in seconds.items()]
-    harness.print_table(["part of fineweb.py alone", "s", "share"], rows)
-
-
-def compare_encoders(documents: list[str], rounds: int) -> None:
-    """Encode one copy, with a new encoder in each round."""
-    pieces = ((document, True, False) for document in documents)
-    batches = [[text for text, *_ in batch] for batch in batch_pieces(pieces)]
-    encoders = [BatchEncoder() for _ in range(rounds + 1)]
-
-    def encode(i: int) -> None:
-        for texts in batches:
-            encoders[i].encode(texts)
-
-    def encode_with_tiktoken(_: int) -> None:
-        for texts in batches:
-            get_tokenizer().encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-
-    contenders = {
-        "gigatoken, empty cache": encode,
-        "gigatoken, again": encode,
-        "tiktoken, encode_ordinary_batch": encode_with_tiktoken,
-    }
-    results = harness.take_turns(contenders, rounds)
-    megabytes = sum(len(document.encode()) for document in documents) / 1e6
-    rows = [[name, f"{megabytes / harness.median(results[name]):.1f}"] for name in results]
-    harness.print_table([f"encoding {megabytes:.1f} MB", "MB/s"], rows)
 
 
 def measure_loading(folder: Path, config: DataBenchmarkConfig) -> None:
@@ -169,38 +114,20 @@ def measure_loading(folder: Path, config: DataBenchmarkConfig) -> None:
     total = BATCH_SIZE * BLOCK_SIZE
     sizes = {"block_size": BLOCK_SIZE, "batch_size": BATCH_SIZE, "total_batch_size": total}
     data = PretrainingData(TokenShards(folder, "train"), seed=0, **sizes)
-    n_steps, prefetcher = config.tokens // total, Prefetcher(data, harness.CPU)
-
-    def load(i: int) -> None:
-        data.micro_batch(i + 1, 1)
+    n_steps = config.tokens // total
 
     def read_epoch(_: int) -> None:
         for i in range(n_steps):
-            load(i)
-
-    def wait_for_batch(i: int) -> None:
-        prefetcher(i + 1, 1)
+            data.micro_batch(i + 1, 1)
 
     epochs = harness.take_turns({"epoch": read_epoch}, config.rounds)["epoch"]
     speed = f"{n_steps * total / harness.median(epochs) / 1e6:.0f}"
     harness.print_table(["loader", "M tokens/s"], [[f"{BATCH_SIZE} x {BLOCK_SIZE}", speed]])
-    contenders = {
-        "prefetched": wait_for_batch,
-        "step": lambda _: time.sleep(STEP_SECONDS),
-        "not prefetched": load,
-    }
-    results, rows = harness.take_turns(contenders, STEPS), []
-    for name in ("prefetched", "not prefetched"):
-        wait = harness.median(results[name])
-        rows.append([name, f"{wait * 1e3:.3f}", f"{wait / (wait + STEP_SECONDS):.2%}"])
-    columns = f"batch of a step of {STEP_SECONDS * 1e3:g} ms", "wait, ms", "of the step"
-    harness.print_table(columns, rows)
 
 
 def main(config: DataBenchmarkConfig) -> None:
     documents = read_documents(config.data)
     compare_preparation(documents, config)
-    compare_encoders(documents, config.rounds)
     with tempfile.TemporaryDirectory() as folder:
         measure_loading(Path(folder), config)
 

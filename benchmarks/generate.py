@@ -4,8 +4,8 @@ recomputing the prefix for every token as nanoGPT does.
     python benchmarks/generate.py   # two CPU threads, fp32: 4 minutes
     python benchmarks/generate.py --device cuda --compile
 
-Equal random weights, greedy. The three take turns, each in a process of its own, and their tokens
-are compared. --compile adds transformers with a static cache, which it compiles.
+Equal random weights, greedy; the tokens are compared. --compile adds transformers with a static
+cache, which it compiles.
 """
 
 import sys

@@ -10,6 +10,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -27,7 +29,7 @@ import torch
 
 from engine.config import Precision, TrainConfig, flag
 from engine.data import Batch
-from engine.distributed import Distributed, autocast_dtype, open_device
+from engine.distributed import CPU_BF16_UNITS, Distributed, autocast_dtype, open_device
 from engine.step import TrainingStep
 from engine.throughput import peak_memory
 from engine.tokenizer import END_OF_TEXT_ID
@@ -52,9 +54,7 @@ class BenchmarkConfig:
     device: str = flag("cpu", "cpu or cuda")
     precision: Precision = flag("fp32", "bf16 and fp16: autocast")
     contenders: list[str] = flag([], "only contenders whose name contains one of these")
-    one_by_one: bool = flag(
-        False, "run contenders one after another in this process, as always on CUDA"
-    )
+    one_by_one: bool = flag(False, "one contender after another in this process, as on CUDA")
     json_file: str | None = flag(None, "append each contender's figures, a JSON object a line")
 
     def open_device(self) -> torch.device:
@@ -122,10 +122,11 @@ def measure(
 
     A contender does a step and returns figures by name. To these are added `seconds`, and
     `peak_bytes`: on a CPU the highest resident memory so far over that after a step of a tiny size,
-    on CUDA the allocator's peak. On a CPU the contenders take turns. On CUDA each needs the GPU for
-    itself, so they run one after another in this process; those that fail, out of memory or without
-    a package, are reported and left out. With `one_by_one` a CPU does the same.
+    on CUDA the allocator's peak. On CUDA each needs the GPU for itself, so they run one after
+    another in this process, as with `one_by_one`; those that fail, out of memory or without a
+    package, are reported and left out.
     """
+    torch.set_num_threads(config.threads)
     parts = config.contenders or [""]
     chosen = [name for name in names if any(part in name for part in parts)]
     if not chosen:
@@ -178,9 +179,8 @@ def append_figures(name: str, turns: list[Result], size: Size, config: Benchmark
     """Append the medians of a contender's figures to `config.json_file`, if it is given."""
     if config.json_file is None:
         return
-    figures = {
-        key: median(turns, key) for key, value in turns[0].items() if isinstance(value, int | float)
-    }
+    numbers = [key for key, value in turns[0].items() if isinstance(value, int | float)]
+    figures = {key: median(turns, key) for key in numbers}
     benchmark = Path(sys.argv[0]).stem
     record = {**asdict(config), "benchmark": benchmark, "size": str(size), "contender": name}
     with Path(config.json_file).open("a") as file:
@@ -246,8 +246,22 @@ def ratio(results: Results, name: str, reference: str, figure: str = "seconds") 
     return f"{median(results[name], figure) / median(results[reference], figure):.2f}"
 
 
+@functools.cache
+def print_machine() -> None:
+    """Print once what the figures are of. Those of two kinds of CPU cannot be compared."""
+    if torch.cuda.is_initialized():
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+        return
+    info = Path("/proc/cpuinfo").read_text()
+    names = re.findall(r"(?m)^model name\s*: (.*)", info) or [platform.machine()]
+    units = [unit for unit in CPU_BF16_UNITS if unit in info.split()]
+    kind = f"{names[0]} ({', '.join(units) or 'no bf16 units'})"
+    print(f"{kind}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a Markdown table after an empty line."""
+    """Print a Markdown table after an empty line, the first one after the machine's name."""
+    print_machine()
     lines = [f"| {' | '.join(map(str, cells))} |" for cells in (columns, *rows)]
     lines.insert(1, f"{'|---' * len(columns)}|")
     print("", *lines, sep="\n", flush=True)
@@ -260,32 +274,29 @@ def meta_model(config: GPTConfig) -> GPT:
 
 
 class RandomBatches:
-    """The data of a training step: random tokens, a micro-batch of each of the sizes."""
+    """The data of a training step: one batch of random tokens."""
 
-    def __init__(self, sizes: Sequence[Size]):
-        self.sizes, self.block_size = sizes, max(size.T for size in sizes)
-        self.grad_accum_steps, self.has_one_shape = len(sizes), len(set(sizes)) == 1
+    has_one_shape, grad_accum_steps = True, 1
 
-    def micro_batch(self, _step: int, micro_step: int) -> Batch:
-        ids = self.sizes[micro_step - 1].random_ids(CPU)
+    def __init__(self, size: Size):
+        self.size, self.block_size = size, size.T
+
+    def micro_batch(self, _step: int, _micro_step: int) -> Batch:
+        ids = self.size.random_ids(CPU)
         return Batch(ids, ids)
 
     def targets_in_step(self, _step: int) -> int:
-        return sum(size.tokens for size in self.sizes)
+        return self.size.tokens
 
 
 def random_training_step(
-    model: GPT,
-    sizes: Sequence[Size],
-    config: BenchmarkConfig,
-    step_class: type[TrainingStep] = TrainingStep,
-    **settings: Any,
+    model: GPT, size: Size, config: BenchmarkConfig, step_class: Any = TrainingStep, **settings: Any
 ) -> Any:
-    """The real training step, a `step_class`, of random tokens: a micro-batch of each size."""
+    """The real training step, a `step_class`, of random tokens."""
     dist = Distributed(rank=0, world_size=1, device=config.open_device())
-    shared = {"batch_size": sizes[0].batch_size, "precision": config.precision, "compile": False}
+    shared = {"batch_size": size.batch_size, "precision": config.precision, "compile": False}
     train_config = TrainConfig(**(shared | settings))
-    data: Any = RandomBatches(sizes)
+    data: Any = RandomBatches(size)
     return step_class(model.to(dist.device), data, train_config, dist)
 
 

@@ -3,9 +3,8 @@
     python benchmarks/hellaswag.py --data hellaswag_val.jsonl   # fp32 on a CPU thread: 12 minutes
     python benchmarks/hellaswag.py --data FILE --rows 500 --device cuda --precision bf16
 
-Equal random weights, each contender in a process of its own. In every round all take turns on the
-same new rows, including tokenization; their predictions are compared. build-nanogpt's loop runs on
-transformers' model in its hellaswag.py, and on its own model in training.
+Equal random weights. In every round all take turns on the same new rows, including tokenization;
+their predictions are compared. build-nanogpt's loop runs on transformers' model, as there.
 """
 
 import json
@@ -34,7 +33,7 @@ from model import GPT
 
 Predictions = list[tuple[int, int]]  # the most likely ending, summed and normalized
 OURS, OURS_RAW = "this project", "this project, raw text"
-LM_EVAL, LOOP, LOOP_OURS = "lm-eval, batch", "build-nanogpt's loop", "the same on our model"
+LM_EVAL, LOOP = "lm-eval, batch", "build-nanogpt's loop"
 BLOCK_SIZE, BATCH_SIZES = 1024, {"cpu": (1, 16), "cuda": (16, 64)}  # of lm-eval
 
 
@@ -71,9 +70,7 @@ def predict_with_lm_eval(lm: Any, file: Path) -> Predictions:
     return [predict([next(answers)[0] for _ in each], each) for each in lengths]
 
 
-def predict_with_loop(
-    logits_of: Callable[[torch.Tensor], torch.Tensor], device: torch.device, file: Path
-) -> Predictions:
+def predict_with_loop(peer: Any, file: Path) -> Predictions:
     """build-nanogpt's hellaswag.py: an example at a time as padded rows, all logits."""
     found = []
     for row in map(json.loads, file.read_text().splitlines()):
@@ -84,8 +81,8 @@ def predict_with_loop(
             n = len(context) + len(ending)
             tokens[i, :n] = torch.tensor(context + ending)
             mask[i, len(context) : n] = 1
-        tokens, mask = tokens.to(device), mask[:, 1:].to(device)
-        logits, targets = logits_of(tokens)[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        tokens, mask = tokens.to(peer.device), mask[:, 1:].to(peer.device)
+        logits, targets = peer(tokens).logits[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         sums = (losses.view_as(mask) * mask).sum(dim=1)
         found.append((int(sums.argmin()), int((sums / mask.sum(dim=1)).argmin())))
@@ -109,10 +106,7 @@ def make_contender(
             lm = HFLM(pretrained=folder, device=str(device), batch_size=batch_size)
         predict_file = partial(predict_with_lm_eval, lm)
     elif name == LOOP:
-        peer = harness.transformers_copy(model).to(device)
-        predict_file = partial(predict_with_loop, lambda idx: peer(idx).logits, device)
-    elif name == LOOP_OURS:
-        predict_file = partial(predict_with_loop, model.to(device), device)
+        predict_file = partial(predict_with_loop, harness.transformers_copy(model).to(device))
     else:
         text = "raw" if name == OURS_RAW else "lm-eval"
         predict_file = partial(predict_with_ours, model.to(device), device, text)
@@ -140,7 +134,7 @@ def write_rounds(config: HellaSwagBenchmarkConfig, folder: str) -> list[Path]:
 
 
 def list_cells(name: str, results: Results, n_rows: int) -> list[str]:
-    ours = OURS_RAW if name in (OURS_RAW, LOOP, LOOP_OURS) else OURS
+    ours = OURS_RAW if name in (OURS_RAW, LOOP) else OURS
     theirs = [pair for turn in results[name] for pair in turn["predictions"]]
     expected = [pair for turn in results.get(ours, []) for pair in turn["predictions"]]
     pairs = list(zip(theirs, expected, strict=False))
@@ -151,7 +145,7 @@ def list_cells(name: str, results: Results, n_rows: int) -> list[str]:
 
 def main(config: HellaSwagBenchmarkConfig) -> None:
     lm_eval = [f"{LM_EVAL} {n}" for n in BATCH_SIZES[config.open_device().type]]
-    names = OURS, *lm_eval, OURS_RAW, LOOP, LOOP_OURS
+    names = OURS, *lm_eval, OURS_RAW, LOOP
     with tempfile.TemporaryDirectory() as folder:
         files = write_rounds(config, folder)
         size = Size(config.n_layer, 768, batch_size=1, T=BLOCK_SIZE)

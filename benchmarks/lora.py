@@ -1,25 +1,25 @@
 """LoRA at GPT-2 124M beside full fine-tuning and PEFT: time and memory of a step.
 
-    python benchmarks/lora.py           # the comparison, one CPU thread, fp32: 25 minutes
-    python benchmarks/lora.py --table   # ranks 1 to 64 in both forms, and others: 10 minutes
-    python benchmarks/lora.py --table --device cuda --precision bf16 --compile --size 12x768:16x1024
+    python benchmarks/lora.py   # four contenders, one CPU thread, fp32: 5 minutes
+    python benchmarks/lora.py --size 12x768:2x512 --contenders "full none" "summed light 64"
+    python benchmarks/lora.py --device cuda --precision bf16 --compile --size 12x768:16x1024
 
-`lora` computes x W' + s (x A') B', `summed` x (W + s B A)' with a sum that is built once per step,
-and `autograd` the same as PyTorch does it by itself, with the gradient of the sum. `bf16` is `lora`
-with the base in bf16; `frozen` trains nothing but wpe. With --compile this project's contenders are
-compiled, and PEFT runs both compiled and as it is. Contenders take turns, each in a process of its
-own; on CUDA they run one after another. Compare the sum of forward and backward, because this
-project's loss computes its gradient in the forward pass. Memory on a CPU is that of all live
-tensors, counted at every operation of one more step; on CUDA it is the allocator's figure.
+Contenders: what is trained, what is recomputed, and the rank, 8 if there is none. `lora` computes
+x W' + s (x A') B', `summed` x (W + s B A)' with a sum that is built once per step, and `autograd`
+the same as PyTorch does it by itself, with the gradient of the sum. `bf16` is `lora` with the base
+in bf16; `frozen` trains nothing but wpe; `peft` and `transformers` (all weights) recompute nothing.
+With --compile this project's contenders are compiled; "peft compiled" always is. Compare the sum
+of forward and backward, because this project's loss computes its gradient in the forward pass.
 """
 
 import itertools
+import re
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,26 +35,21 @@ from engine import lora
 from engine.config import flag, run_command
 from model import GPT
 
-RANK, RANKS = 8, (1, 8, 16, 32, 64)
-# Contenders: what is trained, and what is recomputed. transformers' model trains all weights.
-OWN, PEERS = ("full none", "lora none", "lora light"), ("transformers none", "peft none")
-COMPARED = (  # batch size, length, contenders; all at once, 16 x 139 would need 24 GB
-    (4, 128, (*OWN, "lora block", "peft none")),
-    (2, 512, (*OWN, "frozen none")),
-    (16, 139, (*OWN, "full light", "full block", "lora block", "bf16 light", "bf16 block")),
-    (16, 139, ("full none", *PEERS)),
+RANK, BASELINE = 8, "full none"
+NAME = re.compile(
+    r"(full|lora|summed|autograd|bf16|frozen|peft|transformers) (none|light|block|compiled)( \d+)?"
 )
 
 
 @dataclass(frozen=True)
 class LoRABenchmarkConfig(BenchmarkConfig):
-    table: bool = flag(False, "measure ranks 1 to 64, in both forms, instead")
-    size: str = flag("12x768:4x128", "LAYERSxWIDTH:BATCHxTOKENS; the batch counts with --table")
-    recompute: Literal["none", "light", "block"] = flag("light", "of LoRA, with --table")
+    contenders: list[str] = flag(
+        [BASELINE, "lora none", "lora light", "peft none"], "what is trained and recomputed"
+    )
+    size: str = flag("12x768:4x128", "LAYERSxWIDTH:BATCHxTOKENS")
     rounds: int = flag(3, "measured steps of each contender, after one that warms up")
     threads: int = flag(1, "CPU threads of each contender")
-    compile: bool = flag(False, "torch.compile; with --table PEFT also runs as it is")
-    varying: bool = flag(False, "a step has each of eight lengths up to T, one after another")
+    compile: bool = flag(False, "torch.compile this project's contenders")
 
 
 class AutogradLoRA(lora.LoRALinear):
@@ -67,7 +62,7 @@ class AutogradLoRA(lora.LoRALinear):
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors `before` and of all that operations make while it is on, as
-    long as they live.
+    long as they live: on a CPU, what CUDA's allocator tells.
     """
 
     def __init__(self, before: Iterable[torch.Tensor]):
@@ -120,19 +115,18 @@ def make_peer(what: str, size: Size, rank: int) -> Any:
 
 
 def make_contender(name: str, size: Size, config: LoRABenchmarkConfig) -> Contender:
-    kind, _, rank_text = name.partition(", rank ")
-    what, recompute = kind.split()
-    rank = min(int(rank_text or RANK), size.n_embd)  # the tiny model is not wide enough for all
-    lengths = range(size.T // 8, size.T + 1, size.T // 8) if config.varying else [size.T]
-    sizes = [replace(size, T=T) for T in lengths]
+    if not (match := NAME.fullmatch(name)):
+        raise ValueError(f"a contender is {name}, expected one like: lora light 16")
+    what, recompute, given_rank = match.groups()
+    rank = min(int(given_rank or RANK), size.n_embd)  # the tiny model is not wide enough for all
     if what in ("transformers", "peft"):
         peer = make_peer(what, size, rank)
         called: Any = torch.compile(peer) if recompute == "compiled" else peer
-        step = LoopStep(peer, lambda idx: called(idx, labels=idx).loss, sizes, config)
+        step = LoopStep(peer, lambda idx: called(idx, labels=idx).loss, size, config)
     else:
         settings = {"recompute": recompute, "compile": config.compile}
         model = make_model(what, size, rank)
-        step = harness.random_training_step(model, sizes, config, TimedStep, **settings)
+        step = harness.random_training_step(model, size, config, TimedStep, **settings)
     memory = measure_memory(step, size.tokens, config.open_device())
     turn = time_parts(step, config)
 
@@ -165,31 +159,16 @@ def measure_memory(step: TimedStep | LoopStep, n_tokens: int, device: torch.devi
     return {"peak": peak / 1e9, "kept": (live[-2] - live[-3]) / n_tokens / 1e3}
 
 
-def compare(names: Sequence[str], size: Size, config: LoRABenchmarkConfig) -> None:
-    """Measure the contenders; that called "full none" is what the others are compared with."""
-    results = harness.measure(make_contender, names, size, config)
-    rows = []
+def main(config: LoRABenchmarkConfig) -> None:
+    size, rows = Size.parse(config.size), []
+    results = harness.measure(make_contender, config.contenders, size, config)
     for name, steps in results.items():
         medians = [harness.median(steps, part) for part in ("forward", "backward", "sum")]
-        ratio = harness.ratio(results, name, "full none", "sum")
+        ratio = harness.ratio(results, name, BASELINE, "sum")
         memory = f"{steps[0]['peak']:.2f}", f"{steps[0]['kept']:.0f}"
         rows.append([name, *(f"{seconds * 1e3:.0f}" for seconds in medians), ratio, *memory])
-    title = f"{size}, eight lengths" if config.varying else str(size)
     columns = "forward ms", "backward ms", "sum", "/ full", "peak memory, GB"
-    harness.print_table([title, *columns, "kept for backward, kB per token"], rows)
-
-
-def main(config: LoRABenchmarkConfig) -> None:
-    size, recompute = Size.parse(config.size), config.recompute
-    if config.table:
-        others = ["full none", "autograd none", "frozen none", f"bf16 {recompute}", *PEERS]
-        if config.compile:
-            others.append("peft compiled")
-        ranks = [f"{form} {recompute}, rank {r}" for form in ("lora", "summed") for r in RANKS]
-        compare(others + ranks, size, config)
-        return
-    for batch_size, T, names in COMPARED:
-        compare(names, replace(size, batch_size=batch_size, T=T), config)
+    harness.print_table([str(size), *columns, "kept for backward, kB per token"], rows)
 
 
 if __name__ == "__main__":

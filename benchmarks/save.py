@@ -27,7 +27,7 @@ class SaveBenchmarkConfig(harness.BenchmarkConfig):
 def main(config: SaveBenchmarkConfig) -> None:
     size = harness.Size(config.n_layer, 768, batch_size=1, T=64)
     model, background = GPT(size.gpt_config()), BackgroundSave()
-    training_step = harness.random_training_step(model, [size], config)
+    training_step = harness.random_training_step(model, size, config)
     training_step(1)  # now the optimizer has its state
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
 

@@ -1,13 +1,10 @@
-"""Memory, communication and time of a training step computed from its config, as in docs/scale.md,
-and the memory model beside measured peaks.
+"""Memory, communication and time of a training step computed from its config, as in docs/scale.md.
 
-    python benchmarks/scale.py           # the tables, in seconds
-    python benchmarks/scale.py --check   # predicted and measured peaks on this CPU: 2 minutes
+python benchmarks/scale.py   # in seconds
 """
 
 import functools
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +13,10 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Contender, Size
-from benchmarks.train_step import TimedStep, time_parts
-from engine.config import flag, run_command
-from engine.loss import CPU_CHUNK_ROWS, DEFAULT_CHUNK_ROWS
+from engine.config import run_command
+from engine.loss import DEFAULT_CHUNK_ROWS
 from engine.throughput import PEAK_FLOPS, flops_per_token
-from model import GPT, GPTConfig
+from model import GPTConfig
 
 MODELS = {
     "124M": GPTConfig(),
@@ -43,18 +38,13 @@ MAX_BATCH_SIZE = 512  # larger ones bring nothing
 
 
 @dataclass(frozen=True)
-class ScaleBenchmarkConfig(BenchmarkConfig):
-    rounds: int = flag(3, "steps, with --check")
-    check: bool = flag(False, "measure peaks on this CPU beside the predicted ones")
-    sizes: list[str] = flag(
-        ["6x384:8x256", "12x768:2x512"], "with --check: sizes, each LAYERSxWIDTH:BATCHxTOKENS"
-    )
+class ScaleBenchmarkConfig:
+    """There are no flags."""
 
 
 class Setup(NamedTuple):
-    """How a model is trained."""
+    """How a model is trained, with matrix products in 16 bits."""
 
-    on_cpu: bool = False  # in fp32, with the loss in small chunks; else matrix products in 16 bits
     ranks: int = 1  # more than 1: sharded over so many by FSDP
     recompute: bool = False  # --recompute block
 
@@ -77,20 +67,20 @@ def count_params(config: GPTConfig) -> int:
 def predict_memory(config: GPTConfig, batch_size: int, setup: Setup) -> Memory:
     C, L, V = config.n_embd, config.n_layer, config.padded_vocab_size
     tokens, P = batch_size * config.block_size, count_params(config)
-    product_bytes = 4 if setup.on_cpu else 2
     weights = 4 * P / setup.ranks
     if setup.ranks > 1:  # the root and one block are gathered while they are used
         root = (V + config.block_size) * C
-        weights += product_bytes * (root + max(root, (P - root) / L))
-    elif not setup.on_cpu:  # autocast's copies, which the backward pass needs again
+        weights += 2 * (root + max(root, (P - root) / L))
+    else:  # autocast's copies, which the backward pass needs again
         weights += 2 * P
     # What a block keeps of a token, in widths: its input and the residual after attention (fp32);
     # the outputs of both LayerNorms 2, q k v 3, attention 1, the MLP before and after GELU 8.
-    kept = (2 * 4 + 14 * product_bytes) * C
+    kept = (2 * 4 + 14 * 2) * C
     activations = tokens * (L * 2 * 4 * C + kept if setup.recompute else L * kept)
     activations += tokens * 3 * 4 * C  # the last block's output, ln_f's, and its gradient
-    rows = min(tokens, CPU_CHUNK_ROWS if setup.on_cpu else DEFAULT_CHUNK_ROWS)
-    logits = rows * V * product_bytes + V * C * 4  # of a chunk, and the head's gradient
+    logits = (
+        min(tokens, DEFAULT_CHUNK_ROWS) * V * 2 + V * C * 4
+    )  # of a chunk, and the head's gradient
     # Gradients are not sharded: they are synchronized once a step.
     return Memory(weights, 4 * P, 8 * P / setup.ranks, activations, logits)
 
@@ -153,27 +143,9 @@ def print_cards() -> None:
     harness.print_table(["size", "GPU", *setups, *costs], rows)
 
 
-def make_contender(_: str, size: Size, config: ScaleBenchmarkConfig) -> Contender:
-    """A step of two micro-steps, so that gradients accumulate."""
-    model = GPT(size.gpt_config())
-    return time_parts(harness.random_training_step(model, [size] * 2, config, TimedStep), config)
-
-
-def main(config: ScaleBenchmarkConfig) -> None:
-    if not config.check:
-        print_memory()
-        print_cards()
-        return
-    # glibc then returns freed memory at once, so that resident memory is what is alive.
-    os.environ.update({"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"})
-    rows = []
-    for size in map(Size.parse, config.sizes):
-        steps = harness.measure(make_contender, ["ours"], size, config, warmup=0)["ours"]
-        measured = steps[-1]["peak_bytes"]
-        predicted = predict_peak(size.gpt_config(), size.batch_size, Setup(on_cpu=True))
-        rows.append([size, gb(predicted), gb(measured), f"{predicted / measured:.2f}"])
-    columns = "predicted, GB", "measured, GB", "predicted / measured"
-    harness.print_table(["layers x width, batch", *columns], rows)
+def main(_: ScaleBenchmarkConfig) -> None:
+    print_memory()
+    print_cards()
 
 
 if __name__ == "__main__":

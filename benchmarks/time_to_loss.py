@@ -1,8 +1,8 @@
 """Tokens and seconds that a recipe needs to reach the loss at which another ends, on real text.
 
-    python benchmarks/time_to_loss.py                          # Python's documentation, four times
+    python fineweb.py --dataset stdlib && python benchmarks/time_to_loss.py   # Python's docstrings
     python benchmarks/time_to_loss.py --data data/mine --size 6x384:32x128 --steps 1500
-    python benchmarks/time_to_loss.py --data data/mine --sweep  # one setting at a time
+    python benchmarks/time_to_loss.py --data data/mine --recipes fast --sweep sinusoidal_wpe=0.1
     python benchmarks/time_to_loss.py --redraw docs/time_to_loss.jsonl --plot docs/time_to_loss.png
 
 A schedule has a fixed length, so every length of a recipe is a run of its own, in a process of its
@@ -19,7 +19,6 @@ import math
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -37,7 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from engine.config import Precision, flag, run_command
+from engine.config import Precision, flag, parse_flags, run_command
 from engine.data import PretrainingData, validation_batches
 from engine.distributed import Distributed, default_precision, open_device
 from engine.evaluation import evaluate_loss
@@ -66,39 +65,16 @@ RECIPES: dict[str, Settings] = {
     FAST: {**MUON, "zero_residual": True, **FAST_CHANGES, "sinusoidal_wpe": 0.2},
 }
 LENGTHS = {FAST: (0.25, 0.5, 0.85, 1.0)}  # as shares of --steps; 1 for other recipes
-# Other values of single settings, which --sweep tries.
-SWEEP: dict[str, dict[str, tuple[Any, ...]]] = {
-    TUNED: {
-        "max_lr": (1.5e-3, 2e-3, 4e-3, 6e-3),
-        "beta1": (0.8,),
-        "beta2": (0.95,),
-        "weight_decay": (0.0,),
-        "decay_fraction": (0.7,),
-        "zero_residual": (False,),
-        "sinusoidal_wpe": (0.05, 0.2),
-        "schedule": ("cosine",),
-    },
-    FAST: {
-        "muon_beta2": (0.0,),
-        "beta1": (0.9,),
-        "weight_decay": (0.1,),
-        "sinusoidal_wpe": (0.0, 0.1, 0.4),
-        "muon_lr": (0.01, 0.04),
-        "max_lr": (2e-3, 16e-3),
-        "decay_fraction": (0.4, 1.0),
-        "muon_weight_decay": (0.1,),
-    },
-}
 
 
 @dataclass(frozen=True)
 class TimeToLossConfig:
-    data: str = flag("stdlib", "stdlib, prepared if it is not there, or a folder of shards")
+    data: str = flag("data/stdlib", "folder of shards, as fineweb.py writes them")
     size: str = flag("4x256:32x128", "layers x width of the model, sequences x tokens of a step")
     steps: int = flag(600, "steps; fast also has shorter runs")
     seeds: int = flag(3, "runs of each recipe, with other weights and another order of the data")
     recipes: list[str] = flag(list(RECIPES), "recipes to run")
-    sweep: bool = flag(False, "change one setting at a time; one seed, whatever --seeds says")
+    sweep: list[str] = flag([], "SETTING=VALUE: also run each recipe with this one change")
     out_dir: str = flag("runs/time_to_loss", "folder of finished runs")
     plot: str = flag("", "figure to write")
     redraw: str = flag("", "file of finished runs: draw those on its first text, train nothing")
@@ -118,9 +94,8 @@ class Run:
     steps: int
     seed: int
 
-    def matches(self, record: dict) -> bool:
-        """Whether the record is this run's."""
-        return all(record.get(key) == value for key, value in asdict(self).items())
+    def matches(self, record: Record) -> bool:
+        return asdict(self).items() <= record.items()
 
 
 def make_step(run: Run, folder: Path, device: torch.device) -> TrainingStep:
@@ -186,18 +161,15 @@ def read_finished(config: TimeToLossConfig) -> list[Record]:
 
 def plan_runs(config: TimeToLossConfig, data: str, precision: Precision) -> list[Run]:
     recipes = {name: RECIPES[name] for name in config.recipes}
-    if config.sweep:
-        recipes |= {
-            f"{name}, {setting} {value}": {**recipes[name], setting: value}
-            for name in recipes
-            for setting, values in SWEEP.get(name, {}).items()
-            for value in values
-        }
+    for name in config.recipes:
+        for change in config.sweep:
+            ((setting, value),) = parse_flags(PretrainConfig, "", [f"--{change}"])[0].items()
+            recipes[f"{name}, {setting} {value}"] = {**RECIPES[name], setting: value}
     return [
         Run(data, config.size, precision, name, settings, round(length * config.steps), seed)
-        for seed in range(FIRST_SEED, FIRST_SEED + (1 if config.sweep else config.seeds))
+        for seed in range(FIRST_SEED, FIRST_SEED + config.seeds)
         for name, settings in recipes.items()
-        for length in ((1.0,) if config.sweep else LENGTHS.get(name, (1.0,)))
+        for length in LENGTHS.get(name, (1.0,))
     ]
 
 
@@ -211,9 +183,8 @@ def measure_steps(runs: list[Run], folder: Path, config: TimeToLossConfig) -> di
         harness.read_clock(device)
 
     recipes = {run.recipe: run for run in runs}
-    contenders = {
-        name: partial(do_step, make_step(run, folder, device)) for name, run in recipes.items()
-    }
+    steps = {name: make_step(run, folder, device) for name, run in recipes.items()}
+    contenders = {name: partial(do_step, step) for name, step in steps.items()}
     turns = harness.take_turns(contenders, TIMED_STEPS, warmup=3)
     return {name: harness.median(of_recipe) for name, of_recipe in turns.items()}
 
@@ -274,10 +245,9 @@ def find_shares(losses: Losses) -> dict[str, list[float]]:
 def print_losses(losses: Losses, seconds: dict[str, float]) -> None:
     rows = []
     for name, by_steps in losses.items():
-        ms = f"{1e3 * seconds[name]:.0f}" if name in seconds else ""
         for steps, of_seeds in by_steps.items():
-            each = ", ".join(f"{loss:.3f}" for loss in of_seeds)
-            rows.append([name, steps, f"{statistics.mean(of_seeds):.3f}", each, ms])
+            mean, *each = (f"{loss:.3f}" for loss in (statistics.mean(of_seeds), *of_seeds))
+            rows.append([name, steps, mean, ", ".join(each), f"{1e3 * seconds[name]:.0f}"])
     columns = "recipe", "steps", "final loss, mean", "by seed", "ms per step"
     harness.print_table(columns, rows)
 
@@ -304,7 +274,8 @@ def draw_curves(records: list[Record]) -> Figure:
     step_tokens = harness.Size.parse(records[0]["size"]).tokens
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    colors = {name: f"C{i}" for i, name in enumerate(RECIPES)}
+    names = dict.fromkeys(record["recipe"] for record in records)
+    colors = {name: f"C{i}" for i, name in enumerate(names)}
     curves: dict[tuple[str, int], list[list[tuple[int, float]]]] = {}
     for record in records:
         curves.setdefault((record["recipe"], record["steps"]), []).append(record["curve"])
@@ -314,7 +285,8 @@ def draw_curves(records: list[Record]) -> Figure:
         is_last = length == max(steps for recipe, steps in curves if recipe == name)
         axes.plot(millions, losses, color=color, label=name if is_last else None, linewidth=1)
         axes.plot(millions[-1], losses[-1], "o", color=color, markersize=4)
-    draw_shares(axes, losses_by_recipe(records), colors, step_tokens)
+    if FAST in names:
+        draw_shares(axes, losses_by_recipe(records), colors, step_tokens)
     axes.set(xlabel="million tokens", ylabel="validation loss, nats per token")
     axes.set_xlim(right=LABEL_SPACE * axes.dataLim.x1)
     axes.grid(alpha=0.3)
@@ -326,8 +298,6 @@ def draw_shares(axes: Axes, losses: Losses, colors: dict[str, str], step_tokens:
     """Draw the losses of the fast recipe over its lengths, and arrows to them from the ends of the
     others, with the shares of tokens.
     """
-    if FAST not in losses:
-        return
     means = {steps: statistics.mean(of_seeds) for steps, of_seeds in losses[FAST].items()}
     steps = np.geomspace(min(means), max(means), 100)  # the same interpolation as of `steps_to`
     between = np.interp(np.log(steps), np.log(list(means)), list(means.values()))
@@ -348,9 +318,7 @@ def draw_shares(axes: Axes, losses: Losses, colors: dict[str, str], step_tokens:
 def main(config: TimeToLossConfig) -> None:
     if unknown := set(config.recipes) - set(RECIPES):
         raise ValueError(f"no recipe {', '.join(unknown)}, expected some of {', '.join(RECIPES)}")
-    harness.Size.parse(config.size).gpt_config()  # so that a wrong size is seen before any run
-    if config.sweep and config.plot:
-        raise ValueError("plot shows the recipes without a sweep; leave out one of the flags")
+    harness.Size.parse(config.size)  # so that a wrong size is seen before any run
     records = read_finished(config) if config.redraw else train_and_report(config)
     if plot := config.plot or (config.redraw and "time_to_loss.png"):
         draw_curves(records).savefig(plot, dpi=150)
@@ -359,20 +327,15 @@ def main(config: TimeToLossConfig) -> None:
 
 def train_and_report(config: TimeToLossConfig) -> list[Record]:
     """Train what is missing and print the tables."""
-    source = Path(config.data)
-    if config.data == "stdlib":
-        source = harness.ROOT / "data" / "stdlib"
-        command = [sys.executable, str(harness.ROOT / "fineweb.py"), "--dataset", "stdlib"]
-        subprocess.run([*command, "--out_dir", str(source)], check=True)
     with tempfile.TemporaryDirectory() as name, lock_folder(Path(config.out_dir)):
         folder = Path(name)
         precision = default_precision(open_device(config.device, local_rank=0))
-        runs = plan_runs(config, cut_vocabulary(source, folder), precision)
+        runs = plan_runs(config, cut_vocabulary(Path(config.data), folder), precision)
         records = train_missing(runs, config, folder)
-        seconds = {} if config.sweep else measure_steps(runs, folder, config)
+        seconds = measure_steps(runs, folder, config)
     losses = losses_by_recipe(records)
     print_losses(losses, seconds)
-    if not config.sweep and FAST in losses:
+    if FAST in losses:
         print_ratios(losses, seconds)
     return records
 

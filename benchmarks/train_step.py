@@ -2,25 +2,20 @@
 
     python benchmarks/train_step.py                    # two sizes, two CPU threads, fp32: 7 minutes
     python benchmarks/train_step.py --peer ../nanoGPT  # also beside a checkout of nanoGPT
-    python benchmarks/train_step.py --precision bf16 --also_fp32
     python benchmarks/train_step.py --device cuda --precision bf16 --compile --sizes 12x768:64x1024
 
 This project runs its real training step; the others run build-nanogpt's loop: forward, backward,
-clipping, fused AdamW. They take turns step by step, each in a process of its own with the memory
-allocator that its users get. This project's loss computes its gradient in the forward pass, so
-compare the sum of forward and backward; clipping counts as "optimizer". Peak memory is the highest
-resident memory over that after a step of a tiny model.
-
-On CUDA the contenders run one after another; memory is the allocator's, and peak FLOP/s are those
-of the GPU's data sheet. With --compile this project and the peer are compiled, and transformers
-runs both compiled and as it is.
+clipping, fused AdamW. Each has the memory allocator that its users get. This project's loss
+computes its gradient in the forward pass, so compare the sum of forward and backward; clipping
+counts as "optimizer". With --compile this project and the peer are compiled, and transformers runs
+both compiled and as it is. Peak FLOP/s are those of the GPU's data sheet.
 """
 
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +34,7 @@ from engine.step import TrainingStep
 from engine.throughput import flops_per_token, peak_flops
 from model import GPT, GPTConfig
 
+LossOf = Callable[[torch.Tensor], torch.Tensor]  # the loss of idx as inputs and targets
 PARTS = ("forward", "backward", "optimizer")
 OURS, BASELINE = "this project", "transformers"
 SHAPE = "block_size", "n_layer", "n_head", "n_embd"  # also nanoGPT's names
@@ -51,7 +47,6 @@ class StepBenchmarkConfig(BenchmarkConfig):
     sizes: list[str] = flag(["12x768:2x512", "6x384:8x256"], "each LAYERSxWIDTH:BATCHxTOKENS")
     peer: str | None = flag(None, "folder of nanoGPT")
     compile: bool = flag(False, "torch.compile all; transformers also runs as it is")
-    also_fp32: bool = flag(False, "the contenders in fp32, and besides them in --precision")
 
 
 class TimedStep(TrainingStep):
@@ -71,14 +66,8 @@ class TimedStep(TrainingStep):
 class LoopStep:
     """The training step of build-nanogpt's loop, which calls `note` as `TimedStep` does."""
 
-    def __init__(
-        self,
-        model: Any,
-        loss_of: Callable[[torch.Tensor], torch.Tensor],
-        sizes: Sequence[Size],
-        config: BenchmarkConfig,
-    ):
-        self.model, self.loss_of, self.sizes, self.config = model, loss_of, sizes, config
+    def __init__(self, model: Any, loss_of: LossOf, size: Size, config: BenchmarkConfig):
+        self.model, self.loss_of, self.size, self.config = model, loss_of, size, config
         self.device = config.open_device()
         groups = parameter_groups(model.train().to(self.device), weight_decay=0.1)
         betas = (TrainConfig.beta1, TrainConfig.beta2)
@@ -90,13 +79,12 @@ class LoopStep:
     def __call__(self, _step: int) -> None:
         (optimizer,) = self.optimizers
         optimizer.zero_grad(set_to_none=True)
-        for size in self.sizes:
-            idx = size.random_ids(self.device)
-            self.note()
-            with self.config.autocast():
-                loss = self.loss_of(idx)
-            self.note()
-            loss.backward()
+        idx = self.size.random_ids(self.device)
+        self.note()
+        with self.config.autocast():
+            loss = self.loss_of(idx)
+        self.note()
+        loss.backward()
         self.note()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         optimizer.step()
@@ -121,23 +109,21 @@ def time_parts(training_step: TimedStep | LoopStep, config: BenchmarkConfig) -> 
             training_step(step + 1)
             note()
         harness.read_clock(device)  # waits for the last event
-        *passes, optimizer = [
+        seconds = [
             end - start if device.type == "cpu" else start.elapsed_time(end) / 1e3
             for start, end in itertools.pairwise(times)
         ]
-        return dict(zip(PARTS, (sum(passes[::2]), sum(passes[1::2]), optimizer), strict=True))
+        return dict(zip(PARTS, seconds[-3:], strict=True))
 
     training_step.note = note
     return turn
 
 
 def make_contender(name: str, size: Size, config: StepBenchmarkConfig) -> Contender:
-    if config.also_fp32 and not name.endswith(config.precision):
-        config = replace(config, precision="fp32")
     if name.startswith(OURS):
         keep_freed_memory(Distributed(rank=0, world_size=1, device=config.open_device()))
         step = harness.random_training_step(
-            GPT(size.gpt_config()), [size], config, TimedStep, compile=config.compile
+            GPT(size.gpt_config()), size, config, TimedStep, compile=config.compile
         )
         return time_parts(step, config)
     gpt_config, is_baseline = size.gpt_config(), name.startswith(BASELINE)
@@ -147,7 +133,7 @@ def make_contender(name: str, size: Size, config: StepBenchmarkConfig) -> Conten
     def loss_of(idx: torch.Tensor) -> torch.Tensor:
         return called(idx, labels=idx).loss if is_baseline else called(idx, idx)[1]
 
-    return time_parts(LoopStep(peer, loss_of, [size], config), config)
+    return time_parts(LoopStep(peer, loss_of, size, config), config)
 
 
 def make_peer(gpt_config: GPTConfig, config: StepBenchmarkConfig) -> Any:
@@ -167,7 +153,7 @@ def list_contenders(config: StepBenchmarkConfig) -> list[str]:
         names.append(f"{BASELINE}{compiled}")
     if config.peer:
         names.append(f"{Path(config.peer).resolve().name}{compiled}")
-    return names + [f"{name}, {config.precision}" for name in names if config.also_fp32]
+    return names
 
 
 def list_cells(name: str, results: Results, size: Size, device: torch.device) -> list[str]:
