@@ -5,11 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
-from benchmarks import gpu, harness, time_to_loss
+from benchmarks import gpu, harness, lora, time_to_loss
 from benchmarks.harness import TINY, BenchmarkConfig
 from benchmarks.time_to_loss import TimeToLossConfig
+from engine.distributed import CPU_BF16_UNITS
 from engine.shards import write_manifest, write_shard
 
 
@@ -65,6 +67,39 @@ def test_contenders_are_chosen_by_name():
     assert measure(contenders=["none"]) == ["full none", "lora none"]
     with pytest.raises(ValueError, match="expected parts of"):
         measure(contenders=["nobody"])
+
+
+def test_the_machine_is_named_once(capsys):
+    """Above the first table stand the CPU's kind, its bf16 units, the threads and torch."""
+    harness.print_machine.cache_clear()
+    for _ in range(2):
+        harness.print_table(["a"], [[1]])
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.endswith(f", {torch.get_num_threads()} threads, torch {torch.__version__}")
+    capabilities = torch.cpu.get_capabilities()
+    assert all((unit in first) == capabilities.get(unit, False) for unit in CPU_BF16_UNITS)
+    assert rest == ["", "| a |", "|---|", "| 1 |"] * 2
+
+
+@pytest.mark.parametrize("name", ["lora", "lora full", "lora none x", "other none"])
+def test_a_contender_of_lora_has_a_valid_name(name):
+    """What is trained and recomputed is never guessed."""
+    with pytest.raises(ValueError, match="expected one like"):
+        lora.make_contender(name, TINY, lora.LoRABenchmarkConfig())
+
+
+def test_a_sweep_changes_one_setting_of_each_recipe():
+    """Beside the recipes run their variants, which have one length and a name of their own."""
+    config = TimeToLossConfig(
+        recipes=[time_to_loss.FAST], sweep=["muon_lr=0.04", "beta1=0.9"], seeds=1
+    )
+    runs = time_to_loss.plan_runs(config, "data", "fp32")
+    fast = time_to_loss.RECIPES[time_to_loss.FAST]
+    assert [run.recipe for run in runs[:-2]] == [time_to_loss.FAST] * 4
+    assert [(run.recipe, run.settings, run.steps) for run in runs[-2:]] == [
+        ("fast, muon_lr 0.04", {**fast, "muon_lr": 0.04}, 600),
+        ("fast, beta1 0.9", {**fast, "beta1": 0.9}, 600),
+    ]
 
 
 def test_steps_to_a_loss():
