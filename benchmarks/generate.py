@@ -4,8 +4,7 @@ recomputing the prefix for every token as nanoGPT does.
     python benchmarks/generate.py   # two CPU threads, fp32: 4 minutes
     python benchmarks/generate.py --device cuda --compile
 
-Equal random weights, greedy; the tokens are compared. --compile adds transformers with a static
-cache, which it compiles.
+Equal random weights, greedy; the tokens are compared. --compile adds transformers, compiled.
 """
 
 import sys

@@ -5,10 +5,9 @@
     python benchmarks/time_to_loss.py --data data/mine --recipes fast --sweep sinusoidal_wpe=0.1
     python benchmarks/time_to_loss.py --redraw docs/time_to_loss.jsonl --plot docs/time_to_loss.png
 
-A schedule has a fixed length, so every length of a recipe is a run of its own, in a process of its
-own; `--jobs` of them run at once, with one thread each. Between two lengths, losses are
-interpolated over the logarithm of the tokens. The seconds of a step are measured afterwards, in
-turns. OUT_DIR/runs.jsonl keeps finished runs, and a repeated command does only what is missing.
+A schedule has a fixed length, so every length of a recipe is a run of its own; `--jobs` of them run
+at once, with one thread each. The seconds of a step are measured afterwards, in turns.
+OUT_DIR/runs.jsonl keeps finished runs, and a repeated command does only what is missing.
 
 The vocabulary is cut to the most frequent tokens of the text, and all others become one, so that a
 small model does not spend all its time in the head.
@@ -318,7 +317,6 @@ def draw_shares(axes: Axes, losses: Losses, colors: dict[str, str], step_tokens:
 def main(config: TimeToLossConfig) -> None:
     if unknown := set(config.recipes) - set(RECIPES):
         raise ValueError(f"no recipe {', '.join(unknown)}, expected some of {', '.join(RECIPES)}")
-    harness.Size.parse(config.size)  # so that a wrong size is seen before any run
     records = read_finished(config) if config.redraw else train_and_report(config)
     if plot := config.plot or (config.redraw and "time_to_loss.png"):
         draw_curves(records).savefig(plot, dpi=150)
