@@ -4,14 +4,11 @@ recomputing the prefix for every token as nanoGPT does.
     python benchmarks/generate.py   # two CPU threads, fp32: 4 minutes
     python benchmarks/generate.py --device cuda --compile
 
-Equal random weights, greedy. The three take turns, each in a process of its own, and their tokens
-are compared. --compile adds transformers with a static cache, which it compiles.
+Equal random weights, greedy; the tokens are compared. --compile adds transformers, compiled.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Result, Size
+from benchmarks.harness import BenchmarkConfig, Contender, Result, Size
 from engine.config import flag, run_command
 from engine.decode import speed_up_decoding
 from engine.tokenizer import END_OF_TEXT_ID
@@ -39,8 +36,9 @@ class GenerateBenchmarkConfig(BenchmarkConfig):
     compile: bool = flag(False, "add transformers with a static cache, compiled")
 
 
-def make_contender(size: Size, config: BenchmarkConfig, name: str, n: int) -> Callable[[], Result]:
-    """Generates `n` tokens after a random prompt of `size.T` tokens."""
+def make_contender(name: str, size: Size, config: GenerateBenchmarkConfig) -> Contender:
+    """Generates tokens after a random prompt of `size.T` tokens."""
+    n = config.new_tokens
     idx = size.random_ids(config.open_device())
     model: Any = GPT(size.gpt_config(BLOCK_SIZE)).eval()
     if name in (TRANSFORMERS, STATIC):
@@ -50,7 +48,7 @@ def make_contender(size: Size, config: BenchmarkConfig, name: str, n: int) -> Ca
         speed_up_decoding(model)  # as sample.py does
 
     @torch.no_grad()
-    def step() -> Result:
+    def step(_: int) -> Result:
         out = idx
         with config.autocast():
             if name == OURS:
@@ -77,17 +75,17 @@ def main(config: GenerateBenchmarkConfig) -> None:
     n, names = config.new_tokens, [OURS, TRANSFORMERS, PREFIX]
     if config.compile:
         names.insert(2, STATIC)
-    makers = {name: partial(make_contender, name=name, n=n) for name in names}
     for batch_size in (1, 5):
         size = Size(config.n_layer, 768, batch_size, config.prompt_tokens)
-        results = harness.measure(makers, size, config)
-        columns = "ms per token", "/ ours", "tokens equal to ours"
-        harness.print_header(f"{batch_size} x {size.T} + {n} tokens", *columns)
+        results = harness.measure(make_contender, names, size, config)
+        rows = []
         for name, turns in results.items():
             pairs = list(zip(turns[0]["tokens"], results[OURS][0]["tokens"], strict=True))
             equal = sum(theirs == ours for theirs, ours in pairs) / len(pairs)
             ms, ratio = harness.median(turns) / n * 1e3, harness.ratio(results, name, OURS)
-            harness.print_row(name, f"{ms:.1f}", ratio, f"{equal:.0%}")
+            rows.append([name, f"{ms:.1f}", ratio, f"{equal:.0%}"])
+        title = f"{batch_size} x {size.T} + {n} tokens"
+        harness.print_table([title, "ms per token", "/ ours", "tokens equal to ours"], rows)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,17 @@ Each part is one of the other benchmarks, in a process of its own. At first all 
 for a step, because compiling takes most of the time; the measured runs then find the compiled code
 in PyTorch's cache. OUT_DIR/results.md gets the tables; OUT_DIR/results.jsonl gets the figures of
 each contender as soon as it is done, so a part that is stopped loses only the one that was running.
-A contender whose package is missing is named and left out.
 """
 
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL
+from typing import Any
 
 import torch
 
@@ -26,34 +26,24 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from engine.config import flag, run_command
 
-FOLDER = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 PART_SECONDS = 240  # after which a part is stopped
+LORA = "'full none' 'lora light' 'summed light' 'autograd none' 'peft none'"
 ON_GPU = "--device cuda --precision bf16 --compile"
-DRY = "--device cpu --one_by_one --rounds 1"
-LORA = "lora.py --table --contenders full 'rank 8' autograd peft"
-# What runs for each part: on a GPU, and in a dry run.
 PARTS = {
-    "train_step_16": (
-        f"train_step.py --sizes 12x768:16x1024 {ON_GPU}",
-        f"train_step.py --sizes 1x64:2x32 {DRY}",
-    ),
-    "train_step_64": (
-        f"train_step.py --sizes 12x768:64x1024 {ON_GPU} --contenders project compiled",
-        f"train_step.py --sizes 1x64:4x32 {DRY} --contenders project",
-    ),
-    "lora": (f"{LORA} --size 12x768:16x512 {ON_GPU}", f"{LORA} --size 1x64:2x32 {DRY}"),
-    "lora_lengths": (
-        f"{LORA} --size 12x768:16x512 {ON_GPU} --varying",
-        f"{LORA} --size 1x64:2x32 {DRY} --varying",
-    ),
-    "hellaswag": (
-        "hellaswag.py --rows 500 --rounds 2 --device cuda --precision bf16",
-        f"hellaswag.py --rows 4 --n_layer 1 {DRY} --contenders project loop",
-    ),
-    "generate": (
-        "generate.py --rounds 3 --device cuda --compile",
-        f"generate.py --new_tokens 3 --n_layer 1 {DRY}",
-    ),
+    "train_step_16": f"train_step.py --sizes 12x768:16x1024 {ON_GPU}",
+    "train_step_64": f"train_step.py --sizes 12x768:64x1024 {ON_GPU} --contenders project compiled",
+    "lora": f"lora.py --size 12x768:16x512 {ON_GPU} --contenders {LORA} 'peft compiled'",
+    "hellaswag": "hellaswag.py --rows 500 --rounds 2 --device cuda --precision bf16",
+    "generate": "generate.py --rounds 3 --device cuda --compile",
+}
+# Flags that come last in a dry run, so they count.
+DRY = "--device cpu --precision fp32 --one_by_one --rounds 1"
+DRY_SIZES = {
+    "train_step.py": "--no-compile --sizes 1x64:2x32",
+    "lora.py": f"--no-compile --size 1x64:2x32 --contenders {LORA}",
+    "hellaswag.py": "--rows 4 --n_layer 1 --contenders project loop",
+    "generate.py": "--no-compile --new_tokens 3 --n_layer 1",
 }
 
 
@@ -67,67 +57,56 @@ class GPUBenchmarkConfig:
 
 
 def make_command(part: str, config: GPUBenchmarkConfig) -> list[str]:
-    script, *args = shlex.split(PARTS[part][config.dry_run])
+    script, *flags = shlex.split(PARTS[part])
+    if config.dry_run:
+        flags += shlex.split(f"{DRY} {DRY_SIZES[script]}")
+    command = ["python", f"benchmarks/{script}", *flags]
     if config.peer and part.startswith("train_step"):
-        args += ["--peer", config.peer]
+        command += ["--peer", config.peer]
     if config.data and part == "hellaswag":
-        args += ["--data", config.data]
-    return [sys.executable, str(FOLDER / script), *args]
+        command += ["--data", config.data]
+    return command
 
 
-def compile_all(commands: Iterable[list[str]]) -> None:
-    """Run a step of all parts at once, to fill the compiler's cache."""
-    started, processes = time.perf_counter(), []
-    for command in commands:
-        step = [*command, "--rounds", "1"]
-        processes.append(subprocess.Popen(step, stdout=DEVNULL, stderr=DEVNULL))
-    for process in processes:
-        try:
-            process.wait(PART_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
-
-
-def run_part(part: str, command: list[str], out_dir: Path) -> bool:
-    """Append the part's tables and figures to the results; return whether it ran to its end."""
-    started, results = time.perf_counter(), out_dir / "results.md"
-    with results.open("a") as file:
-        shown = shlex.join(["python", f"benchmarks/{Path(command[1]).name}", *command[2:]])
-        print(f"\n## {part}\n\n```sh\n{shown}\n```", file=file, flush=True)
-        command = [*command, "--json_file", str(out_dir / "results.jsonl")]
-        try:
-            ended = subprocess.run(command, stdout=file, timeout=PART_SECONDS, check=False)
-            problem = f"exit code {ended.returncode}" if ended.returncode else ""
-        except subprocess.TimeoutExpired:
-            problem = f"stopped after {PART_SECONDS} s"
-        seconds = f"{time.perf_counter() - started:.0f} s"
-        print(f"\n{problem or 'done'}, {seconds}", file=file)
-    print(f"{part}: {problem or 'done'}, {seconds}", flush=True)
-    return not problem
+def run(command: list[str], stdout: Any) -> str:
+    """Run a command for at most PART_SECONDS; return how it ended."""
+    started = time.perf_counter()
+    try:
+        script = [sys.executable, str(ROOT / command[1]), *command[2:]]
+        ended = subprocess.run(script, stdout=stdout, timeout=PART_SECONDS, check=False)
+        result = f"exit code {ended.returncode}" if ended.returncode else "done"
+    except subprocess.TimeoutExpired:
+        result = "stopped"
+    return f"{result}, {time.perf_counter() - started:.0f} s"
 
 
 def main(config: GPUBenchmarkConfig) -> None:
-    unknown = set(config.parts) - PARTS.keys()
-    if unknown:
+    if unknown := set(config.parts) - PARTS.keys():
         raise ValueError(f"parts has {', '.join(unknown)}, expected some of {', '.join(PARTS)}")
     if not config.dry_run and not torch.cuda.is_available():
         raise ValueError("no CUDA GPU is available; --dry_run runs on a CPU")
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    device = "CPU" if config.dry_run else torch.cuda.get_device_name()
-    heading = f"# {device}, torch {torch.__version__}, {time.strftime('%Y-%m-%d %H:%M')}"
-    if not config.peer:
-        heading += "\n\nnanoGPT is missing: give its folder as --peer"
-    with (out_dir / "results.md").open("a") as file:
-        print(heading, file=file)
     commands = {part: make_command(part, config) for part in config.parts}
-    if not config.dry_run:
-        compile_all(command for command in commands.values() if "--compile" in command)
-    done = [run_part(part, command, out_dir) for part, command in commands.items()]
+    if not config.dry_run:  # a step of all at once fills the compiler's cache
+        compiled = [command for command in commands.values() if "--compile" in command]
+        with ThreadPoolExecutor(len(PARTS)) as threads:
+            steps = threads.map(lambda command: run([*command, "--rounds", "1"], DEVNULL), compiled)
+        print(f"compiled: {'; '.join(steps)}", flush=True)
+    ends = []
+    with (out_dir / "results.md").open("a") as file:
+        print(f"# {time.strftime('%Y-%m-%d %H:%M')}", file=file)
+        if not config.peer:
+            print("\nnanoGPT is missing: give its folder as --peer", file=file)
+        for part, command in commands.items():
+            print(f"\n## {part}\n\n```sh\n{shlex.join(command)}\n```", file=file, flush=True)
+            ends.append(run([*command, "--json_file", str(out_dir / "results.jsonl")], file))
+            print(f"\n{ends[-1]}", file=file)
+            print(f"{part}: {ends[-1]}", flush=True)
     print((out_dir / "results.md").read_text())
-    if not all(done):
-        raise ValueError(f"only {sum(done)} of {len(done)} parts ran to their end")
+    done = sum(end.startswith("done") for end in ends)
+    if done < len(commands):
+        raise ValueError(f"only {done} of {len(commands)} parts ran to their end")
 
 
 if __name__ == "__main__":

@@ -4,44 +4,45 @@ Contenders take turns, so that a slow minute of the machine slows all of them. C
 over the rounds, and ratios of medians.
 """
 
+import functools
 import gc
-import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import platform
 import re
 import statistics
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from engine.config import Precision, TrainConfig, flag
-from engine.data import PretrainingData
-from engine.distributed import Distributed, autocast_dtype, open_device
-from engine.shards import TokenShards, write_manifest, write_shard
+from engine.data import Batch
+from engine.distributed import CPU_BF16_UNITS, Distributed, autocast_dtype, open_device
 from engine.step import TrainingStep
-from engine.throughput import flops_per_token, peak_memory
+from engine.throughput import peak_memory
 from engine.tokenizer import END_OF_TEXT_ID
 from model import GPT, GPTConfig
 
 ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
 HEAD_SIZE = 64  # of every GPT-2
-BF16_UNITS = ("avx512_bf16", "amx_bf16")  # as Linux names them
 VOCAB_SIZE = GPTConfig().padded_vocab_size  # of the peers' models, as of this project's
 
 Result = dict[str, Any]  # figures of a turn by name
 Results = dict[str, list[Result]]  # by contender
-Maker = Callable[["Size", "BenchmarkConfig"], Callable[[], Result]]  # makes a contender
+Contender = Callable[[int], Any]  # does its part of a round, counted from 0
+Maker = Callable[[str, "Size", Any], Contender]  # of the contender of that name
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,7 @@ class BenchmarkConfig:
     device: str = flag("cpu", "cpu or cuda")
     precision: Precision = flag("fp32", "bf16 and fp16: autocast")
     contenders: list[str] = flag([], "only contenders whose name contains one of these")
-    one_by_one: bool = flag(
-        False, "run contenders one after another in this process, as always on CUDA"
-    )
+    one_by_one: bool = flag(False, "one contender after another in this process, as on CUDA")
     json_file: str | None = flag(None, "append each contender's figures, a JSON object a line")
 
     def open_device(self) -> torch.device:
@@ -94,11 +93,6 @@ class Size:
     def tokens(self) -> int:
         return self.batch_size * self.T
 
-    @property
-    def flops(self) -> int:
-        """FLOPs of a training step."""
-        return flops_per_token(meta_model(self.gpt_config()), self.T) * self.tokens
-
     def random_ids(self, device: torch.device) -> torch.Tensor:
         return torch.randint(END_OF_TEXT_ID + 1, (self.batch_size, self.T), device=device)
 
@@ -106,175 +100,126 @@ class Size:
 TINY = Size(n_layer=1, n_embd=8, batch_size=1, T=8)  # so small that its memory does not count
 
 
-def take_turns(
-    contenders: Mapping[str, Callable[[Any], Any]], inputs: Iterable[Any], *, warmup: int = 1
-) -> Results:
-    """Call every contender with the first input, then every one with the second, and so on. Return
-    the `seconds` and the `value` of each call, without the first `warmup` rounds.
+def take_turns(contenders: Mapping[str, Contender], rounds: int, *, warmup: int = 1) -> Results:
+    """In every round call one contender after another. Return, without the first `warmup` rounds,
+    the `seconds` of each call and the figures that it returned, if any.
     """
     results: Results = {name: [] for name in contenders}
-    for i, argument in enumerate(inputs):
+    for i in range(warmup + rounds):
         for name, contender in contenders.items():
             started = time.perf_counter()
-            value = contender(argument)
+            figures = contender(i)
             if i >= warmup:
-                results[name].append({"seconds": time.perf_counter() - started, "value": value})
+                seconds = time.perf_counter() - started
+                results[name].append({"seconds": seconds, **(figures or {})})
     return results
 
 
 def measure(
-    makers: Mapping[str, Maker], size: Size, config: BenchmarkConfig, *, warmup: int = 1
+    make: Maker, names: Collection[str], size: Size, config: BenchmarkConfig, *, warmup: int = 1
 ) -> Results:
-    """Run the contenders; return what each measured in `config.rounds` turns.
+    """Make the contenders and run them; return what each measured in `config.rounds` turns.
 
-    A maker returns the contender, a function that does a step and returns figures by name. To these
-    are added `seconds`, and `peak_bytes`: on a CPU the highest resident memory so far over that
-    after a step of a tiny size, on CUDA the allocator's peak. On a CPU the contenders take turns.
-    On CUDA each needs the GPU for itself, so they run one after another in this process; those
-    that fail, out of memory or without a package, are reported and left out. With `one_by_one` a
-    CPU does the same, and `peak_bytes` is the peak of the process.
+    A contender does a step and returns figures by name. To these are added `seconds`, and
+    `peak_bytes`: on a CPU the highest resident memory so far over that after a step of a tiny size,
+    on CUDA the allocator's peak. On CUDA each needs the GPU for itself, so they run one after
+    another in this process, as with `one_by_one`; those that fail, out of memory or without a
+    package, are reported and left out.
     """
-    chosen = {name: make for name, make in makers.items() if is_chosen(name, config)}
+    torch.set_num_threads(config.threads)
+    parts = config.contenders or [""]
+    chosen = [name for name in names if any(part in name for part in parts)]
     if not chosen:
-        raise ValueError(f"contenders is {config.contenders}, expected parts of {list(makers)}")
-    if config.one_by_one or config.open_device().type == "cuda":
-        results = {name: measure_alone(name, chosen[name], size, config, warmup) for name in chosen}
-        return {name: turns for name, turns in results.items() if turns}
-    results = measure_in_turns(chosen, size, config, warmup)
-    for name, turns in results.items():
-        append_figures(name, turns, size, config)
+        raise ValueError(f"contenders is {config.contenders}, expected parts of {list(names)}")
+    if not config.one_by_one and config.open_device().type == "cpu":
+        results = measure_in_turns(make, chosen, size, config, warmup)
+        for name, turns in results.items():
+            append_figures(name, turns, size, config)
+        return results
+    results = {}
+    for name in chosen:
+        print(f"measuring {name}, {size}", file=sys.stderr, flush=True)
+        try:
+            # Nothing else refers to the contender, so its memory is free for the next one.
+            results |= take_turns(
+                {name: make_turn(make, name, size, config)}, config.rounds, warmup=warmup
+            )
+        except (RuntimeError, ImportError) as error:  # out of memory, not compiled, not installed
+            print(f"{name}, {size}, is missing: {str(error).splitlines()[0]}", flush=True)
+            continue
+        append_figures(name, results[name], size, config)
     return results
 
 
-def is_chosen(name: str, config: BenchmarkConfig) -> bool:
-    return not config.contenders or any(part in name for part in config.contenders)
-
-
-def measure_in_turns(
-    makers: Mapping[str, Maker], size: Size, config: BenchmarkConfig, warmup: int
-) -> Results:
-    """What contenders measure that take turns, each in a process of its own."""
-    for name in [name for name in os.environ if name.startswith("OMP_")]:
-        del os.environ[name]  # config.threads decides, not the shell
-    with ExitStack() as stack:
-        contenders = {
-            name: stack.enter_context(start_worker(name, make, size, config))
-            for name, make in makers.items()
-        }
-        turns = take_turns(contenders, range(warmup + config.rounds), warmup=warmup)
-    return {name: [turn["value"] for turn in turns[name]] for name in makers}
-
-
-def measure_alone(
-    name: str, make: Maker, size: Size, config: BenchmarkConfig, warmup: int
-) -> list[Result]:
-    """What a contender measures in this process; nothing if it cannot run."""
-    print(f"measuring {name}, {size}", file=sys.stderr, flush=True)
-    device = config.open_device()
-    torch.compiler.reset()
-    gc.collect()
+def make_turn(make: Maker, name: str, size: Size, config: BenchmarkConfig) -> Contender:
+    """The contender, which adds `seconds` and `peak_bytes` to its figures."""
+    device, before = config.open_device(), 0
     if device.type == "cuda":
+        torch.compiler.reset()
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        make(name, TINY, config)(0)  # code that is loaded at first use is not memory of the step
+        gc.collect()
+        before = read_memory("VmRSS")
     torch.manual_seed(0)
-    try:
-        step, turns = make(size, config), []
-        for _ in range(warmup + config.rounds):
-            started = read_clock(device)
-            result = step() | {"seconds": read_clock(device) - started}
-            turns.append(result | {"peak_bytes": peak_memory(device)})
-    except (RuntimeError, ImportError) as error:  # out of memory, not compiled, not installed
-        print(f"{name}, {size}, is missing: {str(error).splitlines()[0]}", flush=True)
-        return []
-    append_figures(name, turns[warmup:], size, config)
-    return turns[warmup:]
+    step = make(name, size, config)
+
+    def turn(i: int) -> Result:
+        started = read_clock(device)
+        figures = step(i) | {"seconds": read_clock(device) - started}
+        peak = peak_memory(device) if device.type == "cuda" else read_memory("VmHWM")
+        return figures | {"peak_bytes": peak - before}
+
+    return turn
 
 
 def append_figures(name: str, turns: list[Result], size: Size, config: BenchmarkConfig) -> None:
     """Append the medians of a contender's figures to `config.json_file`, if it is given."""
     if config.json_file is None:
         return
-    figures = {
-        key: median(turns, key) for key, value in turns[0].items() if isinstance(value, int | float)
-    }
+    numbers = [key for key, value in turns[0].items() if isinstance(value, int | float)]
+    figures = {key: median(turns, key) for key in numbers}
     benchmark = Path(sys.argv[0]).stem
     record = {**asdict(config), "benchmark": benchmark, "size": str(size), "contender": name}
     with Path(config.json_file).open("a") as file:
         file.write(json.dumps(record | figures) + "\n")
 
 
-@contextmanager
-def start_worker(
-    name: str, make: Maker, size: Size, config: BenchmarkConfig
-) -> Iterator[Callable[[Any], Result]]:
-    """A function that asks a new process for a step, and raises what the process raised."""
-    context = multiprocessing.get_context("spawn")
-    pipe, other_end = context.Pipe()
-    process = context.Process(target=serve_steps, args=(other_end, make, size, config), daemon=True)
-    process.start()
-    other_end.close()  # so that the end of the process ends the pipe
+def measure_in_turns(
+    make: Maker, names: list[str], size: Size, config: BenchmarkConfig, warmup: int
+) -> Results:
+    """What contenders measure that take turns, each in a process of its own."""
+    for variable in [variable for variable in os.environ if variable.startswith("OMP_")]:
+        del os.environ[variable]  # config.threads decides, not the shell
+    context, contenders = multiprocessing.get_context("spawn"), {}
+    with ExitStack() as stack:
+        for name in names:
+            process = stack.enter_context(ProcessPoolExecutor(1, context))
+            contenders[name] = partial(ask, process, pickle.dumps((make, name, size, config)))
+        return take_turns(contenders, config.rounds, warmup=warmup)
 
-    def ask(_: Any) -> Result:
-        with suppress(BrokenPipeError):  # its error may still be in the pipe
-            pipe.send("step")
-        try:
-            result = pipe.recv()
-        except EOFError as error:
-            raise ValueError(f"the process of {name} was killed; use a smaller size") from error
-        if isinstance(result, Exception):
-            raise result
-        return result
 
+def ask(process: ProcessPoolExecutor, contender: bytes, i: int) -> Result:
+    """The figures of a turn in the process; raises what it raised."""
     try:
-        yield ask
-    finally:
-        pipe.close()
-        process.join()
+        return process.submit(take_turn, contender, i).result()
+    except BrokenProcessPool as error:
+        raise ValueError("the process of a contender was killed; use a smaller size") from error
 
 
-def serve_steps(pipe: Any, make: Maker, size: Size, config: BenchmarkConfig) -> None:
-    """Run in the worker: answer each message with a step, until the pipe is closed."""
+def take_turn(contender: bytes, i: int) -> Result:
+    return start_contender(contender)(i)
+
+
+@functools.cache
+def start_contender(contender: bytes) -> Contender:
+    """Make the contender of this process, in its first turn."""
+    make, name, size, config = pickle.loads(contender)  # noqa: S301  # from this program
     sys.stdout = sys.stderr  # what contenders print does not belong in the tables
     torch.set_num_threads(config.threads)
-    device = config.open_device()
-    try:
-        make(TINY, config)()  # code that is loaded at first use is not memory of the step
-        gc.collect()
-        before = read_memory("VmRSS")
-        torch.manual_seed(0)
-        step = make(size, config)
-        with suppress(EOFError):
-            while pipe.recv():
-                started = read_clock(device)
-                result = step() | {"seconds": read_clock(device) - started}
-                pipe.send(result | {"peak_bytes": read_memory("VmHWM") - before})
-    except Exception as error:
-        if not isinstance(error, ValueError):
-            traceback.print_exc()
-        pipe.send(error)
-
-
-class Stopwatch:
-    """Notes times on the device; on CUDA by events, so that launching never waits."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.times: list[Any] = []
-
-    def note(self, *_: object) -> None:
-        if self.device.type != "cuda":
-            self.times.append(time.perf_counter())
-            return
-        self.times.append(torch.cuda.Event(enable_timing=True))
-        self.times[-1].record()
-
-    def read(self) -> list[float]:
-        """The seconds between the times noted."""
-        pairs = itertools.pairwise(self.times)
-        if self.device.type != "cuda":
-            return [end - start for start, end in pairs]
-        self.times[-1].synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+    return make_turn(make, name, size, config)
 
 
 def read_clock(device: torch.device) -> float:
@@ -301,27 +246,25 @@ def ratio(results: Results, name: str, reference: str, figure: str = "seconds") 
     return f"{median(results[name], figure) / median(results[reference], figure):.2f}"
 
 
-def print_device(config: BenchmarkConfig) -> None:
-    """What the figures are of. Those of two kinds of CPU cannot be compared."""
-    if config.open_device().type == "cuda":
-        print(torch.cuda.get_device_name())
+@functools.cache
+def print_machine() -> None:
+    """Print once what the figures are of. Those of two kinds of CPU cannot be compared."""
+    if torch.cuda.is_initialized():
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
         return
     info = Path("/proc/cpuinfo").read_text()
-    names = re.findall(r"(?m)^model name\s*: (.*)", info)
-    units = [unit for unit in BF16_UNITS if unit in info.split()]
-    kind = f"{names[0] if names else platform.machine()} ({', '.join(units) or 'no bf16 units'})"
-    print(f"{kind}, {config.threads} threads, torch {torch.__version__}")
+    names = re.findall(r"(?m)^model name\s*: (.*)", info) or [platform.machine()]
+    units = [unit for unit in CPU_BF16_UNITS if unit in info.split()]
+    kind = f"{names[0]} ({', '.join(units) or 'no bf16 units'})"
+    print(f"{kind}, {torch.get_num_threads()} threads, torch {torch.__version__}")
 
 
-def print_header(*columns: str) -> None:
-    """The head of a Markdown table; its rows follow with `print_row`."""
-    print()
-    print_row(*columns)
-    print(f"{'|---' * len(columns)}|", flush=True)
-
-
-def print_row(*cells: object) -> None:
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a Markdown table after an empty line, the first one after the machine's name."""
+    print_machine()
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (columns, *rows)]
+    lines.insert(1, f"{'|---' * len(columns)}|")
+    print("", *lines, sep="\n", flush=True)
 
 
 def meta_model(config: GPTConfig) -> GPT:
@@ -330,39 +273,41 @@ def meta_model(config: GPTConfig) -> GPT:
         return GPT(config)
 
 
-def random_shards(folder: Path | str, n_tokens: int) -> TokenShards:
-    """The train split of a new data folder: one shard of random tokens."""
-    ids = np.random.default_rng(0).integers(END_OF_TEXT_ID + 1, size=n_tokens, dtype=np.uint16)
-    entry = write_shard(Path(folder) / "random_train_000000.npy", ids)
-    write_manifest(Path(folder), {"shards": [{**entry, "split": "train"}]})
-    return TokenShards(folder, "train")
+class RandomBatches:
+    """The data of a training step: one batch of random tokens."""
+
+    has_one_shape, grad_accum_steps = True, 1
+
+    def __init__(self, size: Size):
+        self.size, self.block_size = size, size.T
+
+    def micro_batch(self, _step: int, _micro_step: int) -> Batch:
+        ids = self.size.random_ids(CPU)
+        return Batch(ids, ids)
+
+    def targets_in_step(self, _step: int) -> int:
+        return self.size.tokens
 
 
 def random_training_step(
-    size: Size, config: BenchmarkConfig, step_class: Any = TrainingStep, **settings: Any
+    model: GPT, size: Size, config: BenchmarkConfig, step_class: Any = TrainingStep, **settings: Any
 ) -> Any:
-    """The real training step, a `step_class`, with a new model and random tokens. `settings` are
-    the config's, and `grad_accum_steps`.
-    """
-    total_batch_size = size.tokens * settings.pop("grad_accum_steps", 1)
-    sizes = {"block_size": size.T, "batch_size": size.batch_size}
-    with tempfile.TemporaryDirectory() as folder:  # the shard stays open after it is deleted
-        shards = random_shards(folder, 20 * total_batch_size + 1)
-    data = PretrainingData(shards, total_batch_size=total_batch_size, seed=0, **sizes)
+    """The real training step, a `step_class`, of random tokens."""
     dist = Distributed(rank=0, world_size=1, device=config.open_device())
-    settings = {"precision": config.precision, "compile": False, **settings}
-    model = GPT(size.gpt_config()).to(dist.device)
-    return step_class(model, data, TrainConfig(**settings), dist)
+    shared = {"batch_size": size.batch_size, "precision": config.precision, "compile": False}
+    train_config = TrainConfig(**(shared | settings))
+    data: Any = RandomBatches(size)
+    return step_class(model.to(dist.device), data, train_config, dist)
 
 
 def transformers_gpt2(config: GPTConfig) -> Any:
     """transformers' model of this shape, without dropout, with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
-    shape |= {"n_positions": config.block_size, "vocab_size": VOCAB_SIZE}
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    return GPT2LMHeadModel(GPT2Config(use_cache=False, **shape, **dropout))
+    options: dict[str, Any] = {"n_layer": config.n_layer, "n_head": config.n_head}
+    options |= {"n_embd": config.n_embd, "n_positions": config.block_size, "use_cache": False}
+    options |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, **options))
 
 
 def transformers_copy(model: GPT) -> Any:

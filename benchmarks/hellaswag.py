@@ -3,9 +3,8 @@
     python benchmarks/hellaswag.py --data hellaswag_val.jsonl   # fp32 on a CPU thread: 12 minutes
     python benchmarks/hellaswag.py --data FILE --rows 500 --device cuda --precision bf16
 
-Equal random weights, each contender in a process of its own. In every round all take turns on the
-same new rows, including tokenization; their predictions are compared. build-nanogpt's loop runs on
-transformers' model in its hellaswag.py, and on its own model in training.
+Equal random weights. In every round all take turns on the same new rows, including tokenization;
+their predictions are compared. build-nanogpt's loop runs on transformers' model, as there.
 """
 
 import json
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Result, Size
+from benchmarks.harness import BenchmarkConfig, Contender, Result, Results, Size
 from engine.config import flag, run_command
 from engine.distributed import Distributed
 from engine.rows import open_rows
@@ -36,7 +35,7 @@ from model import GPT
 
 Predictions = list[tuple[int, int]]  # the most likely ending, summed and normalized
 OURS, OURS_RAW = "this project", "this project, raw text"
-LM_EVAL, LOOP, LOOP_OURS = "lm-eval, batch", "build-nanogpt's loop", "the same on our model"
+LM_EVAL, LOOP = "lm-eval, batch", "build-nanogpt's loop"
 BLOCK_SIZE, BATCH_SIZES = 1024, {"cpu": (1, 16), "cuda": (16, 64)}  # of lm-eval
 
 
@@ -45,14 +44,11 @@ class HellaSwagBenchmarkConfig(BenchmarkConfig):
     data: str | None = flag(None, "HellaSwag rows, .jsonl or .jsonl.gz (default: from the hub)")
     rounds: int = flag(3, "measured rounds, after one that warms up")
     rows: int = flag(30, "examples per round")
-    seed: int = flag(0, "of the order of the rows")
     n_layer: int = flag(12, "blocks of the model; its width is 768")
     threads: int = flag(1, "CPU threads of each contender")
 
 
-def predict_with_this_project(
-    model: GPT, device: torch.device, text: str, file: Path
-) -> Predictions:
+def predict_with_ours(model: GPT, device: torch.device, text: str, file: Path) -> Predictions:
     task = find_task("hellaswag", data=str(file), text=text)
     examples = task.load(model.config.block_size)
     batches = task.score_examples(model, examples, Distributed(0, 1, device))
@@ -66,7 +62,7 @@ def predict_with_lm_eval(lm: Any, file: Path) -> Predictions:
 
     requests, lengths = [], []
     for row in map(json.loads, file.read_text().splitlines()):
-        context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}" if "ctx_a" in row else row["ctx"]
+        context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
         query = preprocess(f"{row['activity_label']}: {context}")
         choices = [preprocess(ending) for ending in row["endings"]]
         pairs = [(query, f" {choice}") for choice in choices]
@@ -76,9 +72,7 @@ def predict_with_lm_eval(lm: Any, file: Path) -> Predictions:
     return [predict([next(answers)[0] for _ in each], each) for each in lengths]
 
 
-def predict_with_loop(
-    logits_of: Callable[[torch.Tensor], torch.Tensor], device: torch.device, file: Path
-) -> Predictions:
+def predict_with_loop(peer: Any, file: Path) -> Predictions:
     """build-nanogpt's hellaswag.py: an example at a time as padded rows, all logits."""
     found = []
     for row in map(json.loads, file.read_text().splitlines()):
@@ -89,16 +83,20 @@ def predict_with_loop(
             n = len(context) + len(ending)
             tokens[i, :n] = torch.tensor(context + ending)
             mask[i, len(context) : n] = 1
-        tokens, mask = tokens.to(device), mask[:, 1:].to(device)
-        logits, targets = logits_of(tokens)[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        tokens, mask = tokens.to(peer.device), mask[:, 1:].to(peer.device)
+        logits, targets = peer(tokens).logits[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         sums = (losses.view_as(mask) * mask).sum(dim=1)
         found.append((int(sums.argmin()), int((sums / mask.sum(dim=1)).argmin())))
     return found
 
 
-def make_predictor(name: str, size: Size, device: torch.device) -> Callable[[Path], Predictions]:
-    model = GPT(size.gpt_config(BLOCK_SIZE)).eval()
+def make_contender(
+    files: list[Path], name: str, size: Size, config: HellaSwagBenchmarkConfig
+) -> Contender:
+    """Predicts the endings of the rows of a round, those of its file."""
+    model, device = GPT(size.gpt_config(BLOCK_SIZE)).eval(), config.open_device()
+    predict_file: Callable[[Path], Predictions]
     if name.startswith(LM_EVAL):
         os.environ["HF_HUB_OFFLINE"] = "1"  # all that it needs is in the folder
         from lm_eval.models.huggingface import HFLM
@@ -108,27 +106,17 @@ def make_predictor(name: str, size: Size, device: torch.device) -> Callable[[Pat
             save_tokenizer(folder)
             batch_size = int(name.rsplit(maxsplit=1)[-1])
             lm = HFLM(pretrained=folder, device=str(device), batch_size=batch_size)
-        return partial(predict_with_lm_eval, lm)
-    if name == LOOP:
-        peer = harness.transformers_copy(model).to(device)
-        return partial(predict_with_loop, lambda idx: peer(idx).logits, device)
-    model.to(device)
-    if name == LOOP_OURS:
-        return partial(predict_with_loop, model, device)
-    text = "raw" if name == OURS_RAW else "lm-eval"
-    return partial(predict_with_this_project, model, device, text)
-
-
-def make_contender(
-    size: Size, config: BenchmarkConfig, name: str, files: list[Path]
-) -> Callable[[], Result]:
-    """Each step predicts the endings of the next file."""
-    predictor, rounds = make_predictor(name, size, config.open_device()), iter(files)
+        predict_file = partial(predict_with_lm_eval, lm)
+    elif name == LOOP:
+        predict_file = partial(predict_with_loop, harness.transformers_copy(model).to(device))
+    else:
+        text = "raw" if name == OURS_RAW else "lm-eval"
+        predict_file = partial(predict_with_ours, model.to(device), device, text)
 
     @torch.no_grad()
-    def step() -> Result:
+    def step(i: int) -> Result:
         with config.autocast():
-            return {"predictions": predictor(next(rounds))}
+            return {"predictions": predict_file(files[i])}
 
     return step
 
@@ -141,37 +129,33 @@ def write_rounds(config: HellaSwagBenchmarkConfig, folder: str) -> list[Path]:
     n = (config.rounds + 1) * config.rows
     if len(lines) < n:
         raise ValueError(f"data has {len(lines)} rows, expected at least {n}; lower --rows")
-    random.Random(config.seed).shuffle(lines)
+    random.Random(0).shuffle(lines)
     files = [Path(folder) / f"round_{i}.jsonl" for i in range(config.rounds + 1)]
     for i, file in enumerate(files):
         file.write_text("".join(lines[i * config.rows : (i + 1) * config.rows]))
     return files
 
 
+def list_cells(name: str, results: Results, n_rows: int) -> list[str]:
+    ours = OURS_RAW if name in (OURS_RAW, LOOP) else OURS
+    theirs = [pair for turn in results[name] for pair in turn["predictions"]]
+    expected = [pair for turn in results.get(ours, []) for pair in turn["predictions"]]
+    pairs = list(zip(theirs, expected, strict=False))
+    equal = [f"{sum(a[i] == b[i] for a, b in pairs)} of {len(pairs)}" for i in (0, 1)]
+    speed = f"{n_rows / harness.median(results[name]):.2f}"
+    return [name, speed, f"{harness.ratio(results, name, ours)} x", *equal]
+
+
 def main(config: HellaSwagBenchmarkConfig) -> None:
     lm_eval = [f"{LM_EVAL} {n}" for n in BATCH_SIZES[config.open_device().type]]
-    names = OURS, *lm_eval, OURS_RAW, LOOP, LOOP_OURS
+    names = OURS, *lm_eval, OURS_RAW, LOOP
     with tempfile.TemporaryDirectory() as folder:
         files = write_rounds(config, folder)
-        makers = {name: partial(make_contender, name=name, files=files) for name in names}
         size = Size(config.n_layer, 768, batch_size=1, T=BLOCK_SIZE)
-        results = harness.measure(makers, size, config)
-    columns = "ours is", "equal predictions: summed", "normalized"
-    harness.print_header("contender", "examples/s", *columns)
-    for name, turns in results.items():
-        ours = OURS_RAW if name in (OURS_RAW, LOOP, LOOP_OURS) else OURS
-        pairs = [
-            pair
-            for turn, our_turn in zip(turns, results.get(ours, []), strict=False)
-            for pair in zip(turn["predictions"], our_turn["predictions"], strict=True)
-        ]
-        equal = [sum(a[i] == b[i] for a, b in pairs) for i in (0, 1)]
-        harness.print_row(
-            name,
-            f"{config.rows / harness.median(turns):.2f}",
-            f"{harness.ratio(results, name, ours)} x",
-            *(f"{n} of {len(pairs)}" for n in equal),
-        )
+        results = harness.measure(partial(make_contender, files), names, size, config)
+    columns = "examples/s", "ours is", "equal predictions: summed", "normalized"
+    rows = [list_cells(name, results, config.rows) for name in results]
+    harness.print_table(["contender", *columns], rows)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from engine.checkpoint import BackgroundSave, RunState, save_checkpoint
 from engine.config import flag, run_command
+from model import GPT
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,18 @@ class SaveBenchmarkConfig(harness.BenchmarkConfig):
 
 def main(config: SaveBenchmarkConfig) -> None:
     size = harness.Size(config.n_layer, 768, batch_size=1, T=64)
-    training_step, background = harness.random_training_step(size, config), BackgroundSave()
+    model, background = GPT(size.gpt_config()), BackgroundSave()
+    training_step = harness.random_training_step(model, size, config)
     training_step(1)  # now the optimizer has its state
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
 
-        def take_snapshot(step: int) -> None:
+        def take_snapshot(i: int) -> None:
             params, tensors = training_step.snapshot()
-            state = RunState({"step": step, "val_loss": None}, tensors)
-            model, run = training_step.model, Path(folder)
-            save = partial(save_checkpoint, run, model, params, state, keep=1)
-            background.start(save)
+            state = RunState({"step": i + 1, "val_loss": None}, tensors)
+            background.start(partial(save_checkpoint, Path(folder), model, params, state, keep=1))
 
-        def save_and_wait(step: int) -> None:
-            take_snapshot(step)
+        def save_and_wait(i: int) -> None:
+            take_snapshot(i)
             background.wait()
 
         contenders = {
@@ -45,11 +45,12 @@ def main(config: SaveBenchmarkConfig) -> None:
             "snapshot": take_snapshot,
             "rest": lambda _: background.wait(),  # writing is not part of the next turn
         }
-        results = harness.take_turns(contenders, range(1, config.rounds + 2))
-    harness.print_header("training waits for", "s", "/ save")
-    for name in ("save", "snapshot"):
-        ratio = harness.ratio(results, name, "save")
-        harness.print_row(name, f"{harness.median(results[name]):.2f}", ratio)
+        results = harness.take_turns(contenders, config.rounds)
+    rows = [
+        [name, f"{harness.median(results[name]):.2f}", harness.ratio(results, name, "save")]
+        for name in ("save", "snapshot")
+    ]
+    harness.print_table(["training waits for", "s", "/ save"], rows)
 
 
 if __name__ == "__main__":

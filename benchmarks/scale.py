@@ -1,15 +1,11 @@
-"""Memory, communication and time of a training step computed from its config, as in docs/scale.md,
-and the memory model beside measured peaks.
+"""Memory, communication and time of a training step computed from its config, as in docs/scale.md.
 
-    python benchmarks/scale.py           # the tables, in seconds
-    python benchmarks/scale.py --check   # predicted and measured peaks on this CPU: 2 minutes
+python benchmarks/scale.py   # in seconds
 """
 
 import functools
-import itertools
-import os
+import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +13,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkConfig, Result, Size
-from engine.config import flag, run_command
-from engine.loss import CPU_CHUNK_ROWS, DEFAULT_CHUNK_ROWS
+from engine.config import run_command
+from engine.loss import DEFAULT_CHUNK_ROWS
 from engine.throughput import flops_per_token
 from model import GPTConfig
 
@@ -43,26 +38,19 @@ MAX_BATCH_SIZE = 512  # larger ones bring nothing
 
 
 @dataclass(frozen=True)
-class ScaleBenchmarkConfig(BenchmarkConfig):
-    rounds: int = flag(3, "steps, with --check")
-    check: bool = flag(False, "measure peaks on this CPU beside the predicted ones")
-    sizes: list[str] = flag(
-        ["6x384:8x256", "12x768:2x512"], "with --check: sizes, each LAYERSxWIDTH:BATCHxTOKENS"
-    )
+class ScaleBenchmarkConfig:
+    """There are no flags."""
 
 
 class Setup(NamedTuple):
-    """How a model is trained."""
+    """How a model is trained, with matrix products in 16 bits."""
 
-    half: bool = True  # matrix products in 16 bits, else fp32
     ranks: int = 1  # more than 1: sharded over so many by FSDP
     recompute: bool = False  # --recompute block
-    accumulate: bool = True  # several micro-steps
-    device_type: str = "cuda"
 
 
 class Memory(NamedTuple):
-    """Bytes on a device at the end of the forward pass."""
+    """Bytes on a device at the end of the forward pass, with several micro-steps."""
 
     weights: float
     gradients: float
@@ -79,22 +67,22 @@ def count_params(config: GPTConfig) -> int:
 def predict_memory(config: GPTConfig, batch_size: int, setup: Setup) -> Memory:
     C, L, V = config.n_embd, config.n_layer, config.padded_vocab_size
     tokens, P = batch_size * config.block_size, count_params(config)
-    product_bytes = 2 if setup.half else 4
     weights = 4 * P / setup.ranks
     if setup.ranks > 1:  # the root and one block are gathered while they are used
         root = (V + config.block_size) * C
-        weights += product_bytes * (root + max(root, (P - root) / L))
-    elif setup.half:  # autocast's copies, which the backward pass needs again
+        weights += 2 * (root + max(root, (P - root) / L))
+    else:  # autocast's copies, which the backward pass needs again
         weights += 2 * P
     # What a block keeps of a token, in widths: its input and the residual after attention (fp32);
     # the outputs of both LayerNorms 2, q k v 3, attention 1, the MLP before and after GELU 8.
-    kept = (2 * 4 + 14 * product_bytes) * C
+    kept = (2 * 4 + 14 * 2) * C
     activations = tokens * (L * 2 * 4 * C + kept if setup.recompute else L * kept)
     activations += tokens * 3 * 4 * C  # the last block's output, ln_f's, and its gradient
-    rows = min(tokens, CPU_CHUNK_ROWS if setup.device_type == "cpu" else DEFAULT_CHUNK_ROWS)
-    logits = rows * V * product_bytes + V * C * 4  # of a chunk, and the head's gradient
-    gradients = 4 * P if setup.accumulate else 0  # not sharded: synchronized once a step
-    return Memory(weights, gradients, 8 * P / setup.ranks, activations, logits)
+    logits = (
+        min(tokens, DEFAULT_CHUNK_ROWS) * V * 2 + V * C * 4
+    )  # of a chunk, and the head's gradient
+    # Gradients are not sharded: they are synchronized once a step.
+    return Memory(weights, 4 * P, 8 * P / setup.ranks, activations, logits)
 
 
 def predict_peak(config: GPTConfig, batch_size: int, setup: Setup) -> float:
@@ -102,15 +90,14 @@ def predict_peak(config: GPTConfig, batch_size: int, setup: Setup) -> float:
     when activations are gone, and wte's gradients from head and lookup and their sum are there.
     """
     memory = predict_memory(config, batch_size, setup)
-    gradients = 4 * count_params(config) + 3 * 4 * config.padded_vocab_size * config.n_embd
+    gradients = memory.gradients + 3 * 4 * config.padded_vocab_size * config.n_embd
     return max(sum(memory), memory.weights + memory.optimizer + gradients)
 
 
 def find_largest_batch(config: GPTConfig, capacity: float, setup: Setup) -> int:
     """The largest batch size that fits, 0 if none does."""
     sizes = range(1, MAX_BATCH_SIZE + 1)
-    fits = (predict_peak(config, n, setup) <= USABLE * capacity for n in sizes)
-    return sum(itertools.takewhile(bool, fits))
+    return sum(predict_peak(config, n, setup) <= USABLE * capacity for n in sizes)
 
 
 def gb(n_bytes: float) -> str:
@@ -118,12 +105,13 @@ def gb(n_bytes: float) -> str:
 
 
 def print_memory() -> None:
-    parts = "size", "parameters", "weights", "gradients", "AdamW", "activations", "recomputed"
-    harness.print_header(*parts, "logits")
+    parts = "weights", "gradients", "AdamW", "activations", "recomputed", "logits"
+    rows = []
     for name, config in MODELS.items():
         m, recomputed = (predict_memory(config, 1, Setup(recompute=r)) for r in (False, True))
         values = *m[:4], recomputed.activations, m.logits
-        harness.print_row(name, f"{count_params(config) / 1e6:,.0f} M", *map(gb, values))
+        rows.append([name, f"{count_params(config) / 1e6:,.0f} M", *map(gb, values)])
+    harness.print_table(["size", "parameters", *parts], rows)
 
 
 def print_cards() -> None:
@@ -135,15 +123,14 @@ def print_cards() -> None:
         "FSDP, recompute": Setup(ranks=WORLD_SIZE, recompute=True),
     }
     costs = "sent, DDP", "sent, FSDP", "step, DDP", "step, FSDP"
-    harness.print_header("size", "GPU", *setups, *costs)
-    share = (WORLD_SIZE - 1) / WORLD_SIZE
+    share, rows = (WORLD_SIZE - 1) / WORLD_SIZE, []
     for name, config in MODELS.items():
         P, model = count_params(config), harness.meta_model(config)
         flops = flops_per_token(model, config.block_size) * TOTAL_BATCH_SIZE
         for card, (capacity, peak_flops, bandwidth) in CARDS.items():
             batch = {s: find_largest_batch(config, capacity, setup) for s, setup in setups.items()}
             micro_batch = WORLD_SIZE * config.block_size * max(1, batch["FSDP"])
-            micro_steps = -(-TOTAL_BATCH_SIZE // micro_batch)
+            micro_steps = math.ceil(TOTAL_BATCH_SIZE / micro_batch)
             # Gradients are reduced once; FSDP also gathers 16-bit weights twice per micro-step.
             sent = {"DDP": share * 2 * 4 * P, "FSDP": share * (2 * 2 * P * micro_steps + 4 * P)}
             compute = flops / WORLD_SIZE / (peak_flops * MFU)
@@ -152,37 +139,13 @@ def print_cards() -> None:
                 for s, n_bytes in sent.items()
             ]
             fits = [n or "-" for n in batch.values()]
-            harness.print_row(name, card, *fits, *map(gb, sent.values()), *seconds)
+            rows.append([name, card, *fits, *map(gb, sent.values()), *seconds])
+    harness.print_table(["size", "GPU", *setups, *costs], rows)
 
 
-def make_step(size: Size, config: BenchmarkConfig) -> Callable[[], Result]:
-    """A step of two micro-steps, so that gradients accumulate."""
-    training_step = harness.random_training_step(size, config, grad_accum_steps=2)
-    numbers = itertools.count(1)
-
-    def step() -> Result:
-        training_step(next(numbers))
-        return {}
-
-    return step
-
-
-def main(config: ScaleBenchmarkConfig) -> None:
-    if not config.check:
-        print_memory()
-        print_cards()
-        return
-    # glibc then returns freed memory at once, so that resident memory is what is alive.
-    os.environ.update({"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"})
-    columns = "predicted, GB", "measured, GB", "predicted / measured"
-    harness.print_header("layers x width, batch", *columns)
-    for size in map(Size.parse, config.sizes):
-        steps = harness.measure({"ours": make_step}, size, config, warmup=0)["ours"]
-        measured = steps[-1]["peak_bytes"]
-        predicted = predict_peak(
-            size.gpt_config(), size.batch_size, Setup(half=False, device_type="cpu")
-        )
-        harness.print_row(size, gb(predicted), gb(measured), f"{predicted / measured:.2f}")
+def main(_: ScaleBenchmarkConfig) -> None:
+    print_memory()
+    print_cards()
 
 
 if __name__ == "__main__":

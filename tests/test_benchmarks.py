@@ -5,11 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
-from benchmarks import gpu, harness, time_to_loss
+from benchmarks import gpu, harness, lora, time_to_loss
 from benchmarks.harness import TINY, BenchmarkConfig
 from benchmarks.time_to_loss import TimeToLossConfig
+from engine.distributed import CPU_BF16_UNITS
 from engine.shards import write_manifest, write_shard
 
 
@@ -24,7 +26,7 @@ def test_a_dry_run_of_the_gpu_benchmark(tmp_path, part):
     lines = (tmp_path / "results.md").read_text().splitlines()
     table = [line for line in lines if line.startswith("| ")]
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    names = [record["contender"] for record in records if record["contender"] != "matmul"]
+    names = [record["contender"] for record in records]
     headers = len({record["size"] for record in records})
     assert len(names) == len(table) - headers
     assert all(any(row.startswith(f"| {name} |") for row in table) for name in names)
@@ -36,16 +38,16 @@ def test_a_contender_that_fails_costs_no_other(tmp_path, capsys):
     are measured, and their figures are in the file.
     """
 
-    def make_missing(*_):
-        raise ImportError("No module named 'peer'")
-
-    def make_too_large(*_):
-        raise RuntimeError("out of memory")
+    def make(name, *_):
+        if name == "a":
+            raise ImportError("No module named 'peer'")
+        if name == "b":
+            raise RuntimeError("out of memory")
+        return lambda _: {"x": 3}
 
     file = tmp_path / "figures.jsonl"
     config = BenchmarkConfig(one_by_one=True, rounds=2, json_file=str(file))
-    makers = {"a": make_missing, "b": make_too_large, "c": lambda *_: lambda: {"x": 3}}
-    results = harness.measure(makers, TINY, config)
+    results = harness.measure(make, ["a", "b", "c"], TINY, config)
     assert list(results) == ["c"]
     out = capsys.readouterr().out
     assert "a, 1 x 8, 1 x 8, is missing: No module named 'peer'" in out
@@ -56,11 +58,48 @@ def test_a_contender_that_fails_costs_no_other(tmp_path, capsys):
 
 def test_contenders_are_chosen_by_name():
     """`contenders` picks those whose names contain one of its texts; none is an error."""
-    makers = {name: lambda *_: dict for name in ("full none", "lora none", "peft")}
-    config = BenchmarkConfig(one_by_one=True, rounds=1, contenders=["none"])
-    assert list(harness.measure(makers, TINY, config)) == ["full none", "lora none"]
+    names = ["full none", "lora none", "peft"]
+
+    def measure(**flags):
+        config = BenchmarkConfig(one_by_one=True, rounds=1, **flags)
+        return list(harness.measure(lambda *_: lambda _: {}, names, TINY, config))
+
+    assert measure(contenders=["none"]) == ["full none", "lora none"]
     with pytest.raises(ValueError, match="expected parts of"):
-        harness.measure(makers, TINY, BenchmarkConfig(contenders=["nobody"]))
+        measure(contenders=["nobody"])
+
+
+def test_the_machine_is_named_once(capsys):
+    """Above the first table stand the CPU's kind, its bf16 units, the threads and torch."""
+    harness.print_machine.cache_clear()
+    for _ in range(2):
+        harness.print_table(["a"], [[1]])
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.endswith(f", {torch.get_num_threads()} threads, torch {torch.__version__}")
+    capabilities = torch.cpu.get_capabilities()
+    assert all((unit in first) == capabilities.get(unit, False) for unit in CPU_BF16_UNITS)
+    assert rest == ["", "| a |", "|---|", "| 1 |"] * 2
+
+
+@pytest.mark.parametrize("name", ["lora", "lora full", "lora none x", "other none"])
+def test_a_contender_of_lora_has_a_valid_name(name):
+    """What is trained and recomputed is never guessed."""
+    with pytest.raises(ValueError, match="expected one like"):
+        lora.make_contender(name, TINY, lora.LoRABenchmarkConfig())
+
+
+def test_a_sweep_changes_one_setting_of_each_recipe():
+    """Beside the recipes run their variants, which have one length and a name of their own."""
+    config = TimeToLossConfig(
+        recipes=[time_to_loss.FAST], sweep=["muon_lr=0.04", "beta1=0.9"], seeds=1
+    )
+    runs = time_to_loss.plan_runs(config, "data", "fp32")
+    fast = time_to_loss.RECIPES[time_to_loss.FAST]
+    assert [run.recipe for run in runs[:-2]] == [time_to_loss.FAST] * 4
+    assert [(run.recipe, run.settings, run.steps) for run in runs[-2:]] == [
+        ("fast, muon_lr 0.04", {**fast, "muon_lr": 0.04}, 600),
+        ("fast, beta1 0.9", {**fast, "beta1": 0.9}, 600),
+    ]
 
 
 def test_steps_to_a_loss():

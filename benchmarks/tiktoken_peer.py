@@ -1,0 +1,42 @@
+"""JSON lines to shards as in build-nanogpt's fineweb.py, which deals documents out to processes in
+chunks of 16; benchmarks/data.py runs this.
+
+python benchmarks/tiktoken_peer.py DOCUMENTS.jsonl OUT_DIR
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
+
+SHARD_SIZE = 100_000_000
+
+
+def tokenize(document: str) -> np.ndarray:
+    ids = get_tokenizer().encode_ordinary(document)
+    return np.array([END_OF_TEXT_ID, *ids], dtype=np.uint16)
+
+
+def write_shards(documents: Iterable[np.ndarray], out_dir: Path) -> None:
+    shard, filled, index = np.empty(SHARD_SIZE, dtype=np.uint16), 0, 0
+    for tokens in documents:
+        if filled + len(tokens) > SHARD_SIZE:
+            np.save(out_dir / f"peer_{index:06d}.npy", shard[:filled])
+            filled, index = 0, index + 1
+        shard[filled : filled + len(tokens)] = tokens
+        filled += len(tokens)
+    np.save(out_dir / f"peer_{index:06d}.npy", shard[:filled])
+
+
+if __name__ == "__main__":
+    with Path(sys.argv[1]).open() as lines, multiprocessing.Pool(os.cpu_count()) as pool:
+        documents = (json.loads(line)["text"] for line in lines)
+        write_shards(pool.imap(tokenize, documents, chunksize=16), Path(sys.argv[2]))
