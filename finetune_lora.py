@@ -169,14 +169,10 @@ def main(given: FinetuneConfig) -> None:
             raise ValueError(f"merge_out {merged} already exists; choose another folder")
         if config.use_lora:
             freeze_base(model, config, dist)
-        sizes: dict[str, Any] = {
-            "batch_size": config.batch_size,
-            "rank": dist.rank,
-            "world_size": dist.world_size,
-        }
-        data = InstructionData(
-            examples, examples_per_step=config.examples_per_step, seed=config.seed, **sizes
-        )
+        ranks = {"rank": dist.rank, "world_size": dist.world_size}
+        sizes = {"batch_size": config.batch_size, **ranks}
+        per_step = config.examples_per_step
+        data = InstructionData(examples, examples_per_step=per_step, seed=config.seed, **sizes)
         val = partial(held_out_batches, held_out, **sizes)
         prompts = [Prompt(e.prompt, ANSWER_TOKENS, 1, e.completion) for e in held_out[:N_ANSWERS]]
         if dist.is_main:

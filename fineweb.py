@@ -70,8 +70,6 @@ class PrepareConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.dataset:
-            raise ValueError("dataset is empty, expected a name, a file, a folder or a glob")
         try:
             "".encode(self.encoding)
         except LookupError as error:

@@ -60,12 +60,8 @@ def main(given: PretrainConfig) -> None:
     )
     resolve = partial(resolve_config, dist=dist)
     with open_run(given, dist, build_model, resolve) as (config, model, resumed):
-        sizes: dict[str, Any] = {
-            "block_size": config.block_size,
-            "batch_size": config.batch_size,
-            "rank": dist.rank,
-            "world_size": dist.world_size,
-        }
+        sizes: dict[str, Any] = {"block_size": config.block_size, "batch_size": config.batch_size}
+        sizes |= {"rank": dist.rank, "world_size": dist.world_size}
         data = PretrainingData(
             train_shards, total_batch_size=config.total_batch_size, seed=config.seed, **sizes
         )

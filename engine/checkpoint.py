@@ -85,21 +85,14 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
             )
         if Path(base).is_absolute() and not Path(base).exists():
             raise FileNotFoundError(
-                f"{base}, the base model of {name_or_path}, no longer exists"
-                f"{base_hash_note(path)}; give a copy of it, and the adapter as --lora_load_path"
+                f"{base}, the base model of {name_or_path}, no longer exists; give a copy of it "
+                "(base_sha256 in the run's config.yaml), and the adapter as --lora_load_path"
             )
         name_or_path, lora_load_path, path = base, path, latest_checkpoint(base)
     model = load_pretrained(path if path.exists() else name_or_path)
     if lora_load_path is not None:
         load_adapter(model, latest_checkpoint(lora_load_path))
     return model.eval()
-
-
-def base_hash_note(adapter: Path) -> str:
-    """For an error: the hash of the weights of an adapter's base, if its run has recorded it."""
-    run = adapter.absolute().parent.parent
-    found = read_run_config(run).get("base_sha256") if (run / "config.yaml").is_file() else None
-    return f" (sha256 of its weights: {found})" if found else ""
 
 
 def mark_base(checkpoint: Path, adapter_run: Path) -> None:

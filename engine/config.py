@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import io
+import json
 import math
 import re
 import sys
@@ -257,11 +258,8 @@ def add_flag(group: Any, f: Field, help_text: str) -> None:
     kind = base_type(f.type)
     default = f.default_factory() if f.default_factory is not MISSING else f.default
     if default not in (None, "", []) and "(default" not in help_text:
-        shown = " ".join(default) if isinstance(default, list) else default
-        shown = str(shown).lower() if isinstance(shown, bool) else shown
-        help_text += (
-            f" (default: {shown:g})" if isinstance(shown, float) else f" (default: {shown})"
-        )
+        shown = " ".join(default) if isinstance(default, list) else json.dumps(default).strip('"')
+        help_text += f" (default: {shown})"
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text.replace("%", "%%")}
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
@@ -309,8 +307,13 @@ def convert_to(kind: Any, value: Any) -> Any:
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     is_number = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if kind is int and is_number and not isinstance(value, float):
+        with suppress(ValueError):
+            return int(value)  # exact, however large
     if kind in (int, float) and is_number:
-        return to_number(kind, value)
+        number = float(value)
+        if math.isfinite(number) and (kind is float or number.is_integer()):  # 1e3 is an int
+            return kind(number)
     if kind is str and isinstance(value, str):
         return value
     if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
@@ -321,18 +324,6 @@ def convert_to(kind: Any, value: Any) -> Any:
     raise ValueError(f"{value!r} is not {describe_type(kind)}")
 
 
-def to_number(kind: type[int] | type[float], value: str | float) -> float:
-    """A finite number; 1e3 is an int as well."""
-    if kind is int:
-        with suppress(ValueError):
-            if isinstance(value, str | int):
-                return int(value)  # exact, however large
-    number = float(value)
-    if not math.isfinite(number) or (kind is int and not number.is_integer()):
-        raise ValueError(f"{value!r} is not {EXPECTED[kind]}")
-    return kind(number)
-
-
 def describe_type(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " or ".join(typing.get_args(kind))
@@ -340,13 +331,10 @@ def describe_type(kind: Any) -> str:
 
 
 def read_config_file(file: str, parser: Parser) -> dict[str, Any]:
-    if not Path(file).is_file():
-        parser.error(f"{file}: no such file; --config expects a YAML file")
     try:
-        with Path(file).open(encoding="utf-8") as stream:
-            content = yaml.safe_load(stream)
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        parser.error(f"{file} is not YAML: {error}")
+        parser.error(f"{file} cannot be read as YAML: {error}")
     if not isinstance(content, dict):
         parser.error(f"{file} holds {content!r:.60}, expected lines of NAME: VALUE")
     return content

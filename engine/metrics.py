@@ -93,22 +93,16 @@ class Meter:
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         tokens = self.data.tokens_through(record["step"])
         speed = (tokens - self.data.tokens_through(record["step"] - 1)) / seconds
+        peak = self.peak_flops  # None if unknown
         return record | {
             "train_loss": finite_or_none(loss),
             "grad_norm": finite_or_none(norm),
             "tokens": tokens,
             "tokens_per_s": round(speed, 1),
             "step_ms": round(seconds * 1e3, 2),
-            "mfu": self._utilization(speed),
+            "mfu": peak and round(self.flops_per_token * speed / peak / self.dist.world_size, 4),
             "peak_memory_gb": round(peak_memory(self.dist.device) / 1e9, 3),
         }
-
-    def _utilization(self, tokens_per_s: float) -> float | None:
-        """The fraction of all devices' peak FLOP/s, where it is known."""
-        if self.peak_flops is None:
-            return None
-        peak = self.peak_flops * self.dist.world_size
-        return round(self.flops_per_token * tokens_per_s / peak, 4)
 
 
 def read_metrics(run: Path | str) -> list[dict]:

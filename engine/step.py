@@ -40,7 +40,9 @@ class TrainingStep:
         self.batches = Prefetcher(data, dist.device)
         self.is_sharded = config.parallel == "fsdp" and dist.world_size > 1
         self.summed_loss = self._compile_loss()
-        self.loss = self._wrap_in_ddp()
+        self.loss: nn.Module = self.summed_loss
+        if dist.world_size > 1 and not self.is_sharded:
+            self.loss = DistributedDataParallel(self.summed_loss, gradient_as_bucket_view=True)
         self.optimizers = build_optimizers(model, config)
         self.summed_linears = [
             linear for linear in lora_linears(model).values() if linear.sums_weight
@@ -61,11 +63,6 @@ class TrainingStep:
             shard_model(self.model, dist, self.dtype, compile_blocks=config.compile)
             return SummedLoss(self.model, compile_head=config.compile)
         return SummedLoss(self.model, compile_trunk=config.compile, compile_head=config.compile)
-
-    def _wrap_in_ddp(self) -> nn.Module:
-        if self.is_sharded or self.dist.world_size == 1:
-            return self.summed_loss
-        return DistributedDataParallel(self.summed_loss, gradient_as_bucket_view=True)
 
     @property
     def lr(self) -> float:

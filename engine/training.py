@@ -91,7 +91,7 @@ def train_steps(
         started = time.perf_counter()
         loss, grad_norm = training_step(step)
         record: dict[str, Any] = {"step": step, "lr": training_step.lr}
-        meter.add(record, started, loss, grad_norm, interrupt.is_requested)
+        meter.add(record, started, loss, grad_norm, interrupt.signum is not None)
         is_last = step == config.max_steps
         is_save_due = is_due(config.save_every, step, config) or step == plateau_end(config)
         for record in meter.read(wait=is_save_due or evaluation.is_due(step)):
@@ -227,10 +227,6 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signum: int | None = None
-
-    @property
-    def is_requested(self) -> bool:
-        return self.signum is not None
 
     def __enter__(self) -> Self:
         signals = [signal.SIGINT, signal.SIGTERM]

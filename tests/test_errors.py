@@ -42,14 +42,14 @@ NOISE = bytes(range(256)) * 4
 WRONG = [
     (
         "train_gpt2 --config nothing.yaml",
-        "nothing.yaml: no such file; --config expects a YAML file",
+        "nothing.yaml cannot be read as YAML: [Errno 2] No such file",
     ),
-    ("train_gpt2 --config empty", "empty: no such file; --config expects a YAML file"),
-    ("train_gpt2 --config noise.yaml", "noise.yaml is not YAML"),
+    ("train_gpt2 --config empty", "empty cannot be read as YAML: [Errno 21] Is a directory"),
+    ("train_gpt2 --config noise.yaml", "noise.yaml cannot be read as YAML"),
     ("train_gpt2 --config list.yaml", "list.yaml holds ['a'], expected lines of NAME: VALUE"),
     ("train_gpt2 --config file", "file holds None, expected lines of NAME: VALUE"),
     ("train_gpt2 --config syntax.yaml", 'in "syntax.yaml", line 1'),
-    ("train_gpt2 --config deep.yaml", "deep.yaml is not YAML: "),
+    ("train_gpt2 --config deep.yaml", "deep.yaml cannot be read as YAML: "),
     ("train_gpt2 --data_dir deep", "deep/manifest.json is damaged: "),
     ("train_gpt2 --config key.yaml", "key.yaml: max_stepz is not a setting of this command"),
     ("train_gpt2 --config choice.yaml", "choice.yaml: optimizer is sgd, expected adamw or muon"),

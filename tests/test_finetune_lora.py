@@ -233,7 +233,10 @@ def test_the_base_of_an_adapter_is_kept(folder):
     assert (first / "adapter_base").read_text() == f"{run.absolute()}\n"
     assert lora_linears(load_model(run))
     shutil.rmtree("base_run")
-    with pytest.raises(FileNotFoundError, match=rf"no longer exists .*{hash_weights(base)}"):
+    assert hash_weights(base) in (run / "config.yaml").read_text()
+    with pytest.raises(
+        FileNotFoundError, match=r"no longer exists; .*base_sha256 in the run's config.yaml"
+    ):
         load_model(run)
 
 
