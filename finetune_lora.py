@@ -179,7 +179,7 @@ def main(given: FinetuneConfig) -> None:
             if not (run / TEMPLATE_FILE).exists():
                 save_prompt_template(examples, run)
             if config.use_lora:
-                mark_base(Path(base_path), run)
+                mark_base(Path(base_path))
         try:
             train(model, data, val, prompts, config, dist, resumed)
         finally:

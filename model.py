@@ -29,10 +29,6 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if not 0 < self.layer_norm_epsilon < 1:
-            raise ValueError(
-                f"layer_norm_epsilon is {self.layer_norm_epsilon}, expected above 0 and below 1"
-            )
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; "

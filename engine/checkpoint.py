@@ -95,15 +95,11 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
     return model.eval()
 
 
-def mark_base(checkpoint: Path, adapter_run: Path) -> None:
+def mark_base(checkpoint: Path) -> None:
     """Mark a run's checkpoint as the base of an adapter, so that it is not deleted."""
-    if not (checkpoint / "progress.json").is_file():  # no run deletes it
-        return
     try:
-        with (checkpoint / BASE_MARK).open("a+") as file:
-            file.seek(0)
-            if (line := f"{adapter_run.absolute()}\n") not in file:
-                file.write(line)
+        if (checkpoint / "progress.json").is_file():  # else no run deletes it
+            (checkpoint / BASE_MARK).touch()
     except OSError as error:
         print(f"{checkpoint} may be deleted by its run, as it cannot be marked: {error}")
 

@@ -164,23 +164,19 @@ def shard_model(
     The order is PyTorch's: recomputation inside the block, compilation around it, and around that
     sharding, which gathers a block's parameters before it runs and frees them afterwards.
     """
+    from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
 
     mesh = init_device_mesh(dist.device.type, (dist.world_size,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.transformer.h:
         if compile_blocks:
             block.compile()
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
+    fsdp.fully_shard(model, mesh=mesh, mp_policy=policy)
     # Training, evaluation and generation all enter here. The rest of the model, with the head, then
     # stays gathered until backward.
-    register_fsdp_forward_method(model, "hidden")
+    fsdp.register_fsdp_forward_method(model, "hidden")
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

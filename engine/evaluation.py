@@ -14,7 +14,7 @@ from engine.distributed import Distributed, autocast, cudnn_attention, has_finit
 from engine.loss import SummedLoss
 from engine.metrics import finite_or_none
 from engine.tasks import Example, find_task
-from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer, token_lengths
+from engine.tokenizer import END_OF_TEXT_ID, ENDOFTEXT, get_tokenizer, token_lengths
 from model import GPT
 
 ValidationBatches = Callable[[], Iterable[Batch]]  # this rank's share, the same at every call
@@ -146,10 +146,8 @@ def generate_samples(
             eos=None if prompt.reference is None else END_OF_TEXT_ID,
             generator=torch.Generator(device).manual_seed(seed),
         )
-        new_ids = out[0, len(ids) :].tolist()
-        if prompt.reference is None:
-            samples.append(prompt.text + tokenizer.decode(new_ids))
-        else:
-            answer = tokenizer.decode([i for i in new_ids if i != END_OF_TEXT_ID])
-            samples.append(f"{prompt.text}{answer}\n[reference] {prompt.reference}")
+        text = prompt.text + tokenizer.decode(out[0, len(ids) :].tolist())
+        if prompt.reference is not None:
+            text = f"{text.removesuffix(ENDOFTEXT)}\n[reference] {prompt.reference}"
+        samples.append(text)
     return samples

@@ -7,6 +7,7 @@ pytorch_model.bin, in one file or several.
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -101,9 +102,8 @@ def read_config(path: Path) -> GPTConfig:
         if (value := hf.get(option, default)) not in accepted:
             expected = " or ".join(map(repr, accepted))
             raise ValueError(f"{path}: {option} is {value!r}, this model has only {expected}")
-    if missing := [key for key in REQUIRED_KEYS if key not in hf]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; save or download it again")
-    shape = {field: hf[key] for field, key in CONFIG_KEYS.items() if key in hf}
+    keys = {field: key for field, key in CONFIG_KEYS.items() if key in hf or key in REQUIRED_KEYS}
+    shape: dict[str, Any] = {field: hf.get(key) for field, key in keys.items()}
     for field, value in shape.items():
         kind, expected = KINDS.get(field, (int, "an integer"))
         if type(value) is not kind:

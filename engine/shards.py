@@ -202,10 +202,9 @@ class TokenShards:
             files = find_shards(folder, split)
         if not files:
             raise FileNotFoundError(
-                f"no {split} shards in {folder}, expected files named like NAME_{split}_000000.npy "
-                f"or NAME_{split}.bin; `python fineweb.py --dataset fineweb-edu --out_dir {folder}`"
-                " gets 10B tokens from the hub; `python fineweb.py --dataset stdlib` takes seconds "
-                "and no network, then use --data_dir data/stdlib"
+                f"no {split} shards in {folder}, such as X_{split}_000000.npy or X_{split}.bin;"
+                f" `python fineweb.py --dataset fineweb-edu --out_dir {folder}` gets 10B tokens, "
+                "`python fineweb.py --dataset stdlib` needs no network (--data_dir data/stdlib)"
             )
         hidden = None if verify else True  # None: if there is no terminal
         bar = tqdm(files, f"checking {split}", leave=False, unit=" shards", disable=hidden)

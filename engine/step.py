@@ -136,19 +136,15 @@ class TrainingStep:
         state. Nothing in them is sharded, so any number of ranks can load them. All ranks call
         this; rank 0 gets complete copies, which the next snapshot overwrites.
         """
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_model_state_dict,
-            get_optimizer_state_dict,
-        )
+        from torch.distributed.checkpoint import state_dict as dcp  # slow to import
 
-        options = StateDictOptions(
+        options = dcp.StateDictOptions(
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
         )
         names = {name for name, param in self.model.named_parameters() if param.requires_grad}
-        params = get_model_state_dict(self.model, options=options)
+        params = dcp.get_model_state_dict(self.model, options=options)
         params = {name: t for name, t in params.items() if name in names}  # a tied head only once
-        optimizer = get_optimizer_state_dict(self.model, self.optimizers, options=options)
+        optimizer = dcp.get_optimizer_state_dict(self.model, self.optimizers, options=options)
         if self.dist.device.type == "cpu":  # there cpu_offload copies nothing
             self.host_copy = host = copy_tree(
                 {"params": params, "optimizer": optimizer}, self.host_copy
@@ -163,13 +159,11 @@ class TrainingStep:
 
     def restore(self, state: dict) -> None:
         """Load the second part of a snapshot, made on this or another number of ranks."""
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            set_optimizer_state_dict,
-        )
+        from torch.distributed.checkpoint import state_dict as dcp
 
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=options)
+        model, optimizers, optimizer = self.model, self.optimizers, state["optimizer"]
+        options = dcp.StateDictOptions(full_state_dict=True)
+        dcp.set_optimizer_state_dict(model, optimizers, optimizer, options=options)
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.dist.device.type == "cuda" and state["rng"]["cuda"] is not None:

@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 TORCH_LOAD_ERRORS = (
     RuntimeError,
     EOFError,
-    pickle.UnpicklingError,
-    IndexError,
-    KeyError,
+    LookupError,
     AttributeError,
     TypeError,
+    pickle.UnpicklingError,
 )
 MAX_NAMES_SHOWN = 4  # in an error
 
