@@ -237,19 +237,16 @@ def resolve_config(
     """The config with a value for everything that was left to the adapter, the data or the device.
     ValueError if it contradicts the adapter.
     """
-    resolved: dict[str, Any] = {}
-    per_step = config.examples_per_step
-    if per_step is None:
-        tenth = max(1, n_examples // SMALL_PARTS)
-        per_step = min(EXAMPLES_PER_STEP, 2 ** (tenth.bit_length() - 1))
-        resolved["examples_per_step"] = per_step
-    resolved["batch_size"] = min(config.batch_size, max(1, per_step // dist.world_size))
+    tenth = max(1, n_examples // SMALL_PARTS)
+    per_step = config.examples_per_step or min(EXAMPLES_PER_STEP, 2 ** (tenth.bit_length() - 1))
     max_steps = config.max_steps or -(-config.epochs * n_examples // per_step)
-    resolved["max_steps"] = max_steps
-    if config.warmup_steps is None:
-        resolved["warmup_steps"] = min(WARMUP_STEPS, max_steps // SMALL_PARTS)
-    if config.max_lr is None:
-        resolved["max_lr"] = 5e-4 if config.use_lora else 5e-5
+    defaults = {
+        "warmup_steps": min(WARMUP_STEPS, max_steps // SMALL_PARTS),
+        "max_lr": 5e-4 if config.use_lora else 5e-5,
+    }
+    resolved: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(config, k) is None}
+    resolved |= {"examples_per_step": per_step, "max_steps": max_steps}
+    resolved["batch_size"] = min(config.batch_size, max(1, per_step // dist.world_size))
     for linear in lora_linears(model).values():
         for name, found in asdict(linear.config).items():
             if getattr(config, name) not in (None, found):

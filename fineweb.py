@@ -101,7 +101,8 @@ def open_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict:
     earlier = read_manifest(out_dir)
     old, shards = earlier.get("options", {}), earlier["shards"]
     changed = {key for key in {**options, **old} if old.get(key) != options.get(key)}
-    damaged = [shard for shard in shards if not is_intact(out_dir, shard)]
+    files = {out_dir / shard["name"]: shard for shard in shards}
+    damaged = [s for f, s in files.items() if not f.exists() or sha256_file(f) != s["sha256"]]
     if shards and earlier["complete"] and not damaged:
         # Earlier versions cut and split files in other ways. Their folders stay as they are.
         is_earlier = "section_chars" in options and "section_chars" not in old
@@ -138,11 +139,6 @@ def choose_options(source: Source, config: PrepareConfig) -> dict:
             "for training; raise it, or lower --val_tokens"
         )
     return options | source.split
-
-
-def is_intact(out_dir: Path, shard: dict) -> bool:
-    file = out_dir / shard["name"]
-    return file.exists() and sha256_file(file) == shard["sha256"]
 
 
 def prepare(source: Source, out_dir: Path, manifest: dict) -> None:

@@ -17,12 +17,8 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = Parser(__doc__ or "")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument(
-        "--out",
-        metavar="FILE",
-        default="loss.png",
-        help="image: .png, .svg or .pdf (default: loss.png)",
-    )
+    out_help = "image: .png, .svg or .pdf (default: loss.png)"
+    parser.add_argument("--out", metavar="FILE", default="loss.png", help=out_help)
     parser.add_argument("--x", choices=X_AXES, default="step", help="the x axis (default: step)")
     args = parser.parse_args()
     with_reported_errors(lambda: main(args), args.debug)

@@ -113,12 +113,7 @@ class Continuation:
 
 
 def print_continuations(
-    model: GPT,
-    prompt: str,
-    config: SampleConfig,
-    generator: torch.Generator,
-    *,
-    is_answer: bool = False,
+    model: GPT, prompt: str, config: SampleConfig, generator: torch.Generator, *, is_answer: bool
 ) -> None:
     """Print the prompt with its continuations, or answers alone; the speed goes to stderr."""
     ids = get_tokenizer().encode(prompt, disallowed_special=()) or [END_OF_TEXT_ID]

@@ -90,9 +90,8 @@ def build_model(config: PretrainConfig) -> GPT:
     model = load_model(config.init_from)
     if lora_linears(model):
         raise ValueError(
-            f"init_from {config.init_from} is an adapter, expected a full model; merge it: the "
-            "finetune_lora.py command that trained it, with --merge_out FOLDER, then --init_from "
-            "FOLDER"
+            f"init_from {config.init_from} is an adapter, expected a full model; merge it with "
+            "the finetune_lora.py command that trained it and --merge_out FOLDER"
         )
     for name, value in shape.items():
         found = getattr(model.config, name)

@@ -225,12 +225,8 @@ def normalize_flags(argv: Sequence[str], config_class: type) -> list[str]:
     switches = "|".join(f.name for f in fields(config_class) if base_type(f.type) is bool)
     line = "\0".join(("", *argv))
     line = re.sub(r"(?<=\0--)(no-)?([\w-]+)", lambda m: (m[1] or "") + names.get(m[2], m[2]), line)
-    no = {"true": "", "false": "no-"}
-    line = re.sub(
-        rf"(?i)(?<=\0--)({switches})[=\0](true|false)(?=\0|$)",
-        lambda m: no[m[2].lower()] + m[1],
-        line,
-    )
+    line = re.sub(rf"(?i)(?<=\0--)({switches})[=\0]true(?=\0|$)", r"\1", line)
+    line = re.sub(rf"(?i)(?<=\0--)({switches})[=\0]false(?=\0|$)", r"no-\1", line)
     return line.split("\0")[1:]
 
 

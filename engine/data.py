@@ -29,13 +29,11 @@ class Batch(NamedTuple):
 
     def pin_memory(self) -> "Batch":
         """In pinned memory, from which copies to CUDA run beside the computation."""
-        rows = None if self.rows is None else self.rows.pin_memory()
-        return Batch(self.idx.pin_memory(), self.targets.pin_memory(), rows)
+        return Batch(*(None if t is None else t.pin_memory() for t in self))  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> "Batch":
-        idx, targets = (t.to(device, non_blocking=True) for t in (self.idx, self.targets))
-        rows = None if self.rows is None else self.rows.to(device, non_blocking=True)
-        return Batch(idx, targets, rows)
+        copies = (None if t is None else t.to(device, non_blocking=True) for t in self)
+        return Batch(*copies)  # type: ignore[arg-type]  # only rows may be None
 
 
 def make_batch(idx: np.ndarray, targets: np.ndarray) -> Batch:

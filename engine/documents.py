@@ -202,7 +202,8 @@ def find_files(paths: list[str]) -> list[Path]:
         if Path(path).is_file():
             inside = [Path(path)]
         elif path and Path(path).is_dir():
-            inside = [f for f in Path(path).rglob("*") if not is_hidden(f.relative_to(path))]
+            names = ((f, f.relative_to(path).parts) for f in Path(path).rglob("*"))
+            inside = [f for f, parts in names if not any(part.startswith(".") for part in parts)]
         else:
             inside = [Path(p) for p in glob.glob(path, recursive=True)]  # noqa: PTH207 (any root)
         inside = [f for f in inside if f.is_file()]
@@ -218,10 +219,6 @@ def find_files(paths: list[str]) -> list[Path]:
             )
         files += found
     return files
-
-
-def is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def read_pieces(

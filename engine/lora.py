@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from engine.config import Settings, flag
-from engine.tensors import copy_tensors
+from engine.tensors import copy_tensors, matmul_dtype
 from model import GPT
 
 CPU_ROWS = 128  # of a gradient, read twice: at 124M 1.5 MB, which stay in the cache
@@ -106,7 +106,7 @@ class LoRALinear(nn.Linear):
         self.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = cast_for_autocast(x)
+        x = x.to(matmul_dtype(x))
         if self.is_merged:
             return F.linear(x, self._matrix().to(x.dtype), self.bias.to(x.dtype))
         shape, x = x.shape[:-1], x.flatten(0, -2)
@@ -180,7 +180,7 @@ def cast_frozen_weights(model: GPT, dtype: torch.dtype) -> None:
 
 
 def frozen_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return FrozenLinear.apply(cast_for_autocast(x), linear.weight, linear.bias)
+    return FrozenLinear.apply(x.to(matmul_dtype(x)), linear.weight, linear.bias)
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -199,14 +199,6 @@ class FrozenLinear(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         d_bias = d_y.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return d_y @ weight.to(d_y.dtype), None, d_bias
-
-
-def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
-    """x in the dtype that products have: autocast's where it is on, else its own."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        return x.to(torch.get_autocast_dtype(device_type))
-    return x
 
 
 def convertible_linears(model: nn.Module) -> list[str]:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from engine.data import Batch
+from engine.tensors import matmul_dtype
 from model import GPT
 
 # Rows whose logits exist at once. On a CPU 512 take 100 MB, and fewer would read and write the
@@ -148,9 +149,7 @@ class SummedLoss(nn.Module):
         targets = batch.targets.flatten()
         if batch.rows is not None:  # the head skips the others, which have no target
             x, targets = x[batch.rows], targets[batch.rows]
-        device_type, dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
+        dtype = matmul_dtype(x)
         softmax = softmax_ if dtype == torch.float32 else self.softmax_in_16_bits
         weight, vocab_size = self.model.lm_head.weight, self.model.config.vocab_size
         with_grad = torch.is_grad_enabled()

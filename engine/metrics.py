@@ -107,10 +107,7 @@ class Meter:
 
 def read_metrics(run: Path | str) -> list[dict]:
     """The run's log, one dict per step."""
-    file = Path(run) / "metrics.jsonl"
-    if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist; expected the --out_dir of a training run")
-    return JSONLinesLog.read(file, "step")
+    return JSONLinesLog.read(Path(run) / "metrics.jsonl", "step")
 
 
 class TensorBoardLogger:

@@ -56,8 +56,7 @@ def check_same_run(run: Path, config: TrainConfig) -> dict:
     now = asdict(config)
     if now["resume"] == "never":
         raise ValueError(
-            f"{run} already holds a run and --resume is never; choose another --out_dir, or use "
-            "--resume auto to resume it"
+            f"{run} already holds a run and --resume is never; choose another --out_dir"
         )
     earlier = {f.name: f.default for f in fields(config)} | read_run_config(run)
     names = fixed_settings(type(config)) | earlier.keys() - now.keys()  # of an earlier version

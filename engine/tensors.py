@@ -8,14 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 # What torch.load raises for a damaged file, and what unexpected contents lead to.
-TORCH_LOAD_ERRORS = (
-    RuntimeError,
-    EOFError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    pickle.UnpicklingError,
-)
+TORCH_LOAD_ERRORS = (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError)
 MAX_NAMES_SHOWN = 4  # in an error
 
 
@@ -27,7 +20,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         tensors = torch.load(path, weights_only=True, map_location="cpu")
-        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        if not all(isinstance(tensor, torch.Tensor) for tensor in dict(tensors).values()):
             raise TypeError("it holds more than tensors")
     except pickle.UnpicklingError as error:  # torch's message advises loading it unsafely
         raise ValueError(f"{path} is damaged, or holds more than tensors; save it again") from error
@@ -40,21 +33,18 @@ def check_tensors(
     tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], source: str
 ) -> None:
     """ValueError names what is missing, unexpected or misshapen in the tensors of `source`."""
+    shapes, expected = ({n: tuple(t.shape) for n, t in d.items()} for d in (tensors, targets))
+    misshapen = [n for n in expected.keys() & shapes.keys() if shapes[n] != expected[n]]
     for problem, names in (
-        ("missing", targets.keys() - tensors.keys()),
-        ("unexpected", tensors.keys() - targets.keys()),
+        ("missing", expected.keys() - shapes.keys()),
+        ("unexpected", shapes.keys() - expected.keys()),
+        ("misshapen", [f"{n} {shapes[n]}, expected {expected[n]}" for n in misshapen]),
     ):
         if names:
             shown = ", ".join(sorted(names)[:MAX_NAMES_SHOWN])
             raise ValueError(
                 f"{source}: {len(names)} {problem} tensors, such as {shown}; it belongs to a "
                 "different model"
-            )
-    for name, target in targets.items():
-        if tensors[name].shape != target.shape:
-            raise ValueError(
-                f"{source}: {name} is {tuple(tensors[name].shape)}, the model has "
-                f"{tuple(target.shape)}; it belongs to a different model"
             )
 
 
@@ -65,3 +55,10 @@ def copy_tensors(
     check_tensors(tensors, targets, source)
     for name, target in targets.items():
         target.copy_(tensors[name])
+
+
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which x is multiplied: autocast's where it is on, else its own."""
+    device_type = x.device.type
+    is_on = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if is_on else x.dtype

@@ -11,14 +11,14 @@ from typing import Any, Self
 
 import torch
 
-from engine.checkpoint import BackgroundSave, RunState, list_checkpoints, save_checkpoint
+from engine.checkpoint import BackgroundSave, RunState, save_checkpoint
 from engine.config import TrainConfig, fixed_settings, to_yaml
 from engine.data import TrainingData
 from engine.distributed import Distributed
 from engine.evaluation import Evaluation, Prompt, ValidationBatches, is_due
 from engine.files import drop_lost_terminal, write_atomically
 from engine.metrics import Meter, RunLogger
-from engine.optim import parameter_groups, plateau_end
+from engine.optim import plateau_end
 from engine.plots import plot_runs
 from engine.report import write_report
 from engine.resume import extend_run
@@ -98,7 +98,7 @@ def train_steps(
             if record["step"] == step:
                 record.update(evaluation.evaluate_step(step))
             logger.log(record)
-            check_skipped(meter, record["step"], config, logger)
+            check_skipped(meter, record["step"], logger)
         profiler.step()
         save.check()
         if is_save_due or meter.stop_requested:  # then the last record is this step's
@@ -113,14 +113,10 @@ def train_steps(
 
 def announce_run(model: GPT, data: TrainingData, config: TrainConfig, dist: Distributed) -> None:
     """Print the settings, the sizes and the device of the run."""
-    matrices, vectors = (group["params"] for group in parameter_groups(model))
-    print(
-        f"{to_yaml(config)}\nparameters: {len(matrices)} matrices with "
-        f"{sum(p.numel() for p in matrices):,}, {len(vectors)} vectors with "
-        f"{sum(p.numel() for p in vectors):,}\n{data.summary()}\n"
-        f"device: {dist.world_size} x {describe_device(dist.device)}, {config.precision}",
-        flush=True,
-    )
+    n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    device = f"{dist.world_size} x {describe_device(dist.device)}, {config.precision}"
+    sizes = f"trainable parameters: {n_params:,}\n{data.summary()}\ndevice: {device}"
+    print(to_yaml(config), sizes, sep="\n", flush=True)
 
 
 def warn_of_settings(
@@ -131,8 +127,7 @@ def warn_of_settings(
     if dist.device.type == "cpu" and step_flops > SLOW_STEP_FLOPS * dist.world_size:
         print(
             f"a step takes {step_flops / 1e12:,.0f} TFLOPs, minutes on a CPU; configs/demo.yaml "
-            "and configs/small.yaml are made for CPUs",
-            flush=True,
+            "and configs/small.yaml are made for CPUs"
         )
     if config.warmup_steps >= config.max_steps:
         print(
@@ -146,7 +141,7 @@ def warn_of_settings(
         )
 
 
-def check_skipped(meter: Meter, step: int, config: TrainConfig, logger: RunLogger) -> None:
+def check_skipped(meter: Meter, step: int, logger: RunLogger) -> None:
     """Report a skipped step. ValueError after MAX_SKIPPED_STEPS consecutive ones."""
     if not meter.skipped_in_a_row:
         return
@@ -154,10 +149,9 @@ def check_skipped(meter: Meter, step: int, config: TrainConfig, logger: RunLogge
         f"step {step} skipped: its gradient is not finite ({meter.skipped_in_a_row} in a row)"
     )
     if meter.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-        saved = "checkpoints are good" if list_checkpoints(config.out_dir) else "has no checkpoint"
         raise ValueError(
-            f"the gradient was not finite in {meter.skipped_in_a_row} consecutive steps; "
-            f"{config.out_dir}: {saved}. Lower --max_lr, or use --precision fp32"
+            f"the gradient was not finite in {meter.skipped_in_a_row} consecutive steps; use a "
+            "lower --max_lr or --precision fp32, and another --out_dir"
         )
 
 

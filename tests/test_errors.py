@@ -115,7 +115,7 @@ WRONG = [
     ("fineweb --dataset empty", "empty is neither a dataset"),
     ("fineweb --dataset text.txt --out_dir file", "file"),
     ("fineweb --dataset deep.jsonl --out_dir new", "deep.jsonl line 1: no text under 'text'"),
-    ("plot nothing", "nothing/metrics.jsonl does not exist; expected the --out_dir"),
+    ("plot nothing", "nothing/metrics.jsonl: No such file or directory; check that it exists"),
     ("plot word_run", "word_run/metrics.jsonl is damaged"),
     ("plot syntax_run", "syntax_run/config.yaml is damaged"),
     ("plot deep", "deep/metrics.jsonl is damaged"),

@@ -30,7 +30,7 @@ def test_transformers_pipeline_generates_the_same_text(checkpoint, capsys):
     """Greedy text of pipeline("text-generation") on a checkpoint equals that of sample.py."""
     prompt = "Caf\u00e9 \u2014 once upon a time"
     config = SampleConfig(temperature=0, max_new_tokens=40)
-    print_continuations(load_model(checkpoint), prompt, config, torch.Generator())
+    print_continuations(load_model(checkpoint), prompt, config, torch.Generator(), is_answer=False)
     generate = pipeline("text-generation", str(checkpoint), device="cpu")
     theirs = generate(prompt, max_new_tokens=40, do_sample=False)[0]["generated_text"]
     assert capsys.readouterr().out == f"{theirs}\n"

@@ -180,7 +180,7 @@ def test_sampling_is_over_transformers_support(top_k, top_p):
 
 def test_config_errors_name_the_value():
     """An impossible shape is refused with its value."""
-    with pytest.raises(ValueError, match="n_embd 65 is not divisible by n_head 4"):
+    with pytest.raises(ValueError, match="n_embd 65 is not a multiple of n_head 4"):
         GPTConfig(n_embd=65, n_head=4)
     with pytest.raises(ValueError, match="n_layer is 0"):
         GPTConfig(n_layer=0)

@@ -137,7 +137,9 @@ def test_generation_ends_when_all_rows_stop(folder, capsys):
     config = SampleConfig(num_return_sequences=3, max_new_tokens=10**6, stop=["e", "a"])
 
     def rows(seed: int) -> list[str]:
-        print_continuations(model, "Hello", config, torch.Generator().manual_seed(seed))
+        print_continuations(
+            model, "Hello", config, torch.Generator().manual_seed(seed), is_answer=False
+        )
         texts, speed = capsys.readouterr()
         assert "tokens/s" in speed
         return [row.rstrip("\n") for row in texts.split("> Hello")[1:]]

@@ -47,7 +47,10 @@ def test_copying_tensors_is_all_or_nothing():
     for wrong, expected in (
         (without, r"x: 5 missing tensors, such as h\.1, h\.2, h\.3, h\.4; it belongs"),
         (tensors | {"more": torch.ones(1)}, "x: 1 unexpected tensors, such as more; it belongs"),
-        (tensors | {"h.5": torch.ones(3, 2)}, r"x: h\.5 is \(3, 2\), the model has \(2, 3\)"),
+        (
+            tensors | {"h.5": torch.ones(3, 2)},
+            r"x: 1 misshapen tensors, such as h\.5 \(3, 2\), expected \(2, 3\)",
+        ),
     ):
         with pytest.raises(ValueError, match=expected):
             copy_tensors(wrong, targets, "x")

@@ -209,15 +209,15 @@ def test_facts_of_a_run(shards):
     }
 
 
-def test_only_checkpoints_that_exist_are_called_good(tmp_path, tiny_model):
-    """A run that ends because nothing is finite says whether it has checkpoints."""
-    config, logger = PretrainConfig(out_dir=str(tmp_path)), SimpleNamespace(print=print)
-    meter = SimpleNamespace(skipped_in_a_row=5)
-    with pytest.raises(ValueError, match="has no checkpoint"):
-        check_skipped(meter, 5, config, logger)
-    tiny_model.save_pretrained(tmp_path / "checkpoints" / "step_000001")
-    with pytest.raises(ValueError, match="checkpoints are good"):
-        check_skipped(meter, 5, config, logger)
+def test_steps_that_stay_skipped_end_the_run(capsys):
+    """Each skipped step is reported, and the fifth in a row is an error."""
+    logger = SimpleNamespace(print=print)
+    check_skipped(SimpleNamespace(skipped_in_a_row=0), 3, logger)
+    assert not capsys.readouterr().out
+    check_skipped(SimpleNamespace(skipped_in_a_row=4), 4, logger)
+    assert "step 4 skipped: its gradient is not finite (4 in a row)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="not finite in 5 consecutive steps"):
+        check_skipped(SimpleNamespace(skipped_in_a_row=5), 5, logger)
 
 
 def test_a_diverged_model_ends_the_run_in_one_line():
@@ -235,7 +235,7 @@ def test_settings_and_sizes_are_printed(shards, capsys):
     announce_run(new_model(), make_data(shards), PretrainConfig(), CPU)
     text = capsys.readouterr().out
     assert "grad_accum_steps 3" in text
-    assert "10 matrices with" in text
+    assert "trainable parameters: " in text
     assert "max_steps: 19073" in text
     assert "device: 1 x cpu, " in text
 
