@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound="DataclassInstance")
 Precision = Literal["fp32", "bf16", "fp16"]
 EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-METAVARS = {int: "N", float: "X", str: "TEXT"}
 HELP_COLUMN = 30  # where the help text starts
 LIMITS = {"at_least": ge, "at_most": le, "above": gt, "below": lt}
 # For numbers whose flags have no limits of their own: a larger integer is a slip of the keyboard.
@@ -264,7 +263,7 @@ def add_flag(group: Any, f: Field, help_text: str) -> None:
     elif typing.get_origin(kind) is Literal:
         options["metavar"] = "{" + ",".join(typing.get_args(kind)) + "}"
     else:
-        options["metavar"] = METAVARS[kind]
+        options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
     group.add_argument(f"--{f.name}", **options)
 
 

@@ -137,7 +137,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, defaults)
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # takes no closure
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002  # torch gives None
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[torch.Tensor]] = {}
             for param in group["params"]:

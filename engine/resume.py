@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TypeVar
 
 from engine.checkpoint import (
     BASE_MARK,
@@ -16,12 +15,10 @@ from engine.checkpoint import (
     read_run_config,
 )
 from engine.config import TrainConfig, fixed_settings
-from engine.distributed import Distributed
+from engine.distributed import Config, Distributed
 from engine.files import JSONLinesLog, lock_folder, write_atomically
 from engine.optim import plateau_end
 from model import GPT
-
-Config = TypeVar("Config", bound=TrainConfig)
 
 
 @contextmanager

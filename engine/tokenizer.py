@@ -16,6 +16,8 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
+from engine.files import naming_file
+
 if TYPE_CHECKING:
     import gigatoken
     from tokenizers import Tokenizer
@@ -119,9 +121,10 @@ def save_tokenizer(folder: Path | str, block_size: int = 1024) -> None:
     transformers' `AutoTokenizer` rebuilds this encoding. `block_size` is its `model_max_length`.
     """
     folder = Path(folder)
-    (folder / "tokenizer.json").write_text(build_hf_tokenizer().to_str(pretty=True))
-    shutil.copyfile(find_vocabulary("encoder.json"), folder / "vocab.json")
-    shutil.copyfile(find_vocabulary("vocab.bpe"), folder / "merges.txt")
+    with naming_file(folder):
+        (folder / "tokenizer.json").write_text(build_hf_tokenizer().to_str(pretty=True))
+        shutil.copyfile(find_vocabulary("encoder.json"), folder / "vocab.json")
+        shutil.copyfile(find_vocabulary("vocab.bpe"), folder / "merges.txt")
     config = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": block_size,

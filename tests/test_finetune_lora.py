@@ -92,7 +92,7 @@ def test_a_run_writes_what_is_documented(folder, capsys):
     assert data["train_loss"] == [r["train_loss"] for r in metrics[1:]]
     assert data["eval_loss"] == [r["val_loss"] for r in metrics if "val_loss" in r]
     assert (run / "loss.png").exists()
-    assert "<dt>training data</dt><dd>32 examples</dd>" in (run / "report.html").read_text()
+    assert "<dt>training data</dt><dd>32 examples with " in (run / "report.html").read_text()
     latest = list_checkpoints(run)[-1]
     assert (latest / "adapter_model.safetensors").stat().st_size < 150_000
     idx = torch.tensor([AutoTokenizer.from_pretrained("merged").encode("To be, or not")])
@@ -351,10 +351,10 @@ WRONG_SETTINGS = [
     ({"lora_module_name": "q_proj"}, "no linear layer has 'q_proj' in its name"),
     ({"model_name_or_path": "other_vocab"}, "has 1000 tokens, GPT-2's tokenizer has 50257"),
     ({"lora_load_path": "nowhere"}, "nowhere does not exist"),
-    ({"max_lr": -1.0}, "expected 0 <= min <= max"),
+    ({"max_lr": -1.0}, "max_lr is -1.0, expected above 0"),
     ({"merge_out": "base"}, "merge_out base already exists"),
-    ({"val_fraction": 1.0}, "val_fraction is 1.0, expected between 0 and 1"),
-    ({"lora_dropout": 1.0}, "lora_dropout is 1.0, expected 0 to below 1"),
+    ({"val_fraction": 1.0}, "val_fraction is 1.0, expected above 0 and below 1"),
+    ({"lora_dropout": 1.0}, "lora_dropout is 1.0, expected at least 0 and below 1"),
     ({"use_lora": False, "lora_load_path": "x"}, "lora_load_path is x, which needs --use_lora"),
     ({"use_lora": False, "lora_dim": 4}, "lora_dim is 4, which needs --use_lora"),
     ({"lora_alpha": 0.0}, "lora_alpha is 0.0, expected above 0"),

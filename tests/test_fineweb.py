@@ -404,12 +404,10 @@ def test_too_little_text_is_an_error_with_a_remedy(tmp_path, jsonl, unordered):
 
 
 def test_settings_are_checked(tmp_path):
-    """Sizes out of range, an empty dataset, and a dataset that is not a list are errors."""
+    """Sizes out of range, and a dataset that is not a list are errors."""
     for name, value in (("max_tokens", 3), ("shard_size", 10**13), ("val_tokens", 1)):
         with pytest.raises(ValueError, match=f"{name} is {value}, expected at least [124]"):
             PrepareConfig(**{name: value})
-    with pytest.raises(ValueError, match="dataset is empty"):
-        PrepareConfig(dataset=[])
     (tmp_path / "a.yaml").write_text("dataset: text.txt\n")
     with pytest.raises(SystemExit):
         parse_flags(PrepareConfig, "", ["--config", str(tmp_path / "a.yaml")])

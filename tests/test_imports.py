@@ -29,7 +29,8 @@ OPTIONAL = {"datasets", "pyarrow", "tensorboard", "wandb", "lm_eval", "scipy"}
 # The layers inside engine/, low to high. A module imports only from lower ones.
 LAYERS = [
     {"errors"},
-    {"config", "files", "hub", "tensors", "tokenizer"},
+    {"config", "files", "hub", "tensors"},
+    {"tokenizer"},
     {"pretrained", "lora", "documents", "shards", "decode"},
     {"adapter", "data", "distributed", "rows"},
     {"instructions", "loss", "scoring"},

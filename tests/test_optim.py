@@ -37,7 +37,7 @@ def test_wsd_schedule():
     assert rates[:10] == pytest.approx([s / 10 for s in range(1, 11)])
     assert rates[10:81] == [1.0] * 71
     assert rates[80:] == pytest.approx([s / 20 for s in range(20, -1, -1)])
-    with pytest.raises(ValueError, match=r"decay_fraction is 1.5, expected 0 to 1"):
+    with pytest.raises(ValueError, match=r"decay_fraction is 1.5, expected at least 0 and"):
         PretrainConfig(decay_fraction=1.5)
 
 

@@ -170,7 +170,7 @@ def test_stdout_is_the_text_alone(folder):
     assert piped == sample(b"", "--prompt", prompt)[1]
     code, out, error = sample(b"\xff\xfe")
     assert (code, out) == (2, b"")
-    assert error.startswith(b"error: the prompt on stdin is not UTF-8")
+    assert error.startswith(b"error: 'utf-8' codec can't decode byte")
 
 
 @pytest.mark.parametrize("stop", ["[5]", "5", "the"])

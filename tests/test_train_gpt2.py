@@ -339,11 +339,11 @@ def test_a_wrong_flag_of_a_process(workplace):
 WRONG_SETTINGS = [
     ({"device": "cuda:99"}, "cuda:99"),
     ({"device": "tpu"}, "device tpu is not available: Expected one of cpu"),
-    ({"total_batch_size": 1000}, "the nearest are 896 or 1024"),
+    ({"total_batch_size": 1000}, "= 128; 1024 is one"),
     ({"init_from": "nowhere"}, "hub did not provide nowhere"),
     ({"n_head": 3}, "n_embd 32 is not a multiple of n_head 3"),
     ({"block_size": 0}, "block_size is 0"),
-    ({"block_size": 10**6}, "block_size is 1000000, but data/text has"),
+    ({"block_size": 10**6}, "x 1000000 x 1 ranks = 4000000; 4000000 is one"),
 ]
 
 
