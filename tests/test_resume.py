@@ -152,9 +152,7 @@ def test_runs_that_cannot_be_extended(tmp_path, data_dir):
     """
     cosine = wsd_config(tmp_path / "cosine", data_dir, schedule="cosine", max_steps=4)
     main(cosine)
-    with pytest.raises(
-        ValueError, match=r"max_steps 4, on which a cosine depends.*wsd.*--init_from, "
-    ):
+    with pytest.raises(ValueError, match=r"max_steps 4, on which a cosine depends.*wsd"):
         main(replace(cosine, max_steps=8))
     wsd = wsd_config(tmp_path / "wsd", data_dir, max_steps=10)
     main(wsd)
