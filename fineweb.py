@@ -52,19 +52,19 @@ class PrepareConfig(Settings):
     dataset: list[str] = flag(["fineweb-edu"], DATASETS)
     out_dir: str = flag("", "folder of the shards (default: data/ and the name of the dataset)")
     max_tokens: int | None = flag(
-        None, "tokens to write; of ready-made shards, for training (default: all)", at_least=4
+        None, "tokens to write; of ready-made shards, training tokens (default: all)", at_least=4
     )
     shard_size: int = flag(100_000_000, "tokens in a shard")
     val_tokens: int | None = flag(
         None,
-        "tokens for validation, of your own files about this many, at most half (default: 5%, at "
-        "most 10,485,760)",
+        "validation tokens (default: 10,485,760 from the hub, else 5%, at most that); of your own "
+        "files about this many, at most half",
         at_least=2,
     )
     text_field: str = flag("text", "column or key of the text in .parquet and .jsonl")
-    encoding: str = flag("utf-8", "of files without a byte order mark, such as latin-1 or gbk")
+    encoding: str = flag("utf-8", "encoding of files without a byte order mark: latin-1, gbk")
     decode_errors: Literal["strict", "replace"] = flag(
-        "strict", "what cannot be decoded is an error, or becomes U+FFFD (replace)"
+        "strict", "undecodable bytes are an error (strict), or become U+FFFD (replace)"
     )
     skip_bad_files: bool = flag(False, "leave out files that cannot be decoded")
 
@@ -73,7 +73,7 @@ class PrepareConfig(Settings):
         try:
             "".encode(self.encoding)
         except LookupError as error:
-            raise ValueError(f"{error}; expected one of Python's, such as latin-1") from error
+            raise ValueError(f"{error}; expected a Python encoding, such as latin-1") from error
 
 
 def main(config: PrepareConfig) -> None:

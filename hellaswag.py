@@ -33,7 +33,7 @@ class EvalConfig(Settings):
     )
     data: str | None = flag(
         None,
-        "rows: .json or .jsonl, plain or .gz, or a hub name (default: the task's on the hub); for "
+        "rows: .json or .jsonl, plain or .gz, or a hub name (default: the task's hub dataset); for "
         "task text, a .txt, .jsonl or .parquet file, a folder or a glob",
     )
     limit: int | None = flag(None, "evaluate only the first N rows or documents")
@@ -52,7 +52,7 @@ class EvalConfig(Settings):
         self.find_task()
 
     def find_task(self) -> Task:
-        """The task; ValueError if there is none, or a flag is given that is another task's."""
+        """The task; ValueError if there is none, or if a given flag belongs to another task."""
         own = [k for k in ("text", "stride") if getattr(self, k) != getattr(EvalConfig, k)]
         names = ("data", "limit", "skip_bad_rows", *own)
         return find_task(self.task, **{name: getattr(self, name) for name in names})

@@ -49,7 +49,7 @@ class SampleConfig(Settings):
     top_p: float | None = flag(
         None, "sample from the smallest set with at least this probability", above=0, at_most=1
     )
-    seed: int = flag(42, "the same seed, the same text on a device", at_least=0, at_most=MAX_SEED)
+    seed: int = flag(42, "random seed of the text", at_least=0, at_most=MAX_SEED)
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@
 
 Preparation: whole processes, from JSON lines to shards on disk. fineweb.py, which also checks the
 text and hashes the shards, and a program with tiktoken (benchmarks/tiktoken_peer.py) take turns on
-all cores. The tokens must be those of equally long text. Repeated text flatters fineweb.py, because
+all cores. Both must tokenize equally many bytes of text. Repeated text flatters fineweb.py, because
 gigatoken caches words; --copies 1 avoids that. Loader: batches of random tokens in the page cache,
 on one core.
 """
@@ -98,7 +98,7 @@ def compare_preparation(documents: list[str], config: DataBenchmarkConfig) -> No
         tokens = read_tokens(results[OURS][0]["out_dir"])
         for name, turns in results.items():
             if count_bytes(read_tokens(turns[0]["out_dir"])) != count_bytes(tokens):
-                raise ValueError(f"{name} makes tokens of other text than {OURS}")
+                raise ValueError(f"{name} and {OURS} tokenized different amounts of text")
             seconds, peak = harness.median(turns), harness.median(turns, "peak_bytes") / 1e6
             times = harness.median(results[OURS]) / seconds
             rows.append([name, f"{seconds:.2f}", f"{peak:.0f}", f"{times:.3f}"])

@@ -145,7 +145,7 @@ def measure(
                 {name: make_turn(make, name, size, config)}, config.rounds, warmup=warmup
             )
         except (RuntimeError, ImportError) as error:  # out of memory, not compiled, not installed
-            print(f"{name}, {size}, is missing: {str(error).splitlines()[0]}", flush=True)
+            print(f"{name}, {size}, failed: {str(error).splitlines()[0]}", flush=True)
             continue
         append_figures(name, results[name], size, config)
     return results
@@ -190,7 +190,7 @@ def append_figures(name: str, turns: list[Result], size: Size, config: Benchmark
 def measure_in_turns(
     make: Maker, names: list[str], size: Size, config: BenchmarkConfig, warmup: int
 ) -> Results:
-    """What contenders measure that take turns, each in a process of its own."""
+    """Measure contenders that take turns, each in its own process."""
     for variable in [variable for variable in os.environ if variable.startswith("OMP_")]:
         del os.environ[variable]  # config.threads decides, not the shell
     context, contenders = multiprocessing.get_context("spawn"), {}

@@ -86,7 +86,7 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
         if Path(base).is_absolute() and not Path(base).exists():
             raise FileNotFoundError(
                 f"{base}, the base model of {name_or_path}, no longer exists; give a copy of it "
-                "(base_sha256 in the run's config.yaml), and the adapter as --lora_load_path"
+                "(config.yaml has its base_sha256), and the adapter as --lora_load_path"
             )
         name_or_path, lora_load_path, path = base, path, latest_checkpoint(base)
     model = load_pretrained(path if path.exists() else name_or_path)

@@ -117,7 +117,7 @@ class TrainConfig(Settings):
         0, "steps between HellaSwag evaluations; 0: none", may_change=True, at_least=0
     )
     hellaswag_data: str | None = flag(
-        None, "HellaSwag rows, .jsonl or .jsonl.gz (default: from the hub)", may_change=True
+        None, "HellaSwag rows: a file or a hub name (default: the original's)", may_change=True
     )
 
     log: str = flag(

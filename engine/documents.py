@@ -303,8 +303,8 @@ def read_parquet(file: Path, text_field: str) -> Iterator[Block]:
 
 
 def cut_documents(blocks: Iterable[Block], n_chars: int) -> Iterator[Piece]:
-    """Cut documents, which come in blocks with whether one ends there, into pieces of at most
-    `n_chars` without leading and trailing space. The cuts depend on the document alone.
+    """Cut documents into pieces of at most `n_chars`, not counting space at either end. Each block
+    says whether it ends its document. The cuts depend on the document alone.
     """
     text, starts = "", True
     for block, is_last in blocks:
@@ -336,9 +336,9 @@ def hash_text(text: str) -> int:
 
 
 def choose_limit(sections: Iterable[Piece], fraction: float, max_tokens: int | None) -> int:
-    """The limit below which the hashes of about `fraction` of the sections are, but at least those
-    of one and not those of all. Only as many are read as have a hash on either side, or as
-    `max_tokens` tokens, of a byte at least, may reach.
+    """A limit below which about `fraction` of the sections' hashes lie: at least one, but not all.
+    Stops reading once hashes lie on both sides, or once two differ and the text is long enough for
+    `max_tokens` tokens of a byte or more.
     """
     limit, n_bytes = round(fraction * 2**64), 0
     smallest, largest = 2**64, -1
@@ -359,7 +359,8 @@ def choose_limit(sections: Iterable[Piece], fraction: float, max_tokens: int | N
 
 def draw_validation(sections: Iterable[Piece], limit: int) -> Iterator[Piece]:
     """The sections, drawn for validation by the hash of their text, so that a document and its
-    copies are always in the same split. One whose neighbor is in the other split is separated.
+    copies are always in the same split. A section is separated if the one before it is in the
+    other split.
     """
     was_val = False
     for section in sections:

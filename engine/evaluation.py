@@ -83,8 +83,8 @@ def eval_mode(
     compiled: bool = False,
     one_shape: bool = False,
 ) -> Iterator[None]:
-    """No dropout; training's precision, but no TF32, so that HellaSwag's results are those of
-    hellaswag.py. Without `compiled` nothing is: compiling for the shapes of samples would take
+    """No dropout; training's precision, but no TF32, so that HellaSwag's results match those of
+    hellaswag.py. Runs uncompiled unless `compiled`: compiling for the shapes of samples takes
     longer than it saves.
     """
     precision = torch.get_float32_matmul_precision()

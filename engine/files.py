@@ -125,8 +125,8 @@ class JSONLinesLog:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it, so that no other process writes into it. The lock ends with the
-    process. What is new and in the end empty is removed, with its parents.
+    """Make the folder and lock it, so that no other process writes into it. The lock ends with the
+    process. A new folder that ends up empty is removed, with any parents made for it.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)

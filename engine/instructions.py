@@ -75,8 +75,8 @@ def read_examples(name: str, block_size: int) -> list[PromptCompletion]:
         examples.append(PromptCompletion(prompt, completion, tokens, len(prompt_ids), used))
     if skipped:
         print(
-            f"{name}: skipped {len(skipped)} of {len(skipped) + len(examples)} rows, which have no "
-            f"completion or a prompt of over {block_size} tokens; the first is row {skipped[0]}"
+            f"{name}: skipped {len(skipped)} of {len(skipped) + len(examples)} rows without a "
+            f"completion, or with a prompt of over {block_size} tokens; first: row {skipped[0]}"
         )
     if len(examples) < 2:
         raise ValueError(f"{name} has {len(examples)} usable examples, expected at least 2")
@@ -92,8 +92,8 @@ def parse_row(row: dict) -> tuple[str, str, PromptTemplate]:
     if {"prompt", "completion"} <= row.keys():
         return get_text(row, "prompt"), get_text(row, "completion"), PROMPT
     raise ValueError(
-        f"it has {', '.join(row) or 'nothing'}; expected instruction, input, output, or prompt, "
-        "completion"
+        f"its keys are {', '.join(row) or 'none'}; expected instruction and output (input is "
+        "optional), or prompt and completion"
     )
 
 

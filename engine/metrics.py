@@ -313,7 +313,7 @@ def summarize_run(run: Path, checkpoint: Path) -> dict[str, str]:
 
 
 def name_dataset(run: Path) -> str:
-    """The name of a run's data set; of your own files, that of the file or of their folder."""
+    """The name of a run's dataset; for your own files, the file's or the shard folder's name."""
     config = read_run_config(run)
     if "data_dir" not in config:
         return hide_folder(config.get("data", ""))

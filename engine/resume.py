@@ -29,9 +29,9 @@ def open_run(
     resolve: Callable[[Config, GPT], Config],
     base: str | None = None,
 ) -> Iterator[tuple[Config, GPT, RunState | None]]:
-    """Hold the run folder, and open the run in it: its complete config, its model, and the state to
-    resume from. A new run has no state, and `build_model` makes its model; an adapter's is loaded
-    onto the model `base`. `resolve` sets what the model, the data or the device decides.
+    """Lock the run folder and open its run: the complete config, the model, and the state to resume
+    from. A new run has no state, and `build_model` makes its model. A resumed adapter is loaded
+    onto `base`. `resolve` fills in settings that depend on the model, the data or the device.
     """
     run = Path(given.out_dir)
     with lock_folder(run) if dist.is_main else nullcontext():

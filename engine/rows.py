@@ -12,7 +12,9 @@ from engine.hub import check_hub_name, load_hub_rows
 
 Converted = TypeVar("Converted")
 STDLIB = "stdlib"  # the source whose rows are Python's own functions
-HUB_REMEDY = "Without a network, use a file: --data, --hellaswag_data; to fine-tune, --data stdlib"
+HUB_REMEDY = (
+    "Without a network, use a file (--data, --hellaswag_data), or fine-tune on --data stdlib"
+)
 DOCSTRING_WORDS = range(5, 60)  # longer or shorter first paragraphs are left out
 
 
@@ -76,7 +78,7 @@ def parse_json(text: bytes, place: str = "") -> Any:
 
 
 def stdlib_rows() -> list[dict]:
-    """Python functions and the first paragraphs of their docstrings, each function once."""
+    """Python functions and the first paragraphs of their docstrings, one per signature."""
     rows = {}
     for node, docstring in stdlib_definitions():
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

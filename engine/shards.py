@@ -70,7 +70,7 @@ class ShardWriter:
         self.max_tokens = options["max_tokens"] or sys.maxsize
         self.val_tokens = 0 if "section_chars" in options else options["val_tokens"]
         self.total = sum(shard["tokens"] for shard in shards)
-        # The position in the source: what precedes it, `tokens` in the current piece.
+        # Position in the source: counts of what is done; `tokens` within the current piece.
         start = dict.fromkeys(("pieces", "tokens", "documents", "empty"), 0)
         self.cursor: dict[str, int] = shards[-1]["cursor"] if shards else start
         self.unfinished: dict[str, ShardFile] = {}  # by split
@@ -80,7 +80,7 @@ class ShardWriter:
         return self.total == self.max_tokens
 
     def add(self, tokens: np.ndarray, starts: bool, is_val: bool) -> None:
-        """Write the piece at the cursor from there on, as far as max_tokens allows."""
+        """Write the rest of the current piece, from the cursor on, up to max_tokens."""
         cursor = self.cursor = dict(self.cursor)
         while cursor["tokens"] < len(tokens) and not self.is_full:
             is_leading = self.total < self.val_tokens

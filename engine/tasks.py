@@ -34,8 +34,8 @@ HELLASWAG_METRICS = {
     },
 }
 UNJOINED = (
-    "have no ctx_a and ctx_b; their ctx is used unchanged, so results differ slightly from "
-    "lm-eval's"
+    "have no ctx_a or ctx_b; their ctx is cleaned but not capitalized, so results differ slightly "
+    "from lm-eval's"
 )
 Z_95 = 1.959964  # normal quantile of a 95% interval
 MAX_EXPONENT = 709  # e to a higher power overflows a float
@@ -124,7 +124,7 @@ class Task:
 @dataclass(frozen=True)
 class HellaSwag(Task):
     """The most likely of several endings. `text` is cleaned as in lm-eval, or raw as in
-    build-nanogpt; it decides about the `lengths` for normalization: characters or tokens.
+    build-nanogpt; it decides whether `lengths`, for normalization, are characters or tokens.
     """
 
     text: HellaSwagText = "lm-eval"
@@ -133,7 +133,7 @@ class HellaSwag(Task):
     hub = ("Rowan/hellaswag", None, "validation")
 
     def make_example(self, row: dict) -> Example:
-        """Of an original row, or of one with ctx, endings and label alone."""
+        """From an original row, or from one with only ctx, endings and label."""
         endings, label = row["endings"], row["label"]
         is_list = isinstance(endings, list) and all(isinstance(ending, str) for ending in endings)
         if not is_list or len(endings) < 2:
@@ -213,8 +213,8 @@ class Lambada(Task):
 
 @dataclass(frozen=True)
 class TextPerplexity(Task):
-    """The perplexity of the documents of text files, whose windows overlap unless `stride`, the
-    tokens from one to the next, is the model's block_size (None).
+    """The perplexity of the documents of text files. Windows advance by `stride` tokens (None: the
+    model's block_size, so that they do not overlap).
     """
 
     stride: int | None = None
@@ -225,7 +225,7 @@ class TextPerplexity(Task):
         return find_files([self.source])
 
     def read_examples(self, block_size: int) -> Iterator[tuple[int, Example]]:
-        """A document's first window has its number of words and bytes, as lm-eval counts them."""
+        """The record of a document's first window has its words and bytes, as lm-eval counts."""
         stride = self.stride or block_size
         if stride > block_size:
             raise ValueError(f"stride is {stride}, expected at most block_size {block_size}")

@@ -51,7 +51,7 @@ def check_tensors(
 def copy_tensors(
     tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], source: str
 ) -> None:
-    """Copy each tensor into the target of the same name, or none, with `check_tensors`' error."""
+    """Copy each tensor into the target of the same name. On a mismatch, raise and copy none."""
     check_tensors(tensors, targets, source)
     for name, target in targets.items():
         target.copy_(tensors[name])

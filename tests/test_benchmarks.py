@@ -50,8 +50,8 @@ def test_a_contender_that_fails_costs_no_other(tmp_path, capsys):
     results = harness.measure(make, ["a", "b", "c"], TINY, config)
     assert list(results) == ["c"]
     out = capsys.readouterr().out
-    assert "a, 1 x 8, 1 x 8, is missing: No module named 'peer'" in out
-    assert "b, 1 x 8, 1 x 8, is missing: out of memory" in out
+    assert "a, 1 x 8, 1 x 8, failed: No module named 'peer'" in out
+    assert "b, 1 x 8, 1 x 8, failed: out of memory" in out
     (record,) = map(json.loads, file.read_text().splitlines())
     assert (record["contender"], record["x"]) == ("c", 3)
 

@@ -172,7 +172,7 @@ def test_long_and_empty_rows(write, capsys):
 def test_bad_rows_are_named(write, tmp_path):
     """Rows of another form, broken lines and damaged files are errors with their place."""
     for rows, match in (
-        ([{"text": "x"}], "line 1: it has text; expected instruction, input, output, or prompt"),
+        ([{"text": "x"}], "line 1: its keys are text; expected instruction and output"),
         ([*ROWS, "x"], "line 5: 'x' is not a JSON object; repair it$"),
         ([{"prompt": 5, "completion": "x"}], "line 1: prompt is 5, expected a string"),
         ([ROWS[0]], "has 1 usable examples, expected at least 2"),
