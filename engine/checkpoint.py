@@ -81,12 +81,12 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
         if lora_load_path is not None or not base:
             raise ValueError(
                 f"{name_or_path} is an adapter; give its base model {base or '(not named)'}, and "
-                "the adapter as --lora_load_path"
+                "the adapter as lora_load_path"
             )
         if Path(base).is_absolute() and not Path(base).exists():
             raise FileNotFoundError(
                 f"{base}, the base model of {name_or_path}, no longer exists; give a copy of it "
-                "(config.yaml has its base_sha256), and the adapter as --lora_load_path"
+                "(config.yaml has its base_sha256), and the adapter as lora_load_path"
             )
         name_or_path, lora_load_path, path = base, path, latest_checkpoint(base)
     model = load_pretrained(path if path.exists() else name_or_path)
@@ -142,7 +142,7 @@ def load_latest(
             return model, state
     if folders:
         raise ValueError(
-            f"none of the {len(folders)} checkpoints in {run} can be read; choose another --out_dir"
+            f"none of the {len(folders)} checkpoints in {run} can be read; choose another out_dir"
         )
     return None
 

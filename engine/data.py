@@ -80,7 +80,7 @@ class TrainingData(ABC):
             fits = next((n for n in sizes if step_size % (n * row_size * world_size) == 0), None)
             remedy = f"{-(-step_size // micro) * micro} is one"
             if fits:
-                remedy = f"--batch_size {fits} fits, and the loss curve is the same with it"
+                remedy = f"batch_size {fits} fits, and the loss curve is the same with it"
             raise ValueError(
                 f"{self.setting} {step_size} is not a multiple of batch_size {batch_size} x "
                 f"{row_size} x {world_size} ranks = {micro}; {remedy}"

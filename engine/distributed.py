@@ -99,7 +99,7 @@ def open_device(name: str, local_rank: int) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(
-            f"device {name} is not available: {reason}; --device auto picks one that is"
+            f"device {name} is not available: {reason}; device auto picks one that is"
         ) from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -140,7 +140,7 @@ def resolve_device_settings(config: Config, dist: Distributed) -> Config:
     if config.precision is None and device.type == "cpu" and dist.is_main:
         has = "has" if precision == "bf16" else "has no"
         print(
-            f"precision: {precision}, because this CPU {has} bf16 units; --precision overrides it"
+            f"precision: {precision}, because this CPU {has} bf16 units; set precision to change it"
         )
     compile_step = device.type == "cuda" if config.compile is None else config.compile
     return replace(config, precision=precision, compile=compile_step)

@@ -25,7 +25,7 @@ HUB_TEXT = {
     "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
     "slimpajama": ("DKYoon/SlimPajama-6B", "default"),
 }
-HUB_REMEDY = "The same command resumes; without a network, use --dataset stdlib or your own files"
+HUB_REMEDY = "The same command resumes; without a network, use dataset stdlib or your own files"
 SUFFIXES = (".txt", ".txt.gz", ".md", ".rst", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file
 # Encodings that a file's first bytes tell. UTF-32 comes first, as its mark begins with UTF-16's.
@@ -153,8 +153,8 @@ def select_text(files: list[Path], text_format: TextFormat) -> list[Path]:
         except UnicodeError as error:
             if not text_format.skip_bad_files:
                 raise ValueError(
-                    f"{error}; name its encoding (--encoding NAME), replace what cannot be decoded "
-                    "(--decode_errors replace), or leave such files out (--skip_bad_files)"
+                    f"{error}; name its encoding (encoding NAME), replace what cannot be decoded "
+                    "(decode_errors replace), or leave such files out (skip_bad_files)"
                 ) from error
             print(f"{error}; left out")
         else:
@@ -293,7 +293,7 @@ def read_parquet(file: Path, text_field: str) -> Iterator[Block]:
         columns = [f.name for f in parquet.schema_arrow if PARQUET_TEXT.match(str(f.type))]
         if text_field not in columns:
             raise ValueError(
-                f"{file} has no column {text_field!r} of text; --text_field may be "
+                f"{file} has no column {text_field!r} of text; text_field may be "
                 f"{' or '.join(columns) or 'none of its columns'}"
             )
         for batch in parquet.iter_batches(batch_size=1000, columns=[text_field]):
@@ -352,7 +352,7 @@ def choose_limit(sections: Iterable[Piece], fraction: float, max_tokens: int | N
     if smallest >= largest:
         raise ValueError(
             f"the text has fewer than two different sections of {SECTION_CHARS} characters, one "
-            "for training and one for validation; add text, or name its field (--text_field)"
+            "for training and one for validation; add text, or name its field (text_field)"
         )
     return min(max(limit, smallest + 1), largest)
 

@@ -62,13 +62,13 @@ def describe_error(error: Exception) -> str | None:
     if any(cls.__name__ == "BackendCompilerFailed" for cls in type(error).__mro__):
         return (
             f"torch.compile failed: {str(error).splitlines()[0]}; install a C++ compiler and "
-            "Python's headers (apt install build-essential python3-dev), or use --no-compile"
+            "Python's headers (apt install build-essential python3-dev), or turn compile off"
         )
     if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
         return None
     if isinstance(error, (MemoryError, RuntimeError)):  # PyTorch raises the latter
         return (
             f"not enough memory: {error}; use a smaller model or, in training, a smaller "
-            "--batch_size (the loss curve stays the same) or --recompute block"
+            "batch_size (the loss curve stays the same) or recompute block"
         )
     return str(error)

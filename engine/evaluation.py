@@ -132,7 +132,7 @@ def generate_samples(
     if not has_finite_weights(model):
         raise ValueError(
             "the model has weights that are not finite, so it generates no samples; lower "
-            "--max_lr, or start from another model, in another --out_dir"
+            "max_lr, or start from another model, in another out_dir"
         )
     tokenizer = get_tokenizer()
     samples = []

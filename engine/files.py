@@ -143,6 +143,5 @@ def lock_folder(folder: Path) -> Iterator[None]:
                             path.rmdir()
     except Timeout as error:
         raise ValueError(
-            f"{folder} is in use by another process; wait until it ends, or choose another "
-            "--out_dir"
+            f"{folder} is in use by another process; wait until it ends, or choose another out_dir"
         ) from error

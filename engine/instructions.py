@@ -29,7 +29,7 @@ class PromptTemplate(NamedTuple):
         template, values = self.without_input, {"instruction": instruction, "input": input_text}
         if input_text.strip():
             if self.with_input is None:
-                raise ValueError("the model was fine-tuned without inputs; omit --input")
+                raise ValueError("the model was fine-tuned without inputs; omit input")
             template = self.with_input
         return re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], template)
 

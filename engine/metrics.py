@@ -274,7 +274,7 @@ class RunLogger:
             self._call_safely(name, logger.close)
         checkpoint = list_checkpoints(self.run)[-1]
         samples = [r["samples"][0] for r in read_metrics(self.run) if r.get("samples")]
-        samples = [repr(collapse_newlines(s)) for s in samples] or ["none, --sample_every is 0"]
+        samples = [repr(collapse_newlines(s)) for s in samples] or ["none, sample_every is 0"]
         rows = summarize_run(self.run, checkpoint) | {
             "sample before": samples[0],
             "sample after": samples[-1],

@@ -52,9 +52,7 @@ def check_same_run(run: Path, config: TrainConfig) -> dict:
         return {}
     now = asdict(config)
     if now["resume"] == "never":
-        raise ValueError(
-            f"{run} already holds a run and --resume is never; choose another --out_dir"
-        )
+        raise ValueError(f"{run} already holds a run and resume is never; choose another out_dir")
     earlier = {f.name: f.default for f in fields(config)} | read_run_config(run)
     names = fixed_settings(type(config)) | earlier.keys() - now.keys()  # of an earlier version
     unset = {name: earlier[name] for name in names & now.keys() if now[name] is None}
@@ -64,7 +62,7 @@ def check_same_run(run: Path, config: TrainConfig) -> dict:
         shown = "; ".join(f"{n} was {earlier[n]}, is {now.get(n)}" for n in sorted(differences))
         raise ValueError(
             f"{run} holds a run with other settings, so it cannot be resumed exactly: {shown}. "
-            "Choose another --out_dir, or the earlier settings"
+            "Choose another out_dir, or the earlier settings"
         )
     if is_longer:
         check_extension(run, replace(config, **unset), earlier["max_steps"])
@@ -87,15 +85,15 @@ def check_extension(run: Path, config: TrainConfig, max_steps: int) -> None:
     if config.schedule != "wsd":
         raise ValueError(
             f"{run} has max_steps {max_steps}, on which a cosine depends from its first step. Only "
-            "runs with --schedule wsd can be extended; start a new run from its weights "
-            "(--init_from, or --lora_load_path) with a lower --max_lr and another --out_dir"
+            "runs with schedule wsd can be extended; start a new run from its weights "
+            "(init_from, or lora_load_path) with a lower max_lr and another out_dir"
         )
     end, checkpoints = plateau_end(replace(config, max_steps=max_steps)), list_checkpoints(run)
     later = [path for path in checkpoints if checkpoint_step(path) > end]
     if checkpoints and later == checkpoints:
         raise ValueError(
             f"{run} cannot be extended, because it has no checkpoint from before the decay, of "
-            f"step {end} or earlier; use --init_from {run} and another --out_dir"
+            f"step {end} or earlier; use init_from {run} and another out_dir"
         )
     if bases := [path for path in later if (path / BASE_MARK).exists()]:
         raise ValueError(

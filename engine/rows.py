@@ -12,9 +12,7 @@ from engine.hub import check_hub_name, load_hub_rows
 
 Converted = TypeVar("Converted")
 STDLIB = "stdlib"  # the source whose rows are Python's own functions
-HUB_REMEDY = (
-    "Without a network, use a file (--data, --hellaswag_data), or fine-tune on --data stdlib"
-)
+HUB_REMEDY = "Without a network, use a file as data or hellaswag_data, or fine-tune on stdlib"
 DOCSTRING_WORDS = range(5, 60)  # longer or shorter first paragraphs are left out
 
 
@@ -65,7 +63,7 @@ def convert_rows(
             unit = "line" if isinstance(row, bytes) else "row"
             problem = f"{source} {unit} {number}: {reason}"
             if not skip_bad_rows:
-                option = "" if skip_bad_rows is None else ", or add --skip_bad_rows"
+                option = "" if skip_bad_rows is None else ", or set skip_bad_rows"
                 raise ValueError(f"{problem}; repair it{option}") from error
             print(f"{problem}; skipped")
 

@@ -79,7 +79,7 @@ class Task:
         """Where the rows come from: a file, or a name of the hub."""
         if source := self.data or self.hub[0]:
             return source
-        raise ValueError(f"task {self.name} needs --data, the text or rows to evaluate on")
+        raise ValueError(f"task {self.name} needs data, the text or rows to evaluate on")
 
     def find_files(self) -> list[Path]:
         """The files of the rows, if they are not from the hub."""
@@ -248,7 +248,7 @@ class TextPerplexity(Task):
                 documents[-1] += piece.text
         if problems and not self.skip_bad_rows:
             found = ", ".join(f"{n} {problem}" for problem, n in problems.items())
-            raise ValueError(f"{self.source} has {found}; repair it, or add --skip_bad_rows")
+            raise ValueError(f"{self.source} has {found}; repair it, or set skip_bad_rows")
         return documents
 
     def compute_metrics(self, records: list[dict]) -> dict[str, dict]:

@@ -132,7 +132,7 @@ def warn_of_settings(
     if config.warmup_steps >= config.max_steps:
         print(
             f"warmup_steps is {config.warmup_steps} and max_steps {config.max_steps}, so the "
-            f"learning rate never reaches max_lr {config.max_lr}; lower --warmup_steps"
+            f"learning rate never reaches max_lr {config.max_lr}; lower warmup_steps"
         )
     if data.steps_per_epoch < FEW_STEPS:
         print(
@@ -151,7 +151,7 @@ def check_skipped(meter: Meter, step: int, logger: RunLogger) -> None:
     if meter.skipped_in_a_row >= MAX_SKIPPED_STEPS:
         raise ValueError(
             f"the gradient was not finite in {meter.skipped_in_a_row} consecutive steps; use a "
-            "lower --max_lr or --precision fp32, and another --out_dir"
+            "lower max_lr or precision fp32, and another out_dir"
         )
 
 

@@ -137,7 +137,7 @@ def test_a_batch_size_that_fits_is_named(make_shards):
     which the curve is the same.
     """
     shards = TokenShards(make_shards(100), "train")
-    with pytest.raises(ValueError, match="--batch_size 5 fits, and the loss curve is the same"):
+    with pytest.raises(ValueError, match="batch_size 5 fits, and the loss curve is the same"):
         make_data(shards, 7, 8 * 4 * 10, seed=0, world_size=4)
     make_data(shards, 5, 8 * 4 * 10, seed=0, world_size=4)
 

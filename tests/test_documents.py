@@ -315,7 +315,7 @@ def test_wrong_sources_are_named(tmp_path):
 def test_wrong_parquet_files_are_named(tmp_path, write_parquet):
     """A missing or wrong column, and a damaged file, are errors that name the file."""
     write_parquet({"body": ["x"], "n": [1]}, tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"no column 'text' of text; --text_field may be body$"):
+    with pytest.raises(ValueError, match=r"no column 'text' of text; text_field may be body$"):
         read_files(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a.parquet has no column 'n' of text"):
         read_files(tmp_path / "a.parquet", text_field="n")
@@ -361,7 +361,7 @@ def test_hub_failures_name_the_data_and_the_remedy(monkeypatch, error, datasets,
         ConnectionError, match=r"did not provide some/data: '?no( route)?'?\. Do this$"
     ):
         load_hub_rows("some/data", remedy="Do this")
-    with pytest.raises(ConnectionError, match=r"fineweb-edu: '?no.*\. .*--dataset stdlib"):
+    with pytest.raises(ConnectionError, match=r"fineweb-edu: '?no.*\. .*dataset stdlib"):
         read_source("fineweb-edu")
 
     def load_dataset(*_, **__):
@@ -370,7 +370,7 @@ def test_hub_failures_name_the_data_and_the_remedy(monkeypatch, error, datasets,
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     pieces = open_source(["fineweb-edu"], TextFormat()).pieces(0, Counter())
     assert next(pieces) == Piece("one")
-    with pytest.raises(ConnectionError, match=r"fineweb-edu: .*--dataset stdlib"):
+    with pytest.raises(ConnectionError, match=r"fineweb-edu: .*dataset stdlib"):
         next(pieces)
 
 

@@ -153,7 +153,7 @@ def test_one_process_holds_a_folder(tmp_path):
     )
     try:
         assert holder.stdout.readline() == "held\n"
-        expected = pytest.raises(ValueError, match=r"in use by another process.* --out_dir")
+        expected = pytest.raises(ValueError, match=r"in use by another process.* out_dir")
         with expected, lock_folder(folder):
             pytest.fail("the folder was held twice")
     finally:

@@ -323,7 +323,7 @@ def test_default_data_never_change_silently(folder):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
     error = expect_error("finetune_lora.py", *flags, cwd=folder, **offline)
     assert "the Hugging Face hub did not provide yahma/alpaca-cleaned" in error
-    assert "--data stdlib" in error
+    assert "fine-tune on stdlib" in error
     assert error.count("\n") == 1
     assert not Path("runs/a/metrics.jsonl").exists()
 

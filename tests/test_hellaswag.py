@@ -295,7 +295,7 @@ def test_a_task_in_the_table_is_a_task_of_the_command(folder, tmp_path, monkeypa
     main(config)
     assert read_rows(tmp_path / "out") == rows
     assert capsys.readouterr().out.count("2 words") == 2
-    with pytest.raises(ValueError, match="task continue needs --data"):
+    with pytest.raises(ValueError, match="task continue needs data"):
         main(replace(config, data=None))
 
 

@@ -56,7 +56,7 @@ def test_templates_give_the_prompts_of_training(write, tmp_path):
     assert examples[1].template.fill("Translate.", "Bonjour") == examples[1].prompt
     assert examples[2].template.fill("2 + 2 =") == examples[2].prompt
     assert "{input} and {instruction}\n" in examples[0].template.fill("{input} and {instruction}")
-    with pytest.raises(ValueError, match="without inputs; omit --input"):
+    with pytest.raises(ValueError, match="without inputs; omit input"):
         examples[2].template.fill("2 + 2 =", "x")
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000001"
     checkpoint.mkdir(parents=True)
@@ -209,7 +209,7 @@ def test_hub_rows(monkeypatch, datasets, network):
         raise FileNotFoundError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(ConnectionError, match=r"yahma/alpaca-cleaned: no route\. .*--data stdlib"):
+    with pytest.raises(ConnectionError, match=r"yahma/alpaca-cleaned: no route\. .*stdlib"):
         read_examples(DEFAULT_DATA, 1024)
 
 

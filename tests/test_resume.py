@@ -44,7 +44,7 @@ def test_a_run_resumes_only_as_it_was(tmp_path):
     assert check_same_run(tmp_path, free) == {"seed": 2}
     with pytest.raises(ValueError, match=r"max_lr was 0.001, is 0.002; seed was 2, is 1"):
         check_same_run(tmp_path, replace(config, max_lr=2e-3))
-    with pytest.raises(ValueError, match="--resume is never"):
+    with pytest.raises(ValueError, match="resume is never"):
         check_same_run(tmp_path, replace(free, resume="never"))
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ValueError, match=r"config.yaml is damaged"):

@@ -61,7 +61,7 @@ def test_bad_rows_are_named_or_skipped(tmp_path, capsys, name, text, problem):
     source = write(tmp_path / name, text)
     with pytest.raises(ValueError, match=f"{problem}.*; repair it$"):
         read_texts(source)
-    with pytest.raises(ValueError, match=f"{problem}.*; repair it, or add --skip_bad_rows$"):
+    with pytest.raises(ValueError, match=f"{problem}.*; repair it, or set skip_bad_rows$"):
         read_texts(source, skip_bad_rows=False)
     assert [text for _, text in read_texts(source, skip_bad_rows=True)] == [
         row["text"] for row in ROWS
