@@ -282,7 +282,7 @@ def test_files_in_other_encodings(tmp_path, capsys):
     assert "latin.txt is not UTF-8" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"another encoding .*iso8859-1.* before, .*None.* now"):
         prepare(tmp_path / "encoding", tmp_path / "text", skip_bad_files=True)
-    with pytest.raises(ValueError, match="unknown encoding: klingon; expected one of Python's"):
+    with pytest.raises(ValueError, match="unknown encoding: klingon; expected a Python encoding"):
         PrepareConfig(encoding="klingon")
 
 
