@@ -235,7 +235,7 @@ def test_the_base_of_an_adapter_is_kept(folder):
     shutil.rmtree("base_run")
     assert hash_weights(base) in (run / "config.yaml").read_text()
     with pytest.raises(
-        FileNotFoundError, match=r"no longer exists; .*base_sha256 in the run's config.yaml"
+        FileNotFoundError, match=r"no longer exists; .*config.yaml has its base_sha256"
     ):
         load_model(run)
 
