@@ -169,8 +169,7 @@ def main(given: FinetuneConfig) -> None:
             raise ValueError(f"merge_out {merged} already exists; choose another folder")
         if config.use_lora:
             freeze_base(model, config, dist)
-        ranks = {"rank": dist.rank, "world_size": dist.world_size}
-        sizes = {"batch_size": config.batch_size, **ranks}
+        sizes = {"batch_size": config.batch_size, "rank": dist.rank, "world_size": dist.world_size}
         per_step = config.examples_per_step
         data = InstructionData(examples, examples_per_step=per_step, seed=config.seed, **sizes)
         val = partial(held_out_batches, held_out, **sizes)
@@ -237,8 +236,8 @@ def resolve_config(
     """The config with a value for everything that was left to the adapter, the data or the device.
     ValueError if it contradicts the adapter.
     """
-    tenth = max(1, n_examples // SMALL_PARTS)
-    per_step = config.examples_per_step or min(EXAMPLES_PER_STEP, 2 ** (tenth.bit_length() - 1))
+    tenth = 2 ** (max(1, n_examples // SMALL_PARTS).bit_length() - 1)  # as a power of two
+    per_step = config.examples_per_step or min(EXAMPLES_PER_STEP, tenth)
     max_steps = config.max_steps or -(-config.epochs * n_examples // per_step)
     defaults = {
         "warmup_steps": min(WARMUP_STEPS, max_steps // SMALL_PARTS),

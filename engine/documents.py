@@ -281,8 +281,9 @@ def read_jsonl(file: Path, text_format: TextFormat, problems: Counter) -> Iterat
             problem = f"no text under {text_format.text_field!r} ({error!r})"
             note_problem(problems, "bad rows", f"{file} line {number}: {problem}; skipped")
         else:
-            # JSON may escape lone surrogates, which UTF-8 cannot have: they become U+FFFD.
-            yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True
+            if "\\u" in line:  # may be lone surrogates, which UTF-8 cannot have: they become U+FFFD
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            yield text, True
 
 
 def read_parquet(file: Path, text_field: str) -> Iterator[Block]:

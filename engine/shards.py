@@ -38,8 +38,10 @@ class ShardFile:
         self.file.write(header.getvalue())
 
     def write(self, tokens: np.ndarray) -> None:
-        with naming_file(self.path):
+        try:  # as naming_file does, which takes longer than a short write
             self.file.write(tokens.data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.tokens += len(tokens)
 
     def finish(self) -> dict:
