@@ -133,7 +133,8 @@ def open_files(
         return (piece for file in files for piece in read_pieces(file, text_format, problems))
 
     def draw(skip: int, problems: Counter) -> Iterator[Piece]:
-        select_text(files, text_format)
+        if not text_format.skip_bad_files:  # else they have been selected
+            select_text(files, text_format)
         problems["bad files left out"] = len(found) - len(files)
         printed = Counter(PROBLEMS)  # the first pass over the text prints nothing
         limit = choose_limit(read(printed), min(MAX_VAL_FRACTION, wanted / n_tokens), max_tokens)

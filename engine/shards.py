@@ -38,10 +38,8 @@ class ShardFile:
         self.file.write(header.getvalue())
 
     def write(self, tokens: np.ndarray) -> None:
-        try:  # as naming_file does, which takes longer than a short write
+        with naming_file(self.path):
             self.file.write(tokens.data)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.tokens += len(tokens)
 
     def finish(self) -> dict:
