@@ -120,11 +120,11 @@ def measure(
 ) -> Results:
     """Make the contenders and run them; return what each measured in `config.rounds` turns.
 
-    A contender does a step and returns figures by name. To these are added `seconds`, and
-    `peak_bytes`: on a CPU the highest resident memory so far over that after a step of a tiny size,
-    on CUDA the allocator's peak. On CUDA each needs the GPU for itself, so they run one after
-    another in this process, as with `one_by_one`; those that fail, out of memory or without a
-    package, are reported and left out.
+    A contender does a step and returns figures by name. This adds `seconds` and
+    `peak_bytes`: CUDA's allocator peak, or on a CPU the highest resident memory so far, less what a
+    tiny step leaves resident. On CUDA each contender needs the GPU for itself, so they run one after
+    another in this process, as with `one_by_one`. A contender that runs out of memory or lacks its
+    package is reported and left out.
     """
     torch.set_num_threads(config.threads)
     parts = config.contenders or [""]
