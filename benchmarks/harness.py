@@ -122,9 +122,9 @@ def measure(
 
     A contender does a step and returns figures by name. This adds `seconds` and
     `peak_bytes`: CUDA's allocator peak, or on a CPU the highest resident memory so far, less what a
-    tiny step leaves resident. On CUDA each contender needs the GPU for itself, so they run one after
-    another in this process, as with `one_by_one`. A contender that runs out of memory or lacks its
-    package is reported and left out.
+    tiny step leaves resident. On CUDA each contender needs the GPU for itself, so they run one
+    after another in this process, as with `one_by_one`. A contender that runs out of memory or
+    lacks its package is reported and left out.
     """
     torch.set_num_threads(config.threads)
     parts = config.contenders or [""]
