@@ -1,5 +1,6 @@
 """Shared by the tests: real text, tiny models and data, and commands run as processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,20 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import ROOT, Job
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from engine import training
 from engine.data import PretrainingData
 from engine.distributed import Distributed
 from engine.documents import Piece, TextFormat, find_files, read_pieces
 from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
-from engine.tokenizer import get_tokenizer
+from engine.tokenizer import get_tokenizer, save_tokenizer
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 
-ROOT = Path(__file__).parents[1]
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-WORKERS = Path(__file__).parent / "workers"  # programs that tests run as processes
+SHARED_DATA = ROOT.parent / "shared" / "data"
+WORKERS = ROOT / "tests" / "workers"  # programs that tests run as processes
+HELLASWAG_ROWS = ROOT / "tests" / "hellaswag_rows.jsonl"  # 20 rows, made up for the tests
 CPU = Distributed(rank=0, world_size=1, device=torch.device("cpu"))
 GPU = Distributed(rank=0, world_size=1, device=torch.device("cuda", 0))
 NEEDS_GPU = [
@@ -66,15 +69,9 @@ def command(script: str, *args: object) -> list[str]:
     return [sys.executable, str(ROOT / script), *map(str, args)]
 
 
-def run_script(script: str, *args: object, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(script, *args),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **env},
-    )
+def run_script(script: str, *args: object, **options) -> subprocess.CompletedProcess:
+    """Run a script to its end; the options are those of Job."""
+    return Job(script, *args, **options).wait()
 
 
 def worker_env() -> dict[str, str]:
@@ -162,6 +159,34 @@ def write_parquet() -> Callable:
     from pyarrow import parquet
 
     return lambda columns, path: parquet.write_table(pyarrow.table(columns), path)
+
+
+@pytest.fixture
+def write_rows(tmp_path) -> Callable[..., str]:
+    """A function that writes rows to a .jsonl, or to a .json as a list, and returns its path."""
+
+    def write(rows: list, name: str = "rows.jsonl") -> str:
+        lines = "\n".join(map(json.dumps, rows))
+        (tmp_path / name).write_text(json.dumps(rows) if name.endswith(".json") else lines)
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def talkative_folder(tmp_path_factory) -> Path:
+    """The folder of `talkative_model`, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("talkative")
+    talkative_model(block_size=128).save_pretrained(folder)
+    save_tokenizer(folder, 128)
+    return folder
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Training draws no plot and writes no report, which takes longer than tiny runs."""
+    for name in ("plot_runs", "write_report"):
+        monkeypatch.setattr(training, name, lambda *_: None)
 
 
 @pytest.fixture

@@ -1,0 +1,107 @@
+"""Commands in processes of their own, which are forked from a server that has imported torch,
+because importing it takes seconds.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+from multiprocessing import connection
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import torch
+
+from engine.files import JSONLinesLog
+
+ROOT = Path(__file__).parents[1]
+HANG_SECONDS = 600  # ten times what the slowest takes on a busy machine
+PRELOAD = ["torch.distributed.fsdp", "torch.distributed.tensor", "matplotlib.figure", "tokenizers"]
+
+
+class Job:
+    """A script of the project, in one process or on several ranks, as torchrun starts them."""
+
+    def __init__(
+        self,
+        script: str,
+        *args: object,
+        cwd: Path | str = ".",
+        ranks: int = 1,
+        signal_at: tuple[int, signal.Signals] | None = None,
+        **env: str,
+    ):
+        """Start. With signal_at=(step, signal), rank 0 gets the signal once the step is logged."""
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(PRELOAD)
+        self.output = tempfile.TemporaryDirectory()
+        env = {**os.environ, **env}
+        if ranks > 1:
+            with socket.create_server(("127.0.0.1", 0)) as unused:
+                port = str(unused.getsockname()[1])
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+        argv = [str(ROOT / script), *map(str, args)]
+        self.processes = []
+        for rank in range(ranks):
+            rank_env = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            options = argv, Path(cwd).absolute(), env | rank_env, self.output.name
+            at = signal_at if rank == 0 else None
+            process = server.Process(
+                target=run, args=(*options, torch.get_num_threads(), at), daemon=True
+            )
+            process.start()
+            self.processes.append(process)
+
+    def wait(self) -> CompletedProcess:
+        """Wait until all ranks end, or one fails. The result has the output of all ranks."""
+        running, codes = {process.sentinel: process for process in self.processes}, [0]
+        while running and not any(codes):
+            ended = connection.wait(running, timeout=HANG_SECONDS)
+            assert ended, "the command hangs"
+            for sentinel in ended:
+                running[sentinel].join()
+                codes.append(running.pop(sentinel).exitcode)
+        for process in running.values():
+            process.kill()
+        out, err = (Path(self.output.name, name).read_text() for name in ("out", "err"))
+        return CompletedProcess(
+            args=[], returncode=next(filter(None, codes), 0), stdout=out, stderr=err
+        )
+
+
+def run(
+    argv: list[str],
+    cwd: Path,
+    env: dict[str, str],
+    output: str,
+    n_threads: int,
+    signal_at: tuple[int, signal.Signals] | None,
+) -> None:
+    """Run a script in this process, with its output in the files `out` and `err`."""
+    for descriptor, name in ((1, "out"), (2, "err")):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        os.dup2(os.open(f"{output}/{name}", flags), descriptor)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(n_threads)
+    if signal_at:
+        send_signal_at(*signal_at)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def send_signal_at(step: int, signum: signal.Signals) -> None:
+    """Send this process a signal when it has logged a step."""
+    append = JSONLinesLog.append
+
+    def append_and_send(log: JSONLinesLog, *records: dict) -> None:
+        append(log, *records)
+        if records and records[-1].get("step") == step:
+            os.kill(os.getpid(), signum)
+
+    JSONLinesLog.append = append_and_send
