@@ -64,6 +64,17 @@ precision: fp32
 """
 
 
+# The settings of a model that trains 30 steps in seconds.
+TINY_RUN = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 2}
+TINY_RUN |= {"total_batch_size": 128, "warmup_steps": 4, "max_lr": 1e-2, "min_lr": 1e-3}
+TINY_RUN |= {"eval_tokens": 200, "device": "cpu", "precision": "fp32"}
+
+
+def as_flags(settings: dict) -> list[str]:
+    """The command line of the settings that are not None."""
+    return [f"--{name}={value}" for name, value in settings.items() if value is not None]
+
+
 def command(script: str, *args: object) -> list[str]:
     """The command line of one of the project's scripts."""
     return [sys.executable, str(ROOT / script), *map(str, args)]
@@ -79,9 +90,9 @@ def worker_env() -> dict[str, str]:
     return {**ONE_THREAD, "PYTHONPATH": str(ROOT)}
 
 
-def expect_error(script: str, *args: object, cwd: Path, **env: str) -> str:
+def expect_error(script: str, *args: object, **options) -> str:
     """The one-line error that the command prints, with exit code 2."""
-    result = run_script(script, *args, cwd=cwd, **env)
+    result = run_script(script, *args, **options)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ")
@@ -174,11 +185,21 @@ def write_rows(tmp_path) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def talkative_folder(tmp_path_factory) -> Path:
+def gpt2_folder(tmp_path_factory) -> Path:
     """The folder of `talkative_model`, with its tokenizer."""
     folder = tmp_path_factory.mktemp("talkative")
     talkative_model(block_size=128).save_pretrained(folder)
     save_tokenizer(folder, 128)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with shards of a small text, which fineweb.py made, in data/text."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "text.txt").write_text((ROOT / "tests" / "test_config.py").read_text() * 2)
+    result = run_script("fineweb.py", "--dataset", "text.txt", "--val_tokens", 600, cwd=folder)
+    assert result.returncode == 0, result.stderr
     return folder
 
 
@@ -244,3 +265,8 @@ def make_step(
 @pytest.fixture
 def shards(make_shards) -> TokenShards:
     return TokenShards(make_shards(300, 390), "train")
+
+
+@pytest.fixture(scope="session")
+def talkative_folder(gpt2_folder) -> Path:
+    return gpt2_folder

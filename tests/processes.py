@@ -19,7 +19,7 @@ from engine.files import JSONLinesLog
 
 ROOT = Path(__file__).parents[1]
 HANG_SECONDS = 600  # ten times what the slowest takes on a busy machine
-PRELOAD = ["torch.distributed.fsdp", "torch.distributed.tensor", "matplotlib.figure", "tokenizers"]
+PRELOAD = ["torch._dynamo", "torch.distributed.fsdp", "matplotlib.figure", "tokenizers"]
 
 
 class Job:
@@ -43,7 +43,7 @@ class Job:
             with socket.create_server(("127.0.0.1", 0)) as unused:
                 port = str(unused.getsockname()[1])
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-        argv = [str(ROOT / script), *map(str, args)]
+        argv = [script, *map(str, args)]
         self.processes = []
         for rank in range(ranks):
             rank_env = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
@@ -90,18 +90,23 @@ def run(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(n_threads)
     if signal_at:
-        send_signal_at(*signal_at)
-    sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+        send_signal_at(*signal_at, os.getpid())
+    run_here(*argv)
 
 
-def send_signal_at(step: int, signum: signal.Signals) -> None:
-    """Send this process a signal when it has logged a step."""
+def run_here(script: str, *args: str) -> None:
+    """Run a script in this process."""
+    sys.argv = [str(ROOT / script), *args]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def send_signal_at(step: int, signum: signal.Signals, pid: int) -> None:
+    """Send a process a signal when this one has logged a step."""
     append = JSONLinesLog.append
 
     def append_and_send(log: JSONLinesLog, *records: dict) -> None:
         append(log, *records)
         if records and records[-1].get("step") == step:
-            os.kill(os.getpid(), signum)
+            os.kill(pid, signum)
 
     JSONLinesLog.append = append_and_send

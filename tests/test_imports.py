@@ -1,12 +1,15 @@
 """Imports point one way: commands -> engine -> model; heavy packages are imported where used."""
 
 import ast
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 
-from conftest import ROOT, worker_env
+from conftest import WORKERS
+from processes import ROOT
 
 COMMANDS = {"train_gpt2", "finetune_lora", "hellaswag", "fineweb", "sample", "plot", "share"}
 # torch itself loads none of them.
@@ -103,18 +106,24 @@ def test_model_imports_engine_in_functions_only():
     assert {node.lineno for _, node in found} <= inside
 
 
-def test_importing_the_commands_loads_nothing_heavy():
-    """Importing all commands and all of engine/ loads none of the packages that are slow or
-    optional.
+def test_help_and_imports_do_nothing_else(tmp_path):
+    """Importing the modules prints nothing and `-h` of a command its help; neither writes a file,
+    starts a process group, or loads a package that is slow or optional. fineweb.py needs no torch.
     """
-    program = f"import sys, {', '.join(sorted(MODULES))}; print(*sorted(sys.modules))"
+    scripts = [f"{ROOT / name}.py" for name in ("fineweb", *sorted(COMMANDS - {"fineweb"}))]
+    command = [sys.executable, str(WORKERS / "show_help.py"), *scripts, *sorted(MODULES)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, "-c", program], env=worker_env(), capture_output=True, text=True
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert result.returncode == 0, result.stderr
-    loaded = set(result.stdout.split())
-    assert loaded >= MODULES
-    assert not loaded & HEAVY
+    printed = json.loads(result.stdout)
+    for name, (text, loaded) in printed.items():
+        assert ("\noptions:\n" in text) if name in scripts else text == ""
+        assert not HEAVY & {*loaded}
+        assert ("torch" in loaded) == (name != scripts[0])
+    assert {*loaded} >= MODULES
+    assert result.stderr == ""
+    assert not list(tmp_path.iterdir())
 
 
 def test_optional_packages_are_imported_in_functions_only():

@@ -7,7 +7,6 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from engine import training
 from engine.checkpoint import list_checkpoints
 from engine.config import flag
 from engine.metrics import read_metrics
@@ -83,10 +82,7 @@ def read_curve(run) -> list[tuple]:
 
 
 @pytest.fixture
-def data_dir(tmp_path, monkeypatch):
-    """Shards; runs on them draw no pictures, which takes most of their time."""
-    for name in ("plot_runs", "write_report"):
-        monkeypatch.setattr(training, name, lambda *_: None)
+def data_dir(tmp_path, no_pictures):
     for split, length in (("train", 3000), ("val", 200)):
         write_shard(tmp_path / f"x_{split}.npy", np.arange(length))
     return tmp_path

@@ -5,30 +5,25 @@ import os
 import pty
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import NASTY_TEXT, command, talkative_model
+from conftest import NASTY_TEXT
+from processes import HANG_SECONDS, ROOT
 
 from engine.checkpoint import load_model
 from engine.config import parse_flags
-from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer, save_tokenizer
+from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from model import GPT
 from sample import Continuation, SampleConfig, main, print_continuations
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("gpt2")
-    talkative_model(block_size=64).save_pretrained(folder)
-    save_tokenizer(folder, 64)
-    return folder
 
 
 def add_all(tokens: list[int], stop: list[str]) -> list[str]:
@@ -116,9 +111,9 @@ def test_nothing_follows_the_end_of_a_document():
     assert continuation.n_tokens == 1
 
 
-def test_streaming_equals_generating(folder):
+def test_streaming_equals_generating(gpt2_folder):
     """The streamed ids are those of generate, and no more of them are computed than are read."""
-    model, idx = GPT.from_pretrained(folder).eval(), torch.tensor([[1, 2], [3, 4]])
+    model, idx = GPT.from_pretrained(gpt2_folder).eval(), torch.tensor([[1, 2], [3, 4]])
     passes, hidden = [], model.hidden
     model.hidden = lambda *args: passes.append(torch.is_grad_enabled()) or hidden(*args)
     stream = model.stream(idx, 100, generator=torch.Generator().manual_seed(3))
@@ -129,11 +124,11 @@ def test_streaming_equals_generating(folder):
     assert torch.equal(torch.cat([idx, ids], dim=1), expected)
 
 
-def test_generation_ends_when_all_rows_stop(folder, capsys):
+def test_generation_ends_when_all_rows_stop(gpt2_folder, capsys):
     """Each row is what it is without stop texts, up to its first stop text. When all rows have
     stopped no more tokens are computed. Equal seeds give equal texts, other seeds others.
     """
-    model = GPT.from_pretrained(folder).eval()
+    model = GPT.from_pretrained(gpt2_folder).eval()
     config = SampleConfig(num_return_sequences=3, max_new_tokens=10**6, stop=["e", "a"])
 
     def rows(seed: int) -> list[str]:
@@ -151,26 +146,24 @@ def test_generation_ends_when_all_rows_stop(folder, capsys):
     assert rows(5) == rows(5) != rows(6)
 
 
-def test_stdout_is_the_text_alone(folder):
+def test_stdout_is_the_text_alone(gpt2_folder, monkeypatch, capfdbinary):
     """A piped prompt gives the same text as --prompt, and nothing else on stdout. Bytes that are
     not UTF-8 are an error.
     """
 
-    def sample(stdin: bytes, *args: object) -> tuple[int, bytes, bytes]:
-        options = ("--model", folder, "--device", "cpu", "--max_new_tokens", 20, *args)
-        result = subprocess.run(command("sample.py", *options), input=stdin, capture_output=True)
-        return result.returncode, result.stdout, result.stderr
+    def sample(stdin: bytes, prompt: str | None = None) -> tuple[bytes, bytes]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        main(SampleConfig(str(gpt2_folder), prompt=prompt, max_new_tokens=20, device="cpu"))
+        return capfdbinary.readouterr()
 
     prompt = "Caf\u00e9 au\nlait"
-    code, piped, speed = sample(f"{prompt}\n".encode())
-    assert code == 0
+    piped, speed = sample(f"{prompt}\n".encode())
     assert b"tokens/s" in speed
     assert piped.startswith(prompt.encode())
     assert len(piped) > len(prompt.encode()) + 5
-    assert piped == sample(b"", "--prompt", prompt)[1]
-    code, out, error = sample(b"\xff\xfe")
-    assert (code, out) == (2, b"")
-    assert error.startswith(b"error: 'utf-8' codec can't decode byte")
+    assert piped == sample(b"", prompt)[0]
+    with pytest.raises(UnicodeDecodeError):
+        sample(b"\xff\xfe")
 
 
 @pytest.mark.parametrize("stop", ["[5]", "5", "the"])
@@ -183,30 +176,18 @@ def test_stop_in_a_config_file_is_a_list_of_texts(tmp_path, capsys, stop):
     assert f"stop is {stop}, expected a list of strings" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("stop", [""]),  # it would end every continuation before its first token
-        ("num_return_sequences", 0),
-        ("max_new_tokens", 0),
-        ("temperature", -0.1),
-        ("top_k", 0),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("seed", -1),
-        ("seed", 2**63),
-    ],
-)
-def test_wrong_settings_are_named(name, value):
+def test_wrong_settings_are_named():
     """A setting out of its range is an error with its value and what is expected."""
-    with pytest.raises(ValueError, match=f"^{re.escape(f'{name} is {value}, expected ')}"):
-        SampleConfig(**{name: value})
+    wrong = {"stop": [""], "num_return_sequences": 0, "max_new_tokens": 0, "temperature": -0.1}
+    for name, value in (wrong | {"top_k": 0, "top_p": 1.1, "seed": 2**63}).items():
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{name} is {value}, expected ')}"):
+            SampleConfig(**{name: value})
 
 
 @pytest.fixture
-def tuned(folder, tmp_path) -> Path:
+def tuned(gpt2_folder, tmp_path) -> Path:
     """The model with a template beside it, as --merge_out writes it."""
-    shutil.copytree(folder, tmp_path / "tuned")
+    shutil.copytree(gpt2_folder, tmp_path / "tuned")
     texts = {"without_input": "Task: {instruction}\n", "with_input": "{instruction}, {input}\n"}
     (tmp_path / "tuned" / "prompt_template.json").write_text(json.dumps(texts))
     return tmp_path / "tuned"
@@ -218,7 +199,7 @@ def greedy_text(folder: Path, prompt: str, n_tokens: int) -> str:
     return get_tokenizer().decode(out[0, idx.size(1) :].tolist())
 
 
-def test_instructions_are_filled_into_the_template(tuned, folder, capsys):
+def test_instructions_are_filled_into_the_template(tuned, gpt2_folder, capsys):
     """The answer is what follows the prompt of the model's template, and is printed alone."""
     settings = {"model": str(tuned), "temperature": 0.0, "max_new_tokens": 9, "device": "cpu"}
     for instruction, input_text, prompt in (
@@ -228,16 +209,16 @@ def test_instructions_are_filled_into_the_template(tuned, folder, capsys):
         main(SampleConfig(**settings, instruction=instruction, input=input_text))
         assert capsys.readouterr().out == greedy_text(tuned, prompt, 9) + "\n"
     with pytest.raises(ValueError, match=r"has no prompt_template.json .*; give .* as --prompt"):
-        main(SampleConfig(**{**settings, "model": str(folder)}, instruction="Say hi"))
+        main(SampleConfig(**{**settings, "model": str(gpt2_folder)}, instruction="Say hi"))
     for wrong in ({"prompt": "a", "instruction": "b"}, {"input": "a"}):
         with pytest.raises(ValueError, match=r"expected one of them|needs --instruction"):
             SampleConfig(**wrong)
 
 
-def test_a_long_prompt_is_cut_with_a_line(folder, capsys):
+def test_a_long_prompt_is_cut_with_a_line(gpt2_folder, capsys):
     """Of a prompt longer than the window its end is used, and a line says so."""
-    block_size = load_model(folder).config.block_size
-    settings = {"model": str(folder), "temperature": 0.0, "max_new_tokens": 5, "device": "cpu"}
+    block_size = load_model(gpt2_folder).config.block_size
+    settings = {"model": str(gpt2_folder), "temperature": 0.0, "max_new_tokens": 5, "device": "cpu"}
     main(SampleConfig(**settings, prompt=" the" * (block_size + 7)))
     long = capsys.readouterr()
     cut = f"the prompt has {block_size + 7} tokens, the model sees the last {block_size}\n"
@@ -259,35 +240,38 @@ def test_instructions_on_a_terminal(tuned, monkeypatch, capsys):
     assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in answers)
 
 
-@pytest.fixture
-def _heeds_ctrl_c():
-    """Processes started from a shell's background job would ignore SIGINT, as it does."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_heeds_ctrl_c")
-def test_prompts_on_a_terminal(folder):
+def test_prompts_on_a_terminal(gpt2_folder):
     """Without a prompt it asks for one on a terminal. Ctrl-C ends the text but not the session, and
     an empty line ends the session with exit code 0.
     """
     ours, theirs = pty.openpty()
-    arguments = ("--model", folder, "--device", "cpu", "--max_new_tokens", 10**6)
+    # A process that a shell started in the background would ignore Ctrl-C.
+    heed = "import signal, os, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    command = [
+        sys.executable,
+        "-c",
+        heed + "os.execv(sys.executable, sys.argv[1:])",
+        sys.executable,
+    ]
+    command += [str(ROOT / "sample.py"), f"--model={gpt2_folder}", "--max_new_tokens=1000000"]
     process = subprocess.Popen(
-        command("sample.py", *arguments), stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
+        [*command, "--device=cpu"], stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
     )
     os.close(theirs)
-    seen = io.BytesIO()
+    seen = bytearray()
 
     def wait_for(text: bytes, retry: Callable[[], None] = lambda: None) -> None:
-        start, started, tries = seen.tell(), time.monotonic(), 0
-        while text not in seen.getvalue()[start:]:
-            if time.monotonic() - started > 20 * (tries + 1):
-                tries += 1
-                assert tries < 4, seen.getvalue()[-500:]
-                retry()
-            seen.write(os.read(ours, 4096))
+        """Read until `text` is printed; call `retry` every ten seconds."""
+        start = len(seen)
+        for _ in range(HANG_SECONDS // 10):
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                if select.select([ours], [], [], 1)[0]:
+                    seen.extend(os.read(ours, 4096))
+                if text in seen[start:]:
+                    return
+            retry()
+        pytest.fail(f"no {text!r} in {seen[-500:]!r}")
 
     try:
         wait_for(b"prompt: ")
@@ -300,8 +284,8 @@ def test_prompts_on_a_terminal(folder):
         os.write(ours, b"\x1b[A")  # the up arrow recalls the earlier prompt, to edit it
         wait_for(b"Hello")
         os.write(ours, b"\x15\n")  # Ctrl-U deletes it
-        assert process.wait(30) == 0
+        assert process.wait(HANG_SECONDS) == 0
     finally:
         process.kill()
         os.close(ours)
-    assert b"Traceback" not in seen.getvalue()
+    assert b"Traceback" not in seen

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import run_script, talkative_model
+from conftest import talkative_model
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -194,11 +194,3 @@ def test_run_without_a_checkpoint(tmp_path, best, wanted):
     with pytest.raises(FileNotFoundError, match=f"holds no checkpoint{wanted}; expected an --out_"):
         share.main(ShareConfig(str(tmp_path), "me/x", best=best, dry_run=True))
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("flags", [["--dry_run"], ["--dry_run", "true"]])
-def test_share_command(run, flags):
-    """--dry_run works without a value and with one, and uploads nothing."""
-    result = run_script("share.py", "--run", run, "--repo_id", "me/x", *flags, cwd=run)
-    assert result.returncode == 0, result.stderr
-    assert f"dry run: {run / 'share'} holds what would be uploaded to me/x" in result.stdout
