@@ -3,8 +3,6 @@
 import json
 import os
 import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +17,16 @@ from engine import training
 from engine.data import PretrainingData
 from engine.distributed import Distributed
 from engine.documents import Piece, TextFormat, find_files, read_pieces
+from engine.metrics import read_metrics
 from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
 from engine.tokenizer import get_tokenizer, save_tokenizer
+from finetune_lora import FinetuneConfig
+from fineweb import PrepareConfig
+from hellaswag import EvalConfig
 from model import GPT, GPTConfig
+from sample import SampleConfig
+from share import ShareConfig
 from train_gpt2 import PretrainConfig
 
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -37,8 +41,6 @@ NEEDS_GPU = [
 on_cpu_and_gpu = pytest.mark.parametrize(
     "dist", [CPU, pytest.param(GPU, marks=NEEDS_GPU)], ids=["cpu", "cuda"]
 )
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 NASTY_TEXT = (
     "Hello, I'm a language model,\n\n\n  naïve café — “quotes” … 日本語 العربية ﷺ 😀👨‍👩‍👧‍👦 \n"
@@ -46,27 +48,19 @@ NASTY_TEXT = (
     "1234567 3.14e-10 <|endoftext|> they'll we've I'd   'S  \x00\x1c\x85 \u2028\u00a0\u3000end   "
 )
 
-# A model that trains 60 steps in seconds, for --config.
-TINY = """
-n_layer: 2
-n_head: 2
-n_embd: 32
-block_size: 32
-batch_size: 4
-total_batch_size: 256
-warmup_steps: 4
-max_lr: 1.0e-2
-min_lr: 1.0e-3
-eval_tokens: 512
-sample_every: 20
-device: cpu
-precision: fp32
-"""
-
-
-# The settings of a model that trains 30 steps in seconds.
+# The settings of each command.
+CONFIGS = {
+    "train_gpt2": PretrainConfig,
+    "finetune_lora": FinetuneConfig,
+    "hellaswag": EvalConfig,
+    "sample": SampleConfig,
+    "fineweb": PrepareConfig,
+    "share": ShareConfig,
+}
+# Settings of a run that takes seconds.
 TINY_RUN = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 2}
-TINY_RUN |= {"total_batch_size": 128, "warmup_steps": 4, "max_lr": 1e-2, "min_lr": 1e-3}
+TINY_RUN |= {"total_batch_size": 128, "max_steps": 30, "warmup_steps": 4, "max_lr": 1e-2}
+TINY_RUN |= {"min_lr": 1e-3, "eval_every": 10, "sample_every": 10, "save_every": 10}
 TINY_RUN |= {"eval_tokens": 200, "device": "cpu", "precision": "fp32"}
 
 
@@ -75,9 +69,10 @@ def as_flags(settings: dict) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
 
-def command(script: str, *args: object) -> list[str]:
-    """The command line of one of the project's scripts."""
-    return [sys.executable, str(ROOT / script), *map(str, args)]
+def tiny_run(out_dir: str, **settings: object) -> list[str]:
+    """The command line of a tiny run on the data in the folder `workplace`."""
+    paths = {"data_dir": "data/text", "out_dir": out_dir}
+    return ["train_gpt2.py", *as_flags({**TINY_RUN, **paths, **settings})]
 
 
 def run_script(script: str, *args: object, **options) -> subprocess.CompletedProcess:
@@ -87,7 +82,7 @@ def run_script(script: str, *args: object, **options) -> subprocess.CompletedPro
 
 def worker_env() -> dict[str, str]:
     """The environment of programs in tests/workers, which import the project."""
-    return {**ONE_THREAD, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def expect_error(script: str, *args: object, **options) -> str:
@@ -99,14 +94,15 @@ def expect_error(script: str, *args: object, **options) -> str:
     return result.stderr
 
 
-def wait_for_steps(run: Path, steps: int, process: subprocess.Popen | None = None) -> None:
-    """Wait until the run has logged more than `steps` lines; fail if its process ends before."""
-    log, deadline = run / "metrics.jsonl", time.monotonic() + 60
-    while time.monotonic() < deadline and (process is None or process.poll() is None):
-        if log.exists() and log.read_bytes().count(b"\n") > steps:
-            return
-        time.sleep(0.005)
-    pytest.fail(f"{run} ended, or did not reach step {steps} within a minute")
+def read_curve(run: Path) -> list[tuple]:
+    """What a run has logged, without the times."""
+    keys = ("step", "train_loss", "val_loss", "lr", "grad_norm", "tokens", "samples")
+    return [tuple(record.get(key) for key in keys) for record in read_metrics(run)]
+
+
+def read_values(run: Path, key: str) -> list:
+    """The values of one kind that a run has logged."""
+    return [record[key] for record in read_metrics(run) if key in record]
 
 
 def small_transformers_gpt2(**options: object) -> GPT2LMHeadModel:

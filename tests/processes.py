@@ -12,6 +12,7 @@ import tempfile
 from multiprocessing import connection
 from pathlib import Path
 from subprocess import CompletedProcess
+from unittest import mock
 
 import torch
 
@@ -96,8 +97,9 @@ def run(
 
 def run_here(script: str, *args: str) -> None:
     """Run a script in this process."""
-    sys.argv = [str(ROOT / script), *args]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    path = str(ROOT / script)
+    with mock.patch.object(sys, "argv", [path, *args]):
+        runpy.run_path(path, run_name="__main__")
 
 
 def send_signal_at(step: int, signum: signal.Signals, pid: int) -> None:

@@ -1,6 +1,5 @@
 """Flags, YAML config files and help of all commands, and the checks of TrainConfig."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,7 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import pytest
-from conftest import ROOT
+from conftest import CONFIGS
+from processes import ROOT
 
 from engine.config import (
     TrainConfig,
@@ -28,31 +28,12 @@ from sample import SampleConfig
 from share import ShareConfig
 from train_gpt2 import PretrainConfig
 
-CONFIGS = [PretrainConfig, FinetuneConfig, EvalConfig, SampleConfig, PrepareConfig, ShareConfig]
 # Settings that a resumed run may change, because its curve does not depend on them but for the
 # order of floating-point sums, or because what they lead to is compared by its hash.
-FREE_TO_CHANGE = {
-    "out_dir",
-    "data",
-    "data_dir",
-    "resume",
-    "device",
-    "compile",
-    "batch_size",
-    "profile",
-    "parallel",
-    "recompute",
-    "lora_form",
-    "keep",
-    "merge_out",
-    "model_name_or_path",
-    "eval_every",
-    "sample_every",
-    "hellaswag_every",
-    "hellaswag_data",
-    "log",
-    "save_every",
-}
+FREE_TO_CHANGE = {"out_dir", "resume", "data", "data_dir", "model_name_or_path", "merge_out"}
+FREE_TO_CHANGE |= {"batch_size", "device", "compile", "parallel", "recompute", "lora_form"}
+FREE_TO_CHANGE |= {"eval_every", "sample_every", "hellaswag_every", "hellaswag_data"}
+FREE_TO_CHANGE |= {"log", "save_every", "keep", "profile"}
 GROUPS = {
     "run": {"out_dir", "resume", "seed"},
     "optimization": {"batch_size", "max_steps", "optimizer", "max_lr", "min_lr", "grad_clip"},
@@ -104,7 +85,7 @@ def flags_of(kind: object) -> list:
     """Every command's flags of a type, as pairs of config class and name."""
     return [
         pytest.param(config_class, f.name, id=f"{config_class.__name__}.{f.name}")
-        for config_class in CONFIGS
+        for config_class in CONFIGS.values()
         for f in fields(config_class)
         if kind in (base_type(f.type), typing.get_origin(base_type(f.type)))
     ]
@@ -147,9 +128,7 @@ def test_lists(config_class, name):
 
 
 def test_values_have_their_types():
-    """Numbers are converted to int or float as declared, text stays as typed, and settings that are
-    not given are absent.
-    """
+    """Numbers become int or float as declared, text stays as typed, what is not given is absent."""
     assert parse(Base) == {}
     values = parse(Base, "--number", "12", "--rate", "3", "--name", "12", "--optional", "null")
     assert values == {"number": 12, "rate": 3.0, "name": "12", "optional": None}
@@ -157,41 +136,33 @@ def test_values_have_their_types():
     assert parse(Base, "--name=-x") == {"name": "-x"}
 
 
-WRONG_VALUES = [
-    ("number: many", "number is many, expected an integer"),
-    ("number: 1.5", "number is 1.5, expected an integer"),
-    ("number: true", "number is true, expected an integer"),
-    ("number: [1]", "number is [1], expected an integer"),
-    ("number: null", "number is null, expected an integer"),
-    ("number: ''", "number is '', expected an integer"),
-    ("rate: fast", "rate is fast, expected a number"),
-    ("rate: .nan", "rate is nan, expected a number"),
-    ("rate: -.inf", "rate is -inf, expected a number"),
-    ("rate: 1" + "0" * 400, "expected a number"),
-    ("rate: false", "rate is false, expected a number"),
-    ("rate: null", "rate is null, expected a number"),
-    ("name: 5", "name is 5, expected text"),
-    ("name: null", "name is null, expected text"),
-    ("name: {a: b}", "name is {'a': 'b'}, expected text"),
-    ("names: a", "names is a, expected a list of strings"),
-    ("names: [a, 1]", "names is ['a', 1], expected a list of strings"),
-    ("option: blue", "option is blue, expected red or green"),
-    ("option: [red]", "option is ['red'], expected red or green"),
-    ("option: null", "option is null, expected red or green"),
-    ("switch: maybe", "switch is maybe, expected true or false"),
-    ("switch: 1", "switch is 1, expected true or false"),
-    ("optional: half", "optional is half, expected an integer or null"),
-    ("numbr: 3", "numbr is not a setting of this command"),
-    ("1: 3", "1 is not a setting of this command"),
-    ("- number", "holds ['number'], expected lines of NAME: VALUE"),
-    ("number", "holds 'number', expected lines of NAME: VALUE"),
-    ("", "holds None, expected lines of NAME: VALUE"),
-    ("number: [1", "cannot be read as YAML"),
-    ("name: !!python/object:os.system x", "cannot be read as YAML"),
-]
+WRONG_VALUES = {
+    "number: many": "number is many, expected an integer",
+    "number: 1.5": "number is 1.5, expected an integer",
+    "number: true": "number is true, expected an integer",
+    "number: [1]": "number is [1], expected an integer",
+    "number: ''": "number is '', expected an integer",
+    "rate: fast": "rate is fast, expected a number",
+    "rate: .nan": "rate is nan, expected a number",
+    "rate: -.inf": "rate is -inf, expected a number",
+    "rate: 1" + "0" * 400: "expected a number",
+    "name: 5": "name is 5, expected text",
+    "names: a": "names is a, expected a list of strings",
+    "names: [a, 1]": "names is ['a', 1], expected a list of strings",
+    "option: [red]": "option is ['red'], expected red or green",
+    "switch: maybe": "switch is maybe, expected true or false",
+    "switch: 1": "switch is 1, expected true or false",
+    "optional: half": "optional is half, expected an integer or null",
+    "numbr: 3": "numbr is not a setting of this command, did you mean number?",
+    "1: 3": "1 is not a setting of this command",
+    "- number": "holds ['number'], expected lines of NAME: VALUE",
+    "": "holds None, expected lines of NAME: VALUE",
+    "number: [1": "cannot be read as YAML",
+    "name: !!python/object:os.system x": "cannot be read as YAML",
+}
 
 
-@pytest.mark.parametrize(("content", "expected"), WRONG_VALUES, ids=[c for c, _ in WRONG_VALUES])
+@pytest.mark.parametrize(("content", "expected"), WRONG_VALUES.items(), ids=WRONG_VALUES)
 def test_yaml_is_checked_like_flags(tmp_path, capsys, content, expected):
     """A value of the wrong type, an unknown key, and a file that holds no settings end in one line
     with the file's name, the value, and what is expected.
@@ -203,37 +174,30 @@ def test_yaml_is_checked_like_flags(tmp_path, capsys, content, expected):
     assert expected in error
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("rate: 1e-3", 1e-3),  # text in YAML 1.1, which wants 1.0e-3
-        ("rate: 2", 2.0),
-        ("number: 7", 7),
-        ("switch: yes", True),
-        ("switch: 'false'", False),
-        ("optional: null", None),
-        ("optional: 4", 4),
-        ("names: []", []),
-        ("names: [a, b]", ["a", "b"]),
-        ("name: ''", ""),
-        ("option: green", "green"),
-    ],
-)
-def test_yaml_values(tmp_path, content, expected):
+def test_yaml_values(tmp_path):
     """A value that can be read as the setting's type is converted to that type."""
     file = tmp_path / "right.yaml"
-    file.write_text(content)
-    (value,) = parse(Base, "--config", file).values()
-    assert value == expected
-    assert type(value) is type(expected)
+    for content, expected in {
+        "rate: 1e-3": 1e-3,  # text in YAML 1.1, which wants 1.0e-3
+        "rate: 2": 2.0,
+        "number: 7": 7,
+        "switch: yes": True,
+        "switch: 'false'": False,
+        "optional: null": None,
+        "optional: 4": 4,
+        "names: [a, b]": ["a", "b"],
+        "name: ''": "",
+        "option: green": "green",
+    }.items():
+        file.write_text(content)
+        (value,) = parse(Base, "--config", file).values()
+        assert (value, type(value)) == (expected, type(expected))
 
 
 def test_null_is_accepted_where_none_is_a_value(tmp_path, capsys):
-    """In every command, YAML null is accepted by exactly the settings whose type or default allows
-    None.
-    """
+    """YAML null is accepted by exactly the settings whose type or default allows None."""
     file = tmp_path / "null.yaml"
-    for config_class in CONFIGS:
+    for config_class in CONFIGS.values():
         for f in fields(config_class):
             file.write_text(f"{f.name}: null\n")
             if f.default is None or type(None) in typing.get_args(f.type):
@@ -260,21 +224,13 @@ def test_yaml_is_utf8_on_any_machine(tmp_path):
     """A config file is read as UTF-8 whatever the encoding of the machine's locale."""
     (tmp_path / "utf8.yaml").write_bytes("name: café 日本\n".encode())
     program = (
-        "from engine.config import parse_flags, flag; from dataclasses import make_dataclass\n"
-        "Config = make_dataclass('Config', [('name', str, flag('', 'a name'))])\n"
-        "print(ascii(parse_flags(Config, '', ['--config', 'utf8.yaml'])[0]['name']))"
+        "import sys; from engine.config import read_config_file\n"
+        "print(ascii(read_config_file(sys.argv[1], None)['name']))"
     )
     # Python warns where it would fall back on the locale's encoding.
     options = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning"]
-    result = subprocess.run(
-        [sys.executable, *options, "-c", program],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == ascii("café 日本")
+    command = [sys.executable, *options, "-c", program, tmp_path / "utf8.yaml"]
+    assert subprocess.check_output(command, cwd=ROOT, text=True).strip() == ascii("café 日本")
 
 
 def test_the_command_line_wins(tmp_path):
@@ -297,31 +253,23 @@ def test_debug_is_not_a_setting():
 
 
 def test_unknown_flags_suggest_a_near_one(capsys):
-    """A misspelled flag is refused with the flag it resembles; so is a word that belongs to no
-    flag.
-    """
-    error = parsing_error(capsys, PretrainConfig, "--max_stepz", "3")
-    assert "unknown flag --max_stepz, did you mean --max_steps?" in error
-    error = parsing_error(capsys, PretrainConfig, "--warmup_step=3")
-    assert "unknown flag --warmup_step=3, did you mean --warmup_steps?" in error
-    error = parsing_error(capsys, PretrainConfig, "--qqqq")
-    assert "unknown flag --qqqq (-h lists the flags)" in error
-    assert "unknown flag surplus" in parsing_error(capsys, PretrainConfig, "surplus")
-    assert "expected one argument" in parsing_error(capsys, PretrainConfig, "--max_steps")
+    """A misspelled flag is refused with the one it resembles; a word of no flag is refused too."""
+    for argv, expected in {
+        ("--max_stepz", "3"): "unknown flag --max_stepz, did you mean --max_steps?",
+        ("--max-stepz", "3"): "unknown flag --max-stepz, did you mean --max_steps?",
+        ("--warmup_step=3",): "unknown flag --warmup_step=3, did you mean --warmup_steps?",
+        ("--qqqq",): "unknown flag --qqqq (-h lists the flags)",
+        ("surplus",): "unknown flag surplus",
+        ("--max_steps",): "expected one argument",
+    }.items():
+        assert expected in parsing_error(capsys, PretrainConfig, *argv)
 
 
-def test_flags_with_dashes(capsys):
-    """--max-steps is --max_steps, --no-use-lora is --no-use_lora; a value keeps its dashes, and
-    other flags with dashes are unknown.
-    """
-    assert parse(PretrainConfig, "--max-steps", "3", "--eval-every=4") == {
-        "max_steps": 3,
-        "eval_every": 4,
-    }
+def test_flags_with_dashes():
+    """--max-steps is --max_steps, --no-use-lora is --no-use_lora; a value keeps its dashes."""
+    values = parse(PretrainConfig, "--max-steps", "3", "--eval-every=4", "--data-dir=my-data")
+    assert values == {"max_steps": 3, "eval_every": 4, "data_dir": "my-data"}
     assert parse(FinetuneConfig, "--no-use-lora") == {"use_lora": False}
-    assert parse(PretrainConfig, "--data-dir=my-data") == {"data_dir": "my-data"}
-    error = parsing_error(capsys, PretrainConfig, "--max-stepz", "3")
-    assert "unknown flag --max-stepz, did you mean --max_steps?" in error
 
 
 def test_whole_numbers_in_any_notation(tmp_path, capsys):
@@ -339,14 +287,7 @@ def test_whole_numbers_in_any_notation(tmp_path, capsys):
         )
 
 
-def test_unknown_settings_of_a_file_suggest_a_near_one(tmp_path, capsys):
-    """A misspelled key of a config file is refused with the setting it resembles."""
-    (tmp_path / "a.yaml").write_text("max_step: 3\n")
-    error = parsing_error(capsys, PretrainConfig, "--config", tmp_path / "a.yaml")
-    assert "a.yaml: max_step is not a setting of this command, did you mean max_steps?" in error
-
-
-@pytest.mark.parametrize("config_class", CONFIGS)
+@pytest.mark.parametrize("config_class", CONFIGS.values())
 def test_abbreviations_are_refused(capsys, config_class):
     """A flag without its last letter is unknown, so a new flag never changes an old script."""
     names = {f.name for f in fields(config_class)}
@@ -356,20 +297,16 @@ def test_abbreviations_are_refused(capsys, config_class):
             assert f"unknown flag --{short}" in error
 
 
-@pytest.mark.parametrize("config_class", CONFIGS)
-@pytest.mark.parametrize("columns", [60, 100, 240])
+@pytest.mark.parametrize("config_class", CONFIGS.values())
+@pytest.mark.parametrize("columns", [60, 240])
 def test_help(monkeypatch, config_class, columns):
-    """The help has every flag with a description and its default, and no line is wider than the
-    terminal.
-    """
+    """The help has every flag with its description and default, and fits into the terminal."""
     monkeypatch.setenv("COLUMNS", str(columns))
     text = build_parser(config_class, "What it does.").format_help()
     assert max(map(len, text.splitlines())) <= columns
     words = " ".join(text.split())
     letters = "".join(words.split())  # a line may end after a hyphen
-    assert "What it does." in words
-    assert "--config FILE" in words
-    assert "--debug" in words
+    assert all(part in words for part in ("What it does.", "--config FILE", "--debug"))
     for action in build_parser(config_class, "")._actions:
         assert len(action.help) > 5
         assert "".join(action.help.replace("%%", "%").split()) in letters
@@ -383,19 +320,12 @@ def test_help(monkeypatch, config_class, columns):
 def test_help_is_grouped(config_class):
     """A training command's help has groups; a field that overrides a default stays in its group."""
     groups = {group.title: group for group in build_parser(config_class, "")._action_groups}
-    flags = {
-        title: {action.dest for action in group._group_actions} for title, group in groups.items()
-    }
-    for title, names in GROUPS.items():
-        assert names <= flags[title], title
+    flags = {title: {a.dest for a in group._group_actions} for title, group in groups.items()}
     own = {"data": {"data_dir"}, "model": {"init_from", "n_layer", "block_size"}}
     if config_class is FinetuneConfig:
         own = {"data": {"data"}, "model": {"model_name_or_path"}, "LoRA": {"lora_dim", "use_lora"}}
-    for title, names in own.items():
+    for title, names in {**GROUPS, **own, "options": {"help", "config", "debug"}}.items():
         assert names <= flags[title], title
-    assert flags["options"] == {"help", "config", "debug"}
-    help_text = build_parser(config_class, "").format_help()
-    assert all(f"\n{title}:\n" in help_text for title in [*GROUPS, *own])
 
 
 def test_overriding_a_default_keeps_the_rest():
@@ -405,11 +335,10 @@ def test_overriding_a_default_keeps_the_rest():
     assert fixed_settings(Base) == {"rate", "name", "names", "switch", "optional"}
     assert fixed_settings(Derived) == fixed_settings(Base)
     words = " ".join(build_parser(Derived, "").format_help().split())
-    assert "a count of 100% (default: 5)" in words
-    assert "another rate (default: 2.0)" in words
-    assert "a color (default: green)" in words
-    assert "several names (default: a b)" in words
-    assert "a switch (default: false)" in words
+    for text in ("a count of 100% (default: 5)", "another rate (default: 2.0)"):
+        assert text in words
+    for text in ("a color (default: green)", "several names (default: a b)", "(default: false)"):
+        assert text in words
     assert words.count("numbers:") == words.count("texts:") == 1
     assert (Derived().number, Derived().rate, Derived().option) == (5, 2.0, "green")
     assert Base().names is not Base().names
@@ -427,25 +356,13 @@ def test_a_field_without_flag_is_refused():
 
 
 def test_what_a_resumed_run_may_change():
-    """The settings that may change are the ones on which the curve does not depend, in both
-    training commands.
-    """
+    """In both training commands, a setting may change if the curve does not depend on it."""
     free = {}
     for config_class in (TrainConfig, PretrainConfig, FinetuneConfig):
         names = {f.name for f in fields(config_class)}
         free[config_class] = names - fixed_settings(config_class)
         assert free[config_class] == FREE_TO_CHANGE & names
     assert free[PretrainConfig] | free[FinetuneConfig] == FREE_TO_CHANGE
-
-
-def test_removed_settings_are_refused_by_name(tmp_path, capsys):
-    """A config file may hold a setting of an earlier version; the error names it."""
-    file = tmp_path / "old.yaml"
-    file.write_text("find_batch_size: true\nmax_steps: 3\n")
-    error = parsing_error(capsys, PretrainConfig, "--config", file)
-    assert "old.yaml: find_batch_size is not a setting of this command" in error
-    error = parsing_error(capsys, PretrainConfig, "--find_batch_size", "true")
-    assert "unknown flag --find_batch_size" in error
 
 
 @pytest.mark.parametrize(
@@ -488,23 +405,18 @@ def test_presets_are_complete_and_right():
 
 WRONG_SETTINGS = [
     ({"max_steps": 0}, "max_steps is 0, expected at least 1"),
-    ({"batch_size": -1}, "batch_size is -1, expected at least 1"),
-    ({"keep": 0}, "keep is 0, expected at least 1"),
+    ({"n_embd": 10**13}, "expected at least 1 and at most 1,000,000,000,000"),
     ({"warmup_steps": -1}, "warmup_steps is -1, expected at least 0"),
     ({"muon_weight_decay": -0.5}, "muon_weight_decay is -0.5, expected at least 0"),
     ({"seed": 2**63}, "expected at least 0 and at most 9,223,372,036,854,775,807"),
-    ({"max_steps": 10**13}, "expected at least 1 and at most 1,000,000,000,000"),
     ({"min_lr": 0.1, "max_lr": 0.01}, "min_lr is 0.1, expected at most max_lr 0.01"),
     ({"min_lr": 0.0, "max_lr": 0.0}, "max_lr is 0.0, expected above 0"),
-    ({"min_lr": -1.0}, "min_lr is -1.0, expected at least 0"),
     ({"decay_fraction": 1.5}, "decay_fraction is 1.5, expected at least 0 and at most 1"),
     ({"out_dir": ""}, "out_dir is empty, expected text"),
     ({"beta1": -0.1}, "beta1 is -0.1, expected at least 0 and below 1"),
     ({"beta2": 1.0}, "beta2 is 1.0, expected at least 0 and below 1"),
     ({"muon_beta2": -0.1}, "muon_beta2 is -0.1, expected at least 0 and below 1"),
     ({"log": "tensorbord"}, "log is tensorbord, expected tensorboard, wandb, or both"),
-    ({"eval_tokens": 0}, "eval_tokens is 0, expected at least 1"),
-    ({"total_batch_size": 0}, "total_batch_size is 0, expected at least 1"),
     ({"zero_residual": True, "init_from": "gpt2"}, "zero_residual does not work with init_from"),
     ({"sinusoidal_wpe": 0.1, "init_from": "gpt2"}, "sinusoidal_wpe does not work with init_from"),
 ]
@@ -512,9 +424,7 @@ WRONG_SETTINGS = [
 
 @pytest.mark.parametrize(("settings", "expected"), WRONG_SETTINGS)
 def test_impossible_settings(settings, expected):
-    """A setting out of its range, and settings that contradict each other, are refused with the
-    value.
-    """
+    """A setting out of its range, and settings that contradict each other, are refused."""
     with pytest.raises(ValueError, match=re.escape(expected)):
         PretrainConfig(**settings)
 
@@ -529,9 +439,3 @@ def test_a_missing_logger_names_the_command_that_installs_it(tmp_path, monkeypat
     with pytest.raises(ValueError, match="log is wandb, but wandb is missing: pip install wandb"):
         PretrainConfig(log="wandb")
     assert PretrainConfig(log="").loggers == []
-
-
-def test_config_imports_no_torch():
-    """Parsing flags needs no torch."""
-    program = "import engine.config, engine.errors, sys; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -11,46 +11,39 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, TINY_RUN, as_flags, expect_error, run_script
+from conftest import CPU, expect_error, read_values, run_script, tiny_run
 from processes import HANG_SECONDS, ROOT, Job
 
 from engine.checkpoint import list_checkpoints, read_state
 from engine.config import TrainConfig
 from engine.distributed import Distributed, has_bf16_units, resolve_device_settings
 from engine.files import lock_folder
-from engine.metrics import read_metrics
 from model import GPT
 
 N_STEPS = 10
+SETTINGS = {"batch_size": 1, "total_batch_size": 384, "max_steps": N_STEPS}
+SETTINGS |= {"eval_every": 5, "sample_every": 5, "save_every": 5}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Else torchrun keeps the store, and a restarted rank may read addresses of killed ones from it:
 # https://github.com/pytorch/pytorch/issues/135712
 RESTARTABLE = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
-def tiny_run(name: str, **settings: object) -> list[str]:
-    """The command line of a tiny run in the folder `workplace`."""
-    often = {"max_steps": N_STEPS, "eval_every": 5, "sample_every": 5, "save_every": 5}
-    sizes = {"batch_size": 1, "total_batch_size": 384}
-    paths = {"data_dir": "data/text", "out_dir": f"runs/ranks_{name}"}
-    return ["train_gpt2.py", *as_flags({**TINY_RUN, **often, **sizes, **paths, **settings})]
+def command(name: str, **settings: object) -> list[str]:
+    return tiny_run(f"ranks/{name}", **{**SETTINGS, **settings})
 
 
 def train(workplace: Path, name: str, ranks: int = 1, **settings: object) -> Path:
     """Start or resume a run on some ranks."""
-    result = run_script(*tiny_run(name, **settings), cwd=workplace, ranks=ranks)
+    result = run_script(*command(name, **settings), cwd=workplace, ranks=ranks)
     assert result.returncode == 0, result.stdout + result.stderr
-    return workplace / "runs" / f"ranks_{name}"
+    return workplace / "ranks" / name
 
 
 @pytest.fixture(scope="module")
 def single(workplace) -> Path:
     """The run in one process, in micro-batches of another size."""
     return train(workplace, "single", batch_size=12)
-
-
-def read_values(run: Path, key: str = "train_loss") -> list:
-    return [record[key] for record in read_metrics(run) if key in record]
 
 
 def read_weights(run: Path) -> dict[str, torch.Tensor]:
@@ -104,7 +97,7 @@ def test_a_run_moves_between_layouts(workplace, single):
     back_to_step_5(source)
     state = read_state(source / "checkpoints" / "step_000005")["optimizer"]["state"]
     assert state["transformer.wte.weight"]["exp_avg"].shape == (50304, 32)
-    shutil.copytree(source, source.with_name("ranks_moved"))
+    shutil.copytree(source, source.with_name("moved"))
     assert_same_curve(train(workplace, "moving", 4), single)
     assert_same_curve(train(workplace, "moved", batch_size=6), single)
 
@@ -150,7 +143,7 @@ def torchrun(workplace: Path, stop: str, *options: str, name: str, **settings) -
     paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     worker = str(ROOT / "tests" / "workers" / "stopped_rank.py")
     return subprocess.Popen(
-        [*TORCHRUN, *options, worker, stop, *tiny_run(name, **settings)[1:]],
+        [*TORCHRUN, *options, worker, stop, *command(name, **settings)[1:]],
         cwd=workplace,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -173,7 +166,7 @@ def test_a_killed_rank_is_restarted(workplace, single):
     outs = [agent.communicate(timeout=HANG_SECONDS)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outs
     assert any("resuming from step 2" in out for out in outs), outs
-    assert_same_curve(workplace / "runs" / "ranks_nodes", single)
+    assert_same_curve(workplace / "ranks" / "nodes", single)
 
 
 @pytest.mark.slow
@@ -191,20 +184,20 @@ def test_a_signal_to_one_rank_stops_all(workplace, single):
     """SIGTERM to one rank ends both after the same step with a checkpoint, and the same command
     resumes along the same curve.
     """
-    job = Job(*tiny_run("one"), cwd=workplace, ranks=2, signal_at=(3, signal.SIGTERM))
+    job = Job(*command("one"), cwd=workplace, ranks=2, signal_at=(3, signal.SIGTERM))
     result = job.wait()
     assert result.returncode == 128 + signal.SIGTERM, result.stderr
     assert result.stdout.count("saved; the same command resumes") == 1
-    assert [p.name for p in list_checkpoints(workplace / "runs" / "ranks_one")] == ["step_000004"]
+    assert [p.name for p in list_checkpoints(workplace / "ranks" / "one")] == ["step_000004"]
     assert_same_curve(train(workplace, "one", 2), single)
 
 
 def test_a_run_folder_in_use_is_refused(workplace, single):
     """While another process holds the run folder, the command is refused with the remedy."""
-    command = tiny_run("single", batch_size=12)
+    same = command("single", batch_size=12)
     with lock_folder(single):
-        assert "is in use by another process" in expect_error(*command, cwd=workplace)
-    assert run_script(*command, cwd=workplace).returncode == 0
+        assert "is in use by another process" in expect_error(*same, cwd=workplace)
+    assert run_script(*same, cwd=workplace).returncode == 0
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
@@ -252,9 +245,9 @@ def test_an_error_of_all_ranks_is_reported_once(workplace):
     """Two ranks with the same wrong setting print one error line, of rank 0; torchrun's report,
     which nothing can prevent, names the error instead of advising how to trace it.
     """
-    script, *flags = tiny_run("wrong", batch_size=5)
-    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", str(ROOT / script), *flags]
-    lines = subprocess.run(command, cwd=workplace, capture_output=True, text=True).stderr
+    script, *flags = command("wrong", batch_size=5)
+    argv = [*TORCHRUN, "--standalone", "--nproc_per_node=2", str(ROOT / script), *flags]
+    lines = subprocess.run(argv, cwd=workplace, capture_output=True, text=True).stderr
     (error,) = [line for line in lines.splitlines() if line.startswith("error: ")]
     assert "x 2 ranks = 320; batch_size 3 fits" in error
     assert f"traceback : {error}\n" in lines

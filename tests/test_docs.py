@@ -6,15 +6,12 @@ one word per command: run it as it stands, only parse its flags, or skip it.
 
 import contextlib
 import dataclasses
-import importlib
+import gzip
 import json
 import re
-import runpy
 import shlex
 import shutil
 import statistics
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
@@ -22,14 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import yaml
-from conftest import ROOT, TINY, run_script
+from conftest import CONFIGS, TINY_RUN
+from processes import ROOT, run_here
 
-import finetune_lora
 import fineweb
-import hellaswag
-import sample
-import share
 import train_gpt2
 from benchmarks.time_to_loss import BASELINE, FAST, FORMER, TUNED, steps_to
 from engine.checkpoint import list_checkpoints, read_progress, read_state
@@ -38,14 +31,6 @@ from engine.shards import TokenShards, read_manifest
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROW = {"ctx_a": "A man", "ctx_b": "he", "endings": ["sits.", "runs.", "is.", "eats."], "label": 0}
-CONFIGS = {
-    "fineweb": fineweb.PrepareConfig,
-    "train_gpt2": train_gpt2.PretrainConfig,
-    "finetune_lora": finetune_lora.FinetuneConfig,
-    "hellaswag": hellaswag.EvalConfig,
-    "sample": sample.SampleConfig,
-    "share": share.ShareConfig,
-}
 # Flags in the text that belong to other commands, to every command, or to plot.py.
 OTHER_FLAGS = {"model_args", "tasks", "standalone", "nproc_per_node", "nnodes", "max_restarts"}
 OTHER_FLAGS |= {"rdzv_backend", "rdzv_id", "rdzv_endpoint", "config", "debug", "out", "x"}
@@ -107,19 +92,13 @@ def test_every_flag_exists():
         assert not unknown, f"{page.name}: {unknown}"
 
 
-def execute(line: str, patch: pytest.MonkeyPatch) -> None:
+def execute(line: str) -> None:
     """Do what a command line does, without the seconds that a process takes."""
     words = shlex.split(line)
     if words[1] == "-c":
         exec(words[2], {})
         return
-    patch.setattr(sys, "argv", words[1:])
-    script = ROOT / words[1]
-    if script.name == "plot.py":
-        runpy.run_path(str(script), run_name="__main__")
-        return
-    values, _ = parse_flags(CONFIGS[script.stem], "")
-    importlib.import_module(script.stem).main(CONFIGS[script.stem](**values))
+    run_here(*words[1:])
 
 
 @pytest.mark.parametrize("line", [c.line for c in COMMANDS if c.word == "parse"])
@@ -137,26 +116,22 @@ def workplace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     text = Path(__file__).read_text()
     (folder / "notes.txt").write_text(text)
-    for name in ("corpus", "more"):
-        (folder / name).mkdir()
+    for name in ("corpus", "more", "data/others"):
+        (folder / name).mkdir(parents=True)
     (folder / "corpus" / "a.txt").write_text(text)
-    (folder / "more" / "b.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    subprocess.run(["gzip", folder / "more" / "b.jsonl"], check=True)
-    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(20)]
-    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "data" / "others").mkdir(parents=True)
+    (folder / "more" / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": text}).encode()))
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(4)]
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     header = np.array([20240520, 1, 3] + [0] * 253, dtype="<i4")
     tokens = np.array([50256, 15496, 13], dtype="<u2")
     (folder / "data" / "others" / "tiny_val.bin").write_bytes(header.tobytes() + tokens.tobytes())
     (folder / "hellaswag_val.jsonl").write_text(json.dumps({**ROW, "activity_label": "x"}) + "\n")
-    prepared = run_script("fineweb.py", "--dataset", "notes.txt", "--val_tokens", "600", cwd=folder)
-    assert prepared.returncode == 0, prepared.stderr
-    sizes = {"block_size": 512, "batch_size": 1, "total_batch_size": 512, "max_steps": 2}
-    settings = yaml.safe_load(TINY) | sizes | {"warmup_steps": 1}
+    settings = TINY_RUN | {"data_dir": "data/notes", "out_dir": "runs/demo"}
+    settings |= {"block_size": 128, "batch_size": 1, "total_batch_size": 128}
+    settings |= {"max_steps": 2, "warmup_steps": 1}
     with contextlib.chdir(folder):
-        train_gpt2.main(
-            train_gpt2.PretrainConfig(data_dir="data/notes", out_dir="runs/demo", **settings)
-        )
+        fineweb.main(fineweb.PrepareConfig(["notes.txt"], val_tokens=600))
+        train_gpt2.main(train_gpt2.PretrainConfig(**settings))
     for name in ("a", "b"):
         shutil.copytree(folder / "runs" / "demo", folder / "runs" / name)
     trained = folder / "runs" / "demo" / "checkpoints"  # the demo has 400 steps
@@ -167,34 +142,22 @@ def workplace(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def used(workplace) -> Path:
     """The same folder after all commands marked run."""
-    with contextlib.chdir(workplace), pytest.MonkeyPatch.context() as patch:
-        for command in COMMANDS:
-            if command.word == "run":
-                try:
-                    execute(command.line, patch)
-                except (Exception, SystemExit) as error:
-                    error.add_note(f"the command was: {command.line}")
-                    raise
+    with contextlib.chdir(workplace):
+        for line in (command.line for command in COMMANDS if command.word == "run"):
+            print(line)  # which pytest shows if it fails
+            execute(line)
     return workplace
 
 
 def test_commands_run_as_they_stand(used):
     """The commands marked run, as they stand, leave the files that the documentation names."""
-    for file in (
-        "data/mine/manifest.json",
-        "runs/mine_lora/report.html",
-        "merged/model.safetensors",
-        "results/demo/results.json",
-        "loss.png",
-        "runs/demo/share/README.md",
-    ):
+    files = ("data/mine/manifest.json", "runs/mine_lora/report.html", "merged/model.safetensors")
+    for file in (*files, "results/demo/results.json", "loss.png", "runs/demo/share/README.md"):
         assert (used / file).is_file(), file
 
 
 def test_python_blocks_run(used):
-    """The Python in the pages runs as it stands, and reads both kinds of shards as engine/data.py
-    does.
-    """
+    """The Python in the pages runs as it stands, and reads both kinds of shards as we do."""
     block = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
     names: dict = {}
     with contextlib.chdir(used):
@@ -207,9 +170,7 @@ def test_python_blocks_run(used):
 
 
 def test_formats_are_what_is_written(used):
-    """docs/formats.md names every key and every file of a run, of its checkpoints, of a manifest
-    and of an evaluation.
-    """
+    """docs/formats.md names each key and file of a run, checkpoint, manifest and evaluation."""
     text = (ROOT / "docs" / "formats.md").read_text()
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     named = {name.rstrip("/") for name in re.findall(r"`([^`\n]+)`", text)}

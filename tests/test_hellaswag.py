@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, HELLASWAG_ROWS, TINY_RUN, as_flags, run_script
+from conftest import CPU, HELLASWAG_ROWS, as_flags, run_script, tiny_run
 from transformers import GPT2LMHeadModel
 
 from engine import scoring
@@ -286,16 +286,16 @@ def test_training_evaluates_hellaswag_on_all_ranks(workplace):
     as on one device with a compiled step.
     """
     settings = {"max_steps": 4, "hellaswag_every": 2, "hellaswag_data": HELLASWAG_ROWS}
-    settings |= {"data_dir": "data/text", "sample_every": 0}
+    settings |= {"sample_every": 0}
     logs = []
     for ranks, options in ((1, {"compile": True}), (2, {"parallel": "fsdp"})):
-        flags = as_flags({**TINY_RUN, **settings, **options, "out_dir": f"runs/hellaswag{ranks}"})
-        result = run_script("train_gpt2.py", *flags, cwd=workplace, ranks=ranks)
+        command = tiny_run(f"hellaswag/{ranks}", **settings, **options)
+        result = run_script(*command, cwd=workplace, ranks=ranks)
         assert result.returncode == 0, result.stdout + result.stderr
-        log = read_metrics(workplace / "runs" / f"hellaswag{ranks}")
+        log = read_metrics(workplace / "hellaswag" / str(ranks))
         logs.append({r["step"]: r for r in log if "hellaswag_acc" in r})
     assert [*logs[0]] == [*logs[1]] == [2, 4]
-    model = load_model(workplace / "runs" / "hellaswag1")
+    model = load_model(workplace / "hellaswag" / "1")
     task = find_task("hellaswag", data=ROWS)
     rows = [row for batch in task.score_examples(model, task.load(32), CPU) for row in batch]
     assert len(rows) == 20

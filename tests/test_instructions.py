@@ -1,6 +1,6 @@
-import gzip
 import hashlib
-import json
+import heapq
+import shutil
 from itertools import chain
 
 import numpy as np
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from engine.data import IGNORE_INDEX
 from engine.instructions import (
-    DEFAULT_DATA,
     InstructionData,
     PromptCompletion,
     find_prompt_template,
@@ -31,27 +30,17 @@ ROWS = [
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write(rows: list, name: str = "rows.jsonl"):
-        lines = "\n".join(map(json.dumps, rows))
-        (tmp_path / name).write_text(json.dumps(rows) if name.endswith(".json") else lines)
-        return str(tmp_path / name)
-
-    return write
-
-
-@pytest.fixture
-def examples(write):
+def examples(write_rows):
     """50 examples of different lengths."""
     rows = [{"prompt": "word " * (i % 7 + 1), "completion": "x " * i} for i in range(1, 51)]
-    return read_examples(write(rows), 1024)
+    return read_examples(write_rows(rows), 1024)
 
 
-def test_templates_give_the_prompts_of_training(write, tmp_path):
+def test_templates_give_the_prompts_of_training(write_rows, tmp_path):
     """A run keeps the template of most of its rows. It is found from the run, its checkpoints and
     their files, and gives the prompts that were trained.
     """
-    examples = read_examples(write(ROWS), 1024)
+    examples = read_examples(write_rows(ROWS), 1024)
     assert examples[0].template.fill("Say hello.") == examples[0].prompt
     assert examples[1].template.fill("Translate.", "Bonjour") == examples[1].prompt
     assert examples[2].template.fill("2 + 2 =") == examples[2].prompt
@@ -72,12 +61,12 @@ def test_templates_give_the_prompts_of_training(write, tmp_path):
             find_prompt_template(checkpoint)
 
 
-def test_rows_become_prompts_and_completions(write):
+def test_rows_become_prompts_and_completions(write_rows):
     """Alpaca rows get Alpaca's prompt, with and without input; prompt-completion rows are used
     unchanged. An example ends with <|endoftext|>, which also stands for an empty prompt.
     """
     tokenizer = get_tokenizer()
-    examples = read_examples(write(ROWS), 1024)
+    examples = read_examples(write_rows(ROWS), 1024)
     texts = [tokenizer.decode(e.tokens.tolist()) for e in examples]
     task = "Below is an instruction that describes a task"
     end = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
@@ -93,43 +82,20 @@ def test_rows_become_prompts_and_completions(write):
         assert completion == example.completion + "<|endoftext|>"
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.json.gz", "rows.jsonl", "rows.jsonl.gz"])
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_file_formats(write, tmp_path, name, mark):
-    """JSON and JSON lines, plain and gzipped, with and without a byte order mark, read the same."""
-    lines = "\n\n".join(map(json.dumps, ROWS)) + "\n\n"
-    text = mark + (lines if "jsonl" in name else json.dumps(ROWS, indent=1))
-    opener = gzip.open if name.endswith(".gz") else open
-    with opener(tmp_path / name, "wt", encoding="utf-8") as file:
-        file.write(text)
-    prompts = [e.prompt for e in read_examples(str(tmp_path / name), 1024)]
-    assert prompts == [e.prompt for e in read_examples(write(ROWS, "other.jsonl"), 1024)]
-
-
-def test_line_separators_inside_strings(tmp_path):
-    """Unicode line separators inside a string do not end a line of JSON lines."""
-    rows = [{"prompt": f"a{c}b", "completion": "x"} for c in "\u2028\u2029\x85"]
-    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
-    assert [e.prompt for e in read_examples(str(tmp_path / "rows.jsonl"), 64)] == [
-        row["prompt"] for row in rows
-    ]
-
-
-def test_rows_fit_any_window(write):
+def test_rows_fit_any_window(write_rows):
     """Padding to a multiple of 8 never makes a row longer than block_size."""
     for block_size in (17, 60, 64):
         rows = [{"prompt": "a", "completion": " b" * n} for n in (5, 200)]
-        examples = read_examples(write(rows), block_size)
+        examples = read_examples(write_rows(rows), block_size)
         longest = max(examples, key=lambda example: len(example.tokens))
         assert block_size - 8 < pad([longest]).idx.shape[1] <= block_size
 
 
-def test_only_completions_are_targets(write):
+def test_only_completions_are_targets(write_rows):
     """Targets are the completion and its end, each predicted from the token before. Padding is
     never a target, and `rows` lists the targets.
     """
-    examples = read_examples(write(ROWS), 1024)
+    examples = read_examples(write_rows(ROWS), 1024)
     idx, targets, rows = pad(examples)
     assert torch.equal(rows, (targets.flatten() != IGNORE_INDEX).nonzero().flatten())
     assert idx.shape[1] % 8 == 0
@@ -140,9 +106,9 @@ def test_only_completions_are_targets(write):
         assert (idx[row, len(example.tokens) - 1 :] == END_OF_TEXT_ID).all()
 
 
-def test_examples_do_not_see_each_other(write, tiny_model):
+def test_examples_do_not_see_each_other(write_rows, tiny_model):
     """An example's loss is the same alone and in a batch with others, longer ones included."""
-    examples = read_examples(write(ROWS), 1024)
+    examples = read_examples(write_rows(ROWS), 1024)
     small = [PromptCompletion("", "", e.tokens % 1000, e.n_prompt) for e in examples[2:]]
     small.append(PromptCompletion("", "", np.arange(40), 3))
 
@@ -154,7 +120,7 @@ def test_examples_do_not_see_each_other(write, tiny_model):
     assert loss(small) == pytest.approx(sum(loss([example]) for example in small), rel=1e-5)
 
 
-def test_long_and_empty_rows(write, capsys):
+def test_long_and_empty_rows(write_rows, capsys):
     """A completion that does not fit is cut; a row without a completion, or with too long a prompt,
     is skipped and counted.
     """
@@ -164,66 +130,38 @@ def test_long_and_empty_rows(write, capsys):
         {"prompt": "a b" * 40, "completion": "c"},
         {"prompt": "a", "completion": "b"},
     ]
-    examples = read_examples(write(rows), 16)
+    examples = read_examples(write_rows(rows), 16)
     assert [len(e.tokens) for e in examples] == [17, 3]
     assert "skipped 2 of 4 rows" in capsys.readouterr().out
 
 
-def test_bad_rows_are_named(write, tmp_path):
-    """Rows of another form, broken lines and damaged files are errors with their place."""
+def test_bad_rows_are_named(write_rows):
+    """A row of another form is named with its line, and a file of one example is refused."""
     for rows, match in (
         ([{"text": "x"}], "line 1: its keys are text; expected instruction and output"),
-        ([*ROWS, "x"], "line 5: 'x' is not a JSON object; repair it$"),
         ([{"prompt": 5, "completion": "x"}], "line 1: prompt is 5, expected a string"),
         ([ROWS[0]], "has 1 usable examples, expected at least 2"),
     ):
         with pytest.raises(ValueError, match=match):
-            read_examples(write(rows), 1024)
-    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prom')
-    with pytest.raises(ValueError, match=r"broken.jsonl line 2: not JSON"):
-        read_examples(str(tmp_path / "broken.jsonl"), 1024)
-    (tmp_path / "object.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds a dict, expected a list of rows"):
-        read_examples(str(tmp_path / "object.json"), 1024)
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"x" * 1000)[:-4])
-    with pytest.raises(ValueError, match=r"cut.jsonl.gz is truncated or damaged"):
-        read_examples(str(tmp_path / "cut.jsonl.gz"), 1024)
-    (tmp_path / "latin.json").write_bytes(b'["caf\xe9"]')
-    with pytest.raises(ValueError, match=r"latin.json is not JSON: 'utf-8' codec"):
-        read_examples(str(tmp_path / "latin.json"), 1024)
+            read_examples(write_rows(rows), 1024)
 
 
-def test_hub_rows(monkeypatch, datasets, network):
-    """Rows of a hub dataset become examples. Without the hub the error names the dataset, the
-    reason, and the flag that needs no network: no other data replace it.
+def test_stdlib_needs_no_network(tmp_path, monkeypatch):
+    """Signatures of Python's own functions prompt for the first paragraphs of their docstrings, of
+    5 to 59 words, each once and in the same order every time.
     """
-
-    def load_dataset(repo, name, split, streaming):
-        assert (repo, name, split, streaming) == ("yahma/alpaca-cleaned", None, "train", False)
-        return datasets.Dataset.from_list(ROWS[:2])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert [e.completion for e in read_examples(DEFAULT_DATA, 1024)] == ["Hello!", "Hello — 你好"]
-
-    def fail(*_, **__):
-        raise FileNotFoundError("no route")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(ConnectionError, match=r"yahma/alpaca-cleaned: no route\. .*stdlib"):
-        read_examples(DEFAULT_DATA, 1024)
-
-
-def test_stdlib_needs_no_network(monkeypatch, datasets):
-    """Signatures of Python's own functions prompt for their docstrings, in the same order every
-    time.
-    """
-    monkeypatch.setattr(datasets, "load_dataset", None)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: tmp_path)  # all of it takes seconds to read
+    monkeypatch.setattr("engine.rows.load_hub_rows", None)
+    for name in ("heapq.py", "copy.py"):
+        shutil.copy(heapq.__file__, tmp_path / name)
+    functions = [f"def words{n}(): '{'word ' * n}\\n\\nMore.'\n" for n in (4, 5, 59, 60)]
+    (tmp_path / "words.py").write_text("".join(functions))
     examples = read_examples("stdlib", 1024)
-    assert len(examples) > 1000
     (merge,) = (e for e in examples if e.prompt.startswith("def merge(*iterables, key=None, rev"))
     assert merge.completion == "Merge multiple sorted inputs into a single sorted output."
     prompts = [e.prompt for e in examples]
     assert prompts == sorted(set(prompts), key=lambda p: hashlib.sha256(p.encode()).hexdigest())
+    assert {p for p in prompts if "words" in p} == {"def words5():\n", "def words59():\n"}
 
 
 def test_every_example_once_an_epoch(examples):
@@ -236,14 +174,8 @@ def test_every_example_once_an_epoch(examples):
         for step in range(1, 11):  # two epochs
             rows = []
             for rank in range(world_size):
-                data = InstructionData(
-                    examples,
-                    batch_size=batch_size,
-                    examples_per_step=10,
-                    seed=3,
-                    rank=rank,
-                    world_size=world_size,
-                )
+                sizes = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
+                data = InstructionData(examples, examples_per_step=10, seed=3, **sizes)
                 for micro_step in range(1, data.grad_accum_steps + 1):
                     targets = data.micro_batch(step, micro_step).targets
                     rows += [int((row != IGNORE_INDEX).sum()) for row in targets]

@@ -5,12 +5,14 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
 from conftest import CPU
+from processes import HANG_SECONDS
 
 from engine import report
 from engine.metrics import summarize_run
@@ -18,6 +20,7 @@ from engine.report import render_curves, write_report
 
 NASTY = '</pre><script>document.title="taken"</script><img src="http://example.invalid/x.png">&amp;'
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 QUIET += ["--headless", "--disable-component-update", "--disable-sync"]
 FACTS = {"parameters": "7,000,000", "training data": "<b>5,000</b> examples"}
@@ -34,18 +37,7 @@ FIND_BROKEN_LINES = """<script>onload = () => {
   document.title = `${document.body.scrollWidth}: ${texts.join()}`;
 }</script>"""
 BLUE = np.array([0x1F, 0x77, 0xB4]) / 255  # matplotlib's first color
-
-
-CONFIG = """
-data_dir: none
-max_steps: 20
-out_dir: <i>x</i>
-compile: true
-use_lora: false
-lora_load_path: null
-loggers: []
-log: ""
-"""
+CONFIG = "data_dir: none\nmax_steps: 20\nout_dir: <i>x</i>\ncompile: true\n"
 
 
 def record(step: int) -> dict:
@@ -100,8 +92,8 @@ class Reader(html.parser.HTMLParser):
 
 
 def test_report_is_complete_and_escaped(run):
-    """Every sample appears unchanged and escaped, nothing is loaded from elsewhere, and the
-    figures are those of the log.
+    """Every sample appears unchanged and escaped, nothing is loaded from elsewhere, and the tiles
+    are the lines of the run's summary.
     """
     write_report(run, CPU)
     text = (run / "report.html").read_text()
@@ -113,12 +105,7 @@ def test_report_is_complete_and_escaped(run):
     assert torch.__version__ in text
     assert "<svg" in text
     assert html.unescape(text).count("out_dir: <i>x</i>\ncompile: true\n") == 1
-
-
-def test_a_report_shows_the_summary(run):
-    """The tiles are the lines of the run's summary."""
-    write_report(run, CPU)
-    tiles = re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", (run / "report.html").read_text())
+    tiles = re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", text)
     summary = summarize_run(run, run / "checkpoints" / "step_000020")
     assert summary["training data"] == "<b>5,000</b> examples"
     assert [(html.unescape(k), html.unescape(v)) for k, v in tiles] == list(summary.items())
@@ -126,8 +113,7 @@ def test_a_report_shows_the_summary(run):
 
 def test_failure_to_write_keeps_the_earlier_report(run, monkeypatch, capsys):
     """An error is printed in one line, and the earlier report stays."""
-    write_report(run, CPU)
-    before = (run / "report.html").read_bytes()
+    (run / "report.html").write_text("earlier")
 
     def full(*_):
         raise OSError("No space left on device")
@@ -135,10 +121,17 @@ def test_failure_to_write_keeps_the_earlier_report(run, monkeypatch, capsys):
     monkeypatch.setattr(report, "write_atomically", full)
     write_report(run, CPU)
     assert "is not written: OSError: No space left" in capsys.readouterr().out
-    assert (run / "report.html").read_bytes() == before
+    assert (run / "report.html").read_text() == "earlier"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def open_in_browser(page: Path, *flags: str) -> subprocess.CompletedProcess:
+    """Chromium opens the page and prints it as its scripts leave it."""
+    profile = f"--user-data-dir={page.with_name('profile')}"
+    command = [CHROMIUM, *QUIET, profile, "--dump-dom", *flags, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
+
+
+@needs_chromium
 @pytest.mark.parametrize("dark", [False, True])
 def test_report_in_a_browser(run, tmp_path, dark):
     """A browser opens the report without console messages and without requests, and shows the
@@ -146,16 +139,10 @@ def test_report_in_a_browser(run, tmp_path, dark):
     """
     write_report(run, CPU)
     shutil.copy(run / "report.html", tmp_path / "report.html")
-    result = subprocess.run(
-        [CHROMIUM, *QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,1200"]
-        + ["--enable-logging=stderr", f"--log-net-log={tmp_path / 'net.json'}", "--dump-dom"]
-        + [f"--screenshot={tmp_path / 'page.png'}"]
-        + ["--blink-settings=preferredColorScheme=0"] * dark
-        + [(tmp_path / "report.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    flags = ["--window-size=900,1200", f"--screenshot={tmp_path / 'page.png'}"]
+    flags += ["--enable-logging=stderr", f"--log-net-log={tmp_path / 'net.json'}"]
+    flags += ["--blink-settings=preferredColorScheme=0"] * dark
+    result = open_in_browser(tmp_path / "report.html", *flags)
     assert result.returncode == 0, result.stderr
     assert "CONSOLE" not in result.stderr
     assert "example.invalid" not in (tmp_path / "net.json").read_text()
@@ -166,7 +153,7 @@ def test_report_in_a_browser(run, tmp_path, dark):
     assert (np.median(pixels) < 0.3) == dark
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@needs_chromium
 @pytest.mark.parametrize(("width", "body_width"), [(400, 400), (1200, 992)])
 def test_nothing_breaks_over_two_lines(run, tmp_path, width, body_width):
     """On a phone and on a screen, headings, figures, their labels and names of settings are on one
@@ -181,17 +168,10 @@ def test_nothing_breaks_over_two_lines(run, tmp_path, width, body_width):
     write_report(run, CPU)
     text = (run / "report.html").read_text()
     policy = re.search('<meta http-equiv="Content-Security-Policy" content=".*?">', text)[0]
-    (tmp_path / "page.html").write_text(
-        text.replace(policy, FIND_BROKEN_LINES.replace("WIDTH", str(width)))
-    )
-    page, profile = (tmp_path / "page.html").as_uri(), tmp_path / "profile"
-    result = subprocess.run(
-        [CHROMIUM, *QUIET, f"--user-data-dir={profile}", "--dump-dom", page],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert re.search("<title>(.*?)</title>", result.stdout)[1] == f"{body_width}: "
+    page = tmp_path / "page.html"
+    page.write_text(text.replace(policy, FIND_BROKEN_LINES.replace("WIDTH", str(width))))
+    shown = open_in_browser(page).stdout
+    assert re.search("<title>(.*?)</title>", shown)[1] == f"{body_width}: "
 
 
 def test_points_have_titles(run):

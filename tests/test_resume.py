@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pytest
 import yaml
+from conftest import read_curve
 from safetensors.torch import load_file
 
 from engine.checkpoint import list_checkpoints
@@ -74,11 +75,6 @@ def wsd_config(out_dir, data_dir, **options) -> PretrainConfig:
 
 def read_weights(run) -> dict:
     return load_file(list_checkpoints(run)[-1] / "model.safetensors")
-
-
-def read_curve(run) -> list[tuple]:
-    keys = ("step", "train_loss", "val_loss", "lr", "grad_norm", "tokens")
-    return [tuple(record.get(key) for key in keys) for record in read_metrics(run)]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from engine.rows import check_source, convert_rows, get_text, open_rows
 
-ROWS = [{"text": "one"}, {"text": "two\u2028lines"}, {"text": "three"}]
+ROWS = [{"text": "one"}, {"text": "two\u2028\u2029\x85lines"}, {"text": "three"}]
 LINES = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)  # each second is blank
 
 
@@ -73,6 +73,9 @@ def test_files_that_hold_no_rows_are_named(tmp_path):
     """A .json file that is damaged or no list, and a file that is missing, are errors."""
     with pytest.raises(ValueError, match=r"a.json is not JSON: Expecting"):
         open_rows(write(tmp_path / "a.json", "[1,"))
+    (tmp_path / "latin.json").write_bytes(b'["caf\xe9"]')
+    with pytest.raises(ValueError, match=r"latin.json is not JSON: 'utf-8' codec"):
+        open_rows(str(tmp_path / "latin.json"))
     with pytest.raises(ValueError, match=r"b.json holds a dict, expected a list of rows"):
         open_rows(write(tmp_path / "b.json", "{}"))
     for call in (check_source, open_rows):
@@ -81,7 +84,9 @@ def test_files_that_hold_no_rows_are_named(tmp_path):
 
 
 def test_the_hub_has_rows(monkeypatch, datasets, network):
-    """A name that is no file is a dataset of the hub, in the given configuration and split."""
+    """A name that is no file is a dataset of the hub, in the given configuration and split. Without
+    the hub, the error has its name, the reason, and data that need no network.
+    """
     asked = []
     monkeypatch.setattr(
         datasets, "load_dataset", lambda repo, **options: asked.append((repo, options)) or ROWS
@@ -92,3 +97,10 @@ def test_the_hub_has_rows(monkeypatch, datasets, network):
         ("me/mine", None, "train"),
         ("me/mine", "default", "test"),
     ]
+
+    def fail(*_, **__):
+        raise FileNotFoundError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ConnectionError, match=r"me/mine: no route\. .*stdlib"):
+        open_rows("me/mine")

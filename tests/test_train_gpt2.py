@@ -9,7 +9,6 @@ import math
 import os
 import pty
 import re
-import runpy
 import select
 import shutil
 import signal
@@ -23,12 +22,13 @@ import pytest
 import torch
 from conftest import (
     TINY_RUN,
-    as_flags,
     expect_error,
+    read_curve,
     run_script,
     small_transformers_gpt2,
+    tiny_run,
 )
-from processes import HANG_SECONDS, ROOT, Job
+from processes import HANG_SECONDS, ROOT, Job, run_here
 from transformers import AutoModelForCausalLM
 
 from engine.adapter import save_adapter
@@ -39,30 +39,17 @@ from engine.metrics import read_metrics
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig, build_model
 
-N_STEPS = 30
+N_STEPS = TINY_RUN["max_steps"]
 COMMANDS = sorted(file.name for file in ROOT.glob("*.py") if file.name != "model.py")
-
-
-def tiny_run(name: str, **settings: object) -> list[str]:
-    """The command line of a tiny run in the folder `workplace`."""
-    often = {"max_steps": N_STEPS, "eval_every": 10, "sample_every": 10, "save_every": 10}
-    paths = {"data_dir": "data/text", "out_dir": f"runs/{name}"}
-    return ["train_gpt2.py", *as_flags({**TINY_RUN, **often, **paths, **settings})]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(workplace) -> Path:
     """A run from start to end, and what it printed in whole.out."""
-    result = run_script(*tiny_run("whole"), cwd=workplace)
+    result = run_script(*tiny_run("runs/whole"), cwd=workplace)
     assert result.returncode == 0, result.stderr
     (workplace / "whole.out").write_text(result.stdout)
     return workplace / "runs" / "whole"
-
-
-def read_curve(run: Path) -> list[tuple]:
-    """What a run has logged, without the times."""
-    keys = ("step", "train_loss", "val_loss", "lr", "grad_norm", "tokens", "samples")
-    return [tuple(record.get(key) for key in keys) for record in read_metrics(run)]
 
 
 def test_a_run_writes_what_is_documented(workplace, uninterrupted):
@@ -95,7 +82,7 @@ def test_a_run_writes_what_is_documented(workplace, uninterrupted):
 def test_a_finished_run_prints_its_results_again(workplace, uninterrupted):
     """The same command on a finished run trains nothing and prints its summary."""
     before = (uninterrupted / "metrics.jsonl").read_bytes()
-    out = run_script(*tiny_run("whole"), cwd=workplace).stdout
+    out = run_script(*tiny_run("runs/whole"), cwd=workplace).stdout
     assert "already finished" in out
     summary = (workplace / "whole.out").read_text().split("validation loss")[1]
     assert out.split("validation loss")[1] == summary
@@ -110,7 +97,7 @@ def test_a_stopped_run_resumes_to_the_bit(workplace, uninterrupted):
     run = workplace / "runs" / "stopped"
     kill, stops = signal.SIGKILL, (signal.SIGTERM, signal.SIGINT)
     for step, signum in zip((7, 14, 17, 24), (kill, kill, *stops), strict=True):
-        result = Job(*tiny_run("stopped"), cwd=workplace, signal_at=(step, signum)).wait()
+        result = Job(*tiny_run("runs/stopped"), cwd=workplace, signal_at=(step, signum)).wait()
         if signum in stops:
             assert result.returncode == 128 + signum
             assert "Traceback" not in result.stderr
@@ -118,7 +105,7 @@ def test_a_stopped_run_resumes_to_the_bit(workplace, uninterrupted):
             assert list_checkpoints(run)[-1].name == f"step_{step + 1:06d}"
         else:
             assert result.returncode == -signum
-    out = run_script(*tiny_run("stopped"), cwd=workplace).stdout
+    out = run_script(*tiny_run("runs/stopped"), cwd=workplace).stdout
     assert "resuming from step 25" in out
     assert read_curve(run) == read_curve(uninterrupted)
     for name in ("model.safetensors", "config.json"):
@@ -144,7 +131,7 @@ def test_a_lost_connection_saves(workplace, disposition, max_steps, code):
         f"signal.signal(signal.SIGHUP, signal.{disposition}); "
         "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     )
-    script, *flags = tiny_run(disposition, max_steps=max_steps, save_every=1000)
+    script, *flags = tiny_run(f"runs/{disposition}", max_steps=max_steps, save_every=1000)
     process = subprocess.Popen(
         [sys.executable, "-c", start, str(ROOT / script), *flags],
         cwd=workplace,
@@ -180,11 +167,11 @@ def test_an_adapter_is_no_model_to_start_from(tmp_path):
 def test_compiling_without_a_compiler_ends_in_one_line(workplace, tmp_path):
     """Without a C++ compiler, --compile ends with the flag that turns it off, and leaves no run."""
     environment = {"PATH": "", "CC": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    compiled = tiny_run("uncompiled", max_steps=1, compile=True)
+    compiled = tiny_run("runs/uncompiled", max_steps=1, compile=True)
     error = expect_error(*compiled, cwd=workplace, **environment)
     assert "install a C++ compiler" in error
     assert "turn compile off" in error
-    result = run_script(*tiny_run("uncompiled", max_steps=1), cwd=workplace)
+    result = run_script(*tiny_run("runs/uncompiled", max_steps=1), cwd=workplace)
     assert result.returncode == 0, result.stderr
 
 
@@ -215,7 +202,7 @@ def test_starting_from_other_weights(workplace, uninterrupted):
     """--init_from a run starts from its model, if wanted with a shorter block_size."""
     shape = dict.fromkeys(("n_layer", "n_head", "n_embd"))  # the run's
     options = {"block_size": 16, "max_steps": 2, "warmup_steps": 1, "max_lr": 1e-3}
-    flags = tiny_run("more", init_from="runs/whole", **shape, **options)
+    flags = tiny_run("runs/more", init_from="runs/whole", **shape, **options)
     result = run_script(*flags, cwd=workplace)
     assert result.returncode == 0, result.stderr
     first, last = read_metrics(workplace / "runs" / "more")[0], read_metrics(uninterrupted)[-1]
@@ -223,11 +210,10 @@ def test_starting_from_other_weights(workplace, uninterrupted):
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_a_wrong_flag_is_one_line(monkeypatch, capsys, script):
+def test_a_wrong_flag_is_one_line(capsys, script):
     """Every command refuses an unknown flag with one line and exit code 2."""
-    monkeypatch.setattr(sys, "argv", [script, "--no_such_flag", "3"])
     with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        run_here(script, "--no_such_flag", "3")
     out, error = capsys.readouterr()
     assert (exit_.value.code, out) == (2, "")
     assert re.fullmatch(r"error: .+ \(-h lists the flags\)\n", error)
@@ -259,7 +245,7 @@ def test_truncated_shards_and_changed_settings_harm_nothing(workplace, uninterru
         ({"max_lr": 2e-2}, "max_lr was 0.01, is 0.02"),
         ({"data_dir": "data/other"}, "was trained on different data"),
     ):
-        assert expected in expect_error(*tiny_run("whole", **changed), cwd=workplace)
+        assert expected in expect_error(*tiny_run("runs/whole", **changed), cwd=workplace)
     assert {f: f.read_bytes() for f in uninterrupted.rglob("*") if f.is_file()} == before
 
 
@@ -268,7 +254,7 @@ def test_profiling_does_not_change_the_run(workplace, uninterrupted):
     same bit for bit.
     """
     run = workplace / "runs" / "profiled"
-    flags = tiny_run("profiled", profile=2)
+    flags = tiny_run("runs/profiled", profile=2)
     out = Job(*flags, cwd=workplace, signal_at=(5, signal.SIGTERM)).wait().stdout
     with gzip.open(run / "profile.json.gz") as file:
         events = json.load(file)["traceEvents"]
@@ -282,7 +268,7 @@ def test_profiling_does_not_change_the_run(workplace, uninterrupted):
 def test_an_unwritable_run_folder_is_named(workplace):
     """A run folder that cannot be made is an error with its path."""
     (workplace / "file").write_text("not a folder")
-    assert "file/run" in expect_error(*tiny_run("x", out_dir="file/run"), cwd=workplace)
+    assert "file/run" in expect_error(*tiny_run("file/run"), cwd=workplace)
 
 
 def test_debug_shows_the_traceback(tmp_path):
