@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -25,10 +24,15 @@ from engine.files import (
 
 
 @pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace"])
-def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, failing):
-    """A write that fails halfway leaves the old file."""
-    file = tmp_path / "manifest.json"
-    file.write_text("old")
+def test_writes_are_complete(tmp_path, monkeypatch, failing):
+    """The parts of the content replace what was in the file, in their order, and leave no temporary
+    file. A write that fails halfway leaves the old file.
+    """
+    file = tmp_path / "x.bin"
+    file.write_bytes(b"something longer than the new content")
+    write_atomically(file, b"one ", memoryview(b"two"))
+    assert file.read_bytes() == b"one two"
+    assert list(tmp_path.iterdir()) == [file]
 
     def fail(*_):
         raise OSError("disk full")
@@ -36,18 +40,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, failing):
     monkeypatch.setattr(failing, fail)
     with pytest.raises(OSError, match="disk full"):
         write_atomically(file, b"new")
-    assert file.read_text() == "old"
-
-
-def test_writes_are_complete(tmp_path):
-    """The parts of the content are in the file in their order, they replace what was there, and no
-    temporary file is left.
-    """
-    file = tmp_path / "x.bin"
-    file.write_bytes(b"something longer than the new content")
-    write_atomically(file, b"one ", memoryview(b"two"))
     assert file.read_bytes() == b"one two"
-    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_system_errors_get_the_name_of_the_file(tmp_path):
@@ -84,8 +77,7 @@ def test_lines_have_their_numbers(tmp_path, name):
     last one needs no newline.
     """
     content = b'{"a": 1}\n\n  \t\n{"a": 2}\r\n\xff not text'
-    compressed = gzip.compress(content) if name.endswith(".gz") else content
-    (tmp_path / name).write_bytes(compressed)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     expected = [(1, b'{"a": 1}\n'), (4, b'{"a": 2}\r\n'), (5, b"\xff not text")]
     assert list(read_lines(tmp_path / name)) == expected
     with open_binary(tmp_path / name) as file:
@@ -93,17 +85,16 @@ def test_lines_have_their_numbers(tmp_path, name):
 
 
 def test_damaged_gz_is_named(tmp_path):
-    """A .gz that is cut short, changed or something else gives the lines before the damage, then
-    an error with its name.
+    """A .gz that is cut short, changed or something else is an error with its name; an empty file
+    has no lines.
     """
-    rows = [json.dumps({"row": i, "text": hashlib.sha256(b"%d" % i).hexdigest()}) for i in range(9)]
-    intact = gzip.compress("\n".join(rows).encode())
+    intact = gzip.compress(os.urandom(99).hex("\n").encode())
     file = tmp_path / "x.gz"
     for content in (intact[:-20], intact[:-8] + bytes(8), intact[:10] + b"\xff" * 30, b"no gzip"):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.gz is truncated or damaged"):
             list(read_lines(file))
-    file.write_bytes(b"")  # an empty file has no lines
+    file.write_bytes(b"")
     assert list(read_lines(file)) == []
 
 
@@ -140,33 +131,18 @@ def test_damaged_log_is_named(tmp_path, line):
 
 
 def test_one_process_holds_a_folder(tmp_path):
-    """While a process holds the folder's lock another is refused with the remedy; when it is killed
-    the lock is free.
+    """While a process holds the folder's lock another is refused with the remedy. The lock is free
+    when the process is killed, and after an exception, which reaches the caller.
     """
     folder = tmp_path / "new" / "run"
-    holder = subprocess.Popen(
-        [sys.executable, str(WORKERS / "hold_folder.py"), str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=worker_env(),
-    )
-    try:
+    command = [sys.executable, str(WORKERS / "hold_folder.py"), str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=worker_env()) as holder:
         assert holder.stdout.readline() == "held\n"
-        expected = pytest.raises(ValueError, match=r"in use by another process.* out_dir")
-        with expected, lock_folder(folder):
+        refused = pytest.raises(ValueError, match=r"in use by another process.* out_dir")
+        with refused, lock_folder(folder):
             pytest.fail("the folder was held twice")
-    finally:
         holder.kill()
-        holder.communicate()
     for _ in range(2):
-        with lock_folder(folder):
-            assert folder.is_dir()
-
-
-def test_lock_ends_with_its_block(tmp_path):
-    """An exception inside the block reaches the caller, and frees the folder."""
-    with pytest.raises(KeyError), lock_folder(tmp_path):
-        raise KeyError
-    with lock_folder(tmp_path):
-        pass
+        with pytest.raises(KeyError), lock_folder(folder):
+            raise KeyError
