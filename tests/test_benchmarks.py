@@ -1,27 +1,28 @@
 import json
 import math
-import subprocess
-import sys
+import multiprocessing
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HELLASWAG_ROWS, ROOT, run_script
+from processes import PRELOAD
 
 from benchmarks import gpu, harness, lora, time_to_loss
 from benchmarks.harness import TINY, BenchmarkConfig
-from benchmarks.time_to_loss import TimeToLossConfig
+from benchmarks.time_to_loss import BASELINE, FAST, RECIPES, TUNED, TimeToLossConfig
 from engine.distributed import CPU_BF16_UNITS
-from engine.shards import write_manifest, write_shard
+from engine.shards import write_shard
+
+QUICKEST = "train_step_64"
+SLOW_PARTS = [pytest.param(part, marks=pytest.mark.slow) for part in gpu.PARTS if part != QUICKEST]
 
 
-@pytest.mark.parametrize("part", gpu.PARTS)
+@pytest.mark.parametrize("part", [QUICKEST, *SLOW_PARTS])
 def test_a_dry_run_of_the_gpu_benchmark(tmp_path, part):
     """Each part writes a table, and for every contender in it a line with its figures."""
-    rows = ["--data", str(ROOT / "tests" / "hellaswag_rows.jsonl")]
-    flags = ["--dry_run", "--parts", part, "--out_dir", str(tmp_path), *rows]
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    flags = ["--dry_run", "--parts", part, "--out_dir", tmp_path, "--data", HELLASWAG_ROWS]
+    done = run_script("benchmarks/gpu.py", *flags)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "results.md").read_text().splitlines()
     table = [line for line in lines if line.startswith("| ")]
@@ -34,15 +35,14 @@ def test_a_dry_run_of_the_gpu_benchmark(tmp_path, part):
 
 
 def test_a_contender_that_fails_costs_no_other(tmp_path, capsys):
-    """A contender without its package, or without memory, is named with the reason; the others
+    """Contenders without their package, or without memory, are named with the reason; the others
     are measured, and their figures are in the file.
     """
+    errors = {"a": ImportError("No module named 'peer'"), "b": RuntimeError("out of memory")}
 
     def make(name, *_):
-        if name == "a":
-            raise ImportError("No module named 'peer'")
-        if name == "b":
-            raise RuntimeError("out of memory")
+        if name in errors:
+            raise errors[name]
         return lambda _: {"x": 3}
 
     file = tmp_path / "figures.jsonl"
@@ -90,21 +90,18 @@ def test_a_contender_of_lora_has_a_valid_name(name):
 
 def test_a_sweep_changes_one_setting_of_each_recipe():
     """Beside the recipes run their variants, which have one length and a name of their own."""
-    config = TimeToLossConfig(
-        recipes=[time_to_loss.FAST], sweep=["muon_lr=0.04", "beta1=0.9"], seeds=1
-    )
+    config = TimeToLossConfig(recipes=[FAST], sweep=["muon_lr=0.04", "beta1=0.9"], seeds=1)
     runs = time_to_loss.plan_runs(config, "data", "fp32")
-    fast = time_to_loss.RECIPES[time_to_loss.FAST]
-    assert [run.recipe for run in runs[:-2]] == [time_to_loss.FAST] * 4
+    assert [run.recipe for run in runs[:-2]] == [FAST] * 4
     assert [(run.recipe, run.settings, run.steps) for run in runs[-2:]] == [
-        ("fast, muon_lr 0.04", {**fast, "muon_lr": 0.04}, 600),
-        ("fast, beta1 0.9", {**fast, "beta1": 0.9}, 600),
+        ("fast, muon_lr 0.04", {**RECIPES[FAST], "muon_lr": 0.04}, 600),
+        ("fast, beta1 0.9", {**RECIPES[FAST], "beta1": 0.9}, 600),
     ]
 
 
 def test_steps_to_a_loss():
-    """Between two lengths the loss is a line over the logarithm of the steps; a loss beyond all
-    lengths has an infinite number of steps.
+    """Between two lengths the loss is a line over the logarithm of the steps; beyond all lengths
+    the number of steps is infinite.
     """
     losses = {100: 4.0, 400: 3.0, 800: 2.8}
     assert time_to_loss.steps_to(4.0, losses) == 100
@@ -116,39 +113,25 @@ def test_steps_to_a_loss():
 
 def test_ratios_of_time_to_loss(capsys):
     """The share of tokens is that of the mean losses over seeds; a seed may fail to get there."""
-    losses = {
-        time_to_loss.TUNED: {400: [3.5, 3.1]},  # the seeds: 200 steps and never
-        time_to_loss.FAST: {100: [4.0, 4.2], 400: [3.0, 3.2]},
-    }
-    seconds = {time_to_loss.TUNED: 1.0, time_to_loss.FAST: 2.0}
-    time_to_loss.print_ratios(losses, seconds)
+    losses = {TUNED: {400: [3.5, 3.1]}, FAST: {100: [4.0, 4.2], 400: [3.0, 3.2]}}
+    time_to_loss.print_ratios(losses, {TUNED: 1.0, FAST: 2.0})
     row = capsys.readouterr().out.splitlines()[-1]
     tokens = 0.25 * 4**0.8  # from 4.1 to 3.1, with 3.3 at 0.8 of the way
-    cells = [time_to_loss.TUNED, f"{tokens:.2f}", "0.50", "above 1.00", f"{2 * tokens:.2f}"]
+    # The seeds take 200 of 400 steps, and more than 400.
+    cells = [TUNED, f"{tokens:.2f}", "0.50", "above 1.00", f"{2 * tokens:.2f}"]
     assert [cell.strip() for cell in row.strip("| ").split("|")] == cells
 
 
 def test_shares_are_drawn_in():
-    """An arrow leads from the end of each recipe to the tokens that the fast one needs for its
-    loss, with their share; where the fast recipe does not get there, there is none.
+    """From the end of each recipe, an arrow with the share leads to the tokens that the fast one
+    needs for its loss; where the fast recipe does not get there, there is none.
     """
-    finals = [
-        (time_to_loss.BASELINE, 400, 3.5),  # the fast recipe needs 200 steps
-        (time_to_loss.TUNED, 400, 2.9),  # and more than 400
-        (time_to_loss.FAST, 100, 4.0),
-        (time_to_loss.FAST, 400, 3.0),
-    ]
-    records = [
-        {
-            "recipe": recipe,
-            "steps": steps,
-            "seed": 1,
-            "size": "1x64:4x32",
-            "loss": loss,
-            "curve": [(steps // 2, loss + 1), (steps, loss)],
-        }
-        for recipe, steps, loss in finals
-    ]
+    records = []
+    # The fast recipe needs 200 steps for the baseline's loss, and more than 400 for the other's.
+    finals = (BASELINE, 400, 3.5), (TUNED, 400, 2.9), (FAST, 100, 4.0), (FAST, 400, 3.0)
+    for recipe, steps, loss in finals:
+        record = {"recipe": recipe, "steps": steps, "seed": 1, "size": "1x64:4x32", "loss": loss}
+        records.append(record | {"curve": [(steps // 2, loss + 1), (steps, loss)]})
     (axes,) = time_to_loss.draw_curves(records).axes
     arrow, label = axes.texts
     assert label.get_text() == "0.50 of the tokens"
@@ -157,7 +140,7 @@ def test_shares_are_drawn_in():
 
 
 def test_redrawing_trains_nothing(tmp_path, monkeypatch):
-    """The figure in docs/ shows the shares in docs/results.md, from the finished runs alone; runs
+    """The figure in docs/ shows the shares in docs/results.md, from the finished runs alone. Runs
     that are not there are an error.
     """
     monkeypatch.setattr(time_to_loss, "train_run", pytest.fail)
@@ -176,20 +159,18 @@ def test_redrawing_trains_nothing(tmp_path, monkeypatch):
         time_to_loss.main(TimeToLossConfig(redraw=str(tmp_path / "runs.jsonl")))
 
 
-def test_finished_runs_are_not_repeated(tmp_path, capsys):
+def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     """A repeated command trains only what is missing, here the second seed, and reports both."""
-    ids = np.arange(20_000) % 50_000
-    splits = {"train": ids, "val": ids[:2_000]}
-    entries = [
-        {**write_shard(tmp_path / f"x_{split}_000000.npy", of_split), "split": split}
-        for split, of_split in splits.items()
-    ]
-    write_manifest(tmp_path, {"shards": entries})
+    server = multiprocessing.get_context("forkserver")  # starts processes faster than spawn
+    server.set_forkserver_preload(PRELOAD)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: server)
+    for split, length in (("train", 20_000), ("val", 2_000)):
+        write_shard(tmp_path / f"x_{split}.npy", np.arange(length))
     file, records = tmp_path / "out" / "runs.jsonl", []
     for seeds in (1, 2):
         sizes = {"size": "1x64:4x32", "steps": 4, "seeds": seeds, "jobs": 1}
         folders = {"data": str(tmp_path), "out_dir": str(file.parent)}
-        time_to_loss.main(TimeToLossConfig(**sizes, **folders, recipes=[time_to_loss.TUNED]))
+        time_to_loss.main(TimeToLossConfig(**sizes, **folders, recipes=[TUNED]))
         records.append([json.loads(line) for line in file.read_text().splitlines()])
     assert [len(of_command) for of_command in records] == [1, 2]
     assert records[0] == records[1][:1]

@@ -33,9 +33,7 @@ def log_steps(run: Path, log: str, steps: range, start: int = 0) -> RunLogger:
 
 
 def test_the_log_is_appended_and_has_each_step_once(tmp_path):
-    """A resumed run appends to metrics.jsonl, drops a line that a crash cut short, and does not
-    repeat the steps that are there.
-    """
+    """A resumed run drops a line that a crash cut short and appends the steps that are missing."""
     log_steps(tmp_path, "", range(4))
     log = tmp_path / "metrics.jsonl"
     before = log.read_bytes()
@@ -43,9 +41,8 @@ def test_the_log_is_appended_and_has_each_step_once(tmp_path):
     assert read_metrics(tmp_path) == [record(step) for step in range(4)]
     log_steps(tmp_path, "", range(2, 6), start=1)
     assert log.read_bytes().startswith(before)
-    assert [json.loads(line) for line in log.read_text().splitlines()] == [
-        record(step) for step in range(6)
-    ]
+    lines = log.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [record(step) for step in range(6)]
 
 
 @pytest.mark.parametrize("earlier_log", ["tensorboard", ""])
@@ -53,10 +50,8 @@ def test_tensorboard_equals_metrics_jsonl(tmp_path, earlier_log):
     """TensorBoard's own reader finds each number of metrics.jsonl once, in a run that was killed
     and resumed from an earlier step, also if the logger is only turned on when resuming.
     """
-    reader = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
-    )
-    (tmp_path / "config.yaml").write_text("max_steps: 20\n")
+    reader = "tensorboard.backend.event_processing.event_accumulator"
+    reader = pytest.importorskip(reader, reason="needs tensorboard")
     log_steps(tmp_path, earlier_log, range(13))
     log = tmp_path / "metrics.jsonl"  # killed between the logger and the log: step 12 repeats
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
@@ -112,10 +107,7 @@ def test_failing_logger_is_turned_off(tmp_path, monkeypatch, capsys):
 
 
 def test_samples_are_shown_without_blank_lines(tmp_path, capsys):
-    """Runs of newlines, which an untrained model writes, are one newline in the terminal; the log
-    keeps the text.
-    """
-    (tmp_path / "config.yaml").write_text("")
+    """The terminal shows the newlines of an untrained model as one; the log keeps the text."""
     logger = RunLogger(TrainConfig(out_dir=str(tmp_path), max_steps=20), CPU, 0)
     logger.log({"step": 0, "tokens": 0, "samples": ["a\n\n \n\n\nb\nc"]})
     assert "  sample: a\n  b\n  c\n" in capsys.readouterr().out
@@ -133,8 +125,8 @@ def save_run(run: Path, progress: dict) -> Path:
 
 
 def test_summary_of_a_run(tmp_path, capsys):
-    """The figures are those of the log up to the checkpoint, of the config, and the facts that were
-    saved with it; what was not logged is left out. The terminal shows them at the end of a run.
+    """The summary has figures of the log up to the checkpoint, of the config, and the saved facts,
+    but none that were not logged. The terminal shows it at the end of a run.
     """
     checkpoint = save_run(tmp_path, {"step": 10, "facts": {"parameters": "7,000,000"}})
     summary = summarize_run(tmp_path, checkpoint)
@@ -159,27 +151,26 @@ def test_summary_of_a_run(tmp_path, capsys):
 
 
 def test_summary_without_facts(tmp_path):
-    """A checkpoint of an earlier version has no facts; the summary is then without their lines."""
+    """A checkpoint of an earlier version has no facts, and its summary no lines for them."""
     assert list(summarize_run(tmp_path, save_run(tmp_path, {"step": 20})))[-1] == "data"
 
 
 def test_names_of_datasets(tmp_path, monkeypatch):
-    """A data set is called as in the manifest or on the hub; your own files are called by their
-    folder, or a file by its name, without the path.
+    """A data set is called as in its manifest or on the hub, your own files by the name of their
+    folder, or of the file, without the path.
     """
     monkeypatch.chdir(tmp_path)
     for name, dataset in (("a", "stdlib"), ("b", "files")):
-        (tmp_path / name).mkdir()
-        manifest = json.dumps({"dataset": dataset, "shards": []})
-        (tmp_path / name / "manifest.json").write_text(manifest)
-    for config, expected in (
-        (f"data_dir: {tmp_path}/a", "stdlib"),
-        ("data_dir: b", "files in b"),
-        ("data_dir: data/mine", "files in mine"),
-        ("data: a", "a"),
-        ("data: user/name-2.5", "user/name-2.5"),
-        ("data: gone/rows.jsonl", "rows.jsonl"),
-        (f"data: {tmp_path}/rows", "rows"),
-    ):
-        (tmp_path / "config.yaml").write_text(config)
+        Path(name).mkdir()
+        Path(name, "manifest.json").write_text(json.dumps({"dataset": dataset, "shards": []}))
+    for setting, expected in {
+        f"data_dir: {tmp_path}/a": "stdlib",
+        "data_dir: b": "files in b",
+        "data_dir: data/mine": "files in mine",
+        "data: ./a": "a",
+        "data: user/name-2.5": "user/name-2.5",
+        "data: gone/rows.jsonl": "rows.jsonl",
+        f"data: {tmp_path}/rows": "rows",
+    }.items():
+        Path("config.yaml").write_text(setting)
         assert name_dataset(tmp_path) == expected

@@ -17,20 +17,34 @@ from engine.evaluation import Evaluation, Prompt, evaluate_loss, generate_sample
 from engine.loss import SummedLoss
 from engine.metrics import Meter
 from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
-from engine.training import (
-    announce_run,
-    check_skipped,
-    collect_facts,
-    train,
-    warn_of_settings,
-)
+from engine.training import announce_run, collect_facts, train, warn_of_settings
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 
 
+def validation(shards, eval_tokens: int = 100, batch_size: int = 4) -> partial:
+    """A function that gives the validation batches of the first tokens."""
+    sizes = {"block_size": 16, "batch_size": batch_size, "eval_tokens": eval_tokens}
+    return partial(validation_batches, shards, **sizes)
+
+
+def train_without_samples(run, shards, model: GPT, **settings) -> None:
+    """Train a model in the folder of a run, without compiling it."""
+    sizes = {"batch_size": 4, "total_batch_size": 192, "warmup_steps": 3, "sample_every": 0}
+    settings = {**sizes, "precision": "fp32", "compile": False, **settings}
+    config = PretrainConfig(out_dir=str(run), **settings)
+    train(model, make_data(shards, 4, config.seed), validation(shards), [], config, CPU)
+
+
+def read_log(run) -> list[dict]:
+    """The lines of a run's log, in which nothing is infinite or NaN."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+
+
 def test_evaluation_is_the_mean_over_tokens(shards):
-    """The loss is the mean over all predicted tokens for every batch size, also with a last window
-    that is shorter than the others.
+    """For every batch size the loss is the mean over all predicted tokens, also with a shorter last
+    window.
     """
     model = new_model()
     summed_loss = SummedLoss(model)
@@ -38,19 +52,18 @@ def test_evaluation_is_the_mean_over_tokens(shards):
     total = 0.0
     with torch.no_grad():
         for start in range(0, 500, 16):
-            window = tokens[start : min(start + 17, 501)][None]
-            total += F.cross_entropy(
-                model(window[:, :-1]).flatten(0, 1), window[0, 1:], reduction="sum"
-            ).item()
+            window = tokens[start : start + 17]
+            logits = model(window[None, :-1])[0]
+            total += F.cross_entropy(logits, window[1:], reduction="sum").item()
     for batch_size in (1, 3, 8):
-        batches = validation_batches(shards, block_size=16, batch_size=batch_size, eval_tokens=500)
+        batches = validation(shards, 500, batch_size)()
         loss, _ = evaluate_loss(summed_loss, batches, CPU)
         assert loss == pytest.approx(total / 500, rel=1e-5)
 
 
 def test_bits_per_byte():
-    """The nats of all targets, also of <|endoftext|>, in bits and divided by the bytes of their
-    text, over all ranks; None where there is no text.
+    """The nats of all targets of all ranks, also of <|endoftext|>, in bits, divided by the bytes of
+    their text; None where there is no text.
     """
 
     class Two(Distributed):
@@ -64,11 +77,10 @@ def test_bits_per_byte():
     targets = torch.tensor([[*ids, END_OF_TEXT_ID, IGNORE_INDEX]])
     batch = Batch(torch.zeros_like(targets), targets)
     n_bytes = 5 + 1 + 3 + 1 + 3 * 3  # of UTF-8
-    two = Two(0, 2, torch.device("cpu"))
-    for dist in (CPU, two):
+    for dist in (CPU, Two(0, 2, CPU.device)):
         loss, bpb = evaluate_loss(lambda batch: torch.tensor(6.0), [batch, batch], dist)
         assert loss == pytest.approx(6 / (len(ids) + 1))
-        assert bpb == pytest.approx(6 / 0.6931471805599453 / n_bytes)
+        assert bpb == pytest.approx(6 / math.log(2) / n_bytes)
     end = Batch(targets[:, -2:-1], targets[:, -2:-1])
     assert evaluate_loss(lambda batch: torch.tensor(6.0), [end], CPU) == (6.0, None)
 
@@ -89,16 +101,15 @@ def test_what_is_compiled_and_planned_by_shape(shards, monkeypatch, has_one_shap
         return call
 
     model, hidden = step.model, step.model.hidden
-    val = partial(validation_batches, shards, block_size=16, batch_size=4, eval_tokens=100)
+    val = validation(shards)
     expected, bpb = evaluate_loss(SummedLoss(model), val(), CPU)
     model.hidden = note("eager", hidden)
     step.summed_loss.hidden = torch.compile(hidden, backend=lambda graph, _: note("graph", graph))
     open_device("cpu", 0)
     try:
         prompts = [Prompt("!", max_new_tokens=3)]
-        evaluation = Evaluation(
-            model, step.summed_loss, val, prompts, [], step.config, CPU, has_one_shape
-        )
+        options = (step.config, CPU, has_one_shape)
+        evaluation = Evaluation(model, step.summed_loss, val, prompts, [], *options)
         record = evaluation.evaluate_step(20)
         step(1)
         assert not torch.backends.cuda.cudnn_sdp_enabled()  # for other commands
@@ -112,19 +123,16 @@ def test_what_is_compiled_and_planned_by_shape(shards, monkeypatch, has_one_shap
 
 
 @pytest.mark.parametrize("stop_at", [None, 5])
-def test_a_log_read_late_is_the_same_log(shards, tmp_path, monkeypatch, stop_at):
+def test_a_log_read_late_is_the_same_log(shards, tmp_path, monkeypatch, no_pictures, stop_at):
     """Reading a step's results after the next one has been launched, as on CUDA, changes nothing in
     the log, the evaluations and the checkpoints, whether a signal stops the run or not.
     """
 
-    class StopAt:
+    class StopAt(contextlib.AbstractContextManager):
         """Requests a stop from a step on. It is asked once per step."""
 
         def __init__(self, step):
             self.step, self.asked = step, 0
-
-        def __enter__(self):
-            return self
 
         def __exit__(self, *_):
             pass
@@ -139,54 +147,42 @@ def test_a_log_read_late_is_the_same_log(shards, tmp_path, monkeypatch, stop_at)
             super().__init__(*args)
             self.max_pending = 1
 
-    sizes = {"batch_size": 4, "total_batch_size": 192, "max_steps": 9, "warmup_steps": 3}
-    often = {"eval_tokens": 100, "eval_every": 3, "sample_every": 0, "save_every": 100}
+    timed = {"tokens_per_s", "step_ms", "mfu", "peak_memory_gb"}
     logs, weights = [], []
     for name, meter in (("at_once", Meter), ("late", Late)):
         monkeypatch.setattr("engine.training.Meter", meter)
-        run, model = tmp_path / name, new_model()
-        run.mkdir()
-        config = PretrainConfig(out_dir=str(run), precision="fp32", compile=False, **sizes, **often)
-        data = make_data(shards, 4, config.seed)
         # The request of step 4 is read when step 5 has been launched.
         fake = StopAt(stop_at - (meter is Late) if stop_at else None)
         monkeypatch.setattr("engine.training.Interrupt", lambda fake=fake: fake)
-        val = partial(validation_batches, shards, block_size=16, batch_size=4, eval_tokens=100)
+        run = tmp_path / name
+        run.mkdir()
+        often = {"max_steps": 9, "eval_every": 3, "save_every": 100}
         with pytest.raises(SystemExit) if stop_at else contextlib.nullcontext():
-            train(model, data, val, [], config, CPU)
-        timed = {"tokens_per_s", "step_ms", "mfu", "peak_memory_gb"}
-        records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        logs.append([{k: v for k, v in r.items() if k not in timed} for r in records])
+            train_without_samples(run, shards, new_model(), **often)
+        logs.append([{k: v for k, v in r.items() if k not in timed} for r in read_log(run)])
         weights.append((list_checkpoints(run)[-1] / "model.safetensors").read_bytes())
     assert logs[0] == logs[1]
     assert [r["step"] for r in logs[0]] == list(range((stop_at or 9) + 1))
     assert weights[0] == weights[1]
 
 
-def test_training_stops_when_nothing_is_finite_any_more(shards, tmp_path, capsys):
-    """Five steps in a row without a finite gradient end the run with one line; the log stays valid
-    JSON, and the last good checkpoint is untouched.
+def test_training_stops_when_nothing_is_finite_any_more(shards, tmp_path, no_pictures, capsys):
+    """Each step without a finite gradient is reported, and the fifth in a row ends the run with one
+    line; the log stays valid JSON, and the last good checkpoint is untouched.
     """
-    model = new_model()
-    sizes = {"batch_size": 4, "total_batch_size": 192, "max_steps": 20, "warmup_steps": 3}
-    often = {"eval_tokens": 100, "eval_every": 5, "sample_every": 0, "save_every": 2}
-    raw = {"precision": "fp32", "compile": False}
-    config = PretrainConfig(out_dir=str(tmp_path), **sizes, **often, **raw)
-    (tmp_path / "config.yaml").write_text("{}")
-    data = make_data(shards, 4, config.seed)
-    val = partial(validation_batches, shards, block_size=16, batch_size=4, eval_tokens=100)
-    calls = []
+    model, calls = new_model(), []
 
     def poison(grad):
         calls.append(1)
-        return grad * math.nan if len(calls) > 3 * data.grad_accum_steps else grad
+        return grad * math.nan if len(calls) > 3 * 3 else grad  # three micro-steps to a step
 
     model.transformer.ln_f.bias.register_hook(poison)
-    with pytest.raises(ValueError, match="5 consecutive steps"):
-        train(model, data, val, [], config, CPU)
-    assert capsys.readouterr().out.count("its gradient is not finite") == 5
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    with pytest.raises(ValueError, match="not finite in 5 consecutive steps"):
+        train_without_samples(tmp_path, shards, model, max_steps=20, eval_every=5, save_every=2)
+    out = capsys.readouterr().out
+    assert out.count("its gradient is not finite") == 5
+    assert "step 7 skipped: its gradient is not finite (4 in a row)" in out
+    records = read_log(tmp_path)
     assert [r["step"] for r in records if r.get("grad_norm", 0) is None] == [4, 5, 6, 7, 8]
     weights = GPT.from_pretrained(list_checkpoints(tmp_path)[-1]).state_dict()
     assert all(w.isfinite().all() for w in weights.values())
@@ -207,17 +203,6 @@ def test_facts_of_a_run(shards):
     }
 
 
-def test_steps_that_stay_skipped_end_the_run(capsys):
-    """Each skipped step is reported, and the fifth in a row is an error."""
-    logger = SimpleNamespace(print=print)
-    check_skipped(SimpleNamespace(skipped_in_a_row=0), 3, logger)
-    assert not capsys.readouterr().out
-    check_skipped(SimpleNamespace(skipped_in_a_row=4), 4, logger)
-    assert "step 4 skipped: its gradient is not finite (4 in a row)" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="not finite in 5 consecutive steps"):
-        check_skipped(SimpleNamespace(skipped_in_a_row=5), 5, logger)
-
-
 def test_a_diverged_model_ends_the_run_in_one_line():
     """Samples of weights that are not finite are an error for the user, no traceback."""
     model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8))
@@ -227,20 +212,16 @@ def test_a_diverged_model_ends_the_run_in_one_line():
 
 
 def test_settings_and_sizes_are_printed(shards, capsys):
-    """A run starts by printing its settings, its parameters by group, the sizes of a step, and the
-    device.
-    """
+    """A run first prints its settings, its parameters, the sizes of a step, and the device."""
     announce_run(new_model(), make_data(shards), PretrainConfig(), CPU)
-    text = capsys.readouterr().out
-    assert "grad_accum_steps 3" in text
-    assert "trainable parameters: " in text
-    assert "max_steps: 19073" in text
-    assert "device: 1 x cpu, " in text
+    out = capsys.readouterr().out
+    for text in ("max_steps: 19073", "trainable parameters: ", "grad_accum_steps 3", "1 x cpu, "):
+        assert text in out
 
 
 def test_a_run_too_large_for_a_cpu_says_so(capsys):
-    """GPT-2 124M on a CPU with steps of half a million tokens gets a line that names configs for
-    CPUs; the demo's steps do not.
+    """With steps of half a million tokens, GPT-2 124M on a CPU gets a line that names configs for
+    CPUs; with the demo's steps it does not.
     """
     with torch.device("meta"):
         large = GPT(GPTConfig())

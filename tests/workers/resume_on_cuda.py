@@ -1,25 +1,34 @@
-"""Print the losses of six compiled steps in bf16 on a GPU, first of an uninterrupted run, then of
-one that a snapshot restored after three. With the argument "deterministic" all kernels are.
+"""Print the losses of six compiled steps in bf16 on a GPU, with deterministic kernels, first of an
+uninterrupted run, then of one that a snapshot restored after three.
 """
-
-import sys
 
 import torch
 
-from benchmarks.harness import BenchmarkConfig, Size, random_training_step
+from benchmarks.harness import BenchmarkConfig, RandomBatches, Size, random_training_step
+from engine.data import Batch
 from engine.step import TrainingStep
+from model import GPT
 
 SIZE = Size(n_layer=2, n_embd=128, batch_size=8, T=128)
 CONFIG = BenchmarkConfig(device="cuda", precision="bf16")
 
 
+def batch_of_step(_batches: RandomBatches, step: int, _micro_step: int) -> Batch:
+    """Tokens that depend on nothing but the step, as in training."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(50257, (SIZE.batch_size, SIZE.T), generator=generator)
+    return Batch(ids, ids)
+
+
 def new_step() -> TrainingStep:
     torch.manual_seed(0)
-    return random_training_step(SIZE, CONFIG, compile=True, warmup_steps=2, max_lr=1e-2)
+    settings = {"compile": True, "warmup_steps": 2, "max_lr": 1e-2}
+    return random_training_step(GPT(SIZE.gpt_config()), SIZE, CONFIG, **settings)
 
 
 if __name__ == "__main__":
-    torch.use_deterministic_algorithms("deterministic" in sys.argv)
+    torch.use_deterministic_algorithms(True)
+    RandomBatches.micro_batch = batch_of_step
     step = new_step()
     losses = [step(s)[0].item() for s in (1, 2, 3)]
     params, state = step.snapshot()
