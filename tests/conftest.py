@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +103,20 @@ def read_curve(run: Path) -> list[tuple]:
 def read_values(run: Path, key: str) -> list:
     """The values of one kind that a run has logged."""
     return [record[key] for record in read_metrics(run) if key in record]
+
+
+def make_record(step: int, sample: str = "a sample") -> dict:
+    """What training logs at a step; every tenth step has a sample."""
+    record = {"step": step, "tokens": step * 64, "val_loss": 9.0 - step / 10}
+    if step:
+        record |= {"train_loss": 9.5 - step / 10, "grad_norm": 1.5, "lr": step * 1e-3, "mfu": None}
+        record |= {"tokens_per_s": 128.0, "step_ms": 500.0, "peak_memory_gb": 0.5 + step / 100}
+    return record | ({"samples": [f"{sample} at {step}"]} if step % 10 == 0 else {})
+
+
+def write_log(run: Path, records: Iterable[dict]) -> None:
+    """Write a run's metrics.jsonl."""
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def small_transformers_gpt2(**options: object) -> GPT2LMHeadModel:

@@ -100,9 +100,7 @@ def test_a_sweep_changes_one_setting_of_each_recipe():
 
 
 def test_steps_to_a_loss():
-    """Between two lengths the loss is a line over the logarithm of the steps; beyond all lengths
-    the number of steps is infinite.
-    """
+    """The loss is linear in log(steps); a loss beyond all lengths needs infinitely many."""
     losses = {100: 4.0, 400: 3.0, 800: 2.8}
     assert time_to_loss.steps_to(4.0, losses) == 100
     assert time_to_loss.steps_to(3.5, losses) == pytest.approx(200)
@@ -140,9 +138,7 @@ def test_shares_are_drawn_in():
 
 
 def test_redrawing_trains_nothing(tmp_path, monkeypatch):
-    """The figure in docs/ shows the shares in docs/results.md, from the finished runs alone. Runs
-    that are not there are an error.
-    """
+    """The figure in docs/ is drawn from finished runs alone; runs that are missing are an error."""
     monkeypatch.setattr(time_to_loss, "train_run", pytest.fail)
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **_: figures.append(args))

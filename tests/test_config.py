@@ -273,9 +273,7 @@ def test_flags_with_dashes():
 
 
 def test_whole_numbers_in_any_notation(tmp_path, capsys):
-    """1e3, 1_000 and 1000.0 are whole numbers, on the command line and in YAML, and large ones are
-    exact; 1.5 is not.
-    """
+    """1e3, 1_000 and 1000.0 are whole numbers, and large ones are exact; 1.5 is not."""
     for text in ("1e3", "1_000", "1000.0", "1E+3"):
         assert parse(PretrainConfig, "--max_steps", text) == {"max_steps": 1000}
         (tmp_path / "a.yaml").write_text(f"max_steps: {text}\n")
@@ -430,9 +428,7 @@ def test_impossible_settings(settings, expected):
 
 
 def test_a_missing_logger_names_the_command_that_installs_it(tmp_path, monkeypatch):
-    """A logger whose package is missing is refused before a run begins; a plain folder of its name
-    does not count as the package.
-    """
+    """A missing logger is refused; a plain folder of its name does not count as its package."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)

@@ -72,9 +72,7 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     ("dtype", "tolerance"), [(FP32, 1e-5), (FP16, 2e-3), (BF16, 1e-2)], ids=["fp32", "fp16", "bf16"]
 )
 def test_head_loss_equals_cross_entropy(dtype, tolerance, is_compiled):
-    """Loss and gradients are those of cross-entropy in float64 over the real vocabulary, also where
-    the model is nearly certain.
-    """
+    """Loss and gradients are cross-entropy's in float64, also where the model is nearly certain."""
     if is_compiled and dtype == FP32:
         pytest.skip("fp32 is never compiled")
     generator = torch.Generator().manual_seed(0)
@@ -157,9 +155,7 @@ def test_a_step_does_not_wait_for_the_device(shards):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_snapshot_continues(shards, optimizer):
-    """A snapshot keeps its values while training continues; restored into a new model, it repeats
-    the next steps.
-    """
+    """A snapshot keeps its values while training continues; restored, it repeats the next steps."""
     model = cuda_model(block_size=16)
     step = cuda_step(shards, model, optimizer=optimizer)
     for s in (1, 2, 3):
@@ -282,9 +278,7 @@ def test_resuming_is_exact_with_deterministic_kernels():
 
 
 def test_the_time_of_a_step_does_not_count_the_next(shards):
-    """The results of a step are read while the next one runs, without waiting for it: when two
-    are read at once, each has its own time.
-    """
+    """Results are read while the next step runs; of two read at once, each has its own time."""
     meter = Meter(cuda_model(), make_data(shards), GPU)
     records, result = [], torch.zeros((), device=CUDA)
     for step in range(1, 5):

@@ -48,9 +48,7 @@ def test_targets_follow_their_inputs(make_shards):
 
 
 def test_global_step_does_not_depend_on_the_machine(make_shards):
-    """For 1 to 4 ranks and every batch_size that divides, a step has the same windows in the same
-    order, and the same number of targets.
-    """
+    """A step has the same windows in the same order on 1 to 4 ranks and at every batch_size."""
     shards = TokenShards(make_shards(400, 601), "train")
     seen = set()
     for world_size, batch_size in itertools.product((1, 2, 3, 4), (1, 2, 3, 6)):
@@ -88,9 +86,7 @@ def test_a_data_set_smaller_than_a_batch(make_shards):
 
 @pytest.mark.parametrize("eval_tokens", [1, 50, 64, 199, 10_000])
 def test_evaluation_is_the_same_tokens_on_any_machine(make_shards, eval_tokens):
-    """The first eval_tokens are predicted once each, for any number of ranks and any batch size;
-    ranks get equally many batches.
-    """
+    """Each of eval_tokens is predicted once, and all ranks get equally many batches."""
     shards = TokenShards(make_shards(200), "train")
     for world_size, batch_size in itertools.product((1, 2, 3), (1, 4, 7)):
         sizes = {"block_size": 8, "batch_size": batch_size, "eval_tokens": eval_tokens}

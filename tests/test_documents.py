@@ -115,9 +115,7 @@ def test_any_two_different_sections_have_both_splits():
 
 
 def test_a_section_beside_the_other_split_is_separated():
-    """A section of a document is separated from one in the other split, not from one in its own.
-    Copies of a section are in one split.
-    """
+    """A section is separated from one in the other split only. Copies of it are in one split."""
     sections = [Piece(str(i % 7), i % 20 == 0) for i in range(50)]
     largest = max(hash_text(str(i)) for i in range(7))  # only its sections are not drawn
     drawn = list(draw_validation(sections, largest))
@@ -183,9 +181,7 @@ def test_bad_rows(tmp_path, capsys):
 
 
 def test_damaged_gz_files(tmp_path, capsys):
-    """A .gz that is no gzip, or is cut short, is reported and counted. What is before the damage is
-    used, and the other files are read.
-    """
+    """A damaged .gz is counted; what precedes the damage, and other files, are read."""
     text = os.urandom(200_000).hex("\n", 40).replace("a", "é")
     whole = gzip.compress(text.encode())
     (tmp_path / "b.txt").write_text("good")
@@ -237,9 +233,7 @@ def read_source(dataset: str, **options: int) -> list[Piece]:
 
 
 def test_max_tokens_leaves_both_splits(tmp_path):
-    """If the first max_tokens tokens hold two different sections, both splits get one of them,
-    whatever the hashes of later sections are.
-    """
+    """If the first max_tokens tokens hold two different sections, each split gets one of them."""
     for i in range(20):
         rows = [f"{i} document {n}" for n in range(100)]  # of 4 tokens, with its separator
         (tmp_path / "a.txt").write_text("<|endoftext|>".join(rows))

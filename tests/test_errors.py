@@ -109,9 +109,7 @@ def workplace(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("line", "expected"), WRONG.items(), ids=WRONG)
 def test_wrong_input_ends_in_one_line(workplace, monkeypatch, capsys, line, expected):
-    """One line on stderr that names what is wrong, exit code 2, no traceback. The command has made
-    neither its out_dir nor a parent of it.
-    """
+    """One line on stderr names what is wrong, the exit code is 2, and no out_dir is made."""
     name, _, added = line.partition(" ")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(workplace)
@@ -168,9 +166,7 @@ def test_user_errors_are_one_line_and_bugs_are_not(capsys):
     ],
 )
 def test_a_full_disk_is_noticed_and_named(tmp_path, monkeypatch, name, write):
-    """If only 300 bytes fit into a file, every writer fails with the file's name; none truncates
-    it silently.
-    """
+    """If only 300 bytes fit into a file, every writer fails with the file's name."""
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
     Path("run/config.yaml").write_text("seed: 1\n")

@@ -73,9 +73,7 @@ def test_json_files(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
 def test_lines_have_their_numbers(tmp_path, name):
-    """Lines that are not blank come with their number in the file, plain and compressed, and the
-    last one needs no newline.
-    """
+    """Lines that are not blank come with their number in the file, plain and compressed."""
     content = b'{"a": 1}\n\n  \t\n{"a": 2}\r\n\xff not text'
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     expected = [(1, b'{"a": 1}\n'), (4, b'{"a": 2}\r\n'), (5, b"\xff not text")]
@@ -85,9 +83,7 @@ def test_lines_have_their_numbers(tmp_path, name):
 
 
 def test_damaged_gz_is_named(tmp_path):
-    """A .gz that is cut short, changed or something else is an error with its name; an empty file
-    has no lines.
-    """
+    """A damaged .gz is an error with its name; an empty file has no lines."""
     intact = gzip.compress(os.urandom(99).hex("\n").encode())
     file = tmp_path / "x.gz"
     for content in (intact[:-20], intact[:-8] + bytes(8), intact[:10] + b"\xff" * 30, b"no gzip"):
@@ -99,9 +95,7 @@ def test_damaged_gz_is_named(tmp_path):
 
 
 def test_log_is_appended(tmp_path):
-    """A log in a new process knows the records from before and appends to them; a last line that a
-    crash cut short is dropped.
-    """
+    """A log is read and appended to by a new process; a last line cut by a crash is dropped."""
     log = JSONLinesLog(tmp_path / "log.jsonl", "row")
     assert log.records == []
     log.append({"row": 0}, {"row": 1, "text": "ä\n"})
@@ -118,9 +112,7 @@ def test_log_is_appended(tmp_path):
     "line", [b"{", b"[1]", b"3", b"{}", b'{"row": "one"}', b'{"row": null}', b"\xff", b""]
 )
 def test_damaged_log_is_named(tmp_path, line):
-    """A line that is not an object with a number under the key is an error with the file, the key
-    and the remedy; the file stays as it was.
-    """
+    """A line without a number under the key is an error with the remedy; the file stays."""
     file = tmp_path / "log.jsonl"
     content = b'{"row": 1}\n' + line + b'\n{"row": 2}\n'
     file.write_bytes(content)

@@ -32,20 +32,9 @@ from engine.tensors import read_tensors
 from finetune_lora import FinetuneConfig, resolve_config
 from model import GPT, GPTConfig
 
-SETTINGS = {
-    "model_name_or_path": "base",
-    "data": "rows.jsonl",
-    "examples_per_step": 12,
-    "batch_size": 6,
-    "max_steps": 8,
-    "warmup_steps": 2,
-    "max_lr": 1e-2,
-    "eval_every": 4,
-    "sample_every": 0,
-    "save_every": 4,
-    "val_fraction": 0.2,
-    "device": "cpu",
-}
+SETTINGS = {"model_name_or_path": "base", "data": "rows.jsonl", "device": "cpu", "max_lr": 1e-2}
+SETTINGS |= {"examples_per_step": 12, "batch_size": 6, "max_steps": 8, "warmup_steps": 2}
+SETTINGS |= {"eval_every": 4, "save_every": 4, "sample_every": 0, "val_fraction": 0.2}
 SHAPE = GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=8)
 
 

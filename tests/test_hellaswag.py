@@ -156,9 +156,7 @@ def test_results_are_the_counts(gpt2_folder, tmp_path, write_rows, capsys):
 
 
 def test_killed_evaluation_resumes(gpt2_folder, tmp_path, monkeypatch):
-    """The rows that a killed evaluation has written are kept and the others computed, with the
-    results of one that was not killed.
-    """
+    """A killed evaluation keeps its rows, and ends with the results of one that was not killed."""
     monkeypatch.setattr(scoring, "BATCH_SHAPE", {"cpu": (BATCH_TOKENS, 1)})
     config = evaluate(gpt2_folder, tmp_path / "whole")
     killed = replace(config, out_dir=str(tmp_path / "killed"))
@@ -282,9 +280,7 @@ def test_a_task_in_the_table_is_evaluated(gpt2_folder, tmp_path, write_rows, mon
 
 @pytest.mark.slow
 def test_training_evaluates_hellaswag_on_all_ranks(workplace):
-    """With --hellaswag_every training logs the accuracies of its checkpoint, on two ranks with FSDP
-    as on one device with a compiled step.
-    """
+    """Training logs its checkpoint's accuracies, on two ranks with FSDP and compiled on one."""
     settings = {"max_steps": 4, "hellaswag_every": 2, "hellaswag_data": HELLASWAG_ROWS}
     settings |= {"sample_every": 0}
     logs = []

@@ -47,9 +47,7 @@ LAYERS = [
 
 
 def project_imports(module: str) -> Iterator[tuple[str, ast.AST]]:
-    """The project's modules that a module imports anywhere, in functions and for types as well,
-    each with the import statement.
-    """
+    """The project's modules that a module imports anywhere, each with the import statement."""
     tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -121,9 +121,7 @@ def test_examples_do_not_see_each_other(write_rows, tiny_model):
 
 
 def test_long_and_empty_rows(write_rows, capsys):
-    """A completion that does not fit is cut; a row without a completion, or with too long a prompt,
-    is skipped and counted.
-    """
+    """A long completion is cut; a row without one, or with too long a prompt, is skipped."""
     rows = [
         {"prompt": "a b c", "completion": " d" * 100},
         {"prompt": "a", "completion": " "},
@@ -165,9 +163,7 @@ def test_stdlib_needs_no_network(tmp_path, monkeypatch):
 
 
 def test_every_example_once_an_epoch(examples):
-    """An epoch has each example once; a step has the same examples on any number of ranks and at
-    any batch size.
-    """
+    """An epoch has each example once; a step has the same ones on any ranks, at any batch size."""
     expected = None
     for world_size, batch_size in ((1, 10), (1, 5), (2, 5), (5, 2), (10, 1)):
         steps = []

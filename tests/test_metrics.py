@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CPU
+from conftest import CPU, make_record
 
 from engine import metrics
 from engine.config import TrainConfig
@@ -15,18 +15,10 @@ from engine.metrics import RunLogger, name_dataset, read_metrics, summarize_run
 SAMPLE = "</pre><script>&amp;"  # text that must not be interpreted
 
 
-def record(step: int) -> dict:
-    result = {"step": step, "tokens": step * 64, "val_loss": 9.0 - step / 10}
-    if step:
-        result |= {"train_loss": 9.5 - step / 10, "grad_norm": 1.5, "lr": step * 1e-3, "mfu": None}
-        result |= {"tokens_per_s": 128.0, "step_ms": 500.0, "peak_memory_gb": 0.5 + step / 100}
-    return result | ({"samples": [f"{SAMPLE} at {step}"]} if step % 10 == 0 else {})
-
-
 def log_steps(run: Path, log: str, steps: range, start: int = 0) -> RunLogger:
     logger = RunLogger(TrainConfig(out_dir=str(run), max_steps=20, log=log), CPU, start)
     for step in steps:
-        logger.log(record(step))
+        logger.log(make_record(step, SAMPLE))
     for each in logger.loggers.values():
         each.close()
     return logger
@@ -38,11 +30,11 @@ def test_the_log_is_appended_and_has_each_step_once(tmp_path):
     log = tmp_path / "metrics.jsonl"
     before = log.read_bytes()
     log.write_bytes(before + b'{"step": 4, "tok')
-    assert read_metrics(tmp_path) == [record(step) for step in range(4)]
+    assert read_metrics(tmp_path) == [make_record(step, SAMPLE) for step in range(4)]
     log_steps(tmp_path, "", range(2, 6), start=1)
     assert log.read_bytes().startswith(before)
     lines = log.read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [record(step) for step in range(6)]
+    assert [json.loads(line) for line in lines] == [make_record(step, SAMPLE) for step in range(6)]
 
 
 @pytest.mark.parametrize("earlier_log", ["tensorboard", ""])

@@ -1,12 +1,11 @@
 """Curves of runs: what they show is what the runs logged."""
 
 import json
-import runpy
 import shutil
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import make_record, write_log
+from processes import run_here
 
 from engine.plots import MORE_PANELS, draw_runs, plot_runs
 
@@ -17,14 +16,7 @@ def run(tmp_path):
     folder = tmp_path / "run <b> & co"
     folder.mkdir()
     (folder / "config.yaml").write_text("data_dir: none\n")
-    lines = []
-    for step in range(21):
-        logged = {"step": step, "tokens": 64 * step, "val_loss": 9.0 - step / 10}
-        if step:
-            logged |= {"train_loss": 9.5 - step / 10, "step_ms": 500.0}
-            logged |= {"lr": 1e-3, "grad_norm": 1.5, "tokens_per_s": 128.0}
-        lines.append(json.dumps(logged) + "\n")
-    (folder / "metrics.jsonl").write_text("".join(lines))
+    write_log(folder, map(make_record, range(21)))
     return folder
 
 
@@ -42,9 +34,7 @@ def test_the_training_loss_is_smoothed(run):
     """Beside the training loss stands the mean of each step and those before it, 2 % of all but at
     least 5, and the legend has the last of these means.
     """
-    steps = range(1, 201)
-    lines = [json.dumps({"step": s, "tokens": 64 * s, "train_loss": s}) + "\n" for s in steps]
-    (run / "metrics.jsonl").write_text("".join(lines))
+    write_log(run, ({"step": s, "tokens": 64 * s, "train_loss": s} for s in range(1, 201)))
     axes = draw_runs([run]).axes[0]
     raw, smoothed = axes.lines
     assert list(raw.get_ydata()) == list(range(1, 201))
@@ -57,17 +47,12 @@ def test_the_training_loss_is_smoothed(run):
 
 def test_plot_command(run, monkeypatch, capsys):
     """--out names the image. Another suffix, or no run, is an error."""
-
-    def plot(*args):
-        monkeypatch.setattr(sys, "argv", ["plot.py", *args])
-        runpy.run_path(str(ROOT / "plot.py"), run_name="__main__")
-
     monkeypatch.chdir(run)
-    plot(".", "--x", "tokens", "--out", "a.svg")
+    run_here("plot.py", ".", "--x", "tokens", "--out", "a.svg")
     assert "<svg" in (run / "a.svg").read_text()
     for args, error in ((".", "--out", "a.doc"), "doc' is not supported"), ((), "required: RUN"):
         with pytest.raises(SystemExit, match="2"):
-            plot(*args)
+            run_here("plot.py", *args)
         assert error in capsys.readouterr().err
 
 
@@ -87,9 +72,7 @@ def test_gpt2_loss_depends_on_the_data(tmp_path):
 
 
 def test_hellaswag_has_its_own_panel(run):
-    """Only a run that measured HellaSwag gets a second panel, with the quoted accuracies and their
-    metrics.
-    """
+    """A run that measured HellaSwag gets a second panel, with the quoted accuracies."""
     assert len(draw_runs([run]).axes) == 1
     logged = {"step": 21, "tokens": 1344, "hellaswag_acc_norm": 0.25, "hellaswag_acc": 0.25}
     with (run / "metrics.jsonl").open("a") as file:

@@ -11,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, make_record, write_log
 from processes import HANG_SECONDS
 
 from engine import report
@@ -41,12 +41,8 @@ CONFIG = "data_dir: none\nmax_steps: 20\nout_dir: <i>x</i>\ncompile: true\n"
 
 
 def record(step: int) -> dict:
-    result = {"step": step, "tokens": step * 64, "val_loss": 9.0 - step / 10}
-    result |= {"val_loss": 6.5} if step == 13 else {"val_bpb": 3.0 - step / 20}
-    if step:
-        result |= {"train_loss": 9.5 - step / 10, "grad_norm": 1.5, "lr": step * 1e-3, "mfu": None}
-        result |= {"tokens_per_s": 128.0, "step_ms": 500.0, "peak_memory_gb": 0.5 + step / 100}
-    return result | ({"samples": [f"{NASTY} at {step}"]} if step % 10 == 0 else {})
+    bits = {"val_loss": 6.5} if step == 13 else {"val_bpb": 3.0 - step / 20}
+    return make_record(step, NASTY) | bits
 
 
 @pytest.fixture
@@ -55,8 +51,7 @@ def run(tmp_path):
     folder = tmp_path / "run <b> & co"
     folder.mkdir()
     (folder / "config.yaml").write_text(CONFIG)
-    lines = [json.dumps(record(step)) + "\n" for step in range(21)]
-    (folder / "metrics.jsonl").write_text("".join(lines))
+    write_log(folder, map(record, range(21)))
     save_facts(folder, FACTS)
     return folder
 
@@ -178,11 +173,10 @@ def test_points_have_titles(run):
     """A browser shows steps and values at points of the curves, the last ones included. However
     long the run, there are at most a hundred for each curve, at the places of the drawn points.
     """
-    with (run / "metrics.jsonl").open("w") as file:
-        for step in range(3001):
-            logged = {"step": step, "tokens": 64 * step, "train_loss": step}
-            logged |= {"val_loss": step / 1000} if step % 30 == 0 else {}
-            file.write(json.dumps(logged) + "\n")
+    records = [{"step": s, "tokens": 64 * s, "train_loss": s} for s in range(3001)]
+    for record in records[::30]:
+        record["val_loss"] = record["step"] / 1000
+    write_log(run, records)
     svg = render_curves(run)
     circles = re.findall('cx="(.*?)" cy="(.*?)" r="5" ?/?><title>(.*?)</title>', svg)
     titles = [title for _, _, title in circles]

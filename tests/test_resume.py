@@ -34,9 +34,7 @@ def begin_run(run, config: dict) -> None:
 
 
 def test_a_run_resumes_only_as_it_was(tmp_path):
-    """Fixed settings must not change, and the error lists both values; others may. A folder without
-    a run accepts any settings.
-    """
+    """Fixed settings must not change, and the error lists both values; others may."""
     config = Settings(max_lr=1e-3, seed=1, keep=2, batch_size=4)
     check_same_run(tmp_path, replace(config, resume="never"))
     begin_run(tmp_path, {**asdict(config), "seed": 2})

@@ -45,9 +45,7 @@ def random_tokens(seed: int) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_streamed_text_is_the_decoded_text(seed):
-    """The pieces add up to tiktoken's text; none splits a character, and none comes later than its
-    last byte.
-    """
+    """The pieces add up to tiktoken's text; none splits a character or comes late."""
     tokens = random_tokens(seed)
     shown = add_all(tokens, [])
     assert "".join(shown) == get_tokenizer().decode(tokens)
@@ -70,9 +68,7 @@ def first_complete(text: str, stop: list[str]) -> str:
 
 
 def test_stop_texts_cut_exactly_and_are_never_shown():
-    """However tokens and stop texts overlap, exactly the text before the first complete stop text
-    is printed.
-    """
+    """However tokens and stop texts overlap, the text ends before the first complete stop text."""
     rng, encoding, cut = random.Random(1), get_tokenizer(), 0
     for _ in range(3000):
         text = "".join(rng.choices("ab\né", k=rng.randrange(1, 14)))
@@ -147,9 +143,7 @@ def test_generation_ends_when_all_rows_stop(gpt2_folder, capsys):
 
 
 def test_stdout_is_the_text_alone(gpt2_folder, monkeypatch, capfdbinary):
-    """A piped prompt gives the same text as --prompt, and nothing else on stdout. Bytes that are
-    not UTF-8 are an error.
-    """
+    """A piped prompt gives the text of --prompt and nothing else; bad UTF-8 is an error."""
 
     def sample(stdin: bytes, prompt: str | None = None) -> tuple[bytes, bytes]:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))

@@ -63,9 +63,7 @@ def test_damaged_and_missing_shards_are_named(make_shards):
 
 
 def test_every_byte_is_checked_before_a_run(make_shards):
-    """A flipped bit, a token that GPT-2 does not have and an incomplete preparation are errors;
-    other shards have another fingerprint.
-    """
+    """A flipped bit, a token beyond GPT-2's and an incomplete preparation are errors."""
     folder = make_shards(50, 50)
     fingerprint = TokenShards(folder, "train", verify=True).fingerprint
     file = folder / "x_train_000001.npy"

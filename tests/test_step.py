@@ -81,9 +81,7 @@ OPTIMIZERS = [{}, {"optimizer": "muon"}, {"optimizer": "muon", "muon_beta2": 0.9
 
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=["AdamW", "Muon", "NorMuon"])
 def test_state_continues_to_the_bit(shards, options):
-    """A snapshot after 3 steps keeps its values during the next ones; restored into a new model, it
-    repeats them exactly.
-    """
+    """A snapshot keeps its values during the next steps; restored, it repeats them exactly."""
     step = make_step(new_model(), shards, **options)
     for s in (1, 2, 3):
         step(s)
@@ -194,9 +192,7 @@ def test_a_step_that_is_not_finite_is_skipped(shards, precision, optimizer, dist
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_step_equals_the_raw_one(shards, monkeypatch, backend):
-    """The compiled loss has the loss and gradients of the eager one, and the model keeps its
-    parameter names.
-    """
+    """The compiled loss has the eager one's gradients, and the model keeps its parameter names."""
     if backend == "inductor" and shutil.which("gcc") is None:
         pytest.skip("torch.compile on a CPU needs gcc")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
@@ -326,9 +322,7 @@ def one_layer(tiny_config) -> GPTConfig:
 
 @pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.slow), "light"])
 def test_all_lengths_share_two_graphs(one_layer, recompute):
-    """Compiled, LoRA on twelve lengths needs two graphs, the second for any length, and no graph
-    break.
-    """
+    """Compiled, LoRA on twelve lengths needs two graphs, and no graph break."""
     model = GPT(one_layer)
     add_lora(model)
     apply_recompute(model, recompute)

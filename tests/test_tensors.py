@@ -37,9 +37,7 @@ def test_files_of_anything_else_are_refused(tmp_path, content):
 
 
 def test_copying_tensors_is_all_or_nothing():
-    """Tensors are copied by name; where one is missing, unexpected or has another shape, the error
-    names it and nothing is copied.
-    """
+    """Tensors are copied by name; one that does not fit is an error, and nothing is copied."""
     names = [f"h.{i}" for i in range(6)]
     targets = {name: torch.zeros(2, 3) for name in names}
     tensors = {name: torch.full((2, 3), i + 1.0) for i, name in enumerate(names)}

@@ -115,9 +115,7 @@ class WrongAfter:
 
 @pytest.mark.parametrize("number", [0, 7, 2 * CHECK_EVERY])
 def test_a_difference_to_tiktoken_is_an_error(number):
-    """The first texts, and later one in CHECK_EVERY, are compared to tiktoken. A difference names
-    the text and both packages.
-    """
+    """The first texts, and one in CHECK_EVERY, are compared to tiktoken; a difference is named."""
     encoder = BatchEncoder()
     encoder.gigatoken = WrongAfter(encoder, number)
     texts = [f"text {i}" for i in range(3 * CHECK_EVERY)]

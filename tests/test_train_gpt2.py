@@ -176,9 +176,7 @@ def test_compiling_without_a_compiler_ends_in_one_line(workplace, tmp_path):
 
 
 def test_sampling_from_a_run_a_folder_and_the_hub_cache(workplace, uninterrupted, tmp_path):
-    """sample.py takes a run, a checkpoint's folder, and a hub name from the local cache; the same
-    seed gives the same text.
-    """
+    """sample.py takes a run, a checkpoint's folder, and a hub name from the local cache."""
     options = ("--num_return_sequences", 3, "--max_new_tokens", 8, "--device", "cpu")
     options = ("sample.py", "--prompt", "import", *options)
     texts = [
@@ -229,9 +227,7 @@ def test_a_wrong_flag_of_a_process(tmp_path):
 
 
 def test_truncated_shards_and_changed_settings_harm_nothing(workplace, uninterrupted):
-    """A truncated shard, settings that would change the curve, and other data are refused by name;
-    the run stays as it was.
-    """
+    """Truncated or other data and changed settings are refused by name; the run stays as it was."""
     before = {f: f.read_bytes() for f in uninterrupted.rglob("*") if f.is_file()}
     text, torn, other = (workplace / "data" / name for name in ("text", "torn", "other"))
     for folder in (torn, other):
@@ -250,9 +246,7 @@ def test_truncated_shards_and_changed_settings_harm_nothing(workplace, uninterru
 
 
 def test_profiling_does_not_change_the_run(workplace, uninterrupted):
-    """--profile 2 writes a trace of two steps and prints the slowest operators; the curve is the
-    same bit for bit.
-    """
+    """--profile 2 writes a trace and the slowest operators; the curve is the same to the bit."""
     run = workplace / "runs" / "profiled"
     flags = tiny_run("runs/profiled", profile=2)
     out = Job(*flags, cwd=workplace, signal_at=(5, signal.SIGTERM)).wait().stdout

@@ -43,9 +43,7 @@ def read_log(run) -> list[dict]:
 
 
 def test_evaluation_is_the_mean_over_tokens(shards):
-    """For every batch size the loss is the mean over all predicted tokens, also with a shorter last
-    window.
-    """
+    """At every batch size the loss is the mean over all tokens, also those of a short window."""
     model = new_model()
     summed_loss = SummedLoss(model)
     tokens = torch.from_numpy(shards.read(0, 501))
