@@ -12,9 +12,9 @@ from engine import decode
 from engine.decode import FEW_ROWS, linear_few_rows, speed_up_decoding
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("threads", [1, 3, 5])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(24,), (1, 24), (3, 2, 24), (8, 24), (0, 24)])
+@pytest.mark.parametrize("shape", [(24,), (3, 2, 24), (8, 24), (0, 24)])
 def test_few_rows_equal_linear(monkeypatch, threads, bias, shape):
     """For every number of threads the result is that of F.linear, up to rounding."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -54,19 +54,20 @@ def test_a_static_cache_gives_the_same_text(monkeypatch):
     runs as it is; tests/test_cuda.py replays a graph of it.
     """
 
-    def run_without_a_graph(token_graph):
-        def replay():
-            token_graph.hidden = token_graph.compute_hidden()
+    class PlainGraph(decode.TokenGraph):
+        def capture(self):
+            self.graph = SimpleNamespace(replay=self.replay)
 
-        token_graph.graph = SimpleNamespace(replay=replay)
+        def replay(self):
+            self.hidden = self.compute_hidden()
 
-    monkeypatch.setattr(decode.TokenGraph, "capture", run_without_a_graph)
-    model, idx = talkative_model(block_size=64).eval(), random_ids(2, 40)
-    expected = model.generate(idx, 60, temperature=0)
+    monkeypatch.setattr(decode, "TokenGraph", PlainGraph)
+    model, idx = talkative_model(block_size=32).eval(), random_ids(2, 20)
+    expected = model.generate(idx, 40, temperature=0)
     model.last_hidden = decode.GraphedDecoder(model)
     torch.use_deterministic_algorithms(True)  # new memory is NaN, not what was left in it
     try:
         for rows in (slice(2), slice(1), slice(2)):
-            assert torch.equal(model.generate(idx[rows], 60, temperature=0), expected[rows])
+            assert torch.equal(model.generate(idx[rows], 40, temperature=0), expected[rows])
     finally:
         torch.use_deterministic_algorithms(False)

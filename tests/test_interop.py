@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import talkative_model
+from conftest import HELLASWAG_ROWS, talkative_model
+from processes import HANG_SECONDS
 from transformers import pipeline
 
 import hellaswag
 from engine.checkpoint import RunState, latest_checkpoint, load_model, save_checkpoint
 from hellaswag import EvalConfig
 from sample import SampleConfig, print_continuations
-
-ROWS = Path(__file__).parent / "hellaswag_rows.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -60,24 +59,25 @@ def test_lm_eval_gives_the_same_accuracies(checkpoint, tmp_path, capsys):
     task = (source / "hellaswag.yaml").read_text()
     task = task.replace("task: hellaswag", "task: local_hellaswag")
     task = task.replace("Rowan/hellaswag", "json").replace("training_split: train\n", "")
-    files = {"data_files": {"validation": str(ROWS)}, "cache_dir": str(tmp_path / "cache")}
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "utils.py").write_text((source / "utils.py").read_text())
-    (tmp_path / "tasks" / "local_hellaswag.yaml").write_text(
-        f"{task}\ndataset_kwargs: {json.dumps(files)}\n"
-    )
+    files = {
+        "data_files": {"validation": str(HELLASWAG_ROWS)},
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    (tmp_path / "utils.py").write_text((source / "utils.py").read_text())
+    task += f"\ndataset_kwargs: {json.dumps(files)}\n"
+    (tmp_path / "local_hellaswag.yaml").write_text(task)
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu"]
     command += ["--model_args", f"pretrained={checkpoint}", "--batch_size", "1"]
-    command += ["--tasks", "local_hellaswag", "--include_path", str(tmp_path / "tasks")]
+    command += ["--tasks", "local_hellaswag", "--include_path", str(tmp_path)]
     command += ["--output_path", str(tmp_path / "out.json")]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 0, result.stderr[-3000:]
     (file,) = tmp_path.glob("out*.json")
     theirs = json.loads(file.read_text())["results"]["local_hellaswag"]
-    out = tmp_path / "ours"
-    hellaswag.main(EvalConfig(str(checkpoint), data=str(ROWS), device="cpu", out_dir=str(out)))
+    data, out = str(HELLASWAG_ROWS), tmp_path / "ours"
+    hellaswag.main(EvalConfig(str(checkpoint), data=data, device="cpu", out_dir=str(out)))
     ours = json.loads((out / "results.json").read_text())
-    assert ours["rows"] == len(ROWS.read_text().splitlines())
+    assert ours["rows"] == 20
     for name in ("acc", "acc_norm"):
         assert ours[name]["value"] == pytest.approx(theirs[f"{name},none"])

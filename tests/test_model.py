@@ -11,20 +11,15 @@ from model import GPT, GPTConfig, KVCache, sample_next
 
 
 def test_model_py_stands_alone():
-    """model.py imports nothing but torch and the standard library when it is imported, and a
-    block's forward has two statements.
-    """
+    """model.py imports only torch and the standard library, and a block has two statements."""
     tree = ast.parse((ROOT / "model.py").read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     inside = {node for function in functions for node in ast.walk(function)}
-    names = set()
-    for node in set(ast.walk(tree)) - inside:
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.partition(".")[0])
-    assert "torch" in names
-    assert names <= {"torch", *sys.stdlib_module_names}
+    outside = set(ast.walk(tree)) - inside
+    names = {alias.name for node in outside if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in outside if isinstance(node, ast.ImportFrom)}
+    packages = {name.partition(".")[0] for name in names}
+    assert {"torch"} <= packages <= {"torch", *sys.stdlib_module_names}
     block = next(n for n in tree.body if getattr(n, "name", "") == "Block")
     forward = next(n for n in block.body if getattr(n, "name", "") == "forward")
     assert len(forward.body) == 2
@@ -33,11 +28,8 @@ def test_model_py_stands_alone():
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"tie_word_embeddings": False},
-        {"n_positions": 17, "n_head": 2},
+        {"tie_word_embeddings": False, "n_positions": 17, "n_head": 2},
         {"activation_function": "gelu_pytorch_tanh", "layer_norm_epsilon": 1e-3},
-        {"vocab_size": 50257},
     ],
 )
 def test_logits_equal_transformers_both_ways(options, tmp_path):
@@ -55,12 +47,12 @@ def test_logits_equal_transformers_both_ways(options, tmp_path):
         torch.testing.assert_close(again(idx).logits, expected, atol=1e-4, rtol=0)
 
 
-def test_initialisation_is_gpt2s(tiny_config):
+def test_initialization_is_gpt2s():
     """Weights have std 0.02, the projections onto the residual stream 0.02 / sqrt(2 n_layer),
     biases are 0 and LayerNorms the identity.
     """
-    config = GPTConfig(n_layer=8, n_head=4, n_embd=128, vocab_size=2000)
-    for name, param in GPT(config).named_parameters():
+    model = GPT(GPTConfig(n_layer=8, n_head=4, n_embd=128, vocab_size=2000))
+    for name, param in model.named_parameters():
         if name.endswith("c_proj.weight"):
             assert param.std().item() == pytest.approx(0.02 / 4, rel=0.05), name
         elif param.dim() == 2:
@@ -69,19 +61,10 @@ def test_initialisation_is_gpt2s(tiny_config):
             assert (param == float(name.endswith("weight"))).all(), name
 
 
-def test_texts_that_share_a_row(tiny_model):
-    """With positions and a mask, two texts in one row have the hidden states of each on its own."""
-    idx = random_ids(1, 30)
-    positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
-    text = torch.tensor([0] * 12 + [1] * 18)
-    mask = (text[:, None] == text) & torch.ones(30, 30).tril().bool()
-    together = tiny_model.hidden(idx, positions=positions, mask=mask[None, None])
-    alone = torch.cat([tiny_model.hidden(idx[:, :12]), tiny_model.hidden(idx[:, 12:])], dim=1)
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-
-
 def test_cached_forward_equals_full_forward(tiny_model):
-    """With the KV cache, tokens one by one have the hidden states of a single pass."""
+    """With the KV cache, tokens one by one have the hidden states of a single pass. Several tokens
+    at once, after cached ones, are refused.
+    """
     idx = random_ids(2, 20)
     caches = [KVCache(48) for _ in range(2)]
     with torch.no_grad():
@@ -89,21 +72,8 @@ def test_cached_forward_equals_full_forward(tiny_model):
         parts = [tiny_model.hidden(idx[:, :7], caches)]
         parts += [tiny_model.hidden(idx[:, i : i + 1], caches) for i in range(7, 20)]
     torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-5, rtol=0)
-
-
-def test_the_trunk_compiles_without_a_break(tiny_model):
-    """torch.compile captures the model without its head in one graph."""
-    explained = torch._dynamo.explain(tiny_model.hidden)(random_ids(2, 16))
-    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
-
-
-def test_several_tokens_after_cached_ones_are_refused(tiny_model):
-    """After a prompt the cache accepts one token at a time; anything else is an error."""
-    caches = [KVCache(48) for _ in range(2)]
-    with torch.no_grad():
-        tiny_model.hidden(random_ids(1, 4), caches)
-        with pytest.raises(ValueError, match="2 tokens at once after 4 cached ones"):
-            tiny_model.hidden(random_ids(1, 2), caches)
+    with pytest.raises(ValueError, match="2 tokens at once after 20 cached ones"):
+        tiny_model.hidden(idx[:, :2], caches)
 
 
 def test_greedy_generation_equals_transformers(tmp_path):
@@ -117,18 +87,15 @@ def test_greedy_generation_equals_transformers(tmp_path):
 
 
 def test_generation_past_the_window(tiny_model):
-    """Past block_size the window restarts from its last half: the tokens equal those of a plain
-    recomputation with the same rule.
-    """
-    idx = random_ids(2, 45)
-    expected, window = idx, idx
-    for _ in range(70):
+    """Past block_size the window restarts from its last half, as in a plain recomputation."""
+    expected = window = idx = random_ids(2, 45)
+    for _ in range(40):
         if window.size(1) > 48:
             window = window[:, -24:]
         with torch.no_grad():
             next_id = tiny_model(window)[:, -1].argmax(-1, keepdim=True)
         expected, window = torch.cat([expected, next_id], 1), torch.cat([window, next_id], 1)
-    assert torch.equal(tiny_model.generate(idx, 70, temperature=0), expected)
+    assert torch.equal(tiny_model.generate(idx, 40, temperature=0), expected)
 
 
 def test_long_prompt_uses_its_last_window(tiny_model):
@@ -162,7 +129,7 @@ def test_eos_ends_a_row(tiny_model):
     assert stopped.size(1) <= 8
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(5, None), (None, 0.7), (20, 0.5), (None, 1.0)])
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, None), (20, 0.5), (None, 1.0)])
 def test_sampling_is_over_transformers_support(top_k, top_p):
     """top_k and top_p keep the same tokens, with the same probabilities, as transformers."""
     logits = 2 * torch.randn(1, 50, generator=torch.Generator().manual_seed(3))

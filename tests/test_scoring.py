@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from conftest import CPU, small_transformers_gpt2
 from transformers import GPT2LMHeadModel
 
 from engine import scoring
-from engine.distributed import Distributed
 from engine.scoring import (
     Request,
     Score,
@@ -26,14 +26,11 @@ from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from model import GPT
 
 BLOCK_SIZE = 128
-CAUSAL = torch.ones(1, 1, BLOCK_SIZE, BLOCK_SIZE, dtype=torch.bool).tril()
 
 
 @pytest.fixture(scope="module")
 def theirs() -> GPT2LMHeadModel:
-    """With weights so large that continuations differ by nats, and a vocabulary that takes several
-    matrix products.
-    """
+    """With weights so large that continuations differ by nats; its head takes three products."""
     model = small_transformers_gpt2(n_positions=BLOCK_SIZE, vocab_size=5000)
     with torch.no_grad():
         for param in model.parameters():
@@ -59,9 +56,7 @@ def random_requests(n: int) -> list[Request]:
     return [Request(ids(BLOCK_SIZE), [ids(40) for _ in range(4)]) for _ in range(n)]
 
 
-def score_all(
-    model: GPT, requests: list[Request], dist: Distributed = CPU
-) -> list[tuple[int, list[Score]]]:
+def score_all(model: GPT, requests: list[Request], dist=CPU) -> list[tuple[int, list[Score]]]:
     return [pair for batch in score(model, requests, dist) for pair in batch]
 
 
@@ -71,9 +66,8 @@ def test_a_token_attends_to_its_own_past():
     """
     context, continuations = [9, 8], [[1, 2, 3], [1, 2], [4], [1, 5, 6, 7], [1, 2]]
     row = pack_continuations(context, dict(enumerate(continuations)))
-    seen = [
-        [row.tokens[j] for j in range(i + 1) if i < row.ends[j]] for i in range(len(row.tokens))
-    ]
+    n = len(row.tokens)
+    seen = [[row.tokens[j] for j in range(i + 1) if i < row.ends[j]] for i in range(n)]
     assert sorted(seen) == [[9], [9, 8], [9, 8, 1], [9, 8, 1, 2], [9, 8, 1, 5], [9, 8, 1, 5, 6]]
     assert [len(past) - 1 for past in seen] == row.positions
     assert sorted(row.members) == list(range(len(continuations)))
@@ -120,36 +114,29 @@ def test_autocast_does_not_round_logits(model):
     context, first = request.context, request.continuations[0][:1]
     with torch.autocast("cpu", torch.bfloat16):
         ((_, (found,)),) = score_all(model, [Request(context, [first])])
-        hidden = model.hidden(
-            torch.tensor([context]), mask=CAUSAL[..., : len(context), : len(context)]
-        )
-    logits = hidden[0, -1].float() @ model.lm_head.weight.t()
-    expected = logits[: model.config.vocab_size].log_softmax(-1)[first].item()
-    assert found.log_prob == pytest.approx(expected, abs=1e-5)
-    assert found.log_prob != pytest.approx(
-        logits.bfloat16().float().log_softmax(-1)[first].item(), abs=1e-5
-    )
+        causal = torch.ones(len(context), len(context), dtype=torch.bool).tril()
+        hidden = model.hidden(torch.tensor([context]), mask=causal[None, None])
+    logits = (hidden[0, -1].float() @ model.lm_head.weight.t())[: model.config.vocab_size]
+    exact, rounded = (t.float().log_softmax(-1)[first] for t in (logits, logits.bfloat16()))
+    assert found.log_prob == pytest.approx(exact.item(), abs=1e-5)
+    assert found.log_prob != pytest.approx(rounded.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_ranks_share_the_batches(model, world_size, monkeypatch):
+def test_ranks_share_the_batches(model, monkeypatch):
     """Over all ranks each request is scored once, with the same result, and every rank calls the
-    model equally often.
+    model equally often, even where no batch is left for it.
     """
     requests = random_requests(10)
-    calls, original = [], scoring.compute_log_probs
-    monkeypatch.setattr(
-        scoring, "compute_log_probs", lambda *args: (calls.append(rank), original(*args))[1]
-    )
-    rank = 0
-    single = score_all(model, requests)
-    calls.clear()
+    batches = list(score(model, requests, CPU))
+    world_size = len(batches) - 1  # two rounds; in the second, only rank 0 has a batch
+    spy = Mock(wraps=scoring.compute_log_probs)
+    monkeypatch.setattr(scoring, "compute_log_probs", spy)
     shared = []
     for rank in range(world_size):
         shared += score_all(model, requests, replace(CPU, rank=rank, world_size=world_size))
-    assert sorted(shared) == sorted(single)
+        assert spy.call_count == 2 * (rank + 1)
+    assert sorted(shared) == sorted(pair for batch in batches for pair in batch)
     assert len(shared) == 10
-    assert len({calls.count(r) for r in range(world_size)}) == 1
 
 
 def test_done_batches_are_skipped(model):
@@ -164,12 +151,10 @@ def test_done_batches_are_skipped(model):
 
 
 def test_batches_fit_and_are_sorted():
-    """Each request is in one batch, longest first. A batch has at most the given number of tokens
-    unless it is a single request.
-    """
-    requests = random_requests(200)
+    """Each request is in one batch, longest first; a batch of several has at most batch_tokens."""
+    requests = random_requests(60)
     batches = plan_batches(requests, BLOCK_SIZE, batch_tokens=1000, multiple=16)
-    assert sorted(i for batch in batches for i in batch) == list(range(200))
+    assert sorted(i for batch in batches for i in batch) == list(range(60))
     lengths = []
     for batch in batches:
         rows = [row for i in batch for row in pack_request(requests[i], BLOCK_SIZE)]
@@ -198,11 +183,9 @@ def test_request_is_the_text_split_in_two():
     """
     encode = get_tokenizer().encode
     request = encode_request("One two ", ["three", " four"])
+    texts = [[*request.context, *ids] for ids in request.continuations]
     assert request.context == encode("One two")
-    assert [[*request.context, *ids] for ids in request.continuations] == [
-        encode("One two three"),
-        encode("One two  four"),
-    ]
+    assert texts == [encode("One two three"), encode("One two  four")]
     assert encode_request("", [" a"]) == Request([END_OF_TEXT_ID], [encode(" a")])
     with pytest.raises(ValueError, match="'' adds no tokens"):
         encode_request("One", [" two", ""])
