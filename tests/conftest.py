@@ -131,12 +131,12 @@ def random_ids(*shape: int, vocab_size: int = 1000) -> torch.Tensor:
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(2))
 
 
-def talkative_model(block_size: int) -> GPT:
+def talkative_model(block_size: int, scale: float = 8.0) -> GPT:
     """A small GPT-2 with the real vocabulary, and weights so large that greedy text varies."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=block_size, n_layer=2, n_head=2, n_embd=32))
     for param in model.parameters():
-        param.data.mul_(8)
+        param.data.mul_(scale)
     return model
 
 
@@ -196,9 +196,9 @@ def write_rows(tmp_path) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def gpt2_folder(tmp_path_factory) -> Path:
-    """The folder of `talkative_model`, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("talkative")
-    talkative_model(block_size=128).save_pretrained(folder)
+    """The folder of a small GPT-2 with the real vocabulary, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    talkative_model(block_size=128, scale=4.0).save_pretrained(folder)
     save_tokenizer(folder, 128)
     return folder
 
@@ -275,8 +275,3 @@ def make_step(
 @pytest.fixture
 def shards(make_shards) -> TokenShards:
     return TokenShards(make_shards(300, 390), "train")
-
-
-@pytest.fixture(scope="session")
-def talkative_folder(gpt2_folder) -> Path:
-    return gpt2_folder
