@@ -35,9 +35,7 @@ def test_a_dry_run_of_the_gpu_benchmark(tmp_path, part):
 
 
 def test_a_contender_that_fails_costs_no_other(tmp_path, capsys):
-    """Contenders without their package, or without memory, are named with the reason; the others
-    are measured, and their figures are in the file.
-    """
+    """A contender that fails is named with the reason; the others are measured."""
     errors = {"a": ImportError("No module named 'peer'"), "b": RuntimeError("out of memory")}
 
     def make(name, *_):

@@ -164,9 +164,7 @@ WRONG_VALUES = {
 
 @pytest.mark.parametrize(("content", "expected"), WRONG_VALUES.items(), ids=WRONG_VALUES)
 def test_yaml_is_checked_like_flags(tmp_path, capsys, content, expected):
-    """A value of the wrong type, an unknown key, and a file that holds no settings end in one line
-    with the file's name, the value, and what is expected.
-    """
+    """A wrong value, an unknown key and a file of something else are one line with its name."""
     file = tmp_path / "wrong.yaml"
     file.write_text(content)
     error = parsing_error(capsys, Base, "--config", file)
@@ -234,9 +232,7 @@ def test_yaml_is_utf8_on_any_machine(tmp_path):
 
 
 def test_the_command_line_wins(tmp_path):
-    """A flag before or after --config wins over the files, and a later file over an earlier one;
-    settings that only one of them gives are kept.
-    """
+    """A flag wins over --config wherever it stands, and a later file over an earlier one."""
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("number: 1\nrate: 0.5\nname: first\n")
     second.write_text("rate: 0.25\nname: second\n")

@@ -23,11 +23,11 @@ from model import GPT
 
 N_STEPS = 10
 SETTINGS = {"batch_size": 1, "total_batch_size": 384, "max_steps": N_STEPS}
-SETTINGS |= {"eval_every": 5, "sample_every": 5, "save_every": 5}
+SETTINGS |= {"eval_every": 5, "save_every": 5}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Else torchrun keeps the store, and a restarted rank may read addresses of killed ones from it:
 # https://github.com/pytorch/pytorch/issues/135712
-RESTARTABLE = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+TORCHRUN_ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def command(name: str, **settings: object) -> list[str]:
@@ -90,7 +90,7 @@ def test_a_run_moves_between_layouts(workplace, single):
     """A run that is stopped on 2 ranks with FSDP resumes in one process and on 4 ranks along the
     same curve; the optimizer's state in the checkpoint is complete and by name.
     """
-    source = train(workplace, "moving", 2, parallel="fsdp", keep=9)
+    source = train(workplace, "moving", 2, parallel="fsdp")
     back_to_step_5(source)
     state = read_state(source / "checkpoints" / "step_000005")["optimizer"]["state"]
     assert state["transformer.wte.weight"]["exp_avg"].shape == (50304, 32)
@@ -104,7 +104,7 @@ def test_normuon_resumes_to_the_bit(workplace, parallel):
     """On 2 ranks, a run with NorMuon resumed at step 5 ends with exactly the weights of the run
     that was not stopped: the checkpoint has all of its state, sharded or not.
     """
-    settings = {"optimizer": "muon", "muon_beta2": 0.95, "parallel": parallel, "keep": 9}
+    settings = {"optimizer": "muon", "muon_beta2": 0.95, "parallel": parallel, "sample_every": 0}
     run = train(workplace, f"normuon_{parallel}", 2, **settings)
     expected = read_weights(run)
     back_to_step_5(run)
@@ -136,7 +136,7 @@ def test_a_snapshot_keeps_its_values(workplace, parallel):
 
 
 def torchrun(workplace: Path, stop: str, *options: str, name: str, **settings) -> subprocess.Popen:
-    """Start a tiny run under torchrun that a signal stops when it has logged step 3."""
+    """Start a tiny run under torchrun that a signal stops when it has logged step 5."""
     paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     worker = str(ROOT / "tests" / "workers" / "stopped_rank.py")
     return subprocess.Popen(
@@ -145,15 +145,13 @@ def torchrun(workplace: Path, stop: str, *options: str, name: str, **settings) -
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**RESTARTABLE, "PYTHONPATH": paths},
+        env={**TORCHRUN_ENV, "PYTHONPATH": paths},
     )
 
 
 @pytest.mark.slow
 def test_a_killed_rank_is_restarted(workplace, single):
-    """With two torchruns, as on two nodes, a rank killed by kill -9 is restarted by --max_restarts
-    from the latest checkpoint, along the same curve.
-    """
+    """On two nodes, --max_restarts restarts a killed rank from a checkpoint, on the same curve."""
     options = ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:29517", "--rdzv_id=test"]
     options += ["--nnodes=2", "--nproc_per_node=1", "--max_restarts=3"]
     agents = [
@@ -162,15 +160,13 @@ def test_a_killed_rank_is_restarted(workplace, single):
     ]
     outs = [agent.communicate(timeout=HANG_SECONDS)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outs
-    assert any("resuming from step 2" in out for out in outs), outs
+    assert any("resuming from step" in out for out in outs), outs
     assert_same_curve(workplace / "ranks" / "nodes", single)
 
 
 @pytest.mark.slow
 def test_torchrun_passes_sigterm_on(workplace, single):
-    """SIGTERM to torchrun, as a cluster sends it, ends all ranks after the step with a checkpoint,
-    and the same command resumes along the same curve.
-    """
+    """SIGTERM to torchrun, as a cluster sends it, saves; the same command continues the curve."""
     agent = torchrun(workplace, "term", "--standalone", "--nproc_per_node=2", name="sigterm")
     out = agent.communicate(timeout=HANG_SECONDS)[0]
     assert "saved; the same command resumes" in out, out

@@ -268,9 +268,7 @@ def test_wrong_parquet_files_are_named(tmp_path, write_parquet):
 
 
 def test_hub_failures_name_the_data_and_the_remedy(monkeypatch, datasets, network):
-    """Whatever the hub's libraries raise, at once or in the middle of a stream, becomes one
-    ConnectionError with the repository, the reason and the remedy.
-    """
+    """Whatever the hub's libraries raise becomes one error with the reason and the remedy."""
     error = Exception("no\nroute.")
 
     def fail(*_, **__):

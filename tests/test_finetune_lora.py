@@ -203,9 +203,7 @@ def test_a_finished_run_merges(folder, capsys):
 
 
 def test_the_base_of_an_adapter_is_kept(folder):
-    """A run does not delete the base of an adapter, also if it saves that step again. Where the
-    base is missing, the error has the hash of its weights.
-    """
+    """A run keeps an adapter's base; if the base is gone, the error has the hash of its weights."""
     first = Path("base_run/checkpoints/step_000001")
     shutil.copytree("base", first)
     (first / "progress.json").write_text('{"step": 1}')

@@ -51,9 +51,7 @@ def test_checkpoints_have_the_files_that_converters_read(checkpoint):
 
 @pytest.mark.slow
 def test_lm_eval_gives_the_same_accuracies(checkpoint, tmp_path, capsys):
-    """`lm_eval --model hf --model_args pretrained=CHECKPOINT`, with its own HellaSwag task on local
-    rows, has the accuracies of hellaswag.py.
-    """
+    """lm_eval's command, with its own HellaSwag task, has the accuracies of hellaswag.py."""
     lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval")
     source = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
     task = (source / "hellaswag.yaml").read_text()

@@ -381,9 +381,6 @@ def test_lora_state_file(base, idx, tmp_path):
         load_model(base, file)
     with pytest.raises(ValueError, match=r"lora_A \(4, 64\), expected"):
         load_adapter(GPT.from_pretrained(base), file, LoRAConfig(8, 6.0))
-    file.write_bytes(b"h")  # torch.load raises an IndexError
-    with pytest.raises(ValueError, match=r"lora.pt is damaged"):
-        load_adapter(GPT.from_pretrained(base), file, LoRAConfig(4, 6.0))
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,7 @@ def test_loss_equals_plain_cross_entropy(tiny_model, chunk_rows, dtype, monkeypa
 
 
 def test_a_frozen_head_in_bf16(tiny_model, monkeypatch):
-    """With fp32 products, loss and gradient are those of cross-entropy with the same head in fp32,
-    and no allocation is as large as that head.
-    """
+    """A bf16 head has the loss and gradients of the same head in fp32, without such a copy."""
     monkeypatch.setattr(loss_module, "CAST_ROWS", 300)  # no divisor of the 1024 rows
     monkeypatch.setattr(loss_module, "CPU_CHUNK_ROWS_NO_GRAD", 32)
     x = torch.randn(100, 64, requires_grad=True)

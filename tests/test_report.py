@@ -129,9 +129,7 @@ def open_in_browser(page: Path, *flags: str) -> subprocess.CompletedProcess:
 @needs_chromium
 @pytest.mark.parametrize("dark", [False, True])
 def test_report_in_a_browser(run, tmp_path, dark):
-    """A browser opens the report without console messages and without requests, and shows the
-    curves and the samples, in light and dark mode.
-    """
+    """A browser shows curves and samples, light and dark, without messages and requests."""
     write_report(run, CPU)
     shutil.copy(run / "report.html", tmp_path / "report.html")
     flags = ["--window-size=900,1200", f"--screenshot={tmp_path / 'page.png'}"]

@@ -83,9 +83,7 @@ def data_dir(tmp_path, no_pictures):
 
 
 def test_plateau_end_is_the_last_step_of_any_longer_run():
-    """Up to plateau_end the rates are those of runs of more steps, after it they are lower, unless
-    the run has no decay; a cosine has no such step.
-    """
+    """Up to plateau_end, and no further, the rates are those of any longer run; cosine: 0."""
     for warmup, fraction, steps in (
         (2, 0.4, 10),
         (2, 0.4, 11),

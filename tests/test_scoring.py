@@ -123,9 +123,7 @@ def test_autocast_does_not_round_logits(model):
 
 
 def test_ranks_share_the_batches(model, monkeypatch):
-    """Over all ranks each request is scored once, with the same result, and every rank calls the
-    model equally often, even where no batch is left for it.
-    """
+    """Each request is scored once over all ranks, which call the model equally often."""
     requests = random_requests(10)
     batches = list(score(model, requests, CPU))
     world_size = len(batches) - 1  # two rounds; in the second, only rank 0 has a batch

@@ -165,9 +165,7 @@ class FakeHub:
 
 
 def test_upload_sends_what_the_dry_run_shows(run, monkeypatch, capsys):
-    """Without dry_run the repository is created (private if asked) and gets those files. Without a
-    login or a network, the error names the remedy.
-    """
+    """An upload sends the dry run's files; without a login or network the error has the remedy."""
     config = ShareConfig(str(run), "me/my-gpt2", private=True)
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
     share.main(config)

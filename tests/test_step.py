@@ -155,9 +155,7 @@ class CountCasts(TorchDispatchMode):
 
 
 def test_weights_are_cast_once_a_step(shards):
-    """Under bf16, each matrix is cast once in a step of three micro-steps, whose loss and gradient
-    norm are those of one micro-step up to rounding.
-    """
+    """Under bf16, three micro-steps cast each matrix once, and have the loss and norm of one."""
     models = [new_model(), new_model()]
     three, one = (
         make_step(m, shards, n, precision="bf16") for m, n in zip(models, (4, 12), strict=True)

@@ -15,7 +15,7 @@ def test_tensor_files(tmp_path, name):
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
     intact = file.read_bytes()
-    for content in (intact[: len(intact) // 2], b"", bytes(range(256))):
+    for content in (intact[: len(intact) // 2], b"", b"h", bytes(range(256))):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} is damaged.*again"):
             read_tensors(file)

@@ -1,5 +1,5 @@
 """Under torchrun: train_gpt2.py, where rank 0 kills itself (first argument: kill) or sends SIGTERM
-to torchrun (term) when it has logged step 3, unless it was restarted.
+to torchrun (term) when it has logged step 5, unless it was restarted.
 """
 
 import os
@@ -12,5 +12,5 @@ if __name__ == "__main__":
     is_kill = sys.argv[1] == "kill"
     if os.environ["RANK"] == os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         signum, pid = (signal.SIGKILL, os.getpid()) if is_kill else (signal.SIGTERM, os.getppid())
-        send_signal_at(3, signum, pid)
+        send_signal_at(5, signum, pid)
     run_here("train_gpt2.py", *sys.argv[2:])
