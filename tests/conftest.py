@@ -81,7 +81,7 @@ def run_script(script: str, *args: object, **options) -> subprocess.CompletedPro
 
 
 def worker_env() -> dict[str, str]:
-    """The environment of programs in tests/workers, which import the project."""
+    """The environment for tests/workers: one thread, and the project on PYTHONPATH."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -101,7 +101,7 @@ def read_curve(run: Path) -> list[tuple]:
 
 
 def read_values(run: Path, key: str) -> list:
-    """The values of one kind that a run has logged."""
+    """All values that a run has logged under a key."""
     return [record[key] for record in read_metrics(run) if key in record]
 
 
@@ -163,7 +163,7 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def network(monkeypatch):
-    """As if the hub answered, so that what its libraries do, or their fakes, decides."""
+    """Skip the network check, so that the hub's libraries, or their fakes, are called."""
     monkeypatch.setattr("engine.hub.find_network_problem", lambda: None)
 
 
@@ -205,7 +205,7 @@ def gpt2_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory) -> Path:
-    """A folder with shards of a small text, which fineweb.py made, in data/text."""
+    """A folder whose data/text holds shards that fineweb.py made from a small text."""
     folder = tmp_path_factory.mktemp("workplace")
     (folder / "text.txt").write_text((ROOT / "tests" / "test_config.py").read_text() * 2)
     result = run_script("fineweb.py", "--dataset", "text.txt", "--val_tokens", 600, cwd=folder)
@@ -214,8 +214,8 @@ def workplace(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def no_pictures(monkeypatch) -> None:
-    """Training draws no plot and writes no report, which takes longer than tiny runs."""
+def no_plots(monkeypatch) -> None:
+    """Skip the plot and the report, because they take longer than a tiny run."""
     for name in ("plot_runs", "write_report"):
         monkeypatch.setattr(training, name, lambda *_: None)
 

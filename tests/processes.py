@@ -1,5 +1,5 @@
-"""Commands in processes of their own, which are forked from a server that has imported torch,
-because importing it takes seconds.
+"""Run commands in processes forked from a server that has already imported torch, because importing
+it takes seconds.
 """
 
 import multiprocessing

@@ -98,7 +98,7 @@ def test_a_sweep_changes_one_setting_of_each_recipe():
 
 
 def test_steps_to_a_loss():
-    """The loss is linear in log(steps); a loss beyond all lengths needs infinitely many."""
+    """Loss is linear in log(steps) between runs; outside their range, the steps are infinite."""
     losses = {100: 4.0, 400: 3.0, 800: 2.8}
     assert time_to_loss.steps_to(4.0, losses) == 100
     assert time_to_loss.steps_to(3.5, losses) == pytest.approx(200)
@@ -118,12 +118,12 @@ def test_ratios_of_time_to_loss(capsys):
     assert [cell.strip() for cell in row.strip("| ").split("|")] == cells
 
 
-def test_shares_are_drawn_in():
-    """From the end of each recipe, an arrow with the share leads to the tokens that the fast one
-    needs for its loss; where the fast recipe does not get there, there is none.
+def test_arrows_show_the_share_of_tokens():
+    """An arrow from the end of each curve points to where the fast recipe reaches that loss,
+    labeled with the share of tokens. If the fast recipe never reaches it, there is no arrow.
     """
     records = []
-    # The fast recipe needs 200 steps for the baseline's loss, and more than 400 for the other's.
+    # The fast recipe reaches the baseline loss in 200 steps; TUNED would take more than 400.
     finals = (BASELINE, 400, 3.5), (TUNED, 400, 2.9), (FAST, 100, 4.0), (FAST, 400, 3.0)
     for recipe, steps, loss in finals:
         record = {"recipe": recipe, "steps": steps, "seed": 1, "size": "1x64:4x32", "loss": loss}

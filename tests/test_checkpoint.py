@@ -55,7 +55,7 @@ def test_a_checkpoint_is_a_hugging_face_model(tmp_path):
     assert out.max() < 50257
 
 
-def test_weights_come_back_to_the_bit(tmp_path, tiny_model):
+def test_weights_come_back_bit_for_bit(tmp_path, tiny_model):
     """Loading a run gives the weights of its latest checkpoint, bit for bit, with the padding."""
     save(tmp_path, tiny_model, 1)
     with torch.no_grad():
@@ -105,8 +105,8 @@ def test_newest_and_best_are_kept(tmp_path, tiny_model):
 
 
 def test_a_damaged_checkpoint_falls_back(tmp_path, tiny_model, capsys):
-    """If a file of the latest checkpoint is cut short or lacks a part, the one before is used, with
-    a line. If none can be read, that is an error, not a fresh start.
+    """If a file of the latest checkpoint is cut short or lacks a part, the previous one is used,
+    and a line says so. If none can be read, that is an error, not a fresh start.
     """
 
     def to_bytes(state) -> bytes:

@@ -128,7 +128,7 @@ def test_lists(config_class, name):
 
 
 def test_values_have_their_types():
-    """Numbers become int or float as declared, text stays as typed, what is not given is absent."""
+    """Numbers become the declared type, text stays as typed, and flags not given are absent."""
     assert parse(Base) == {}
     values = parse(Base, "--number", "12", "--rate", "3", "--name", "12", "--optional", "null")
     assert values == {"number": 12, "rate": 3.0, "name": "12", "optional": None}
@@ -164,7 +164,7 @@ WRONG_VALUES = {
 
 @pytest.mark.parametrize(("content", "expected"), WRONG_VALUES.items(), ids=WRONG_VALUES)
 def test_yaml_is_checked_like_flags(tmp_path, capsys, content, expected):
-    """A wrong value, an unknown key and a file of something else are one line with its name."""
+    """A bad value, an unknown key or a file without settings is a one-line error with its name."""
     file = tmp_path / "wrong.yaml"
     file.write_text(content)
     error = parsing_error(capsys, Base, "--config", file)
@@ -249,7 +249,7 @@ def test_debug_is_not_a_setting():
 
 
 def test_unknown_flags_suggest_a_near_one(capsys):
-    """A misspelled flag is refused with the one it resembles; a word of no flag is refused too."""
+    """An unknown flag gets a suggestion; a stray word or a flag without a value is refused too."""
     for argv, expected in {
         ("--max_stepz", "3"): "unknown flag --max_stepz, did you mean --max_steps?",
         ("--max-stepz", "3"): "unknown flag --max-stepz, did you mean --max_steps?",
@@ -294,7 +294,7 @@ def test_abbreviations_are_refused(capsys, config_class):
 @pytest.mark.parametrize("config_class", CONFIGS.values())
 @pytest.mark.parametrize("columns", [60, 240])
 def test_help(monkeypatch, config_class, columns):
-    """The help has every flag with its description and default, and fits into the terminal."""
+    """The help has each flag and description, and numeric defaults, and fits the terminal."""
     monkeypatch.setenv("COLUMNS", str(columns))
     text = build_parser(config_class, "What it does.").format_help()
     assert max(map(len, text.splitlines())) <= columns

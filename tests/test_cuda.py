@@ -72,7 +72,7 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     ("dtype", "tolerance"), [(FP32, 1e-5), (FP16, 2e-3), (BF16, 1e-2)], ids=["fp32", "fp16", "bf16"]
 )
 def test_head_loss_equals_cross_entropy(dtype, tolerance, is_compiled):
-    """Loss and gradients are cross-entropy's in float64, also where the model is nearly certain."""
+    """Loss and gradients equal float64 cross-entropy, even where the model is nearly certain."""
     if is_compiled and dtype == FP32:
         pytest.skip("fp32 is never compiled")
     generator = torch.Generator().manual_seed(0)
@@ -155,7 +155,7 @@ def test_a_step_does_not_wait_for_the_device(shards):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_snapshot_continues(shards, optimizer):
-    """A snapshot keeps its values while training continues; restored, it repeats the next steps."""
+    """A snapshot does not change while training continues; restoring it repeats the next steps."""
     model = cuda_model(block_size=16)
     step = cuda_step(shards, model, optimizer=optimizer)
     for s in (1, 2, 3):
@@ -193,7 +193,7 @@ def load_hellaswag() -> Task:
     return find_task("hellaswag", data=str(file if file.exists() else HELLASWAG_ROWS))
 
 
-def test_hellaswag_predictions_equal_a_cpus():
+def test_hellaswag_predictions_equal_the_cpu():
     """In fp32 a GPU predicts the endings that a CPU does."""
     model, task = talkative_model(block_size=1024).eval(), load_hellaswag()
     examples = task.load(1024)
@@ -217,7 +217,7 @@ def test_training_evaluates_hellaswag_as_the_command_does(shards):
     assert torch.get_float32_matmul_precision() == "high"
 
 
-def test_greedy_text_equals_a_cpus():
+def test_greedy_text_equals_the_cpu():
     """In fp32 a GPU generates the tokens that a CPU does, past the end of the window too."""
     model, idx = talkative_model(block_size=64).eval(), random_ids(2, 40)
     expected = model.generate(idx, 60, temperature=0)
@@ -242,7 +242,7 @@ def nccl(tmp_path):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_one_rank_over_nccl(nccl, parallel):
-    """Compiled in DDP or sharded by FSDP2, the steps of one rank, which gather Muon's updates, are
+    """On one rank, steps with compiled DDP or FSDP2, including the gather of Muon updates, equal
     those of the plain model.
     """
     idx, results = random_ids(4, 128).to(CUDA), []
@@ -278,7 +278,7 @@ def test_resuming_is_exact_with_deterministic_kernels():
 
 
 def test_the_time_of_a_step_does_not_count_the_next(shards):
-    """Results are read while the next step runs; of two read at once, each has its own time."""
+    """Each step logs its own time, even if its results are read while the next step runs."""
     meter = Meter(cuda_model(), make_data(shards), GPU)
     records, result = [], torch.zeros((), device=CUDA)
     for step in range(1, 5):

@@ -20,7 +20,7 @@ def micro_batches(data: PretrainingData, steps: range) -> list[Batch]:
     return [data.micro_batch(step, micro_step) for step in steps for micro_step in numbers]
 
 
-def predicted(batches: Iterable[Batch]) -> np.ndarray:
+def collect_targets(batches: Iterable[Batch]) -> np.ndarray:
     """All targets of batches, in order."""
     targets = np.concatenate([targets.numpy().ravel() for _, targets, _ in batches])
     return targets[targets != -100]
@@ -32,7 +32,9 @@ def test_each_token_once_per_epoch(make_shards, n_tokens):
     shards = TokenShards(make_shards(n_tokens // 2, n_tokens - n_tokens // 2), "train")
     data = make_data(shards, 1, 1, seed=3)
     for epochs in (1, 2):
-        counts = np.bincount(predicted(micro_batches(data, range(1, epochs * data.n_rows + 1))))
+        counts = np.bincount(
+            collect_targets(micro_batches(data, range(1, epochs * data.n_rows + 1)))
+        )
         assert counts.tolist() == [0] + [epochs] * (n_tokens - 1)
 
 
@@ -44,7 +46,7 @@ def test_targets_follow_their_inputs(make_shards):
         for idx, targets, _ in batches:
             valid = targets != -100
             assert (targets[valid] == idx[valid] + 1).all()
-        assert data.targets_in_step(step) == len(predicted(batches))
+        assert data.targets_in_step(step) == len(collect_targets(batches))
 
 
 def test_global_step_does_not_depend_on_the_machine(make_shards):
@@ -86,7 +88,7 @@ def test_a_data_set_smaller_than_a_batch(make_shards):
 
 @pytest.mark.parametrize("eval_tokens", [1, 50, 64, 199, 10_000])
 def test_evaluation_is_the_same_tokens_on_any_machine(make_shards, eval_tokens):
-    """Each of eval_tokens is predicted once, and all ranks get equally many batches."""
+    """Each eval token is predicted once, and all ranks get the same number of batches."""
     shards = TokenShards(make_shards(200), "train")
     for world_size, batch_size in itertools.product((1, 2, 3), (1, 4, 7)):
         sizes = {"block_size": 8, "batch_size": batch_size, "eval_tokens": eval_tokens}
@@ -96,12 +98,12 @@ def test_evaluation_is_the_same_tokens_on_any_machine(make_shards, eval_tokens):
         ]
         assert len({len(b) for b in batches}) == 1
         expected = np.arange(1, min(eval_tokens, 199) + 1)
-        assert sorted(predicted(itertools.chain(*batches))) == expected.tolist()
+        assert sorted(collect_targets(itertools.chain(*batches))) == expected.tolist()
 
 
 def test_batch_sizes_that_do_not_divide(make_shards):
-    """If the sizes do not divide, the error names the largest smaller batch_size that does, with
-    which the curve is the same; if there is none, a total_batch_size.
+    """If the sizes do not divide evenly, the error names the next smaller batch_size that fits and
+    says that the curve stays the same. If none fits, it names a total_batch_size.
     """
     shards = TokenShards(make_shards(100), "train")
     with pytest.raises(ValueError, match="batch_size 5 fits, and the loss curve is the same"):

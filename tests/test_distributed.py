@@ -79,7 +79,7 @@ def test_the_curve_does_not_depend_on_ranks(workplace, single, ranks, settings):
         torch.testing.assert_close(tensor, expected[name], atol=1e-3, rtol=1e-2)
 
 
-def back_to_step_5(run: Path) -> None:
+def rewind_to_step_5(run: Path) -> None:
     """Leave a run as it was at step 5."""
     shutil.rmtree(run / "checkpoints" / "step_000010")
     write_log(run, read_metrics(run)[:6])
@@ -87,11 +87,11 @@ def back_to_step_5(run: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_moves_between_layouts(workplace, single):
-    """A run that is stopped on 2 ranks with FSDP resumes in one process and on 4 ranks along the
-    same curve; the optimizer's state in the checkpoint is complete and by name.
+    """A run stopped on 2 ranks with FSDP continues the same curve in one process and on 4 ranks.
+    The checkpoint holds the full optimizer state, keyed by parameter name.
     """
     source = train(workplace, "moving", 2, parallel="fsdp")
-    back_to_step_5(source)
+    rewind_to_step_5(source)
     state = read_state(source / "checkpoints" / "step_000005")["optimizer"]["state"]
     assert state["transformer.wte.weight"]["exp_avg"].shape == (50304, 32)
     shutil.copytree(source, source.with_name("moved"))
@@ -100,14 +100,14 @@ def test_a_run_moves_between_layouts(workplace, single):
 
 
 @pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-def test_normuon_resumes_to_the_bit(workplace, parallel):
-    """On 2 ranks, a run with NorMuon resumed at step 5 ends with exactly the weights of the run
-    that was not stopped: the checkpoint has all of its state, sharded or not.
+def test_normuon_resumes_bit_for_bit(workplace, parallel):
+    """On 2 ranks, a run with NorMuon resumed at step 5 ends with exactly the weights of a run that
+    was not stopped: the checkpoint has all of its state, sharded or not.
     """
     settings = {"optimizer": "muon", "muon_beta2": 0.95, "parallel": parallel, "sample_every": 0}
     run = train(workplace, f"normuon_{parallel}", 2, **settings)
     expected = read_weights(run)
-    back_to_step_5(run)
+    rewind_to_step_5(run)
     weights = read_weights(train(workplace, f"normuon_{parallel}", 2, **settings))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
@@ -119,7 +119,7 @@ def test_a_device_must_exist(name):
         Distributed.start(name)
 
 
-def test_a_barrier_names_the_missing_ranks(tmp_path):
+def test_a_barrier_names_the_missing_ranks():
     """A rank that does not reach the barrier is named after the timeout."""
     result = run_script("tests/workers/late_rank.py", ranks=3)
     assert result.returncode != 0
@@ -136,7 +136,7 @@ def test_a_snapshot_keeps_its_values(workplace, parallel):
 
 
 def torchrun(workplace: Path, stop: str, *options: str, name: str, **settings) -> subprocess.Popen:
-    """Start a tiny run under torchrun that a signal stops when it has logged step 5."""
+    """Start a tiny run under torchrun and stop it with a signal after it logs step 5."""
     paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     worker = str(ROOT / "tests" / "workers" / "stopped_rank.py")
     return subprocess.Popen(
@@ -210,7 +210,7 @@ def test_freed_memory_is_kept():
     ],
 )
 def test_a_cpu_with_bf16_units_trains_in_bf16(monkeypatch, capsys, units, expected):
-    """A CPU trains in bf16 if it has units for it, and a line says so. A given precision stays."""
+    """A CPU with bf16 units trains in bf16, and a line says so. An explicit precision is kept."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
     assert resolve_device_settings(TrainConfig(), CPU).precision == expected
     has = "has" if expected == "bf16" else "has no"

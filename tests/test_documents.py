@@ -38,7 +38,7 @@ def join(pieces: list[Piece]) -> str:
 
 
 def test_separators_in_a_txt(tmp_path):
-    """<|endoftext|> in a .txt separates documents, several in a line or none."""
+    """<|endoftext|> in a .txt starts a new document, whatever the size of the pieces."""
     content = "First one.<|endoftext|> second\n<|endoftext|>" + "third " * 9
     (tmp_path / "a.txt").write_text(content)
     for n_chars in (1, 5, 1000):
@@ -115,7 +115,7 @@ def test_any_two_different_sections_have_both_splits():
 
 
 def test_a_section_beside_the_other_split_is_separated():
-    """A section is separated from one in the other split only. Copies of it are in one split."""
+    """A separator precedes each document and each change of split; copies share a split."""
     sections = [Piece(str(i % 7), i % 20 == 0) for i in range(50)]
     largest = max(hash_text(str(i)) for i in range(7))  # only its sections are not drawn
     drawn = list(draw_validation(sections, largest))
@@ -233,7 +233,7 @@ def read_source(dataset: str, **options: int) -> list[Piece]:
 
 
 def test_max_tokens_leaves_both_splits(tmp_path):
-    """If the first max_tokens tokens hold two different sections, each split gets one of them."""
+    """Each split gets at least one of the sections that lie within the first max_tokens."""
     for i in range(20):
         rows = [f"{i} document {n}" for n in range(100)]  # of 4 tokens, with its separator
         (tmp_path / "a.txt").write_text("<|endoftext|>".join(rows))

@@ -23,7 +23,7 @@ from model import GPT, GPTConfig
 
 NOISE = bytes(range(256)) * 4
 NEW = "--device cpu --out_dir made/out"
-# Each command's flags before those of a case, which override them.
+# Default flags of each command; the flags of a case override them.
 FLAGS = {
     "train_gpt2": f"{NEW} --data_dir few --n_layer 1 --n_head 2 --n_embd 8 --block_size 8 "
     "--batch_size 1 --total_batch_size 8",
@@ -34,7 +34,7 @@ FLAGS = {
     "plot": "",
     "share": "--repo_id me/x --dry_run",
 }
-# What a user adds, and a part of what the command must say, which names the value or the file.
+# A command with the flags that a user adds, and part of the error it must print.
 WRONG = {
     "train_gpt2 --config syntax.yaml": "syntax.yaml cannot be read as YAML: ",
     "train_gpt2 --data_dir nothing": "no train shards in nothing",

@@ -24,9 +24,9 @@ from engine.files import (
 
 
 @pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace"])
-def test_writes_are_complete(tmp_path, monkeypatch, failing):
-    """The parts of the content replace what was in the file, in their order, and leave no temporary
-    file. A write that fails halfway leaves the old file.
+def test_writes_are_atomic(tmp_path, monkeypatch, failing):
+    """A write replaces the file with its parts in order and leaves no temporary file. If it fails
+    halfway, the old file stays.
     """
     file = tmp_path / "x.bin"
     file.write_bytes(b"something longer than the new content")
@@ -95,7 +95,7 @@ def test_damaged_gz_is_named(tmp_path):
 
 
 def test_log_is_appended(tmp_path):
-    """A log is read and appended to by a new process; a last line cut by a crash is dropped."""
+    """A log can be reopened and appended to; a last line cut short by a crash is dropped."""
     log = JSONLinesLog(tmp_path / "log.jsonl", "row")
     assert log.records == []
     log.append({"row": 0}, {"row": 1, "text": "ä\n"})
@@ -123,8 +123,8 @@ def test_damaged_log_is_named(tmp_path, line):
 
 
 def test_one_process_holds_a_folder(tmp_path):
-    """While a process holds the folder's lock another is refused with the remedy. The lock is free
-    when the process is killed, and after an exception, which reaches the caller.
+    """While one process holds the lock of a folder, another is refused with the remedy. Killing the
+    process or raising an exception releases the lock, and the exception reaches the caller.
     """
     folder = tmp_path / "new" / "run"
     command = [sys.executable, str(WORKERS / "hold_folder.py"), str(folder)]

@@ -39,7 +39,7 @@ SHAPE = GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=8)
 
 
 @pytest.fixture
-def folder(tmp_path, no_pictures, monkeypatch) -> Path:
+def folder(tmp_path, no_plots, monkeypatch) -> Path:
     """The current directory, with a small GPT-2 called base and 40 rows."""
     torch.manual_seed(0)
     GPT(SHAPE).save_pretrained(tmp_path / "base")
@@ -57,7 +57,7 @@ def finetune(out_dir: str, **settings: object) -> Path:
 
 
 def command(out_dir: str, **settings: object) -> list[str]:
-    """The same command as a process of its own."""
+    """The command line with the settings of `finetune`, to run it in its own process."""
     return ["finetune_lora.py", *as_flags({**SETTINGS, "out_dir": out_dir, **settings})]
 
 
@@ -203,7 +203,7 @@ def test_a_finished_run_merges(folder, capsys):
 
 
 def test_the_base_of_an_adapter_is_kept(folder):
-    """A run keeps an adapter's base; if the base is gone, the error has the hash of its weights."""
+    """Pruning keeps the base of an adapter; if it is gone, the error says where its hash is."""
     first = Path("base_run/checkpoints/step_000001")
     shutil.copytree("base", first)
     (first / "progress.json").write_text('{"step": 1}')
@@ -236,7 +236,7 @@ def test_training_all_weights(folder):
 
 
 @pytest.mark.parametrize("use_lora", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_killed_run_resumes_to_the_bit(folder, use_lora):
+def test_a_killed_run_resumes_bit_for_bit(folder, use_lora):
     """After kill -9 the same command gives the losses and weights of an uninterrupted run, dropout
     included; the optimizer has a state for each trained tensor.
     """

@@ -53,7 +53,7 @@ def prepare(folder: Path, *dataset: object, **options) -> dict:
 
 
 def prepare_documents(folder: Path, *documents: str) -> list[list[str]]:
-    """Prepare the documents of one .txt; return the parts of them in either split."""
+    """Prepare one .txt with these documents; return the texts in each split."""
     folder.mkdir()
     (folder / "a.txt").write_text("<|endoftext|>".join(documents))
     prepare(folder / "out", folder / "a.txt", val_tokens=None, shard_size=10**6)
@@ -67,7 +67,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_gigatoken():
-    """All preparations share gigatoken, which takes longer to build than they take."""
+    """Build gigatoken once for the module, because that takes longer than the tests."""
     gigatoken = tokenizer.load_gigatoken()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "load_gigatoken", lambda: gigatoken)
@@ -83,7 +83,7 @@ def jsonl(tmp_path):
 
 @pytest.fixture
 def stdlib(monkeypatch) -> str:
-    """As if Python's documentation were DOCUMENTS. Validation is their first tokens."""
+    """Replace the stdlib corpus with DOCUMENTS. Validation takes the first tokens."""
     monkeypatch.setattr("engine.documents.stdlib_documents", lambda: DOCUMENTS)
     return "stdlib"
 
@@ -142,8 +142,8 @@ def test_bad_input_is_handled_and_counted(tmp_path, capsys):
 
 
 def test_validation_is_drawn_from_all_of_a_long_document(tmp_path):
-    """One long document is drawn in sections: together they are the document, about 5% are for
-    validation, from each of its quarters, each part starts with <|endoftext|>. It counts as one.
+    """A long document is split into sections that add up to it. About 5%, from every quarter, goes
+    to validation. Each part starts with <|endoftext|>, and the document counts once.
     """
     text = " ".join(f"word{i}" for i in range(120_000))
     train, val = prepare_documents(tmp_path / "a", text)
@@ -164,8 +164,8 @@ def test_validation_is_drawn_from_all_of_a_long_document(tmp_path):
     ids=["cjk", "space at the ends", "two sections", "30 kB"],
 )
 def test_any_text_of_two_sections_has_both_splits(tmp_path, text, most):
-    """Text without spaces or newlines is prepared too, nothing of it is lost, and what is for
-    validation is at most about a half, of 30 kB a sixth.
+    """Any text of two sections or more, even without spaces or newlines, is prepared without loss,
+    and both splits get some of it. Validation gets at most a sixth of 30 kB.
     """
     train, val = map("".join, prepare_documents(tmp_path / "a", text))
     assert sorted(train + val) == sorted(text)
@@ -254,7 +254,7 @@ def test_max_tokens_and_shard_size_are_exact(tmp_path, stdlib):
         prepare(tmp_path / "out2", stdlib, max_tokens=101)
 
 
-# fineweb.py, killed at one of its calls of fsync: it has written a file that has no name yet.
+# Runs fineweb.py and kills it at a given fsync call, before the new file gets its name.
 KILLED = """
 import itertools, os, signal, sys
 from fineweb import PrepareConfig, main
@@ -272,8 +272,8 @@ main(PrepareConfig(dataset=["documents.jsonl"], out_dir="out", shard_size=300, v
 
 
 def test_a_killed_preparation_resumes_byte_identically(tmp_path, jsonl):
-    """After kill -9 at several moments the same command completes the same files as a run without
-    interruption, here begun with tiktoken and completed with gigatoken.
+    """After kill -9 at several points, the same command finishes with the files of an uninterrupted
+    run, even if it began with tiktoken and ends with gigatoken.
     """
     prepare(tmp_path / "whole" / "out", jsonl)
     (tmp_path / "killed.py").write_text(KILLED)
@@ -290,8 +290,9 @@ def test_a_killed_preparation_resumes_byte_identically(tmp_path, jsonl):
 @pytest.mark.parametrize("max_tokens", [None, 2500])
 @pytest.mark.parametrize("leads", [True, False])
 def test_any_shard_is_a_place_to_resume(tmp_path, jsonl, stdlib, leads, max_tokens):
-    """A damaged shard and all after it are written again by the same command, with max_tokens as
-    without, whether validation is drawn or leads. Cursors keep the names of earlier versions.
+    """The same command rewrites a damaged shard and all after it, with or without max_tokens,
+    whether validation is drawn by hash or taken from the start. Cursors keep the keys of earlier
+    versions.
     """
     out, sources = tmp_path / "out", [stdlib] if leads else [jsonl, jsonl]
     shards = prepare(out, *sources, max_tokens=max_tokens)["shards"]
@@ -339,8 +340,8 @@ def test_settings_are_checked():
 
 
 def test_hub_data_streams_and_resumes(tmp_path, monkeypatch, datasets, network, capsys):
-    """A hub dataset is streamed row by row, and only its text counts. Where a shard is missing it
-    resumes at the row, also with cursors of an earlier version, which have one more count.
+    """A hub dataset is streamed row by row, and only its text counts. If a shard is missing, the
+    command resumes at its row, even from cursors of an earlier version with one more count.
     """
 
     def load_dataset(repo, name, split, streaming):

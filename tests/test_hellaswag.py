@@ -53,14 +53,14 @@ def save_random_adapter(model: Path, folder: Path) -> GPT:
 
 
 def evaluate(model: Path, out: Path | str | None = None, **options) -> EvalConfig:
-    """Run hellaswag.py, on its own rows unless the options name other data."""
+    """Run hellaswag.py, on the 20 rows of the tests unless the options name other data."""
     config = EvalConfig(str(model), out_dir=str(out) if out else None, **{"data": ROWS, **options})
     main(config)
     return config
 
 
 @pytest.mark.parametrize("stride", [None, 50])
-def test_perplexity_is_transformers(gpt2_folder, tmp_path, monkeypatch, stride):
+def test_perplexity_equals_transformers(gpt2_folder, tmp_path, monkeypatch, stride):
     """Token and word perplexity and bits per byte are those of windows that slide through
     transformers' model, where each token of the text is predicted once. On a CPU that trains in
     bf16 evaluation is still in fp32.
@@ -187,7 +187,7 @@ def test_killed_evaluation_resumes(gpt2_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("ranks", "n_begun"), [(2, 7), pytest.param(3, 0, marks=pytest.mark.slow)])
-def test_ranks_share_out_the_rows(gpt2_folder, tmp_path, ranks, n_begun):
+def test_ranks_split_the_rows(gpt2_folder, tmp_path, ranks, n_begun):
     """On several ranks, rows.jsonl and the results are those of one process to the byte, with an
     adapter, and where ranks resume what one process has begun.
     """

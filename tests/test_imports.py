@@ -47,7 +47,7 @@ LAYERS = [
 
 
 def project_imports(module: str) -> Iterator[str]:
-    """The project's modules that a module imports anywhere, also in functions and for types."""
+    """The project modules that a module imports, even inside functions or for type checking."""
     tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -88,15 +88,15 @@ def test_engine_imports_point_down():
 
 
 def test_commands_and_model_import_little():
-    """Commands import engine/ and model.py only; model.py, in functions, engine.pretrained."""
+    """Commands import only engine/ and model.py; model.py imports only engine.pretrained."""
     for command in COMMANDS:
         assert {*project_imports(command)} <= {*ENGINE, "model"}, command
     assert {*project_imports("model")} == {"engine.pretrained"}
 
 
 def test_help_and_imports_do_nothing_else(tmp_path):
-    """Importing the modules prints nothing and `-h` of a command its help; neither writes a file,
-    starts a process group, or loads a package that is slow or optional. fineweb.py needs no torch.
+    """Importing a module prints nothing, and `-h` prints the help. Neither writes a file, starts a
+    process group, or loads a slow or optional package. `fineweb.py -h` needs no torch.
     """
     scripts = [f"{ROOT / name}.py" for name in ("fineweb", *sorted(COMMANDS - {"fineweb"}))]
     command = [sys.executable, str(WORKERS / "show_help.py"), *scripts, *sorted(MODULES)]

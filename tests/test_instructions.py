@@ -134,7 +134,7 @@ def test_long_and_empty_rows(write_rows, capsys):
 
 
 def test_bad_rows_are_named(write_rows):
-    """A row of another form is named with its line, and a file of one example is refused."""
+    """A row of unknown format is an error with its line; so is a file with a single example."""
     for rows, match in (
         ([{"text": "x"}], "line 1: its keys are text; expected instruction and output"),
         ([{"prompt": 5, "completion": "x"}], "line 1: prompt is 5, expected a string"),
@@ -145,8 +145,9 @@ def test_bad_rows_are_named(write_rows):
 
 
 def test_stdlib_needs_no_network(tmp_path, monkeypatch):
-    """Signatures of Python's own functions prompt for the first paragraphs of their docstrings, of
-    5 to 59 words, each once and in the same order every time.
+    """Without the network, prompts are the signatures of Python's own functions, and completions
+    the first paragraphs of their docstrings, 5 to 59 words long. Each appears once, always in the
+    same order.
     """
     monkeypatch.setattr("sysconfig.get_path", lambda _: tmp_path)  # all of it takes seconds to read
     monkeypatch.setattr("engine.rows.load_hub_rows", None)
@@ -163,7 +164,7 @@ def test_stdlib_needs_no_network(tmp_path, monkeypatch):
 
 
 def test_every_example_once_an_epoch(examples):
-    """An epoch has each example once; a step has the same ones on any ranks, at any batch size."""
+    """Each epoch has every example once; rank count and batch size do not change a step."""
     expected = None
     for world_size, batch_size in ((1, 10), (1, 5), (2, 5), (5, 2), (10, 1)):
         steps = []

@@ -59,7 +59,7 @@ def load_with_lora(base: Path, part_module_name: str = "h.", **settings) -> GPT:
 
 
 def find_linears(model: GPT, form: str) -> list[LoRALinear]:
-    """The layers that `summed_weights` gets in this form."""
+    """The layers to pass to `summed_weights`: all LoRA layers for "summed", else none."""
     return [*lora_linears(model).values()] if form == "summed" else []
 
 
@@ -90,7 +90,7 @@ def test_number_of_parameters_at_124m():
     assert {n for n, _ in model.named_parameters()} == base_names | set(trained)
 
 
-def test_initialization_is_pefts():
+def test_initialization_matches_peft():
     """A is uniform within 1 / sqrt(in) and B is zero, so that training starts at the base model."""
     model = GPT(GPTConfig(vocab_size=1000, n_layer=1))
     convert_linear_layer_to_lora(model, config=LoRAConfig(lora_dim=64))
@@ -142,7 +142,7 @@ def test_gradients_equal_those_of_the_summed_weight(tiny_model, idx, recompute, 
 
 @pytest.mark.parametrize(("form", "dropout"), [("separate", 0.0), ("summed", 0.0), ("summed", 0.5)])
 def test_gradients_of_a_layer_are_numerical_ones(monkeypatch, form, dropout):
-    """In float64, gradients are those of finite differences, in rows that do not fill a chunk."""
+    """In float64, gradients match finite differences, also for rows that do not fill a chunk."""
     monkeypatch.setattr(lora, "CPU_ROWS", 4)
     torch.manual_seed(0)
     config = LoRAConfig(lora_dim=2, lora_alpha=3, lora_dropout=dropout)
@@ -192,7 +192,7 @@ def test_no_gradient_has_the_size_of_the_weight(form):
 
 
 def test_sums_keep_small_updates():
-    """A sum is rounded once, to bf16: updates far below the spacing of bf16 act on average."""
+    """The summed weight is rounded to bf16 once, so even tiny updates survive on average."""
     torch.manual_seed(0)
     linear = LoRALinear(torch.nn.Linear(768, 768), LoRAConfig())
     linear.requires_grad_(False).weight.normal_(std=0.14)
@@ -272,7 +272,7 @@ def test_autocast(tiny_model, idx, form, base_dtype):
 
 @pytest.mark.parametrize(("part", "count"), [("attn.c_attn,mlp", 6), ("h.1.", 4)])
 def test_adapters_load_in_peft(base, idx, tmp_path, part, count):
-    """In PEFT a saved adapter has the same layers and logits, and here its config reads back."""
+    """A saved adapter loads in PEFT with the same layers and logits; its config reads back here."""
     mine = load_with_lora(base, part, lora_dim=4, lora_alpha=6, lora_dropout=0.1)
     assert len(lora_linears(mine)) == count
     save_adapter(mine, tmp_path / "adapter", str(base))
@@ -293,7 +293,7 @@ def test_adapters_load_in_peft(base, idx, tmp_path, part, count):
         {"target_modules": ["mlp.c_proj", "h.0.attn.c_attn"], "use_rslora": True},
     ],
 )
-def test_pefts_adapters_load_here(base, idx, tmp_path, options):
+def test_adapters_of_peft_load_here(base, idx, tmp_path, options):
     """Adapters that PEFT wrote have equal logits here, on our model and on transformers'."""
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", fan_in_fan_out=True, **options)
@@ -309,7 +309,7 @@ def test_pefts_adapters_load_here(base, idx, tmp_path, options):
     assert load_model(tmp_path / "adapter").name_or_path == str(base)
 
 
-def test_gradients_on_transformers_model_are_pefts(idx, tmp_path):
+def test_gradients_on_transformers_model_equal_peft(idx, tmp_path):
     """On transformers' GPT2LMHeadModel, whose weights are transposed, gradients equal PEFT's."""
     ours = convert_linear_layer_to_lora(small_transformers_gpt2())
     only_optimize_lora_parameters(randomize(ours))
@@ -345,8 +345,8 @@ def test_merging(base, idx, tmp_path):
     assert sizes[0] < 1.01 * sizes[1]
 
 
-def test_what_cannot_be_converted_is_named(tiny_model):
-    """A part in no name, a rank out of range or a second conversion is an error that says why."""
+def test_wrong_conversions_are_refused(tiny_model):
+    """An unknown layer name, a rank out of range or a second conversion is an error."""
     for part in ("attn.c_atn", "mlp,q_proj", "", "lm_head"):
         expected = r"no linear layer has .* in its name; .*h.\*.mlp.c_fc"
         with pytest.raises(ValueError, match=expected):
@@ -399,7 +399,7 @@ def test_lora_state_file(base, idx, tmp_path):
     ],
 )
 def test_bad_adapter_configs_are_named(base, tmp_path, options, expected):
-    """An option that is not supported, or has a value that it cannot have, is an error."""
+    """An unsupported option or an invalid value in adapter_config.json is an error."""
     save_adapter(load_with_lora(base), tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
@@ -435,7 +435,7 @@ def test_generation_uses_the_adapter(base, idx):
     model = load_with_lora(base, lora_dim=4)
     out = model.generate(idx[:1, :5], 20, temperature=0)
     assert not torch.equal(out, GPT.from_pretrained(base).generate(idx[:1, :5], 20, temperature=0))
-    # The fast path leaves a LoRA that is not merged alone.
+    # speed_up_decoding does not touch LoRA layers that are not merged.
     for change in (speed_up_decoding, merge_lora, speed_up_decoding):
         change(model)
         assert torch.equal(out, model.generate(idx[:1, :5], 20, temperature=0))

@@ -54,7 +54,7 @@ def test_loss_equals_plain_cross_entropy(tiny_model, chunk_rows, dtype, monkeypa
 
 
 def test_a_frozen_head_in_bf16(tiny_model, monkeypatch):
-    """A bf16 head has the loss and gradients of the same head in fp32, without such a copy."""
+    """A bf16 head gives the loss and gradient of its fp32 copy without allocating that copy."""
     monkeypatch.setattr(loss_module, "CAST_ROWS", 300)  # no divisor of the 1024 rows
     monkeypatch.setattr(loss_module, "CPU_CHUNK_ROWS_NO_GRAD", 32)
     x = torch.randn(100, 64, requires_grad=True)
@@ -115,7 +115,7 @@ def test_loss_never_holds_all_logits(monkeypatch):
 
 
 def test_products_of_the_head_have_few_shapes_in_16_bits(tiny_model):
-    """In bf16 on a CPU, up to 64 targets have the same products, so oneDNN makes few kernels."""
+    """In bf16 on a CPU, 1 to 64 targets share matmul shapes, so oneDNN builds few kernels."""
     shapes = []
     for n_targets in (1, 33, 64):
         x = torch.randn(n_targets, 64, requires_grad=True)

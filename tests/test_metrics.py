@@ -99,7 +99,7 @@ def test_failing_logger_is_turned_off(tmp_path, monkeypatch, capsys):
 
 
 def test_samples_are_shown_without_blank_lines(tmp_path, capsys):
-    """The terminal shows the newlines of an untrained model as one; the log keeps the text."""
+    """The terminal collapses blank lines in a sample; the log keeps the text unchanged."""
     logger = RunLogger(TrainConfig(out_dir=str(tmp_path), max_steps=20), CPU, 0)
     logger.log({"step": 0, "tokens": 0, "samples": ["a\n\n \n\n\nb\nc"]})
     assert "  sample: a\n  b\n  c\n" in capsys.readouterr().out
@@ -117,8 +117,8 @@ def save_run(run: Path, progress: dict) -> Path:
 
 
 def test_summary_of_a_run(tmp_path, capsys):
-    """The summary has figures of the log up to the checkpoint, of the config, and the saved facts,
-    but none that were not logged. The terminal shows it at the end of a run.
+    """The summary takes its figures from the log up to the checkpoint, the config and the saved
+    facts, and leaves out what was not logged. The terminal prints it at the end of a run.
     """
     checkpoint = save_run(tmp_path, {"step": 10, "facts": {"parameters": "7,000,000"}})
     summary = summarize_run(tmp_path, checkpoint)
@@ -143,13 +143,13 @@ def test_summary_of_a_run(tmp_path, capsys):
 
 
 def test_summary_without_facts(tmp_path):
-    """A checkpoint of an earlier version has no facts, and its summary no lines for them."""
+    """A checkpoint of an earlier version has no facts, so its summary leaves those lines out."""
     assert list(summarize_run(tmp_path, save_run(tmp_path, {"step": 20})))[-1] == "data"
 
 
 def test_names_of_datasets(tmp_path, monkeypatch):
-    """A data set is called as in its manifest or on the hub, your own files by the name of their
-    folder, or of the file, without the path.
+    """A dataset has the name in its manifest or on the hub. Your own files are named after their
+    folder or file, without the path.
     """
     monkeypatch.chdir(tmp_path)
     for name, dataset in (("a", "stdlib"), ("b", "files")):

@@ -11,7 +11,7 @@ from model import GPT, GPTConfig, KVCache, sample_next
 
 
 def test_model_py_stands_alone():
-    """model.py imports only torch and the standard library, and a block has two statements."""
+    """Top-level imports are torch and the standard library; Block.forward has two statements."""
     tree = ast.parse((ROOT / "model.py").read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     inside = {node for function in functions for node in ast.walk(function)}
@@ -47,7 +47,7 @@ def test_logits_equal_transformers_both_ways(options, tmp_path):
         torch.testing.assert_close(again(idx).logits, expected, atol=1e-4, rtol=0)
 
 
-def test_initialization_is_gpt2s():
+def test_initialization_matches_gpt2():
     """Weights have std 0.02, the projections onto the residual stream 0.02 / sqrt(2 n_layer),
     biases are 0 and LayerNorms the identity.
     """

@@ -11,10 +11,10 @@ from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 
 PYTORCHS_ITERATION = torchs._zeropower_via_newtonschulz
-SHAPES = (72, 24), (96, 24), (24, 96)  # of matrices; the first is three, as c_attn
+SHAPES = (72, 24), (96, 24), (24, 96)  # of matrices; the first is three, like c_attn
 
 
-def test_schedule_is_build_nanogpts():
+def test_schedule_equals_build_nanogpt():
     """Step s has the rate that build-nanogpt computes for its step s - 1."""
 
     def get_lr(it, max_lr=6e-4, min_lr=6e-5, warmup_steps=715, max_steps=19073):
@@ -68,8 +68,8 @@ def in_fp32(gradient: torch.Tensor, *how: object) -> torch.Tensor:
     [("bf16", True, torch.bfloat16), ("bf16", False, torch.float32), ("fp32", True, torch.float32)],
 )
 def test_the_iteration_on_a_cpu(monkeypatch, precision, has_units, expected):
-    """On a CPU, Muon iterates in bf16 only in bf16 training and if the CPU has units for it. In
-    either dtype the singular values are in the known band of the quintic.
+    """On a CPU, Muon iterates in bf16 only if training is in bf16 and the CPU has bf16 units. In
+    either dtype, the singular values stay between 0.3 and 1.3.
     """
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_units})
     config = PretrainConfig(optimizer="muon", precision=precision)
@@ -124,7 +124,7 @@ def normuon_by_hand(
     return weights
 
 
-def test_normuons_steps_are_modded_nanogpts():
+def test_normuon_equals_modded_nanogpt():
     """Four steps of tall, square, wide and stacked matrices equal NorMuon's formula."""
     torch.manual_seed(0)
     start = {shape: torch.randn(shape) for shape in (*SHAPES, (24, 24))}

@@ -57,8 +57,8 @@ def test_plot_command(run, monkeypatch, capsys):
 
 
 def test_gpt2_loss_depends_on_the_data(tmp_path):
-    """Runs on FineWeb and on FineWeb-Edu show GPT-2's validation loss on it; runs on other data,
-    such as your own files in a folder of that name, show none.
+    """A run on FineWeb or FineWeb-Edu shows the validation loss of GPT-2 on that data. A run on
+    other data shows none, even if its folder is called fineweb.
     """
     (tmp_path / "metrics.jsonl").write_text("")
     data = tmp_path / "fineweb"

@@ -52,7 +52,7 @@ def test_several_files_load(folder):
     ],
 )
 def test_wrong_tensors_are_named(folder, tensors, expected):
-    """A tensor that the model does not have is an error, and so is another head than the tied."""
+    """An unexpected tensor, or an lm_head that differs from the tied wte, is an error."""
     file = folder / "model.safetensors"
     save_file(load_file(file) | tensors, file)
     with pytest.raises(ValueError, match=expected):
@@ -119,7 +119,7 @@ def test_unknown_name_without_a_network(monkeypatch):
 
 
 def test_copies_of_the_parameters_are_saved(tiny_model, tmp_path):
-    """A background save writes copies of the parameters; writing to hf_tensors loads a model."""
+    """save_pretrained writes the given copies; hf_tensors are views of the parameters."""
     copies = {name: param.detach() + 1 for name, param in tiny_model.named_parameters()}
     save_pretrained(tiny_model, tmp_path, copies)
     for name, tensor in hf_tensors(tiny_model).items():

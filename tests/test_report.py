@@ -120,7 +120,7 @@ def test_failure_to_write_keeps_the_earlier_report(run, monkeypatch, capsys):
 
 
 def open_in_browser(page: Path, *flags: str) -> subprocess.CompletedProcess:
-    """Chromium opens the page and prints it as its scripts leave it."""
+    """Open the page in Chromium; stdout is the DOM after its scripts have run."""
     profile = f"--user-data-dir={page.with_name('profile')}"
     command = [CHROMIUM, *QUIET, profile, "--dump-dom", *flags, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
@@ -129,7 +129,7 @@ def open_in_browser(page: Path, *flags: str) -> subprocess.CompletedProcess:
 @needs_chromium
 @pytest.mark.parametrize("dark", [False, True])
 def test_report_in_a_browser(run, tmp_path, dark):
-    """A browser shows curves and samples, light and dark, without messages and requests."""
+    """Light or dark, a browser shows curves and samples, logs nothing and loads no other URL."""
     write_report(run, CPU)
     shutil.copy(run / "report.html", tmp_path / "report.html")
     flags = ["--window-size=900,1200", f"--screenshot={tmp_path / 'page.png'}"]

@@ -76,14 +76,14 @@ def read_weights(run) -> dict:
 
 
 @pytest.fixture
-def data_dir(tmp_path, no_pictures):
+def data_dir(tmp_path, no_plots):
     for split, length in (("train", 3000), ("val", 200)):
         write_shard(tmp_path / f"x_{split}.npy", np.arange(length))
     return tmp_path
 
 
-def test_plateau_end_is_the_last_step_of_any_longer_run():
-    """Up to plateau_end, and no further, the rates are those of any longer run; cosine: 0."""
+def test_plateau_end_is_the_last_step_shared_with_longer_runs():
+    """Up to plateau_end and no further, the rates equal those of any longer run; 0 for cosine."""
     for warmup, fraction, steps in (
         (2, 0.4, 10),
         (2, 0.4, 11),

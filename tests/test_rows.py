@@ -84,8 +84,8 @@ def test_files_that_hold_no_rows_are_named(tmp_path):
 
 
 def test_the_hub_has_rows(monkeypatch, datasets, network):
-    """A name that is no file is a dataset of the hub, in the given configuration and split. Without
-    the hub, the error has its name, the reason, and data that need no network.
+    """A name that is not a file is a hub dataset, read with the given configuration and split.
+    Without the hub, the error has its name, the reason, and data that need no network.
     """
     asked = []
     monkeypatch.setattr(

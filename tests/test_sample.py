@@ -239,12 +239,12 @@ def test_prompts_on_a_terminal(gpt2_folder):
     an empty line ends the session with exit code 0.
     """
     ours, theirs = pty.openpty()
-    # A process that a shell started in the background would ignore Ctrl-C.
-    heed = "import signal, os, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    # Background jobs of a shell ignore Ctrl-C; undo that.
+    restore_sigint = "import signal, os, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
     command = [
         sys.executable,
         "-c",
-        heed + "os.execv(sys.executable, sys.argv[1:])",
+        restore_sigint + "os.execv(sys.executable, sys.argv[1:])",
         sys.executable,
     ]
     command += [str(ROOT / "sample.py"), f"--model={gpt2_folder}", "--max_new_tokens=1000000"]

@@ -30,7 +30,7 @@ BLOCK_SIZE = 128
 
 @pytest.fixture(scope="module")
 def theirs() -> GPT2LMHeadModel:
-    """With weights so large that continuations differ by nats; its head takes three products."""
+    """A GPT-2 with weights so large that scores differ by nats; its head takes three matmuls."""
     model = small_transformers_gpt2(n_positions=BLOCK_SIZE, vocab_size=5000)
     with torch.no_grad():
         for param in model.parameters():
@@ -109,7 +109,7 @@ def test_equal_continuations_score_equally(model):
 
 
 def test_autocast_does_not_round_logits(model):
-    """Under bf16 autocast the head still computes in fp32, from bf16's hidden states."""
+    """Under bf16 autocast, the head still computes in fp32, from bf16 hidden states."""
     request = random_requests(1)[0]
     context, first = request.context, request.continuations[0][:1]
     with torch.autocast("cpu", torch.bfloat16):
@@ -123,7 +123,7 @@ def test_autocast_does_not_round_logits(model):
 
 
 def test_ranks_share_the_batches(model, monkeypatch):
-    """Each request is scored once over all ranks, which call the model equally often."""
+    """Each request is scored once over all ranks, and all ranks call the model equally often."""
     requests = random_requests(10)
     batches = list(score(model, requests, CPU))
     world_size = len(batches) - 1  # two rounds; in the second, only rank 0 has a batch

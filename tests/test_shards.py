@@ -25,8 +25,9 @@ def test_reads_llmc_shards(tmp_path):
 
 @pytest.mark.parametrize("n", [0, 1000])
 def test_a_shard_written_in_parts(tmp_path, n):
-    """In parts or at once, a shard has the bytes that np.save writes of uint16, as build-nanogpt
-    does, and its manifest entry their sha256. Until it is finished, no file has its name.
+    """Written in parts or at once, a shard has the bytes that np.save writes for uint16, as in
+    build-nanogpt, and its manifest entry has their sha256. The file appears only once it is
+    complete.
     """
     tokens = np.arange(n)
     np.save(tmp_path / "numpy.npy", tokens.astype(np.uint16))
@@ -63,7 +64,7 @@ def test_damaged_and_missing_shards_are_named(make_shards):
 
 
 def test_every_byte_is_checked_before_a_run(make_shards):
-    """A flipped bit, a token beyond GPT-2's and an incomplete preparation are errors."""
+    """A flipped bit, a token beyond the vocabulary and an incomplete preparation are errors."""
     folder = make_shards(50, 50)
     fingerprint = TokenShards(folder, "train", verify=True).fingerprint
     file = folder / "x_train_000001.npy"

@@ -71,7 +71,7 @@ def test_micro_batch_size_does_not_change_the_curve(shards):
     curves = []
     for batch_size in (1, 4, 12):
         step = make_step(new_model(), shards, batch_size)
-        curves.append([step(s)[0].item() for s in range(1, 7)])  # an epoch has less than 4 steps
+        curves.append([step(s)[0].item() for s in range(1, 7)])  # an epoch has fewer than 4 steps
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], rel=1e-5)
 
@@ -80,8 +80,8 @@ OPTIMIZERS = [{}, {"optimizer": "muon"}, {"optimizer": "muon", "muon_beta2": 0.9
 
 
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=["AdamW", "Muon", "NorMuon"])
-def test_state_continues_to_the_bit(shards, options):
-    """A snapshot keeps its values during the next steps; restored, it repeats them exactly."""
+def test_state_continues_bit_for_bit(shards, options):
+    """A snapshot does not change while training continues; restoring it repeats the next steps."""
     step = make_step(new_model(), shards, **options)
     for s in (1, 2, 3):
         step(s)
@@ -96,8 +96,8 @@ def test_state_continues_to_the_bit(shards, options):
 
 @on_cpu_and_gpu
 def test_prefetched_batches_are_the_ones_asked_for(shards, dist):
-    """In order, out of order and repeated, a prefetched batch is the data's own, on the device.
-    Another thread prepares it in advance, and the data's errors reach the caller.
+    """The prefetcher returns the batch asked for, on the device, in any order and also if asked
+    twice. A background thread prepares it, and errors in the data reach the caller.
     """
     makers = []
 
@@ -130,7 +130,7 @@ def test_prefetched_batches_are_the_ones_asked_for(shards, dist):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_16_bit_training_follows_fp32(shards, precision):
-    """Under autocast, in fp16 with its scaler, losses are near those of fp32; weights stay fp32."""
+    """In bf16, and in fp16 with its scaler, losses stay close to fp32; weights stay in fp32."""
     exact = make_step(new_model(), shards)
     model = new_model()
     rounded = make_step(model, shards, precision=precision)
@@ -155,7 +155,7 @@ class CountCasts(TorchDispatchMode):
 
 
 def test_weights_are_cast_once_a_step(shards):
-    """Under bf16, three micro-steps cast each matrix once, and have the loss and norm of one."""
+    """Under bf16, three micro-steps cast each matrix once and match one large micro-step."""
     models = [new_model(), new_model()]
     three, one = (
         make_step(m, shards, n, precision="bf16") for m, n in zip(models, (4, 12), strict=True)
@@ -170,7 +170,7 @@ def test_weights_are_cast_once_a_step(shards):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_step_that_is_not_finite_is_skipped(shards, precision, optimizer, dist):
-    """NaN in a gradient changes no bit of the weights and the optimizer, its step counters too."""
+    """A NaN gradient changes neither weights nor optimizer state, step counters included."""
     model = new_model().to(dist.device)
     options = {"muon_weight_decay": 0.1, "muon_beta2": 0.95, "precision": precision}
     step = make_step(model, shards, dist=dist, optimizer=optimizer, **options)
@@ -189,8 +189,8 @@ def test_a_step_that_is_not_finite_is_skipped(shards, precision, optimizer, dist
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_step_equals_the_raw_one(shards, monkeypatch, backend):
-    """The compiled loss has the eager one's gradients, and the model keeps its parameter names."""
+def test_compiled_loss_equals_the_eager_one(shards, monkeypatch, backend):
+    """The compiled loss and its gradients equal the eager ones; parameter names do not change."""
     if backend == "inductor" and shutil.which("gcc") is None:
         pytest.skip("torch.compile on a CPU needs gcc")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
@@ -242,9 +242,9 @@ def through_a_file(model: GPT) -> GPT:
     ],
 )
 def test_a_copy_computes_with_its_own_weights(tiny_config, mode, base, copy_model):
-    """A copy of a model under recomputation and LoRA has the original's logits, and changing its
-    c_attn changes them, but not the original's. No name changes, and a LayerNorm called by itself
-    normalizes.
+    """A copy of a model with recomputation and LoRA gives the same logits. Changing c_attn in the
+    copy changes only the logits of the copy. Names stay the same, and a LayerNorm works when called
+    directly.
     """
     model, idx = GPT(tiny_config), random_ids(2, 8)
     if base != "full":
@@ -313,14 +313,14 @@ def test_recomputing_stores_less():
 
 @pytest.fixture
 def one_layer(tiny_config) -> GPTConfig:
-    """Compiling one layer takes half of the time of two."""
+    """tiny_config with one layer, to compile in half the time."""
     torch._dynamo.reset()
     return dataclasses.replace(tiny_config, n_layer=1)
 
 
 @pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.slow), "light"])
 def test_all_lengths_share_two_graphs(one_layer, recompute):
-    """Compiled, LoRA on twelve lengths needs two graphs, and no graph break."""
+    """Compiled LoRA handles twelve sequence lengths with two graphs and no graph break."""
     model = GPT(one_layer)
     add_lora(model)
     apply_recompute(model, recompute)
@@ -333,9 +333,9 @@ def test_all_lengths_share_two_graphs(one_layer, recompute):
 
 
 @pytest.mark.parametrize("is_lora", [False, True])
-def test_compiled_light_recomputes_no_thick_product(one_layer, is_lora):
-    """Compiled, light stores less than none, and its backward pass has no more matrix products
-    than with none, but for one of LoRA's thin ones per block.
+def test_compiled_light_recomputes_no_large_matmul(one_layer, is_lora):
+    """Compiled, recompute="light" stores less than "none", and its backward pass repeats no matrix
+    product, except one small LoRA product per block.
     """
     aten = torch.ops.aten
     idx, products, stored = random_ids(4, 40), {}, {}

@@ -116,7 +116,7 @@ ADVERSARIAL = [
 
 
 def test_agrees_with_lm_eval(gpt2_folder, model, write_rows):
-    """All predictions and log-probabilities are lm-eval's, on rows of both sources, and on empty,
+    """All predictions and log-probabilities equal those of lm-eval, on ordinary rows and on empty,
     blank, tied, nested, truncated and foreign texts.
     """
     assert_same_as_lm_eval(gpt2_folder, model, write_rows(ROWS + ADVERSARIAL))
@@ -124,7 +124,8 @@ def test_agrees_with_lm_eval(gpt2_folder, model, write_rows):
 
 @pytest.mark.slow
 def test_agrees_with_lm_eval_on_real_rows(gpt2_folder, model, write_rows, shared_data):
-    """So they are on 400 real rows. Where ctx_a and ctx_b are missing, all of ctx is in ctx_a."""
+    """Predictions and log-probabilities on 400 real rows equal those of lm-eval."""
+    # Where ctx_a and ctx_b are missing, all of ctx becomes ctx_a.
     lines = (shared_data / "hellaswag_val_raw_400.jsonl").read_text().splitlines()
     rows = [row(found["ctx"], "") | found for found in map(json.loads, lines)]
     assert len(rows) == 400
@@ -148,7 +149,7 @@ def build_nanogpt(theirs: GPT2LMHeadModel, row: dict) -> tuple[int, int]:
     return int(sums.argmin()), int((sums / mask[:, 1:].sum(1)).argmin())
 
 
-def test_raw_text_is_build_nanogpts(gpt2_folder, model):
+def test_raw_text_equals_build_nanogpt(gpt2_folder, model):
     """With raw text the predictions are those of four padded rows through transformers."""
     theirs = GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()
     task = find_task("hellaswag", data=str(HELLASWAG_ROWS), text="raw", limit=8)
@@ -171,7 +172,7 @@ LAMBADA = [
 ]
 
 
-def test_lambada_is_lm_evals(gpt2_folder, model, write_rows):
+def test_lambada_equals_lm_eval(gpt2_folder, model, write_rows):
     """The last word's log-probability, and whether it is the most likely, are lm-eval's."""
     prompt = "Now the next word is"
     likely = model.generate(torch.tensor([encode(prompt)]), 1, temperature=0)[0, -1:].tolist()
@@ -191,7 +192,7 @@ def test_lambada_is_lm_evals(gpt2_folder, model, write_rows):
         assert metrics["perplexity"][key] == pytest.approx(np.exp(np.mean(nats) + expected), 1e-4)
 
 
-def test_windows_of_a_text_are_lm_evals():
+def test_windows_of_a_text_equal_lm_eval():
     """Windows that do not overlap are those of lm-eval's rolling likelihood, for any length."""
     utils = pytest.importorskip("lm_eval.utils", reason="needs lm-eval")
     for length in (1, 127, 128, 129, 300, 1024):
@@ -202,7 +203,7 @@ def test_windows_of_a_text_are_lm_evals():
         assert list(split_into_windows(ids, BLOCK_SIZE, BLOCK_SIZE)) == expected
 
 
-def test_interval_is_wilsons():
+def test_interval_satisfies_wilsons_definition():
     """From each end p of the interval, the proportion found is 1.96 standard errors of p away."""
     for correct, n in ((0, 7), (3, 10), (3127, 10_042), (20, 20)):
         low, high = wilson_interval(correct, n)
@@ -239,8 +240,8 @@ def test_bad_rows_are_named_or_skipped(write_rows, capsys, changes, reason):
 
 
 def test_wrong_settings_are_named(tmp_path):
-    """Data with nothing in them, no data, a stride beyond the window, a setting of another task and
-    a name that is no task are errors: no task stands in.
+    """Empty or missing data, a stride longer than the window, a setting of another task and an
+    unknown task are errors.
     """
     empty = str(tmp_path / "empty.txt")
     Path(empty).touch()

@@ -10,7 +10,7 @@ from engine.throughput import flops_per_token, format_seconds, peak_flops, peak_
 from model import GPT, GPTConfig
 
 
-def test_peak_memory_is_the_kernels():
+def test_peak_memory_equals_the_kernels_figure():
     """The peak memory of this process is the kernel's figure, in bytes."""
     try:
         text = Path("/proc/self/status").read_text()

@@ -69,7 +69,7 @@ def encode_separately(encoder: BatchEncoder, texts: list[str]) -> list[list[int]
 
 
 def test_many_texts_have_tiktokens_tokens():
-    """Of 20,000 strings of hostile pieces each has the tokens of tiktoken."""
+    """Each of 20,000 strings built from hostile pieces gets the tokens that tiktoken gives it."""
     rng = random.Random(0)
     texts = ["".join(rng.choices(HOSTILE, k=rng.randrange(20))) for _ in range(20_000)]
     expected = get_tokenizer().encode_ordinary_batch(texts)
@@ -85,7 +85,7 @@ def test_long_lines_have_tiktokens_tokens():
 
 
 def test_a_million_spaces_are_encoded():
-    """Texts that are too much for tiktoken, as these are, are not compared to it."""
+    """A text too long for tiktoken is encoded without the comparison, and decodes to itself."""
     text = " " * 1_000_000 + "x"
     tokens, _ = BatchEncoder().encode([text])
     assert get_tokenizer().decode(tokens.tolist()) == text

@@ -89,10 +89,10 @@ def test_a_finished_run_prints_its_results_again(workplace, uninterrupted):
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_stopped_run_resumes_to_the_bit(workplace, uninterrupted):
-    """A run that kill -9 stops twice, then SIGTERM, then Ctrl-C, logs what the uninterrupted run
-    logs, bit for bit and each step once. The last two end it after its step, with a checkpoint, a
-    line and the shell's exit code.
+def test_a_stopped_run_resumes_bit_for_bit(workplace, uninterrupted):
+    """A run stopped twice by kill -9, then by SIGTERM and Ctrl-C, resumes to the log and weights of
+    an uninterrupted run, bit for bit. SIGTERM and Ctrl-C finish the step, save a checkpoint, print
+    a line, and exit with 128 plus the signal.
     """
     run = workplace / "runs" / "stopped"
     kill, stops = signal.SIGKILL, (signal.SIGTERM, signal.SIGINT)
@@ -217,7 +217,7 @@ def test_a_wrong_flag_is_one_line(capsys, script):
     assert re.fullmatch(r"error: .+ \(-h lists the flags\)\n", error)
 
 
-def test_a_wrong_flag_of_a_process(tmp_path):
+def test_a_wrong_flag_on_a_real_command_line(tmp_path):
     """`python train_gpt2.py` with a misspelled flag names the flag it resembles, in one line."""
     command = [sys.executable, str(ROOT / "train_gpt2.py"), "--max_stepz", "3"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -246,7 +246,7 @@ def test_truncated_shards_and_changed_settings_harm_nothing(workplace, uninterru
 
 
 def test_profiling_does_not_change_the_run(workplace, uninterrupted):
-    """--profile 2 writes a trace and the slowest operators; the curve is the same to the bit."""
+    """--profile 2 writes a trace and the slowest operators; the curve is the same, bit for bit."""
     run = workplace / "runs" / "profiled"
     flags = tiny_run("runs/profiled", profile=2)
     out = Job(*flags, cwd=workplace, signal_at=(5, signal.SIGTERM)).wait().stdout

@@ -60,8 +60,8 @@ def test_evaluation_is_the_mean_over_tokens(shards):
 
 
 def test_bits_per_byte():
-    """The nats of all targets of all ranks, also of <|endoftext|>, in bits, divided by the bytes of
-    their text; None where there is no text.
+    """Bits per byte is the summed loss of all ranks, <|endoftext|> included, in bits, divided by
+    the UTF-8 bytes of the text. Without text it is None.
     """
 
     class Two(Distributed):
@@ -121,7 +121,7 @@ def test_what_is_compiled_and_planned_by_shape(shards, monkeypatch, has_one_shap
 
 
 @pytest.mark.parametrize("stop_at", [None, 5])
-def test_a_log_read_late_is_the_same_log(shards, tmp_path, monkeypatch, no_pictures, stop_at):
+def test_a_log_read_late_is_the_same_log(shards, tmp_path, monkeypatch, no_plots, stop_at):
     """Reading a step's results after the next one has been launched, as on CUDA, changes nothing in
     the log, the evaluations and the checkpoints, whether a signal stops the run or not.
     """
@@ -164,7 +164,7 @@ def test_a_log_read_late_is_the_same_log(shards, tmp_path, monkeypatch, no_pictu
     assert weights[0] == weights[1]
 
 
-def test_training_stops_when_nothing_is_finite_any_more(shards, tmp_path, no_pictures, capsys):
+def test_training_stops_after_five_steps_that_are_not_finite(shards, tmp_path, no_plots, capsys):
     """Each step without a finite gradient is reported, and the fifth in a row ends the run with one
     line; the log stays valid JSON, and the last good checkpoint is untouched.
     """

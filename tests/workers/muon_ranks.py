@@ -1,5 +1,5 @@
-"""On two ranks: the steps of Muon and of NorMuon, one of them skipped, on replicated and on sharded
-parameters equal those of one process, and no rank orthogonalizes all matrices.
+"""On two ranks, check Muon and NorMuon on replicated and sharded parameters: three steps, one of
+them skipped, equal those of one process, and no rank orthogonalizes all matrices.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from engine import optim
 
-SHAPES = (72, 24), (24, 24), (24, 96)  # the first is three matrices, as c_attn
+SHAPES = (72, 24), (24, 24), (24, 96)  # the first is three matrices, like c_attn
 SKIPPED = (0.0, 1.0, 0.0)  # found_inf of each step
 
 

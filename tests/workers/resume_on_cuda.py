@@ -1,5 +1,5 @@
-"""Print the losses of six compiled steps in bf16 on a GPU, with deterministic kernels, first of an
-uninterrupted run, then of one that a snapshot restored after three.
+"""Train six compiled bf16 steps on a GPU with deterministic kernels, once without a stop and once
+restored from a snapshot after step 3. Print the losses of both.
 """
 
 import torch

@@ -1,5 +1,5 @@
-"""Ask each script among the arguments for its help and import each module among them. Print as JSON
-what each printed, and which modules were loaded after it. Fail if they start a process group.
+"""Run each script in the arguments with -h and import each module in them. Print as JSON what each
+printed and which modules were loaded afterward. Fail if one starts a process group.
 """
 
 import contextlib

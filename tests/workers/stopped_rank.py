@@ -1,5 +1,5 @@
-"""Under torchrun: train_gpt2.py, where rank 0 kills itself (first argument: kill) or sends SIGTERM
-to torchrun (term) when it has logged step 5, unless it was restarted.
+"""Run train_gpt2.py under torchrun. After logging step 5, rank 0 kills itself (first argument:
+kill) or sends SIGTERM to torchrun (term), unless it was restarted.
 """
 
 import os
