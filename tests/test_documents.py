@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import NASTY_TEXT, expected_tokens, read_files
+from conftest import NASTY_TEXT, read_files
 
 from engine.documents import (
     Piece,
@@ -296,7 +296,7 @@ def test_stdlib_is_a_deterministic_corpus():
     documents = stdlib_documents()
     assert documents == sorted(set(documents), key=lambda d: hashlib.sha256(d.encode()).hexdigest())
     assert len(documents) > 5000
-    assert 350_000 < len(expected_tokens(documents)) < 900_000
+    assert 350_000 < sum(map(len, documents)) / 4.4 < 900_000  # about the number of tokens
     sentence = "statement is used to iterate over the elements of a sequence"
     assert any(sentence in " ".join(document.split()) for document in documents)
     assert not any("transformers" in d and "tokenizer" in d for d in documents)
