@@ -7,11 +7,11 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from multiprocessing import connection
 from pathlib import Path
-from subprocess import CompletedProcess
 from unittest import mock
 
 import torch
@@ -56,7 +56,7 @@ class Job:
             process.start()
             self.processes.append(process)
 
-    def wait(self) -> CompletedProcess:
+    def wait(self) -> subprocess.CompletedProcess:
         """Wait until all ranks end, or one fails. The result has the output of all ranks."""
         running, codes = {process.sentinel: process for process in self.processes}, [0]
         while running and not any(codes):
@@ -68,7 +68,7 @@ class Job:
         for process in running.values():
             process.kill()
         out, err = (Path(self.output.name, name).read_text() for name in ("out", "err"))
-        return CompletedProcess(
+        return subprocess.CompletedProcess(
             args=[], returncode=next(filter(None, codes), 0), stdout=out, stderr=err
         )
 
@@ -100,6 +100,22 @@ def run_here(script: str, *args: str) -> None:
     path = str(ROOT / script)
     with mock.patch.object(sys, "argv", [path, *args]):
         runpy.run_path(path, run_name="__main__")
+
+
+def start_on_terminal(
+    prelude: str, script: str, *args: str, **options
+) -> tuple[subprocess.Popen, int]:
+    """Start a script on a terminal, after the statements of `prelude`. Return the process, and the
+    descriptor that a user types to and reads from.
+    """
+    import pty  # not on Windows
+
+    ours, theirs = pty.openpty()
+    program = f"import os, signal, sys; {prelude}; os.execv(sys.executable, sys.argv[1:])"
+    command = [sys.executable, "-c", program, sys.executable, str(ROOT / script), *args]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, **options)
+    os.close(theirs)
+    return process, ours
 
 
 def send_signal_at(step: int, signum: signal.Signals, pid: int) -> None:

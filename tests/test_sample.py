@@ -2,14 +2,11 @@ import codecs
 import io
 import json
 import os
-import pty
 import random
 import re
 import select
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NASTY_TEXT
-from processes import HANG_SECONDS, ROOT
+from processes import HANG_SECONDS, start_on_terminal
 
 from engine.checkpoint import load_model
 from engine.config import parse_flags
@@ -238,30 +235,20 @@ def test_prompts_on_a_terminal(gpt2_folder):
     """Without a prompt it asks for one on a terminal. Ctrl-C ends the text but not the session, and
     an empty line ends the session with exit code 0.
     """
-    ours, theirs = pty.openpty()
     # Background jobs of a shell ignore Ctrl-C; undo that.
-    restore_sigint = "import signal, os, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
-    command = [
-        sys.executable,
-        "-c",
-        restore_sigint + "os.execv(sys.executable, sys.argv[1:])",
-        sys.executable,
-    ]
-    command += [str(ROOT / "sample.py"), f"--model={gpt2_folder}", "--max_new_tokens=1000000"]
-    process = subprocess.Popen(
-        [*command, "--device=cpu"], stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
-    )
-    os.close(theirs)
+    restore_sigint = "signal.signal(signal.SIGINT, signal.SIG_DFL)"
+    flags = [f"--model={gpt2_folder}", "--max_new_tokens=1000000", "--device=cpu"]
+    process, terminal = start_on_terminal(restore_sigint, "sample.py", *flags)
     seen = bytearray()
 
     def wait_for(text: bytes, retry: Callable[[], None] = lambda: None) -> None:
-        """Read until `text` is printed; call `retry` every ten seconds."""
+        """Read until `text` is printed; call `retry` every half minute."""
         start = len(seen)
-        for _ in range(HANG_SECONDS // 10):
-            deadline = time.monotonic() + 10
+        for _ in range(HANG_SECONDS // 30):
+            deadline = time.monotonic() + 30
             while time.monotonic() < deadline:
-                if select.select([ours], [], [], 1)[0]:
-                    seen.extend(os.read(ours, 4096))
+                if select.select([terminal], [], [], 1)[0]:
+                    seen.extend(os.read(terminal, 4096))
                 if text in seen[start:]:
                     return
             retry()
@@ -269,17 +256,17 @@ def test_prompts_on_a_terminal(gpt2_folder):
 
     try:
         wait_for(b"prompt: ")
-        os.write(ours, b"Hello\n")
+        os.write(terminal, b"Hello\n")
         wait_for(b"\nHello")
         time.sleep(0.3)  # generate for a while
         process.send_signal(signal.SIGINT)
         # Python ignores one that arrives while an object is finalized; a user presses again.
         wait_for(b"prompt: ", retry=lambda: process.send_signal(signal.SIGINT))
-        os.write(ours, b"\x1b[A")  # the up arrow recalls the earlier prompt, to edit it
+        os.write(terminal, b"\x1b[A")  # the up arrow recalls the earlier prompt, to edit it
         wait_for(b"Hello")
-        os.write(ours, b"\x15\n")  # Ctrl-U deletes it
+        os.write(terminal, b"\x15\n")  # Ctrl-U deletes it
         assert process.wait(HANG_SECONDS) == 0
     finally:
         process.kill()
-        os.close(ours)
+        os.close(terminal)
     assert b"Traceback" not in seen

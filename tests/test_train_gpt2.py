@@ -7,7 +7,6 @@ import gzip
 import json
 import math
 import os
-import pty
 import re
 import select
 import shutil
@@ -28,7 +27,7 @@ from conftest import (
     small_transformers_gpt2,
     tiny_run,
 )
-from processes import HANG_SECONDS, ROOT, Job, run_here
+from processes import HANG_SECONDS, ROOT, Job, run_here, start_on_terminal
 from transformers import AutoModelForCausalLM
 
 from engine.adapter import save_adapter
@@ -121,31 +120,20 @@ def test_a_lost_connection_saves(workplace, disposition, max_steps, code):
     """If the terminal goes away, as a dropped ssh does, the run saves and ends with the exit code
     of SIGHUP, although it can no longer print. With nohup, which ignores SIGHUP, it runs on.
     """
-    ours, theirs = pty.openpty()
-    # In a session of its own the process makes the terminal its own, and starts the run.
-    start = (
-        "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-        f"signal.signal(signal.SIGHUP, signal.{disposition}); "
-        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    )
-    script, *flags = tiny_run(f"runs/{disposition}", max_steps=max_steps, save_every=1000)
-    process = subprocess.Popen(
-        [sys.executable, "-c", start, str(ROOT / script), *flags],
-        cwd=workplace,
-        start_new_session=True,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-    )
-    os.close(theirs)
+    # In a session of its own, the process makes the terminal its own.
+    prelude = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    prelude += f"signal.signal(signal.SIGHUP, signal.{disposition})"
+    command = tiny_run(f"runs/{disposition}", max_steps=max_steps, save_every=1000)
+    options = {"cwd": workplace, "start_new_session": True}
+    process, terminal = start_on_terminal(prelude, *command, **options)
     run = workplace / "runs" / disposition
     log, deadline = run / "metrics.jsonl", time.monotonic() + HANG_SECONDS
     while not (log.exists() and log.read_bytes().count(b"\n") > 9):
         assert process.poll() is None
         assert time.monotonic() < deadline
-        if select.select([ours], [], [], 0.01)[0]:
-            os.read(ours, 4096)  # what it prints
-    os.close(ours)
+        if select.select([terminal], [], [], 0.01)[0]:
+            os.read(terminal, 4096)  # what it prints
+    os.close(terminal)
     assert process.wait(HANG_SECONDS) == code
     assert list_checkpoints(run)[-1].name == f"step_{read_metrics(run)[-1]['step']:06d}"
 
