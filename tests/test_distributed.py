@@ -63,7 +63,6 @@ def assert_same_curve(run: Path, single: Path) -> None:
     [
         (2, {"batch_size": 3}),
         (2, {"parallel": "fsdp", "recompute": "block"}),
-        pytest.param(3, {}, marks=pytest.mark.slow),
         pytest.param(3, {"parallel": "fsdp"}, marks=pytest.mark.slow),
         pytest.param(2, {"compile": True}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel": "fsdp", "compile": True}, marks=pytest.mark.slow),
