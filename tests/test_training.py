@@ -217,14 +217,19 @@ def test_settings_and_sizes_are_printed(shards, capsys):
         assert text in out
 
 
-def test_a_run_too_large_for_a_cpu_says_so(capsys):
-    """With steps of half a million tokens, GPT-2 124M on a CPU gets a line that names configs for
-    CPUs; with the demo's steps it does not.
+def test_settings_that_keep_a_run_from_learning_are_named(capsys):
+    """Too large a model for a CPU, a warmup as long as the run and steps of most of the data get a
+    line each; other settings get none.
     """
     with torch.device("meta"):
         large = GPT(GPTConfig())
     steps = SimpleNamespace(block_size=1024, steps_per_epoch=100.0)
-    for tokens, is_said in ((2**19, True), (2**10, False)):
-        steps.tokens_through = lambda step, tokens=tokens: step * tokens
-        warn_of_settings(large, steps, PretrainConfig(), CPU)
-        assert ("configs/demo.yaml and configs/small.yaml" in capsys.readouterr().out) == is_said
+    steps.tokens_through = lambda step: step * 2**10
+    warn_of_settings(large, steps, PretrainConfig(), CPU)
+    assert not capsys.readouterr().out
+    steps.tokens_through, steps.steps_per_epoch = lambda step: step * 2**19, 3.25
+    warn_of_settings(large, steps, PretrainConfig(warmup_steps=5, max_steps=5), CPU)
+    size, warmup, epoch = capsys.readouterr().out.splitlines()
+    assert "configs/demo.yaml and configs/small.yaml" in size
+    assert "warmup_steps is 5 and max_steps 5, so the learning rate never reaches max_lr" in warmup
+    assert "an epoch has only 3.2 steps" in epoch
