@@ -80,7 +80,7 @@ def test_the_iteration_on_a_cpu(monkeypatch, precision, has_units, expected):
 
 
 def test_steps_equal_pytorchs_muon(monkeypatch):
-    """Five steps of matrices of all shapes equal those of torch.optim.Muon in fp32."""
+    """Five steps on matrices of all shapes equal those of torch.optim.Muon in fp32."""
     monkeypatch.setattr(torchs, "_zeropower_via_newtonschulz", in_fp32)
     torch.manual_seed(0)
     qkv, tall, wide = mine = [torch.nn.Parameter(torch.randn(s)) for s in SHAPES]
