@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from multiprocessing import connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +22,13 @@ from engine.files import JSONLinesLog
 ROOT = Path(__file__).parents[1]
 HANG_SECONDS = 600  # ten times what the slowest takes on a busy machine
 PRELOAD = ["torch._dynamo", "torch.distributed.fsdp", "matplotlib.figure", "tokenizers"]
+
+
+def fork_server() -> BaseContext:
+    """A context whose processes are forked from one that has imported torch."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(PRELOAD)
+    return server
 
 
 class Job:
@@ -36,23 +44,20 @@ class Job:
         **env: str,
     ):
         """Start. With signal_at=(step, signal), rank 0 gets the signal once the step is logged."""
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(PRELOAD)
         self.output = tempfile.TemporaryDirectory()
         env = {**os.environ, **env}
         if ranks > 1:
             with socket.create_server(("127.0.0.1", 0)) as unused:
                 port = str(unused.getsockname()[1])
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-        argv = [script, *map(str, args)]
+        options = {"argv": [script, *map(str, args)], "cwd": Path(cwd).absolute()}
+        options |= {"output": self.output.name, "n_threads": torch.get_num_threads()}
         self.processes = []
         for rank in range(ranks):
-            rank_env = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            options = argv, Path(cwd).absolute(), env | rank_env, self.output.name
-            at = signal_at if rank == 0 else None
-            process = server.Process(
-                target=run, args=(*options, torch.get_num_threads(), at), daemon=True
-            )
+            if ranks > 1:
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            options |= {"env": env, "signal_at": signal_at if rank == 0 else None}
+            process = fork_server().Process(target=run, kwargs=options, daemon=True)
             process.start()
             self.processes.append(process)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HELLASWAG_ROWS, ROOT, run_script
-from processes import PRELOAD
+from processes import fork_server
 
 from benchmarks import gpu, harness, lora, time_to_loss
 from benchmarks.harness import TINY, BenchmarkConfig
@@ -155,8 +155,7 @@ def test_redrawing_trains_nothing(tmp_path, monkeypatch):
 
 def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     """A repeated command trains only what is missing, here the second seed, and reports both."""
-    server = multiprocessing.get_context("forkserver")  # starts processes faster than spawn
-    server.set_forkserver_preload(PRELOAD)
+    server = fork_server()  # starts processes faster than spawn
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: server)
     for split, length in (("train", 20_000), ("val", 2_000)):
         write_shard(tmp_path / f"x_{split}.npy", np.arange(length))

@@ -39,14 +39,13 @@ SHAPE = GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=8)
 
 
 @pytest.fixture
-def folder(tmp_path, no_plots, monkeypatch) -> Path:
+def folder(tmp_path, no_plots, write_rows, monkeypatch) -> Path:
     """The current directory, with a small GPT-2 called base and 40 rows."""
     torch.manual_seed(0)
     GPT(SHAPE).save_pretrained(tmp_path / "base")
     words = ROOT.joinpath("README.md").read_text().split()
     prompts = [" ".join(words[i : i + i % 9 + 2]) for i in range(36)] + [""] * 4
-    rows = [{"prompt": prompt, "completion": " yes"} for prompt in prompts]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows([{"prompt": prompt, "completion": " yes"} for prompt in prompts])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

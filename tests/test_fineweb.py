@@ -75,10 +75,8 @@ def one_gigatoken():
 
 
 @pytest.fixture
-def jsonl(tmp_path):
-    file = tmp_path / "documents.jsonl"
-    file.write_text("".join(json.dumps({"text": d}) + "\n" for d in DOCUMENTS))
-    return file
+def jsonl(write_rows) -> Path:
+    return Path(write_rows([{"text": document} for document in DOCUMENTS], "documents.jsonl"))
 
 
 @pytest.fixture

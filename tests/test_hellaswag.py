@@ -93,12 +93,10 @@ def test_perplexity_equals_transformers(gpt2_folder, tmp_path, monkeypatch, stri
     assert found["bits_per_byte"]["value"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
 
 
-def test_perplexity_of_documents(gpt2_folder, tmp_path, capsys):
+def test_perplexity_of_documents(gpt2_folder, write_rows, capsys):
     """Each document has a context of its own; a bad row is an error, unless it may be skipped."""
-    file = tmp_path / "text.jsonl"
     documents = [{"text": "One document."}, {"text": "Another one, a little longer."}]
-    file.write_text("\n".join(map(json.dumps, documents)) + "\n{}\n")
-    options = {"task": "text", "data": str(file)}
+    options = {"task": "text", "data": write_rows([*documents, {}])}
     with pytest.raises(ValueError, match="bad rows"):
         evaluate(gpt2_folder, **options)
     evaluate(gpt2_folder, **options, skip_bad_rows=True)

@@ -7,6 +7,7 @@ import pytest
 from conftest import make_record, write_log
 from processes import run_here
 
+from engine.metrics import read_metrics
 from engine.plots import MORE_PANELS, draw_runs, plot_runs
 
 
@@ -75,8 +76,7 @@ def test_hellaswag_has_its_own_panel(run):
     """A run that measured HellaSwag gets a second panel, with the quoted accuracies."""
     assert len(draw_runs([run]).axes) == 1
     logged = {"step": 21, "tokens": 1344, "hellaswag_acc_norm": 0.25, "hellaswag_acc": 0.25}
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(logged) + "\n")
+    write_log(run, [*read_metrics(run), logged])
     _, panel = draw_runs([run]).axes
     labels = " ".join(text.get_text() for text in panel.get_legend().get_texts())
     for text in ("acc_norm 0.2500", "acc_norm 0.3114", "0.2955", "GPT-3 Small, token-normalised"):

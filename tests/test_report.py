@@ -15,7 +15,7 @@ from conftest import CPU, make_record, write_log
 from processes import HANG_SECONDS
 
 from engine import report
-from engine.metrics import summarize_run
+from engine.metrics import read_metrics, summarize_run
 from engine.report import render_curves, write_report
 
 NASTY = '</pre><script>document.title="taken"</script><img src="http://example.invalid/x.png">&amp;'
@@ -153,8 +153,7 @@ def test_nothing_breaks_over_two_lines(run, tmp_path, width, body_width):
     line each, with the figures of a large run as well, and nothing is wider than the page.
     """
     last = record(19_073) | {"val_loss": 2.9, "tokens": 9_999_974_400, "val_bpb": 0.9}
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(last) + "\n")
+    write_log(run, [*read_metrics(run), last])
     (run / "config.yaml").write_text(f"{CONFIG}hellaswag_normalization_name: {'x' * 500}\n")
     facts = {"parameters": "1,557,611,200", "training data": "9,999,999,999 tokens"}
     save_facts(run, facts, step=19_073)
