@@ -10,13 +10,7 @@ from typing import Any, Literal
 import torch
 
 from engine.adapter import load_adapter
-from engine.checkpoint import (
-    check_vocabulary,
-    hash_weights,
-    latest_checkpoint,
-    load_model,
-    mark_base,
-)
+from engine.checkpoint import hash_weights, latest_checkpoint, load_model, mark_base
 from engine.config import TrainConfig, flag, run_command
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
 from engine.evaluation import Prompt
@@ -41,10 +35,10 @@ from engine.lora import (
 )
 from engine.metrics import read_metrics
 from engine.plots import curve_points
-from engine.pretrained import save_pretrained
+from engine.pretrained import load_tokenizer, save_pretrained
 from engine.resume import open_run
 from engine.rows import check_source
-from engine.tokenizer import save_tokenizer
+from engine.tokenizer import Tokenizer
 from engine.training import train
 from model import GPT
 
@@ -64,13 +58,9 @@ class FinetuneConfig(TrainConfig):
     batch_size: int = flag(16)
     max_steps: int = flag(None, "optimizer steps (default: as many as make the epochs)")
     warmup_steps: int = flag(
-        None,
-        "steps of linear warmup (default: 10, or a tenth of the steps if that is less)",
-        at_least=0,
+        None, "steps of linear warmup (default: 10, at most a tenth of the steps)", at_least=0
     )
-    max_lr: float = flag(
-        None, "peak learning rate (default: 5e-4, with --no-use_lora 5e-5)", above=0
-    )
+    max_lr: float = flag(None, "peak learning rate (default: 5e-4, without LoRA 5e-5)", above=0)
     min_lr: float = flag(0.0)
     weight_decay: float = flag(0.0)
     eval_every: int = flag(20)
@@ -79,15 +69,10 @@ class FinetuneConfig(TrainConfig):
     recompute: Literal["none", "light", "block"] = flag("light")
 
     model_name_or_path: str = flag(
-        "gpt2",
-        "base model: a hub name, Hugging Face folder, checkpoint or run",
-        group="model",
-        may_change=True,  # its weights are compared
-    )
+        "gpt2", "base model: a hub name, folder, checkpoint or run", group="model", may_change=True
+    )  # its weights are compared
     base_sha256: str | None = flag(None, "hash of the base's weights; checked if given")
-    merge_out: str | None = flag(
-        None, "also save the fine-tuned model, adapter merged, in this folder", may_change=True
-    )
+    merge_out: str | None = flag(None, "also save the merged model in this folder", may_change=True)
 
     data: str = flag(
         DEFAULT_DATA,
@@ -96,14 +81,10 @@ class FinetuneConfig(TrainConfig):
         may_change=True,  # the examples themselves are compared
     )
     examples_per_step: int = flag(
-        None,
-        "examples per optimizer step over all devices (default: 64, or for fewer than 640 examples "
-        "the power of two up to a tenth of them; batch_size is then lowered to it)",
+        None, "examples per optimizer step over all devices (default: 64, at most a tenth of all)"
     )
     epochs: int = flag(3, "passes over the examples")
-    val_fraction: float = flag(
-        0.1, "fraction of the examples held out, drawn by seed", above=0, below=1
-    )
+    val_fraction: float = flag(0.1, "held-out fraction of the examples, by seed", above=0, below=1)
 
     use_lora: bool = flag(True, "train an adapter; --no-use_lora trains all weights", group="LoRA")
     lora_dim: int = flag(None, "rank r (default: 8, or the loaded adapter's)")
@@ -111,27 +92,18 @@ class FinetuneConfig(TrainConfig):
         None, "scaling is lora_alpha / lora_dim (default: twice lora_dim, or the adapter's)"
     )
     lora_dropout: float = flag(
-        None,
-        "on LoRA's inputs; makes the curve depend on batch_size and devices (default: 0, or the "
-        "adapter's)",
+        None, "on LoRA's inputs; differs with batch_size and devices (default: 0, or the adapter's)"
     )
     use_rslora: bool = flag(
         None, "scaling is lora_alpha / sqrt(lora_dim) (default: no, or the adapter's)"
     )
     lora_module_name: str = flag("h.", "layers with LoRA, by parts of their names: attn.c_attn,mlp")
-    lora_load_path: str | None = flag(
-        None, "adapter to start from: a PEFT folder, a run, or a lora.pt"
-    )
+    lora_load_path: str | None = flag(None, "adapter to start from: a PEFT folder, run or lora.pt")
 
     lora_form: Literal["separate", "summed"] = flag(
-        "separate",
-        "separate: x W' + s (x A') B'; summed: x (W + s B A)', with the sum built once per step, "
-        "which takes memory",
-        may_change=True,
+        "separate", "summed: build W + s B A once a step, which takes memory", may_change=True
     )
-    base_precision: Literal["fp32", "bf16"] = flag(
-        "fp32", "of the frozen weights; bf16 halves their memory"
-    )
+    base_precision: Literal["fp32", "bf16"] = flag("fp32", "of the base; bf16 halves its memory")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,7 +124,8 @@ def main(given: FinetuneConfig) -> None:
     keep_freed_memory(dist)
     with dist.main_process_first():
         base = load_model(given.model_name_or_path)
-        examples = read_examples(given.data, base.config.block_size)
+        tokenizer = load_tokenizer(base, given.tokenizer)
+        examples = read_examples(given.data, tokenizer, base.config.block_size)
     examples, held_out = split_examples(examples, given.val_fraction, given.seed)
     named = replace(given, base_sha256=check_base(base, given))
     base_path = str(base.name_or_path)
@@ -180,7 +153,7 @@ def main(given: FinetuneConfig) -> None:
             if config.use_lora:
                 mark_base(Path(base_path))
         try:
-            train(model, data, val, prompts, config, dist, resumed)
+            train(model, tokenizer, data, val, prompts, config, dist, resumed)
         finally:
             if dist.is_main and (run / "metrics.jsonl").exists():
                 write_train_data(run)
@@ -189,7 +162,7 @@ def main(given: FinetuneConfig) -> None:
         if dist.is_main and merged:
             # The base as loaded above: a run may have a later checkpoint by now.
             tuned = load_model(base_path, run) if config.use_lora else load_model(run)
-            save_merged(tuned, examples, merged)
+            save_merged(tuned, tokenizer, examples, merged)
     dist.stop()
 
 
@@ -205,7 +178,6 @@ def check_base(base: GPT, config: FinetuneConfig) -> str:
             f"model_name_or_path {name} is an adapter; give its base model {base.name_or_path}, "
             "and the adapter as --lora_load_path"
         )
-    check_vocabulary(base, name)
     found = hash_weights(base)
     if config.base_sha256 not in (None, found):
         raise ValueError(f"{name} has weights of sha256 {found}, expected {config.base_sha256}")
@@ -248,11 +220,9 @@ def resolve_config(
     resolved["batch_size"] = min(config.batch_size, max(1, per_step // dist.world_size))
     for linear in lora_linears(model).values():
         for name, found in asdict(linear.config).items():
-            if getattr(config, name) not in (None, found):
-                raise ValueError(
-                    f"{name} is {getattr(config, name)}, but the adapter of "
-                    f"{config.lora_load_path} has {found}"
-                )
+            if (given := getattr(config, name)) not in (None, found):
+                path = config.lora_load_path
+                raise ValueError(f"{name} is {given}, but the adapter of {path} has {found}")
             resolved[name] = found
     return resolve_device_settings(replace(config, **resolved), dist)
 
@@ -282,7 +252,9 @@ def write_train_data(run: Path) -> None:
     write_atomically(run / "train_data.json", (json.dumps(data) + "\n").encode())
 
 
-def save_merged(model: GPT, examples: list[PromptCompletion], folder: Path) -> None:
+def save_merged(
+    model: GPT, tokenizer: Tokenizer, examples: list[PromptCompletion], folder: Path
+) -> None:
     """Save the model as an ordinary checkpoint, with its adapter merged. ValueError if the folder
     already holds anything else.
     """
@@ -295,8 +267,7 @@ def save_merged(model: GPT, examples: list[PromptCompletion], folder: Path) -> N
         print(f"merged model              {folder}, as before")
         return
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    save_pretrained(model, temporary)
-    save_tokenizer(temporary, model.config.block_size)
+    save_pretrained(model, temporary, tokenizer)
     save_prompt_template(examples, temporary)
     temporary.rename(folder)
     print(f"merged model              {folder}")

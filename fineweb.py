@@ -1,4 +1,6 @@
-"""Tokenize text into shards: from the hub, from files, or Python's own documentation."""
+"""Tokenize text into shards: from the hub, from files, or Python's own documentation. With GPT-2's
+tokenizer, another, or one that is trained on the text.
+"""
 
 import codecs
 import re
@@ -19,6 +21,7 @@ from engine.documents import (
     BYTES_PER_TOKEN,
     HUB_REMEDY,
     HUB_TEXT,
+    PROBLEMS,
     SUFFIXES,
     Piece,
     Source,
@@ -27,8 +30,15 @@ from engine.documents import (
 )
 from engine.files import lock_folder, sha256_file
 from engine.hub import reporting_hub_errors
-from engine.shards import ShardWriter, count_tokens, open_shard, read_manifest, write_manifest
-from engine.tokenizer import END_OF_TEXT_ID, BatchEncoder
+from engine.shards import (
+    ShardWriter,
+    count_tokens,
+    load_data_tokenizer,
+    open_shard,
+    read_manifest,
+    write_manifest,
+)
+from engine.tokenizer import GPT2, GPT2_SHA256, BatchEncoder, Tokenizer, find_tokenizer
 
 # Shards of 100M tokens on the hub, from modded-nanogpt (data/cached_*.py): repository, prefix of
 # the file names, number of training shards. Each has one validation shard besides.
@@ -43,6 +53,10 @@ DATASETS = (
     f"{', '.join(SUFFIXES)}"
 )
 BATCH_CHARS = 1 << 22  # encoded at once
+MAX_IDS = 1 << 16  # of uint16, which shards hold
+# A tokenizer is trained on text of so many bytes, or with different words of so many: they need
+# about 90 times their size in memory.
+TRAINING_BYTES, WORD_BYTES = 1_000_000_000, 60_000_000
 MIN_TOKENS = 2  # of a split: one to predict from another
 TokenizedPiece = tuple[Piece, np.ndarray]
 
@@ -50,6 +64,10 @@ TokenizedPiece = tuple[Piece, np.ndarray]
 @dataclass(frozen=True)
 class PrepareConfig(Settings):
     dataset: list[str] = flag(["fineweb-edu"], DATASETS)
+    tokenizer: str = flag(GPT2, "a tokenizer's or a model's folder, or hub name")
+    train_tokenizer: int | None = flag(
+        None, "train one on the text, a BPE of N tokens, and use it", at_least=257, at_most=MAX_IDS
+    )
     out_dir: str = flag("", "folder of the shards (default: data/ and the name of the dataset)")
     max_tokens: int | None = flag(
         None, "tokens to write; of ready-made shards, training tokens (default: all)", at_least=4
@@ -74,6 +92,9 @@ class PrepareConfig(Settings):
             "".encode(self.encoding)
         except LookupError as error:
             raise ValueError(f"{error}; expected a Python encoding, such as latin-1") from error
+        given = (self.tokenizer != GPT2) + bool(self.train_tokenizer)
+        if given > (self.dataset[0] not in HUB_SHARDS):
+            raise ValueError("expected tokenizer or train_tokenizer, neither for ready-made shards")
 
 
 def main(config: PrepareConfig) -> None:
@@ -87,17 +108,42 @@ def main(config: PrepareConfig) -> None:
         config.text_field, config.encoding, config.decode_errors, config.skip_bad_files
     )
     source = open_source(config.dataset, text_format, config.val_tokens, config.max_tokens)
+    tokenizer = None if config.train_tokenizer else find_tokenizer(config.tokenizer)
+    if not config.train_tokenizer and (not tokenizer or tokenizer.vocab_size > MAX_IDS):
+        found = tokenizer or f"no tokenizer.json in {config.tokenizer}"
+        raise ValueError(f"tokenizer: {found}, expected one of at most {MAX_IDS:,} tokens")
     with lock_folder(out_dir):
-        manifest = open_manifest(source, out_dir, config)
+        manifest = open_manifest(source, out_dir, choose_options(source, config, tokenizer))
         if manifest["complete"]:
             print(f"{out_dir} is complete: {summarize_manifest(manifest)}")
-        else:
-            prepare(source, out_dir, manifest)
+            return
+        if config.train_tokenizer and not manifest["shards"]:
+            tokenizer = train_tokenizer(source, config.train_tokenizer, out_dir.name)
+        prepare(source, tokenizer or load_data_tokenizer(out_dir), out_dir, manifest)
 
 
-def open_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict:
+def train_tokenizer(source: Source, vocab_size: int, name: str) -> Tokenizer:
+    """A tokenizer of the text, in your own files without what was drawn for validation."""
+
+    def read() -> Iterator[list[str]]:
+        n_bytes, words = 0, set[bytes]()
+        batches = batch_pieces(source.pieces(0, Counter(PROBLEMS)))
+        for batch in tqdm(batches, "text for the tokenizer", unit=" batches", disable=None):
+            texts = [piece.text.encode() for piece in batch if not piece.is_val]
+            yield [text.decode() for text in texts]
+            n_bytes += sum(map(len, texts))
+            words.update(*map(bytes.split, texts))
+            if n_bytes >= TRAINING_BYTES or sum(map(len, words)) >= WORD_BYTES:
+                return
+
+    tokenizer = Tokenizer.train(read(), vocab_size, name)
+    if tokenizer.vocab_size < vocab_size:
+        print(f"the text has pairs for only {tokenizer.vocab_size:,} of {vocab_size:,} tokens")
+    return tokenizer
+
+
+def open_manifest(source: Source, out_dir: Path, options: dict) -> dict:
     """The manifest to continue: the intact shards of an earlier call with the same options."""
-    options = choose_options(source, config)
     earlier = read_manifest(out_dir)
     old, shards = earlier.get("options", {}), earlier["shards"]
     changed = {key for key in {**options, **old} if old.get(key) != options.get(key)}
@@ -120,18 +166,23 @@ def open_manifest(source: Source, out_dir: Path, config: PrepareConfig) -> dict:
     shards = [] if changed else list(takewhile(lambda s: s["cursor"] not in lost, shards))
     if shards:
         print(f"{out_dir}: resuming after {shards[-1]['name']}")
-    manifest = {"name": out_dir.name, "dataset": source.name, "tokenizer": "gpt2"}
+    tokenizer = earlier.get("tokenizer", GPT2) if shards else GPT2
+    manifest = {"name": out_dir.name, "dataset": source.name, "tokenizer": tokenizer}
     return {**manifest, "complete": False, "options": options, "shards": shards}
 
 
-def choose_options(source: Source, config: PrepareConfig) -> dict:
-    """What the content of the shards depends on."""
+def choose_options(source: Source, config: PrepareConfig, tokenizer: Tokenizer | None) -> dict:
+    """What the content of the shards depends on. No `tokenizer` means that one is trained."""
     keys = ("text_field", "max_tokens", "shard_size")
     options = {"source": source.identity, **{key: getattr(config, key) for key in keys}}
     if (encoding := codecs.lookup(config.encoding).name) != "utf-8":
         options["encoding"] = encoding
     if config.decode_errors != "strict":
         options["decode_errors"] = config.decode_errors
+    if tokenizer is None:
+        options["train_tokenizer"] = config.train_tokenizer
+    elif tokenizer.sha256 != GPT2_SHA256:
+        options["tokenizer"] = tokenizer.sha256
     fewest = (source.split["val_tokens"] or 0) + MIN_TOKENS
     if config.max_tokens and config.max_tokens < fewest and "section_chars" not in source.split:
         raise ValueError(
@@ -141,16 +192,21 @@ def choose_options(source: Source, config: PrepareConfig) -> dict:
     return options | source.split
 
 
-def prepare(source: Source, out_dir: Path, manifest: dict) -> None:
+def prepare(source: Source, tokenizer: Tokenizer, out_dir: Path, manifest: dict) -> None:
     """Write the shards of `source` that the manifest lacks."""
+    if tokenizer.sha256 != GPT2_SHA256:
+        tokenizer.save(out_dir)
+        record = {"name": tokenizer.name, "file": "tokenizer.json", "sha256": tokenizer.sha256}
+        manifest["tokenizer"] = record | {"end_of_text": tokenizer.end_of_text}
     writer, problems = ShardWriter(out_dir, manifest), Counter[str]()
     expected = manifest["options"]["max_tokens"] or int((source.n_bytes or 0) / BYTES_PER_TOKEN)
     shards, first, start = manifest["shards"], writer.total, time.perf_counter()
     sizes = {"initial": first, "total": expected or None, "unit": " tok", "unit_scale": True}
     with tqdm(desc=str(out_dir), disable=None, **sizes) as bar:
-        for batch in tokenize(source.pieces(writer.cursor["pieces"], problems)):
+        for batch in tokenize(source.pieces(writer.cursor["pieces"], problems), tokenizer):
             n_shards = len(shards)
             for piece, tokens in batch:
+                problems["special tokens"] += len(tokenizer.special_pattern.findall(piece.text))
                 writer.add(tokens, piece.starts, piece.is_val)
             bar.update(writer.total - bar.n)
             if len(shards) > n_shards:
@@ -161,12 +217,16 @@ def prepare(source: Source, out_dir: Path, manifest: dict) -> None:
             if writer.is_full:
                 break
     writer.finish_shards()
+    if n := problems["special tokens"]:
+        print(
+            f"{out_dir}: {n} times the text of a special token is in a document, as ordinary text"
+        )
     finish_manifest(manifest, out_dir, writer.cursor, problems)
 
 
-def tokenize(pieces: Iterable[Piece]) -> Iterator[list[TokenizedPiece]]:
+def tokenize(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[list[TokenizedPiece]]:
     """The pieces in batches with their tokens. The next batch is read while one is encoded."""
-    encoder, future = BatchEncoder(), None
+    encoder, future = BatchEncoder(tokenizer), None
     with ThreadPoolExecutor(1) as pool:
         for batch in batch_pieces(pieces):
             previous, future = future, pool.submit(tokenize_pieces, encoder, batch)
@@ -189,14 +249,15 @@ def batch_pieces(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def tokenize_pieces(encoder: BatchEncoder, pieces: list[Piece]) -> list[TokenizedPiece]:
-    """The pieces, each with its tokens as uint16, after <|endoftext|> if it is separated. A blank
+    """The pieces, each with its tokens as uint16, after the end of text if it is separated. A blank
     document has none.
     """
     texts = ["" if piece.text.isspace() else piece.text for piece in pieces]
     tokens, lengths = encoder.encode(texts)
     has_separator = np.array([piece.is_separated for piece in pieces]) & (lengths > 0)
     begins = np.cumsum(lengths) - lengths
-    tokens = np.insert(tokens, begins[has_separator], END_OF_TEXT_ID)
+    end_of_text = encoder.tokenizer.end_of_text
+    tokens = np.insert(tokens.astype(np.uint16), begins[has_separator], end_of_text)
     ends = np.cumsum(lengths + has_separator).tolist()
     parts = [tokens[start:end] for start, end in pairwise([0, *ends])]
     return list(zip(pieces, parts, strict=True))
@@ -235,7 +296,7 @@ def download_shards(dataset: str, out_dir: Path, max_tokens: int | None) -> None
     earlier = read_manifest(out_dir)
     if earlier["shards"] and earlier.get("dataset") != dataset:
         raise ValueError(f"{out_dir} holds shards of other text; choose another --out_dir")
-    manifest = {"name": out_dir.name, "dataset": dataset, "tokenizer": "gpt2", "complete": False}
+    manifest = {"name": out_dir.name, "dataset": dataset, "tokenizer": GPT2, "complete": False}
     # Shards from before stay listed until they are checked again, which needs no download.
     shards: dict[str, dict] = {shard["name"]: shard for shard in earlier["shards"]}
     names = [("val", f"{prefix}_val_000000.bin")]

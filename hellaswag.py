@@ -10,12 +10,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.checkpoint import check_vocabulary, hash_weights, load_model
-from engine.config import Precision, Settings, flag, run_command
+from engine.checkpoint import hash_weights, load_model
+from engine.config import MODEL_TOKENIZER, Precision, Settings, flag, run_command
 from engine.distributed import Distributed, autocast, default_precision
 from engine.files import JSONLinesLog, lock_folder, read_json, sha256_file, write_json
 from engine.metrics import PROGRESS_SECONDS
+from engine.pretrained import load_tokenizer
 from engine.tasks import TASKS, Example, HellaSwagText, Task, find_task
+from engine.tokenizer import GPT2, Tokenizer
 from model import GPT
 
 BAR_SECONDS = 1.0  # between updates of the figures beside a progress bar
@@ -25,27 +27,18 @@ BAR_SECONDS = 1.0  # between updates of the figures beside a progress bar
 class EvalConfig(Settings):
     model: str = flag("gpt2", "hub name, Hugging Face folder, checkpoint, or run folder")
     lora_load_path: str | None = flag(None, "adapter to load: a folder, a run or a lora.pt")
+    tokenizer: str | None = flag(None, MODEL_TOKENIZER)
     task: str = flag("hellaswag", ", ".join(TASKS))
-    text: HellaSwagText = flag(
-        "lm-eval",
-        "HellaSwag's text as lm-eval cleans it (acc, acc_norm), or as build-nanogpt uses it "
-        "(acc_raw, acc_token_norm)",
-    )
+    text: HellaSwagText = flag("lm-eval", "HellaSwag's text: cleaned, or raw as in build-nanogpt")
     data: str | None = flag(
-        None,
-        "rows: .json or .jsonl, plain or .gz, or a hub name (default: the task's hub dataset); for "
-        "task text, a .txt, .jsonl or .parquet file, a folder or a glob",
+        None, "a .json(l) file or hub name (default: the task's); task text: a file, folder or glob"
     )
     limit: int | None = flag(None, "evaluate only the first N rows or documents")
     stride: int | None = flag(None, "task text: tokens between windows (default: block_size)")
     skip_bad_rows: bool = flag(False, "skip bad rows instead of stopping")
-    out_dir: str = flag(
-        "", "folder for results.json and rows.jsonl; the same command resumes (default: none)"
-    )
+    out_dir: str = flag("", "folder of the results; the same command resumes (default: none)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    precision: Precision | None = flag(
-        None, "fp32, or autocast (default: fp32 on a CPU; bf16 on CUDA, fp16 on older GPUs)"
-    )
+    precision: Precision = flag(None, "fp32 or autocast (default: fp32 on CPUs, else bf16 or fp16)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,12 +51,14 @@ class EvalConfig(Settings):
         return find_task(self.task, **{name: getattr(self, name) for name in names})
 
 
-def find_settings(config: EvalConfig, task: Task, model: GPT) -> dict:
+def find_settings(config: EvalConfig, task: Task, model: GPT, tokenizer: Tokenizer) -> dict:
     """What the results depend on. An evaluation can be resumed only with equal settings."""
     keys = ("task", "text", "limit", "stride", "skip_bad_rows", "precision")
     hashes = " ".join(map(sha256_file, task.find_files()))
     data = hashes or "{} {} {}".format(task.source, *task.hub[1:])
-    return {**{k: getattr(config, k) for k in keys}, "data": data, "weights": hash_weights(model)}
+    weights, own = hash_weights(model), {"tokenizer": tokenizer.sha256}
+    settings = {**{k: getattr(config, k) for k in keys}, "data": data, "weights": weights}
+    return settings | (own if tokenizer.name != GPT2 else {})  # as in earlier versions
 
 
 def open_rows_log(folder: Path, settings: dict) -> JSONLinesLog:
@@ -124,11 +119,11 @@ def evaluate(config: EvalConfig, dist: Distributed) -> None:
     task = config.find_task()
     with dist.main_process_first():
         model = load_model(config.model, config.lora_load_path)
-        check_vocabulary(model, config.model)
-        examples = task.load(model.config.block_size)
+        tokenizer = load_tokenizer(model, config.tokenizer)
+        examples = task.load(tokenizer, model.config.block_size)
     out = Path(config.out_dir) if config.out_dir and dist.is_main else None
     with lock_folder(out) if out else nullcontext(), autocast(dist.device, config.precision):
-        log = open_rows_log(out, find_settings(config, task, model)) if out else None
+        log = open_rows_log(out, find_settings(config, task, model, tokenizer)) if out else None
         started = time.perf_counter()
         records = score_examples(task, model.to(dist.device), examples, dist, log)
         seconds = time.perf_counter() - started

@@ -225,15 +225,19 @@ class GPT(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         eos: int | None = None,
+        suppress_tokens: list[int] | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[torch.Tensor]:
         """Yield the next ids (B, 1) of prompts (B, T) as they are sampled. Temperature 0 is greedy.
-        A row that has produced `eos` is filled with it; generation ends when all rows have.
+        A row that has produced `eos` is filled with it; generation ends when all rows have. The ids
+        in `suppress_tokens` are never sampled.
         """
         finished = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         caches: list[KVCache] = []
         for _ in range(max_new_tokens):
             logits = self.logits(self.last_hidden(idx, caches))
+            if suppress_tokens:
+                logits[:, suppress_tokens] = -torch.inf
             next_id = sample_next(logits, temperature, top_k, top_p, generator)
             if eos is not None:
                 next_id = next_id.masked_fill(finished, eos)

@@ -3,21 +3,22 @@
 Text goes to stdout as it is generated, everything else to stderr.
 """
 
-import codecs
 import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
+from tokenizers.decoders import DecodeStream
 
-from engine.checkpoint import check_vocabulary, latest_checkpoint, load_model
-from engine.config import MAX_SEED, Settings, flag, run_command
+from engine.checkpoint import latest_checkpoint, load_model
+from engine.config import MAX_SEED, MODEL_TOKENIZER, Settings, flag, run_command
 from engine.decode import speed_up_decoding
 from engine.distributed import Distributed, has_finite_weights
 from engine.instructions import TEMPLATE_FILE, PromptTemplate, find_prompt_template
 from engine.lora import lora_linears, merge_lora
-from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
+from engine.pretrained import load_tokenizer
+from engine.tokenizer import Tokenizer
 from model import GPT
 
 PROMPT_TOKENS, ANSWER_TOKENS = 50, 256  # maximum of a continuation, and of an answer
@@ -27,28 +28,18 @@ PROMPT_TOKENS, ANSWER_TOKENS = 50, 256  # maximum of a continuation, and of an a
 class SampleConfig(Settings):
     model: str = flag("gpt2", "hub name, Hugging Face folder, checkpoint, or run folder")
     lora_load_path: str | None = flag(None, "adapter to load: a folder, a run or a lora.pt")
-    prompt: str | None = flag(
-        None, "text to continue; empty starts a document (default: ask on a terminal, else stdin)"
-    )
-    instruction: str | None = flag(
-        None, "instruction to answer, in the prompt that the model was fine-tuned with"
-    )
+    tokenizer: str | None = flag(None, MODEL_TOKENIZER)
+    prompt: str | None = flag(None, "text to continue; may be empty (default: ask, or read stdin)")
+    instruction: str | None = flag(None, "instruction to answer, in the prompt of the fine-tuning")
     input: str | None = flag(None, "input of the instruction")
     num_return_sequences: int = flag(
-        1,
-        "continuations to generate: one is streamed, several are printed when all are complete",
-        at_least=1,
-        at_most=10_000,
+        1, "continuations to generate; a single one is streamed", at_least=1, at_most=10_000
     )
-    max_new_tokens: int = flag(
-        None, "maximum tokens in each continuation (default: 50, in answers 256)"
-    )
+    max_new_tokens: int = flag(None, "most tokens of a continuation (default: 50, of answers 256)")
     stop: list[str] = flag([], "strings that end a continuation and are not printed")
     temperature: float = flag(1.0, "0 takes the most likely token; higher is more varied")
     top_k: int | None = flag(50, "sample from the k most likely tokens (null: from all)")
-    top_p: float | None = flag(
-        None, "sample from the smallest set with at least this probability", above=0, at_most=1
-    )
+    top_p: float | None = flag(None, "nucleus sampling: probability to keep", above=0, at_most=1)
     seed: int = flag(42, "random seed of the text", at_least=0, at_most=MAX_SEED)
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
@@ -69,109 +60,112 @@ class Continuation:
     back until more tokens decide.
     """
 
-    def __init__(self, stop: list[str]):
-        self.stop = stop
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    def __init__(self, tokenizer: Tokenizer, stop: list[str]):
+        self.tokenizer, self.stop = tokenizer, stop
+        ids = map(tokenizer.special_tokens.get, stop)  # of special tokens, which have no text
+        self.ends = {tokenizer.end_of_text, *ids}
+        self.decoder = DecodeStream(skip_special_tokens=True)
+        self.tokens: list[int] = []
         self.held = ""
         self.text = ""
-        self.n_tokens = 0
         self.done = False
 
     def add(self, token: int) -> str:
         """The text that is certain after this token, and was not before."""
         if self.done:
             return ""
-        if token == END_OF_TEXT_ID:
+        if token in self.ends:
             return self.finish()
-        self.n_tokens += 1
-        return self._add(self.decoder.decode(get_tokenizer().decode_single_token_bytes(token)))
+        self.tokens.append(token)
+        return self._add(self.decoder.step(self.tokenizer.backend, token) or "")
 
     def finish(self) -> str:
         """The rest of the text, as no more tokens follow."""
         if self.done:
             return ""
-        certain = self._add(self.decoder.decode(b"", final=True))
-        if not self.done:
-            certain += self.held
-            self.text += self.held
-            self.done = True
-        return certain
+        whole = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        return self._add(whole[len(self.text + self.held) :], is_last=True)
 
-    def _add(self, text: str) -> str:
+    def _add(self, text: str, *, is_last: bool = False) -> str:
         self.held += text
+        self.done, split = is_last, len(self.held)
         # The stop text that ends first wins, however the text is split into tokens.
-        found = [(self.held.find(s) + len(s), self.held.find(s)) for s in self.stop]
-        if found := [(end, start) for end, start in found if start >= 0]:
+        if found := [(i + len(s), i) for s in self.stop if (i := self.held.find(s)) >= 0]:
             self.done, split = True, min(found)[1]
-        else:
+        elif not is_last:
             prefixes = [s[:n] for s in self.stop for n in range(1, len(s))]
-            held_back = [len(p) for p in prefixes if self.held.endswith(p)]
-            split = len(self.held) - max(held_back, default=0)
+            split -= max((len(p) for p in prefixes if self.held.endswith(p)), default=0)
         certain, self.held = self.held[:split], self.held[split:]
         self.text += certain
         return certain
 
 
-def print_continuations(
-    model: GPT, prompt: str, config: SampleConfig, generator: torch.Generator, *, is_answer: bool
-) -> None:
-    """Print the prompt with its continuations, or answers alone; the speed goes to stderr."""
-    ids = get_tokenizer().encode(prompt, disallowed_special=()) or [END_OF_TEXT_ID]
-    if len(ids) > (seen := model.config.block_size):
-        print(f"the prompt has {len(ids)} tokens, the model sees the last {seen}", file=sys.stderr)
-    rows = [Continuation(config.stop) for _ in range(config.num_return_sequences)]
-    streaming = len(rows) == 1
-    shown, max_new_tokens = ("", ANSWER_TOKENS) if is_answer else (prompt, PROMPT_TOKENS)
-    started = time.perf_counter()
-    if streaming:
-        print(shown, end="", flush=True)
-    for next_ids in model.stream(
-        torch.tensor([ids] * len(rows), device=generator.device),
-        config.max_new_tokens or max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        eos=END_OF_TEXT_ID,
-        generator=generator,
-    ):
-        texts = [row.add(i) for row, i in zip(rows, next_ids.flatten().tolist(), strict=True)]
-        if streaming:
-            print(texts[0], end="", flush=True)
-        if all(row.done for row in rows):
-            break
-    seconds = time.perf_counter() - started
-    texts = [row.finish() for row in rows]
-    if streaming:
-        print(texts[0], flush=True)
-    else:
-        print(*(f"> {shown}{row.text}\n" for row in rows), sep="\n", flush=True)
-    n_tokens = sum(row.n_tokens for row in rows)
-    print(f"{n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
+@dataclass(frozen=True)
+class Sampler:
+    """Prints what a model makes of prompts."""
 
+    model: GPT
+    tokenizer: Tokenizer
+    config: SampleConfig
+    generator: torch.Generator
 
-def prompt_loop(
-    model: GPT, config: SampleConfig, generator: torch.Generator, template: PromptTemplate | None
-) -> None:
-    """Ask for prompts, or for instructions if there is a template, until an empty one. Ctrl-C ends
-    the text that is being generated.
-    """
-    with suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401  # lets `input` edit the line and recall earlier ones
-    print("Ctrl-C stops a text; an empty line or Ctrl-D quits", file=sys.stderr)
-    while True:
-        try:
-            prompt = input("instruction: " if template else "prompt: ")
-            if not prompt:
+    def print_continuations(self, prompt: str, *, is_answer: bool) -> None:
+        """Print the prompt with its continuations, or answers alone; the speed goes to stderr."""
+        tokenizer, config, ids = self.tokenizer, self.config, self.tokenizer.encode_prompt(prompt)
+        if len(ids) > (seen := self.model.config.block_size):
+            print(
+                f"the prompt has {len(ids)} tokens, the model sees the last {seen}", file=sys.stderr
+            )
+        rows = [Continuation(tokenizer, config.stop) for _ in range(config.num_return_sequences)]
+        prefix, max_new_tokens = ("", ANSWER_TOKENS) if is_answer else (prompt, PROMPT_TOKENS)
+
+        def show(*texts: str) -> None:
+            if len(rows) == 1:  # several are printed when all are complete
+                print(*texts, sep="", end="", flush=True)
+
+        started = time.perf_counter()
+        show(prefix)
+        for next_ids in self.model.stream(
+            torch.tensor([ids] * len(rows), device=self.generator.device),
+            config.max_new_tokens or max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            eos=tokenizer.end_of_text,
+            suppress_tokens=tokenizer.unused_ids(self.model.config.vocab_size),
+            generator=self.generator,
+        ):
+            show(*(row.add(i) for row, i in zip(rows, next_ids.flatten().tolist(), strict=True)))
+            if all(row.done for row in rows):
+                break
+        seconds = time.perf_counter() - started
+        show(*(row.finish() for row in rows), "\n")
+        if len(rows) > 1:
+            print(*(f"> {prefix}{row.text}\n" for row in rows), sep="\n", flush=True)
+        n_tokens = sum(len(row.tokens) for row in rows)
+        print(f"{n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
+
+    def ask(self, template: PromptTemplate | None) -> None:
+        """Ask for prompts, or for instructions if there is a template, until an empty one. Ctrl-C
+        ends the text that is being generated.
+        """
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  # lets `input` edit the line and recall earlier ones
+        print("Ctrl-C stops a text; an empty line or Ctrl-D quits", file=sys.stderr)
+        while True:
+            try:
+                prompt = input("instruction: " if template else "prompt: ")
+                if not prompt:
+                    return
+                if template:
+                    prompt = template.fill(prompt, input("input: ") if template.with_input else "")
+            except (EOFError, KeyboardInterrupt):
+                print(file=sys.stderr)
                 return
-            if template:
-                prompt = template.fill(prompt, input("input: ") if template.with_input else "")
-        except (EOFError, KeyboardInterrupt):
-            print(file=sys.stderr)
-            return
-        try:
-            print_continuations(model, prompt, config, generator, is_answer=template is not None)
-        except KeyboardInterrupt:
-            print(flush=True)
+            try:
+                self.print_continuations(prompt, is_answer=template is not None)
+            except KeyboardInterrupt:
+                print(flush=True)
 
 
 def main(config: SampleConfig) -> None:
@@ -188,18 +182,18 @@ def main(config: SampleConfig) -> None:
         prompt = sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")  # echo's
     device = Distributed.start(config.device).device
     model = load_model(config.model, config.lora_load_path).to(device)
-    check_vocabulary(model, config.model)
+    tokenizer = load_tokenizer(model, config.tokenizer)
     if not has_finite_weights(model):
         raise ValueError(f"{config.model} has weights that are not finite; choose another model")
     if lora_linears(model):
         merge_lora(model)
     speed_up_decoding(model)
     generator = torch.Generator(device).manual_seed(config.seed)
+    sampler = Sampler(model, tokenizer, config, generator)
     if prompt is None:
-        prompt_loop(model, config, generator, template)
+        sampler.ask(template)
     else:
-        is_answer = config.instruction is not None
-        print_continuations(model, prompt, config, generator, is_answer=is_answer)
+        sampler.print_continuations(prompt, is_answer=config.instruction is not None)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,11 @@ from pathlib import Path
 import yaml
 
 from engine.adapter import ADAPTER_CONFIG_FILE, LORA_STATE_FILE, is_adapter, read_adapter_config
-from engine.checkpoint import (
-    BASE_MARK,
-    best_checkpoint,
-    latest_checkpoint,
-    read_progress,
-    read_run_config,
-)
+from engine.checkpoint import BASE_MARK, best_checkpoint, latest_checkpoint
 from engine.config import Settings, flag, run_command
 from engine.files import read_json, write_json
 from engine.instructions import TEMPLATE_FILE
-from engine.metrics import hide_folder, summarize_run
+from engine.metrics import read_curve_settings, summarize_run
 from engine.plots import plot_runs
 from engine.report import render_template
 
@@ -109,16 +103,13 @@ def render_card(config: ShareConfig, checkpoint: Path, base: str | None) -> str:
     run = Path(config.run)
     head = {"library_name": "peft" if base else "transformers"}
     head |= {k: v for k, v in (("base_model", base), ("license", config.license)) if v}
-    fixed, settings = read_progress(checkpoint).get("fixed_settings"), read_run_config(run)
-    names = settings if fixed is None else fixed  # earlier versions did not note them
-    shown = {name: hide_folder(value) for name, value in settings.items() if name in names}
     return render_template(
         "model_card.md",
         head=yaml.safe_dump(head, sort_keys=False),
         repo_id=config.repo_id,
         base=base,
         summary=summarize_run(run, checkpoint),
-        settings=yaml.safe_dump(shown, sort_keys=False),
+        settings=yaml.safe_dump(read_curve_settings(run, checkpoint), sort_keys=False),
     )
 
 

@@ -14,8 +14,10 @@ from engine.data import PretrainingData, validation_batches
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
 from engine.evaluation import Prompt
 from engine.lora import lora_linears
+from engine.pretrained import load_tokenizer
 from engine.resume import open_run
-from engine.shards import TokenShards
+from engine.shards import TokenShards, load_data_tokenizer
+from engine.tokenizer import GPT2, Tokenizer
 from engine.training import train
 from model import GPT, GPTConfig
 
@@ -25,21 +27,14 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig):
     data_dir: str = flag(
-        "data/fineweb-edu",
-        "token shards, made by fineweb.py",
-        group="data",
-        may_change=True,  # the tokens themselves are compared
-    )
+        "data/fineweb-edu", "token shards, made by fineweb.py", group="data", may_change=True
+    )  # the tokens themselves are compared
     total_batch_size: int = flag(524_288, "tokens per optimizer step over all devices")
     eval_tokens: int = flag(10_485_760, "validation tokens of an evaluation, always the first ones")
 
-    init_from: str = flag(
-        "scratch", "scratch, or a model: a hub name, folder, checkpoint or run", group="model"
-    )
+    init_from: str = flag("scratch", "scratch, hub name, folder, checkpoint or run", group="model")
     zero_residual: bool = flag(False, "from scratch: start with c_proj weights of zero")
-    sinusoidal_wpe: float = flag(
-        0.0, "from scratch: initialize wpe with sinusoids of this rms; 0: with random numbers"
-    )
+    sinusoidal_wpe: float = flag(0.0, "from scratch: rms of sinusoids in wpe; 0: random numbers")
     n_layer: int | None = flag(None, "blocks (default: 12, or those of init_from)")
     n_head: int | None = flag(None, "attention heads (default: 12, or those of init_from)")
     n_embd: int | None = flag(None, "width (default: 768, or that of init_from)")
@@ -50,16 +45,18 @@ class PretrainConfig(TrainConfig):
         for name in ("zero_residual", "sinusoidal_wpe"):
             if getattr(self, name) and self.init_from != "scratch":
                 raise ValueError(f"{name} does not work with init_from {self.init_from}")
+        if self.tokenizer and self.init_from == "scratch":
+            raise ValueError("tokenizer is that of init_from; from scratch the data's is used")
 
 
 def main(given: PretrainConfig) -> None:
     dist = Distributed.start(given.device)
     keep_freed_memory(dist)
-    train_shards, val_shards = (
-        TokenShards(given.data_dir, split, verify=dist.is_main) for split in ("train", "val")
-    )
-    resolve = partial(resolve_config, dist=dist)
-    with open_run(given, dist, build_model, resolve) as (config, model, resumed):
+    tokenizer = load_data_tokenizer(given.data_dir)
+    checked = tokenizer if dist.is_main else None  # rank 0 checks for all
+    train_shards, val_shards = (TokenShards(given.data_dir, s, checked) for s in ("train", "val"))
+    build, resolve = partial(build_model, tokenizer), partial(resolve_config, dist=dist)
+    with open_run(given, dist, build, resolve) as (config, model, resumed):
         sizes: dict[str, Any] = {"block_size": config.block_size, "batch_size": config.batch_size}
         sizes |= {"rank": dist.rank, "world_size": dist.world_size}
         data = PretrainingData(
@@ -67,7 +64,9 @@ def main(given: PretrainConfig) -> None:
         )
         options: dict[str, Any] = {"eval_tokens": config.eval_tokens, "one_shape": config.compile}
         val = partial(validation_batches, val_shards, **options, **sizes)
-        train(model, data, val, [Prompt()], config, dist, resumed)
+        # Text in any language can follow nothing.
+        prompts = [Prompt() if tokenizer.name == GPT2 else Prompt(text="")]
+        train(model, tokenizer, data, val, prompts, config, dist, resumed)
     dist.stop()
 
 
@@ -82,16 +81,22 @@ def select_shape(config: PretrainConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in SHAPE if getattr(config, name) is not None}
 
 
-def build_model(config: PretrainConfig) -> GPT:
-    """A new model, or that of init_from."""
+def build_model(tokenizer: Tokenizer, config: PretrainConfig) -> GPT:
+    """A new model for the data's tokenizer, or that of init_from, which has to know its tokens."""
     shape = select_shape(config)
     if config.init_from == "scratch":
-        return new_model(GPTConfig(**shape), config)
+        return new_model(GPTConfig(vocab_size=tokenizer.vocab_size, **shape), config)
     model = load_model(config.init_from)
     if lora_linears(model):
         raise ValueError(
             f"init_from {config.init_from} is an adapter, expected a full model; merge it with "
             "the finetune_lora.py command that trained it and --merge_out FOLDER"
+        )
+    own = load_tokenizer(model, config.tokenizer)
+    if own.sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"{config.data_dir} has tokens of {tokenizer}, but init_from {config.init_from} has "
+            f"the tokenizer {own}; prepare the data with --tokenizer {config.init_from}"
         )
     for name, value in shape.items():
         found = getattr(model.config, name)

@@ -31,7 +31,8 @@ from engine.config import flag, run_command
 from engine.data import PretrainingData
 from engine.documents import TextFormat, open_source
 from engine.shards import TokenShards, read_manifest, write_manifest, write_shard
-from engine.tokenizer import END_OF_TEXT_ID, token_lengths
+from engine.tokenizer import Tokenizer
+from model import GPTConfig
 
 OURS, PEER = "fineweb.py", "benchmarks/tiktoken_peer.py"
 POLL_SECONDS = 0.02
@@ -80,7 +81,7 @@ def count_bytes(tokens: np.ndarray) -> int:
     """Bytes of text. fineweb.py draws documents, and sections of long ones, for validation, so its
     tokens have another order and more separators.
     """
-    return int(np.bincount(tokens, minlength=END_OF_TEXT_ID + 1) @ token_lengths())
+    return int(Tokenizer.gpt2().token_bytes[tokens].sum())
 
 
 def compare_preparation(documents: list[str], config: DataBenchmarkConfig) -> None:
@@ -108,7 +109,9 @@ def compare_preparation(documents: list[str], config: DataBenchmarkConfig) -> No
 
 
 def measure_loading(folder: Path, config: DataBenchmarkConfig) -> None:
-    ids = np.random.default_rng(0).integers(END_OF_TEXT_ID + 1, size=config.tokens, dtype=np.uint16)
+    ids = np.random.default_rng(0).integers(
+        GPTConfig.vocab_size, size=config.tokens, dtype=np.uint16
+    )
     entry = {**write_shard(folder / "random_train_000000.npy", ids), "split": "train"}
     write_manifest(folder, {"shards": [entry]})
     total = BATCH_SIZE * BLOCK_SIZE

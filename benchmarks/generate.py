@@ -20,7 +20,6 @@ from benchmarks import harness
 from benchmarks.harness import BenchmarkConfig, Contender, Result, Size
 from engine.config import flag, run_command
 from engine.decode import speed_up_decoding
-from engine.tokenizer import END_OF_TEXT_ID
 from model import GPT
 
 OURS, PREFIX = "this project", "prefix recomputed"
@@ -57,7 +56,7 @@ def make_contender(name: str, size: Size, config: GenerateBenchmarkConfig) -> Co
                 out = model.generate(
                     idx,
                     attention_mask=torch.ones_like(idx),
-                    pad_token_id=END_OF_TEXT_ID,
+                    pad_token_id=0,
                     max_new_tokens=n,
                     min_new_tokens=n,
                     do_sample=False,

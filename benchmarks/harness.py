@@ -32,7 +32,6 @@ from engine.data import Batch
 from engine.distributed import CPU_BF16_UNITS, Distributed, autocast_dtype, open_device
 from engine.step import TrainingStep
 from engine.throughput import peak_memory
-from engine.tokenizer import END_OF_TEXT_ID
 from model import GPT, GPTConfig
 
 ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
@@ -94,7 +93,7 @@ class Size:
         return self.batch_size * self.T
 
     def random_ids(self, device: torch.device) -> torch.Tensor:
-        return torch.randint(END_OF_TEXT_ID + 1, (self.batch_size, self.T), device=device)
+        return torch.randint(GPTConfig.vocab_size, (self.batch_size, self.T), device=device)
 
 
 TINY = Size(n_layer=1, n_embd=8, batch_size=1, T=8)  # so small that its memory does not count

@@ -27,10 +27,10 @@ from benchmarks import harness
 from benchmarks.harness import BenchmarkConfig, Contender, Result, Results, Size
 from engine.config import flag, run_command
 from engine.distributed import Distributed
+from engine.pretrained import save_pretrained
 from engine.rows import open_rows
-from engine.scoring import encode
 from engine.tasks import find_task, predict
-from engine.tokenizer import save_tokenizer
+from engine.tokenizer import Tokenizer
 from model import GPT
 
 Predictions = list[tuple[int, int]]  # the most likely ending, summed and normalized
@@ -50,7 +50,7 @@ class HellaSwagBenchmarkConfig(BenchmarkConfig):
 
 def predict_with_ours(model: GPT, device: torch.device, text: str, file: Path) -> Predictions:
     task = find_task("hellaswag", data=str(file), text=text)
-    examples = task.load(model.config.block_size)
+    examples = task.load(Tokenizer.gpt2(), model.config.block_size)
     batches = task.score_examples(model, examples, Distributed(0, 1, device))
     records = {record["row"]: record for batch in batches for record in batch}
     return [(records[row]["pred"], records[row]["pred_norm"]) for row in sorted(records)]
@@ -74,7 +74,7 @@ def predict_with_lm_eval(lm: Any, file: Path) -> Predictions:
 
 def predict_with_loop(peer: Any, file: Path) -> Predictions:
     """build-nanogpt's hellaswag.py: an example at a time as padded rows, all logits."""
-    found = []
+    found, encode = [], Tokenizer.gpt2().encode
     for row in map(json.loads, file.read_text().splitlines()):
         context, endings = encode(row["ctx"]), [encode(" " + e) for e in row["endings"]]
         tokens = torch.zeros(len(endings), len(context) + max(map(len, endings)), dtype=torch.long)
@@ -102,8 +102,7 @@ def make_contender(
         from lm_eval.models.huggingface import HFLM
 
         with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            save_tokenizer(folder)
+            save_pretrained(model, Path(folder), Tokenizer.gpt2())
             batch_size = int(name.rsplit(maxsplit=1)[-1])
             lm = HFLM(pretrained=folder, device=str(device), batch_size=batch_size)
         predict_file = partial(predict_with_lm_eval, lm)

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from engine.checkpoint import BackgroundSave, RunState, save_checkpoint
 from engine.config import flag, run_command
+from engine.tokenizer import Tokenizer
 from model import GPT
 
 
@@ -26,7 +27,7 @@ class SaveBenchmarkConfig(harness.BenchmarkConfig):
 
 def main(config: SaveBenchmarkConfig) -> None:
     size = harness.Size(config.n_layer, 768, batch_size=1, T=64)
-    model, background = GPT(size.gpt_config()), BackgroundSave()
+    model, tokenizer, background = GPT(size.gpt_config()), Tokenizer.gpt2(), BackgroundSave()
     training_step = harness.random_training_step(model, size, config)
     training_step(1)  # now the optimizer has its state
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
@@ -34,7 +35,8 @@ def main(config: SaveBenchmarkConfig) -> None:
         def take_snapshot(i: int) -> None:
             params, tensors = training_step.snapshot()
             state = RunState({"step": i + 1, "val_loss": None}, tensors)
-            background.start(partial(save_checkpoint, Path(folder), model, params, state, keep=1))
+            given = Path(folder), model, tokenizer, params, state
+            background.start(partial(save_checkpoint, *given, keep=1))
 
         def save_and_wait(i: int) -> None:
             take_snapshot(i)

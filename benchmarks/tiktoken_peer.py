@@ -4,6 +4,7 @@ chunks of 16; benchmarks/data.py runs this.
 python benchmarks/tiktoken_peer.py DOCUMENTS.jsonl OUT_DIR
 """
 
+import functools
 import json
 import multiprocessing
 import os
@@ -15,14 +16,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
+from engine.tokenizer import Tokenizer
 
 SHARD_SIZE = 100_000_000
 
 
+get_tokenizer = functools.cache(Tokenizer.gpt2)  # one in each process
+
+
 def tokenize(document: str) -> np.ndarray:
-    ids = get_tokenizer().encode_ordinary(document)
-    return np.array([END_OF_TEXT_ID, *ids], dtype=np.uint16)
+    tokenizer = get_tokenizer()
+    return np.array([tokenizer.end_of_text, *tokenizer.encode_ordinary(document)], dtype=np.uint16)
 
 
 def write_shards(documents: Iterable[np.ndarray], out_dir: Path) -> None:

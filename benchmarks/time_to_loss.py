@@ -42,7 +42,7 @@ from engine.evaluation import eval_mode, evaluate_loss
 from engine.files import JSONLinesLog, lock_folder
 from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
-from engine.tokenizer import END_OF_TEXT_ID
+from model import GPTConfig
 from train_gpt2 import PretrainConfig, new_model
 
 VOCAB_SIZE = 4096
@@ -127,7 +127,8 @@ def train_run(run: Run, folder: Path, device: str) -> Record:
         if i in ends:
             with eval_mode(step.model, step.config, step.dist):
                 batches = validation_batches(val, eval_tokens=EVAL_TOKENS, **sizes)
-                curve.append((i, evaluate_loss(step.summed_loss, batches, step.dist)[0]))
+                loss, _ = evaluate_loss(step.summed_loss, batches, np.zeros(VOCAB_SIZE), step.dist)
+                curve.append((i, loss))
     return {**asdict(run), "curve": curve, "loss": curve[-1][1]}
 
 
@@ -205,7 +206,7 @@ def cut_vocabulary(source: Path, target: Path) -> str:
     """
     shards = {split: TokenShards(source, split) for split in ("train", "val")}
     tokens = {split: one.read(0, len(one)) for split, one in shards.items()}
-    counts = np.bincount(tokens["train"], minlength=END_OF_TEXT_ID + 1)
+    counts = np.bincount(tokens["train"], minlength=GPTConfig.vocab_size)
     frequent = np.argsort(-counts, kind="stable")[: VOCAB_SIZE - 1]
     new_id = np.full(len(counts), VOCAB_SIZE - 1)
     new_id[frequent] = np.arange(len(frequent))

@@ -18,11 +18,10 @@ from engine.lora import (
     Tensors,
     convertible_linears,
     get_lora_state_dict,
-    load_lora,
     lora_linears,
     replace_linears,
 )
-from engine.tensors import read_tensors
+from engine.tensors import copy_tensors, read_tensors
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
@@ -99,9 +98,7 @@ def read_adapter_config(folder: Path | str) -> AdapterConfig:
     options = read_json(path, "save the adapter again")
     for option in sorted(options.keys() - READ_OPTIONS - METADATA - INERT):
         if (value := options[option]) not in SUPPORTED_VALUES.get(option, OFF):
-            raise ValueError(
-                f"{path}: {option} {value!r} is not supported; merge the adapter with PEFT"
-            )
+            raise ValueError(f"{path}: {option} {value!r} is not supported; merge it with PEFT")
     given = {"lora_alpha": None, **options, "lora_dim": options.get("r")}
     names = [f.name for f in fields(LoRAConfig) if f.name in given]
     try:
@@ -145,5 +142,5 @@ def load_adapter(model: Model, path: Path | str, config: LoRAConfig | None = Non
     if not chosen:
         raise ValueError(f"{path} has LoRA for none of the model's linear layers")
     replace_linears(model, chosen, config)
-    load_lora(model, tensors, str(path))
+    copy_tensors(tensors, get_lora_state_dict(model), str(path))
     return model

@@ -15,8 +15,9 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -27,7 +28,7 @@ from engine.files import fsync_folder, read_json
 from engine.lora import lora_linears
 from engine.pretrained import load_pretrained, save_pretrained
 from engine.tensors import TORCH_LOAD_ERRORS
-from engine.tokenizer import get_tokenizer, save_tokenizer
+from engine.tokenizer import Tokenizer
 from model import GPT
 
 BASE_MARK = "adapter_base"
@@ -40,11 +41,13 @@ class RunState(NamedTuple):
     tensors: dict  # optimizer, scaler, rng
 
 
-def list_checkpoints(run: Path | str) -> list[Path]:
-    """The run's checkpoints, oldest first: complete, unless a file in them was damaged later."""
+def list_checkpoints(run: Path | str, after: int = -1) -> list[Path]:
+    """The run's checkpoints, oldest first, of steps beyond `after`. They are complete, unless a
+    file in them was damaged later.
+    """
     found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in Path(run).glob("checkpoints/*")]
     steps = sorted((int(match[1]), path) for match, path in found if match)
-    return [path for _, path in steps if path.is_dir() and any(path.iterdir())]
+    return [path for n, path in steps if n > after and path.is_dir() and any(path.iterdir())]
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -59,15 +62,12 @@ def latest_checkpoint(name_or_path: str | Path) -> Path:
 
 def best_checkpoint(run: Path | str) -> Path | None:
     """The checkpoint with the lowest validation loss, among those where it was evaluated."""
-    losses = {}
+    losses: dict[Path, Any] = {}
     for folder in list_checkpoints(run):
-        try:
-            loss = read_progress(folder).get("val_loss")
-        except (OSError, ValueError):  # a damaged one is reported when it is loaded
-            continue
-        if loss is not None:
-            losses[folder] = loss
-    return min(losses, key=lambda folder: losses[folder], default=None)
+        with suppress(OSError, ValueError):  # a damaged one is reported when it is loaded
+            losses[folder] = read_progress(folder).get("val_loss")
+    evaluated = [folder for folder, loss in losses.items() if loss is not None]
+    return min(evaluated, key=lambda folder: losses[folder], default=None)
 
 
 def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = None) -> GPT:
@@ -104,16 +104,6 @@ def mark_base(checkpoint: Path) -> None:
         print(f"{checkpoint} may be deleted by its run, as it cannot be marked: {error}")
 
 
-def check_vocabulary(model: GPT, name: str) -> None:
-    """ValueError if the model called `name` lacks some of the tokenizer's tokens."""
-    n_vocab = get_tokenizer().n_vocab
-    if model.config.vocab_size < n_vocab:
-        raise ValueError(
-            f"{name} has {model.config.vocab_size} tokens, GPT-2's tokenizer has {n_vocab}; choose "
-            "a model with that tokenizer"
-        )
-
-
 def hash_weights(model: GPT) -> str:
     """The sha256 of the shape and all weights."""
     digest = hashlib.sha256(repr(model.config).encode())
@@ -148,7 +138,14 @@ def load_latest(
 
 
 def save_checkpoint(
-    run: Path, model: GPT, params: dict, state: RunState, keep: int, *, kept_step: int = 0
+    run: Path,
+    model: GPT,
+    tokenizer: Tokenizer,
+    params: dict,
+    state: RunState,
+    *,
+    keep: int,
+    kept_step: int = 0,
 ) -> None:
     """Save a checkpoint of `params`, the parameters of `model` or copies of them; with LoRA only
     the adapter. Then delete all but the latest `keep`, the best, that of `kept_step`, and bases of
@@ -166,9 +163,9 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         if lora_linears(model):
             save_adapter(model, temporary, model.name_or_path, params)
+            tokenizer.save(temporary, model.config.block_size)
         else:
-            save_pretrained(model, temporary, params)
-        save_tokenizer(temporary, model.config.block_size)
+            save_pretrained(model, temporary, tokenizer, params)
         torch.save(state.tensors, temporary / "state.pt")
         (temporary / "progress.json").write_text(json.dumps(state.progress) + "\n")
         for file in [*temporary.iterdir(), *run.glob("metrics.jsonl")]:

@@ -33,26 +33,20 @@ LIMITS = {"at_least": ge, "at_most": le, "above": gt, "below": lt}
 DEFAULT_LIMITS = {int: {"at_least": 1, "at_most": 10**12}, float: {"at_least": 0}}
 MAX_SEED = 2**63 - 1  # of torch
 LOGGERS = ("tensorboard", "wandb")
+MODEL_TOKENIZER = "the model's tokenizer, a folder or hub name (default: that in its own folder)"
 
 
 def flag(
-    default: Any,
-    help: str = "",  # noqa: A002
-    *,
-    group: str = "",
-    may_change: bool = False,
-    **limits: float,
+    default: Any, help_text: str = "", *, group: str = "", may_change: bool = False, **limits: float
 ) -> Any:
     """A dataclass field that is also a command-line flag and a YAML key.
 
     Its type gives the choices (`Literal`), several values (`list[str]`) or `--x / --no-x` (`bool`).
     A default of None is resolved before training. `group` starts a group of the help; `may_change`
     allows a resumed run another value. `limits` are names from LIMITS with their numbers (default:
-    DEFAULT_LIMITS). Without `help`, a field keeps the metadata of the field it overrides.
+    DEFAULT_LIMITS). Without `help_text`, a field keeps the metadata of the field it overrides.
     """
-    metadata: dict[str, Any] = {}
-    if help:
-        metadata = {"help": help, "group": group, "may_change": may_change, "limits": limits}
+    metadata = {"help": help_text, "group": group, "may_change": may_change, "limits": limits}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -78,10 +72,9 @@ class TrainConfig(Settings):
     """What every training run needs. Defaults: GPT-3's for 124M, as in build-nanogpt."""
 
     out_dir: str = flag("runs/gpt2_124m", "run folder", group="run", may_change=True)
-    resume: Literal["auto", "never"] = flag(
-        "auto", "auto: resume the run in out_dir, if there is one", may_change=True
-    )
+    resume: Literal["auto", "never"] = flag("auto", "resume the run in out_dir", may_change=True)
     seed: int = flag(1337, "seed of weights, data order and samples", at_least=0, at_most=MAX_SEED)
+    tokenizer: str | None = flag(None, MODEL_TOKENIZER, may_change=True)  # tokens are compared
 
     batch_size: int = flag(
         64, "sequences per device and micro-step", group="optimization", may_change=True
@@ -96,18 +89,12 @@ class TrainConfig(Settings):
     )
     max_lr: float = flag(6e-4, "peak learning rate", above=0)
     min_lr: float = flag(6e-5, "learning rate to which a cosine decays")
-    decay_fraction: float = flag(
-        0.4, "share of the steps in which wsd decays", at_least=0, at_most=1
-    )
+    decay_fraction: float = flag(0.4, "share of steps in which wsd decays", at_least=0, at_most=1)
     beta1: float = flag(0.9, "AdamW's decay rate of the mean gradient", at_least=0, below=1)
-    beta2: float = flag(
-        0.95, "AdamW's decay rate of the mean squared gradient", at_least=0, below=1
-    )
+    beta2: float = flag(0.95, "AdamW's decay rate of the squared gradient", at_least=0, below=1)
     weight_decay: float = flag(0.1, "AdamW's, on tensors of two or more dimensions")
     muon_lr: float = flag(0.02, "Muon's peak learning rate; it follows the same schedule")
-    muon_beta2: float = flag(
-        0.0, "NorMuon's decay rate of the squared update; 0: plain Muon", at_least=0, below=1
-    )
+    muon_beta2: float = flag(0.0, "NorMuon's decay rate; 0: plain Muon", at_least=0, below=1)
     muon_weight_decay: float = flag(0.0, "Muon's weight decay")
     grad_clip: float = flag(1.0, "maximum gradient norm; 0 disables clipping")
 
@@ -120,26 +107,16 @@ class TrainConfig(Settings):
         None, "HellaSwag rows: a file or a hub name (default: the original's)", may_change=True
     )
 
-    log: str = flag(
-        "", "tensorboard, wandb, or tensorboard,wandb", group="logging", may_change=True
-    )
+    log: str = flag("", "tensorboard, wandb or tensorboard,wandb", group="logging", may_change=True)
     save_every: int = flag(1000, "steps between checkpoints", may_change=True)
     keep: int = flag(2, "latest checkpoints to keep, besides the best", may_change=True)
-    profile: int = flag(
-        0,
-        "steps to profile into a trace for chrome://tracing; 0: none",
-        may_change=True,
-        at_least=0,
-    )
+    profile: int = flag(0, "steps to profile into a trace; 0: none", may_change=True, at_least=0)
 
     device: str = flag("auto", "auto, cpu, cuda or mps", group="system", may_change=True)
     precision: Precision = flag(
-        None,
-        "fp32, or autocast (default: bf16 where there are units for it; else fp16 on CUDA, fp32)",
+        None, "fp32, or autocast (default: bf16 if the device has units; else fp16 on CUDA, fp32)"
     )
-    compile: bool = flag(
-        None, "torch.compile the training step (default: on CUDA)", may_change=True
-    )
+    compile: bool = flag(None, "torch.compile the step (default: on CUDA)", may_change=True)
     parallel: Literal["ddp", "fsdp"] = flag(
         "ddp", "on several devices: replicate the model, or shard it (FSDP2)", may_change=True
     )
@@ -239,12 +216,10 @@ def build_parser(config_class: type[Config], doc: str) -> Parser:
     config_help = "YAML file of these settings by name; flags override it"
     parser.add_argument("--config", action="append", metavar="FILE", default=[], help=config_help)
     group: Any = parser
-    groups: dict[str, Any] = {}
     for f in fields(config_class):
         metadata = find_metadata(config_class, f.name)
-        if title := metadata["group"]:
-            groups[title] = groups.get(title) or parser.add_argument_group(title)
-            group = groups[title]
+        if metadata["group"]:
+            group = parser.add_argument_group(metadata["group"])
         add_flag(group, f, metadata["help"])
     return parser
 
@@ -271,7 +246,7 @@ def find_metadata(config_class: type, name: str) -> typing.Mapping[str, Any]:
     """The metadata of a flag: its own, or that of the field whose default it overrides."""
     for cls in config_class.__mro__:
         f = vars(cls).get("__dataclass_fields__", {}).get(name)
-        if f is not None and "help" in f.metadata:
+        if f is not None and f.metadata.get("help"):
             return f.metadata
     raise KeyError(f"{config_class.__name__}.{name} has no help; declare it as flag(default, help)")
 

@@ -108,8 +108,12 @@ class TrainingData(ABC):
 
     def row_ids(self, step: int) -> list[int]:
         """The rows of a step, counted from 1."""
-        first = (step - 1) * self.rows_per_step
-        return epoch_entries(first, self.rows_per_step, self.n_rows, self.seed)
+        ids: list[int] = []
+        while len(ids) < self.rows_per_step:
+            epoch, i = divmod((step - 1) * self.rows_per_step + len(ids), self.n_rows)
+            order = epoch_order(self.seed, epoch, self.n_rows)
+            ids += order[i : i + self.rows_per_step - len(ids)].tolist()
+        return ids
 
     def micro_batch(self, step: int, micro_step: int) -> Batch:
         """This rank's rows of a micro-step. Both arguments count from 1."""
@@ -142,19 +146,9 @@ def read_windows(shards: TokenShards, ids: list[int], block_size: int, limit: in
     return make_batch(idx, targets)
 
 
-def epoch_entries(first: int, count: int, n: int, seed: int) -> list[int]:
-    """`count` entries from `first` on of an endless sequence of epochs, each of which holds
-    0 to n - 1 in a new seeded order.
-    """
-    ids: list[int] = []
-    while len(ids) < count:
-        epoch, i = divmod(first + len(ids), n)
-        ids.extend(epoch_order(seed, epoch, n)[i : i + count - len(ids)])
-    return [int(i) for i in ids]
-
-
 @functools.lru_cache(maxsize=2)  # a step may end one epoch and begin the next
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """All n rows in the order of an epoch."""
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 

@@ -24,9 +24,8 @@ def speed_up_decoding(model: GPT) -> None:
     elif device_type == "cpu":
         for module in model.modules():
             if isinstance(module, nn.Linear) and not hasattr(module, "lora_A"):
-                module.forward = partial(  # type: ignore[method-assign]  # for this instance
-                    linear_few_rows, weight=module.weight, bias=module.bias
-                )
+                forward = partial(linear_few_rows, weight=module.weight, bias=module.bias)
+                module.forward = forward  # type: ignore[method-assign]  # for this instance
 
 
 def linear_few_rows(

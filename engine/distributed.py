@@ -35,11 +35,9 @@ class Distributed:
     @classmethod
     def start(cls, device_name: str) -> Self:
         """Join the other ranks, on `device_name`: auto, cpu, cuda, mps, or one like cuda:1."""
-        rank, world_size, local_rank = (
-            int(os.environ.get(variable, default))
-            for variable, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
-        device = open_device(device_name, local_rank)
+        rank = int(os.environ.get("RANK", "0"))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        device = open_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
         if world_size == 1:
             return cls(rank, world_size, device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")

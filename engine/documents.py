@@ -3,7 +3,6 @@
 import ast
 import codecs
 import glob
-import hashlib
 import io
 import json
 import re
@@ -30,11 +29,9 @@ SUFFIXES = (".txt", ".txt.gz", ".md", ".rst", ".py", ".jsonl", ".jsonl.gz", ".pa
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file
 # Encodings that a file's first bytes tell. UTF-32 comes first, as its mark begins with UTF-16's.
 BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-    codecs.BOM_UTF8: "utf-8-sig",
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+    "utf-8-sig": (codecs.BOM_UTF8,),
 }
 PARQUET_TEXT = re.compile("(dictionary<values=)?(large_)?string")  # types of columns
 COMPRESSION = 3  # about that of text in .gz and .parquet
@@ -106,9 +103,7 @@ def open_source(
         documents = stdlib_documents()
         identity, n_bytes = sha256_text("\0".join(documents)), sum(map(len, documents))
         split = {"val_tokens": val_tokens or int(n_bytes / BYTES_PER_TOKEN * VAL_FRACTION)}
-        return Source(
-            "stdlib", identity, n_bytes, split, lambda skip, _: map(Piece, documents[skip:])
-        )
+        return Source("stdlib", identity, n_bytes, split, lambda n, _: map(Piece, documents[n:]))
     if dataset[0] in HUB_TEXT:
         repo, name = HUB_TEXT[dataset[0]]
         split = {"val_tokens": val_tokens or HUB_VAL_TOKENS}
@@ -151,6 +146,7 @@ def select_text(files: list[Path], text_format: TextFormat) -> list[Path]:
         try:
             if file.suffix != ".parquet":  # which holds UTF-8
                 deque(decode_lines(file, text_format, Counter(PROBLEMS)), maxlen=0)
+            selected.append(file)
         except UnicodeError as error:
             if not text_format.skip_bad_files:
                 raise ValueError(
@@ -158,14 +154,12 @@ def select_text(files: list[Path], text_format: TextFormat) -> list[Path]:
                     "(decode_errors replace), or leave such files out (skip_bad_files)"
                 ) from error
             print(f"{error}; left out")
-        else:
-            selected.append(file)
     return selected
 
 
 def stream_hub_text(repo: str, name: str, skip: int, _: Counter) -> Iterator[Piece]:
     """The texts of a hub dataset from row `skip` on."""
-    rows = load_hub_rows(repo, name, streaming=True, remedy=HUB_REMEDY)
+    rows = load_hub_rows(repo, name, "train", streaming=True, remedy=HUB_REMEDY)
     with reporting_hub_errors(repo, HUB_REMEDY):
         for row in rows.select_columns(["text"]).skip(skip):
             yield Piece(row["text"])
@@ -179,8 +173,7 @@ def stdlib_documents() -> list[str]:
 
     documents = set(pydoc_data.topics.topics.values())
     documents |= {docstring.strip() for _, docstring in stdlib_definitions()}
-    documents.discard("")
-    return sorted(documents, key=sha256_text)
+    return sorted(documents - {""}, key=sha256_text)
 
 
 def stdlib_definitions() -> Iterator[tuple[ast.AST, str]]:
@@ -245,7 +238,7 @@ def decode_lines(file: Path, text_format: TextFormat, problems: Counter) -> Iter
         try:
             start = stream.read(4)
             stream.seek(0)
-            marked = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
+            marked = (name for name, marks in BYTE_ORDER_MARKS.items() if start.startswith(marks))
             encoding = next(marked, encoding)
             lines = io.TextIOWrapper(stream, encoding, errors, newline="\n")
             for line in lines:
@@ -334,7 +327,7 @@ def find_cut(text: str, start: int, n_chars: int) -> int:
 
 def hash_text(text: str) -> int:
     """A number below 2**64 that is the same for equal texts."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+    return int(sha256_text(text)[:16], base=16)
 
 
 def choose_limit(sections: Iterable[Piece], fraction: float, max_tokens: int | None) -> int:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.config import TrainConfig
@@ -14,7 +15,7 @@ from engine.distributed import Distributed, autocast, cudnn_attention, has_finit
 from engine.loss import SummedLoss
 from engine.metrics import finite_or_none
 from engine.tasks import Example, find_task
-from engine.tokenizer import END_OF_TEXT_ID, ENDOFTEXT, get_tokenizer, token_lengths
+from engine.tokenizer import Tokenizer
 from model import GPT
 
 ValidationBatches = Callable[[], Iterable[Batch]]  # this rank's share, the same at every call
@@ -41,6 +42,7 @@ class Evaluation:
     """
 
     model: GPT
+    tokenizer: Tokenizer
     summed_loss: SummedLoss
     val: ValidationBatches
     prompts: list[Prompt]
@@ -62,13 +64,16 @@ class Evaluation:
         model, config, dist = self.model, self.config, self.dist
         if is_due(config.eval_every, step, config):
             with eval_mode(model, config, dist, compiled=True, one_shape=self.has_one_shape):
-                loss, bpb = evaluate_loss(self.summed_loss, self.val(), dist)
+                token_bytes = self.tokenizer.token_bytes
+                loss, bpb = evaluate_loss(self.summed_loss, self.val(), token_bytes, dist)
             record["val_loss"] = finite_or_none(loss)
             record["val_bpb"] = None if bpb is None else finite_or_none(bpb)
         with eval_mode(model, config, dist):
             if is_due(config.sample_every, step, config):
                 seed = config.seed + step
-                record["samples"] = generate_samples(model, self.prompts, seed, dist.device)
+                record["samples"] = generate_samples(
+                    model, self.tokenizer, self.prompts, seed=seed, device=dist.device
+                )
             if is_due(config.hellaswag_every, step, config) and step:  # before, it is at chance
                 record |= evaluate_task("hellaswag", model, self.hellaswag, dist)
         return record
@@ -99,12 +104,12 @@ def eval_mode(
 
 @torch.no_grad()
 def evaluate_loss(
-    summed_loss: SummedLoss, batches: Iterable[Batch], dist: Distributed
+    summed_loss: SummedLoss, batches: Iterable[Batch], token_bytes: np.ndarray, dist: Distributed
 ) -> tuple[float, float | None]:
     """The mean loss in nats over all targets in the batches of all ranks, and their bits per byte
-    of text, which is None if they have no text.
+    of text. These are None if the targets have no bytes; `token_bytes` (V) has those of each id.
     """
-    lengths = torch.from_numpy(token_lengths())
+    lengths = torch.from_numpy(token_bytes)
     loss_sum, n_targets, n_bytes = 0.0, 0, 0
     for batch in batches:
         loss_sum += summed_loss(batch.to(dist.device)).item()
@@ -126,7 +131,7 @@ def evaluate_task(
 
 
 def generate_samples(
-    model: GPT, prompts: list[Prompt], seed: int, device: torch.device
+    model: GPT, tokenizer: Tokenizer, prompts: list[Prompt], *, seed: int, device: torch.device
 ) -> list[str]:
     """Each prompt with the model's continuation, and with its reference if it has one."""
     if not has_finite_weights(model):
@@ -134,20 +139,19 @@ def generate_samples(
             "the model has weights that are not finite, so it generates no samples; lower "
             "max_lr, or start from another model, in another out_dir"
         )
-    tokenizer = get_tokenizer()
     samples = []
     for prompt in prompts:
-        ids = tokenizer.encode(prompt.text, disallowed_special=()) or [END_OF_TEXT_ID]
+        ids, is_answer = tokenizer.encode_prompt(prompt.text), prompt.reference is not None
+        end = tokenizer.end_of_text if is_answer else None
         out = model.generate(
             torch.tensor([ids], device=device),
             prompt.max_new_tokens,
             top_k=prompt.top_k,
-            # Answers end; other samples show what follows the end of a text as well.
-            eos=None if prompt.reference is None else END_OF_TEXT_ID,
+            eos=end,  # of answers; other samples show what follows the end of a text as well
+            suppress_tokens=tokenizer.unused_ids(model.config.vocab_size),
             generator=torch.Generator(device).manual_seed(seed),
         )
-        text = prompt.text + tokenizer.decode(out[0, len(ids) :].tolist())
-        if prompt.reference is not None:
-            text = f"{text.removesuffix(ENDOFTEXT)}\n[reference] {prompt.reference}"
-        samples.append(text)
+        new = [i for i in out[0, len(ids) :].tolist() if i != end]
+        reference = f"\n[reference] {prompt.reference}" if is_answer else ""
+        samples.append(prompt.text + tokenizer.decode(new) + reference)
     return samples

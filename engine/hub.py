@@ -3,9 +3,14 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 PROBE_SECONDS = 4.0
+MODEL_REMEDY = (
+    "It is no local folder either; without a network, name one with config.json and "
+    "model.safetensors"
+)
 FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".txt", ".parquet", ".csv", ".pt", ".safetensors")
 
 
@@ -41,14 +46,18 @@ def reporting_hub_errors(what: str, remedy: str) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = was_offline
 
 
-def load_hub_rows(
-    repo: str,
-    name: str | None = None,
-    split: str = "train",
-    *,
-    streaming: bool = False,
-    remedy: str,
-) -> Any:
+def download(name: str, *patterns: str) -> Path:
+    """The local folder with the config.json of a model on the hub, and its files that match;
+    ConnectionError if that fails.
+    """
+    check_hub_name(name, "a hub name, a model's folder, a checkpoint or a run")
+    from huggingface_hub import snapshot_download
+
+    with reporting_hub_errors(name, MODEL_REMEDY):
+        return Path(snapshot_download(name, allow_patterns=["config.json", *patterns]))
+
+
+def load_hub_rows(repo: str, name: str | None, split: str, *, streaming: bool, remedy: str) -> Any:
     """A split of a hub dataset as an iterable of dicts; ConnectionError if that fails."""
     with reporting_hub_errors(repo, remedy):
         from datasets import load_dataset

@@ -12,7 +12,7 @@ import numpy as np
 from engine.data import IGNORE_INDEX, Batch, TrainingData, epoch_order, make_batch
 from engine.files import read_json, sha256_text, write_json
 from engine.rows import STDLIB, convert_rows, get_text, open_rows
-from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
+from engine.tokenizer import Tokenizer
 
 DEFAULT_DATA = "yahma/alpaca-cleaned"
 TEMPLATE_FILE = "prompt_template.json"
@@ -26,11 +26,10 @@ class PromptTemplate(NamedTuple):
     with_input: str | None = None
 
     def fill(self, instruction: str, input_text: str = "") -> str:
-        template, values = self.without_input, {"instruction": instruction, "input": input_text}
-        if input_text.strip():
-            if self.with_input is None:
-                raise ValueError("the model was fine-tuned without inputs; omit input")
-            template = self.with_input
+        template = self.with_input if input_text.strip() else self.without_input
+        if template is None:
+            raise ValueError("the model was fine-tuned without inputs; omit input")
+        values = {"instruction": instruction, "input": input_text}
         return re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], template)
 
 
@@ -56,17 +55,19 @@ class PromptCompletion:
     template: PromptTemplate = PROMPT
 
 
-def read_examples(name: str, block_size: int) -> list[PromptCompletion]:
-    """The examples of a .json or .jsonl file, a hub dataset, or "stdlib". Completions are cut to
-    fit block_size; rows without a completion, or with a prompt too long, are skipped and counted.
-    ValueError names a row of another form.
+def read_examples(name: str, tokenizer: Tokenizer, block_size: int) -> list[PromptCompletion]:
+    """The examples of a .json or .jsonl file, a hub dataset, or "stdlib". Special tokens in them
+    are recognized. Completions get an end of text, and are cut to fit block_size; rows without one,
+    or with a prompt too long, are skipped and counted. ValueError names a row of another form.
     """
-    examples, skipped, tokenizer = [], [], get_tokenizer()
+    examples, skipped = [], []
     block_size = max(1, block_size // PAD_MULTIPLE) * PAD_MULTIPLE  # batches are padded to it
     rows = convert_rows(name, open_rows(name), parse_row)
     for number, (prompt, completion, template) in rows:
-        prompt_ids = tokenizer.encode_ordinary(prompt) or [END_OF_TEXT_ID]
-        ids = [*prompt_ids, *tokenizer.encode_ordinary(completion), END_OF_TEXT_ID]
+        prompt_ids = tokenizer.encode_prompt(prompt)
+        ids = prompt_ids + tokenizer.encode(completion)
+        if ids[-1] != tokenizer.end_of_text:
+            ids.append(tokenizer.end_of_text)
         if not completion.strip() or len(prompt_ids) > block_size:
             skipped.append(number)
             continue
@@ -128,12 +129,12 @@ def split_examples(
 
 
 def pad(examples: list[PromptCompletion]) -> Batch:
-    """A batch of one example a row, padded on the right with <|endoftext|>, which the causal mask
-    hides from real tokens. Only completions are targets.
+    """A batch of one example a row, padded on the right with id 0, which the causal mask hides from
+    real tokens. Only completions are targets.
     """
     longest = max(len(e.tokens) - 1 for e in examples)
     shape = len(examples), -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
-    idx = np.full(shape, END_OF_TEXT_ID, dtype=np.int64)
+    idx = np.zeros(shape, dtype=np.int64)
     targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     for row, example in enumerate(examples):
         end = len(example.tokens) - 1
@@ -153,9 +154,8 @@ class InstructionData(TrainingData):
     def __init__(self, examples: list[PromptCompletion], *, examples_per_step: int, **options: int):
         self.examples = examples
         self.lengths = np.array([len(example.tokens) - 1 for example in examples])  # of the inputs
-        self.fingerprint = sha256_text(
-            "".join(repr((e.n_prompt, e.tokens.tolist())) for e in examples)
-        )
+        contents = ((e.n_prompt, e.tokens.tolist()) for e in examples)
+        self.fingerprint = sha256_text("".join(map(repr, contents)))
         self.epoch_size = (
             f"{len(examples):,} examples with {self.lengths.sum():,} tokens, "
             f"{count_targets(examples):,} of them predicted"
@@ -189,7 +189,7 @@ def held_out_batches(
     a row that predicts nothing.
     """
     examples = sorted(examples, key=lambda example: len(example.tokens))
-    nothing = PromptCompletion("", "", np.full(2, END_OF_TEXT_ID), n_prompt=2)
+    nothing = PromptCompletion("", "", np.zeros(2, dtype=np.int64), n_prompt=2)
     for first in range(0, len(examples), batch_size * world_size):
         start = first + rank * batch_size
         yield pad(examples[start : start + batch_size] or [nothing])

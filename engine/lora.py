@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from engine.config import Settings, flag
-from engine.tensors import copy_tensors, matmul_dtype
+from engine.tensors import matmul_dtype
 from model import GPT
 
 CPU_ROWS = 128  # of a gradient, read twice: at 124M 1.5 MB, which stay in the cache
@@ -112,16 +112,11 @@ class LoRALinear(nn.Linear):
         shape, x = x.shape[:-1], x.flatten(0, -2)
         weight = self._matrix() if self.summed_weight is None else self.summed_weight
         up = (self.scaling * self.lora_B).t().contiguous()  # row-major is several times faster
+        bias, down, up = (t.to(x.dtype) for t in (self.bias, self.lora_A, up))
         is_dropping = self.training and self.config.lora_dropout > 0
-        y = LoRAFunction.apply(
-            x,
-            F.dropout(x, self.config.lora_dropout) if is_dropping else None,
-            weight,
-            self.bias.to(x.dtype),
-            self.lora_A.to(x.dtype),
-            up.to(x.dtype),
-            self.summed_weight is not None,
-        )
+        dropped = F.dropout(x, self.config.lora_dropout) if is_dropping else None
+        is_summed = self.summed_weight is not None
+        y = LoRAFunction.apply(x, dropped, weight, bias, down, up, is_summed)
         with torch.no_grad():  # last, so that recomputation can stop before it
             y.addmm_(x, weight.t().to(x.dtype))
         return y.view(*shape, self.out_features)
@@ -261,13 +256,6 @@ def get_lora_state_dict(model: nn.Module) -> Tensors:
         for name, linear in linears.items()
         for matrix in ("lora_A", "lora_B")
     }
-
-
-def load_lora(model: nn.Module, tensors: Tensors, source: str = "lora") -> None:
-    """Copy tensors from `get_lora_state_dict` into a model with LoRA in the same places. ValueError
-    names the `source` and the tensors that are missing, unexpected or misshapen.
-    """
-    copy_tensors(tensors, get_lora_state_dict(model), source)
 
 
 def merge_lora(model: Model) -> Model:

@@ -183,12 +183,9 @@ class RunLogger:
         self.is_main = dist.is_main
         self.start, self.max_steps = start, config.max_steps
         self.started, self.last_line = time.perf_counter(), -math.inf
+        hidden = None if dist.is_main else True  # None: unless there is a terminal
         self.bar = tqdm(
-            desc=self.run.name,
-            initial=start,
-            total=self.max_steps,
-            unit=" steps",
-            disable=None if dist.is_main else True,
+            desc=self.run.name, initial=start, total=self.max_steps, unit=" steps", disable=hidden
         )
         if self.is_main:
             self.metrics = JSONLinesLog(self.run / "metrics.jsonl", "step")
@@ -310,6 +307,14 @@ def summarize_run(run: Path, checkpoint: Path) -> dict[str, str]:
     rows["tokens trained on"] = f"{max(logged('tokens'), default=0):,}"
     rows["data"] = name_dataset(run)
     return rows | progress.get("facts", {})  # which earlier versions did not save
+
+
+def read_curve_settings(run: Path, checkpoint: Path) -> dict[str, Any]:
+    """The settings that shaped the curve of a run up to a checkpoint, without your folders."""
+    settings = read_run_config(run)
+    # Earlier versions did not note which these are.
+    names = read_progress(checkpoint).get("fixed_settings", settings)
+    return {name: hide_folder(value) for name, value in settings.items() if name in names}
 
 
 def name_dataset(run: Path) -> str:

@@ -100,12 +100,10 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     )
     if not in_muon:
         return [adamw]
+    dtype = newton_schulz_dtype(model.lm_head.weight.device, config)
+    groups = [{"params": single, "parts": 1}, {"params": stacked, "parts": 3}]
     muon = Muon(
-        [{"params": single, "parts": 1}, {"params": stacked, "parts": 3}],
-        config.muon_lr,
-        config.muon_weight_decay,
-        beta2=config.muon_beta2,
-        dtype=newton_schulz_dtype(model.lm_head.weight.device, config),
+        groups, config.muon_lr, config.muon_weight_decay, beta2=config.muon_beta2, dtype=dtype
     )
     return [adamw, muon]
 
@@ -163,10 +161,8 @@ class Muon(torch.optim.Optimizer):
         # Jordan's factor: a tall matrix changes its outputs as much as a square one.
         updates = updates * (apply * (-lr * max(1.0, rows / cols) ** 0.5))
         torch._foreach_mul_(params, 1 - apply * (lr * group["weight_decay"]))
-        changes = updates.view(-1, *shape).unbind()
-        torch._foreach_add_(
-            params, [shard_like(p, change) for p, change in zip(params, changes, strict=True)]
-        )
+        changes = zip(params, updates.view(-1, *shape).unbind(), strict=True)
+        torch._foreach_add_(params, [shard_like(param, change) for param, change in changes])
 
     def _normalize(
         self, params: list[torch.Tensor], updates: torch.Tensor, weight: float | torch.Tensor

@@ -110,9 +110,8 @@ def plot_curve(axes: "Axes", name: str, log: list[dict], key: str, *, x: str, co
         n = min(len(values), max(MIN_SMOOTHED, round(SMOOTHED * len(values))))
         values = running_mean(values, n).tolist()
         label += f", mean of {n} step{'s' * (n > 1)}"
-    axes.plot(
-        positions, values, color=color, gid=key, label=label.format(name, values[-1]), **style
-    )
+    label = label.format(name, values[-1])
+    axes.plot(positions, values, color=color, gid=key, label=label, **style)
 
 
 def running_mean(values: list[float], n: int) -> np.ndarray:

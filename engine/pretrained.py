@@ -1,10 +1,11 @@
 """Hugging Face checkpoints: find, load, save.
 
-A checkpoint is a folder, here or on the hub, with config.json and model.safetensors or
-pytorch_model.bin, in one file or several.
+A checkpoint is a folder, here or on the hub, with config.json, model.safetensors or
+pytorch_model.bin, in one file or several, and the files of a tokenizer.
 """
 
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from engine.files import read_json, write_json
-from engine.hub import check_hub_name, reporting_hub_errors
+from engine.hub import download
 from engine.tensors import check_tensors, copy_tensors, read_tensors
-from engine.tokenizer import END_OF_TEXT_ID
+from engine.tokenizer import GPT2_VOCAB_SIZE, TOKENIZER_FILES, Tokenizer, find_tokenizer
 from model import GPT, GPTConfig
 
+Tensors = dict[str, torch.Tensor]  # by name
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference
-HUB_REMEDY = (
-    "It is no local folder either; without a network, name one with config.json and "
-    "model.safetensors"
-)
 # Options of config.json that change what a GPT-2 computes: their default in transformers, and the
 # values that mean what model.py computes (gelu_pytorch_tanh is another name of gelu_new).
 OPTIONS = {
@@ -84,15 +82,30 @@ def find_pretrained(name_or_path: str | Path) -> Path:
         raise FileNotFoundError(
             f"{name_or_path} holds no config.json, expected a model, a checkpoint or a run"
         )
-    check_hub_name(str(name_or_path), "a hub name, a model's folder, a checkpoint or a run")
-    from huggingface_hub import snapshot_download
-
-    with reporting_hub_errors(str(name_or_path), HUB_REMEDY):
-        for weights in WEIGHT_FILES:
-            folder = snapshot_download(str(name_or_path), allow_patterns=["config.json", weights])
-            if any(Path(folder).glob(weights)):
-                return Path(folder)
+    for weights in WEIGHT_FILES:
+        folder = download(str(name_or_path), weights, *TOKENIZER_FILES)
+        if any(folder.glob(weights)):
+            return folder
     raise FileNotFoundError(f"{name_or_path} on the hub holds none of {', '.join(WEIGHT_FILES)}")
+
+
+def load_tokenizer(model: GPT, given: str | None = None) -> Tokenizer:
+    """The tokenizer of a loaded model: `given`, by folder or hub name, or the one in its own
+    folder. Without one a model of GPT-2's size has GPT-2's. ValueError if the model has none, or
+    one with more tokens.
+    """
+    name, vocab_size = str(model.name_or_path), model.config.vocab_size
+    tokenizer = find_tokenizer(given or name)
+    if not tokenizer and vocab_size == GPT2_VOCAB_SIZE:
+        print(f"{name} has no tokenizer files; using GPT-2's tokenizer", file=sys.stderr)
+        tokenizer = Tokenizer.gpt2()
+    if not tokenizer or tokenizer.vocab_size > vocab_size:
+        found = f"the tokenizer {tokenizer}" if tokenizer else "no tokenizer files"
+        raise ValueError(
+            f"{name} has {vocab_size:,} tokens and {found}; name the tokenizer that it was trained "
+            "with, a folder or hub name, as --tokenizer"
+        )
+    return tokenizer
 
 
 def read_config(path: Path) -> GPTConfig:
@@ -116,7 +129,7 @@ def read_config(path: Path) -> GPTConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path) -> Tensors:
     """All tensors under the names of GPT2LMHeadModel (files of GPT2Model lack the prefix), without
     the attention masks in old files.
     """
@@ -131,9 +144,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def hf_tensors(
-    model: GPT, params: dict[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
+def hf_tensors(model: GPT, params: Tensors | None = None) -> Tensors:
     """Views of the parameters, or of `params`, copies of them by name, as Hugging Face stores them:
     the linear layers of the blocks transposed (its Conv1D), no vocabulary padding.
     """
@@ -153,13 +164,13 @@ def hf_tensors(
 
 
 def save_pretrained(
-    model: GPT, folder: Path, params: dict[str, torch.Tensor] | None = None
+    model: GPT, folder: Path, tokenizer: Tokenizer | None = None, params: Tensors | None = None
 ) -> None:
-    """Write config.json and model.safetensors, which transformers opens as GPT2LMHeadModel. With
-    `params`, copies of the parameters by name, these are written.
+    """Write config.json and model.safetensors, which transformers opens as GPT2LMHeadModel, and the
+    files of the tokenizer. With `params`, copies of the parameters by name, these are written.
     """
     config = model.config
-    end_of_text = END_OF_TEXT_ID if config.vocab_size > END_OF_TEXT_ID else None
+    default = GPT2_VOCAB_SIZE - 1 if config.vocab_size == GPT2_VOCAB_SIZE else None
     hf = {
         "architectures": ["GPT2LMHeadModel"],
         **{option: default for option, (default, _) in OPTIONS.items() if default is not None},
@@ -167,8 +178,8 @@ def save_pretrained(
         "n_ctx": config.block_size,
         "n_inner": None,
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),  # trained without
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
+        "bos_token_id": tokenizer.start_of_text if tokenizer else default,
+        "eos_token_id": tokenizer.end_of_text if tokenizer else default,
         "dtype": "float32",
     }
     tensors = {name: t.cpu().contiguous() for name, t in hf_tensors(model, params).items()}
@@ -177,5 +188,7 @@ def save_pretrained(
         write_json(folder / "config.json", hf)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # from 0600
+        if tokenizer:
+            tokenizer.save(folder, config.block_size)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{folder} could not be written, is the disk full? {error}") from error

@@ -22,7 +22,7 @@ from engine.throughput import describe_device
 
 MAX_TITLES = 100  # points of a curve whose values the report shows on hover
 SVG_DPI = 72  # of matplotlib's SVG
-PACKAGES = ("numpy", "transformers", "tiktoken")
+PACKAGES = ("numpy", "transformers", "tokenizers", "tiktoken")
 ENGINE = Path(__file__).parent
 
 

@@ -6,14 +6,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from engine.checkpoint import (
-    BASE_MARK,
-    RunState,
-    checkpoint_step,
-    list_checkpoints,
-    load_latest,
-    read_run_config,
-)
+from engine.checkpoint import BASE_MARK, RunState, list_checkpoints, load_latest, read_run_config
 from engine.config import TrainConfig, fixed_settings
 from engine.distributed import Config, Distributed
 from engine.files import JSONLinesLog, lock_folder, write_atomically
@@ -88,9 +81,9 @@ def check_extension(run: Path, config: TrainConfig, max_steps: int) -> None:
             "runs with schedule wsd can be extended; start a new run from its weights "
             "(init_from, or lora_load_path) with a lower max_lr and another out_dir"
         )
-    end, checkpoints = plateau_end(replace(config, max_steps=max_steps)), list_checkpoints(run)
-    later = [path for path in checkpoints if checkpoint_step(path) > end]
-    if checkpoints and later == checkpoints:
+    end = plateau_end(replace(config, max_steps=max_steps))
+    later = list_checkpoints(run, after=end)
+    if later and later == list_checkpoints(run):
         raise ValueError(
             f"{run} cannot be extended, because it has no checkpoint from before the decay, of "
             f"step {end} or earlier; use init_from {run} and another out_dir"
@@ -111,7 +104,7 @@ def extend_run(run: Path, config: TrainConfig) -> None:
     if end is None or not (run / "metrics.jsonl").exists():  # it has not begun
         return
     max_steps = read_run_config(run)["max_steps"]
-    later = [path for path in list_checkpoints(run) if checkpoint_step(path) > end]
+    later = list_checkpoints(run, after=end)
     records = JSONLinesLog.read(run / "metrics.jsonl", "step")
     kept = [record for record in records if record["step"] <= end]
     if not later and kept == records:

@@ -32,7 +32,8 @@ def open_rows(
     if source == STDLIB:
         return enumerate(stdlib_rows(), start=1)
     if not Path(source).exists():
-        return enumerate(load_hub_rows(source, config, split, remedy=HUB_REMEDY), start=1)
+        hub_rows = load_hub_rows(source, config, split, streaming=False, remedy=HUB_REMEDY)
+        return enumerate(hub_rows, start=1)
     lines = read_lines(Path(source))
     if not source.removesuffix(".gz").endswith(".json"):
         return lines

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.distributed import Distributed
-from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
+from engine.tokenizer import Tokenizer
 from model import GPT
 
 # Tokens in a batch, and the multiple that rows are padded to. A CPU's matrix products reach full
@@ -38,27 +38,19 @@ class Score(NamedTuple):
     greedy: bool
 
 
-def encode(text: str) -> list[int]:
-    """Token ids. As in Hugging Face's tokenizer, `<|endoftext|>` in the text is a single id.
-    ValueError if the text cannot be encoded as UTF-8.
-    """
-    text.encode()
-    return get_tokenizer().encode(text, allowed_special="all")
-
-
-def encode_request(context: str, continuations: list[str]) -> Request:
+def encode_request(tokenizer: Tokenizer, context: str, continuations: list[str]) -> Request:
     """Split the tokens of context + continuation as lm-eval does (`_encode_pair` and
     `loglikelihood` of 0.4.13). Whitespace at the end of the context moves to the continuation, and
-    an empty context becomes `<|endoftext|>`. ValueError for a continuation without tokens.
+    an empty context becomes the start of a text. ValueError for a continuation without tokens.
     """
     stripped = context.rstrip()
     space = context[len(stripped) :]
-    context_ids = encode(stripped)
-    request = Request(context_ids or [END_OF_TEXT_ID], [])
+    context_ids, start = tokenizer.encode(stripped), [tokenizer.start_of_text]
+    request = Request(context_ids or start, [])
     for continuation in continuations:
-        ids = encode(stripped + space + continuation)
-        if not context_ids and ids[:1] != [END_OF_TEXT_ID]:
-            ids = [END_OF_TEXT_ID, *ids]
+        ids = tokenizer.encode(stripped + space + continuation)
+        if not context_ids and ids[:1] != start:
+            ids = start + ids
         if len(ids) <= len(request.context):
             raise ValueError(f"{continuation!r} adds no tokens to its context")
         request.continuations.append(ids[len(request.context) :])

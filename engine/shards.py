@@ -1,6 +1,5 @@
 """Token shards on disk: how they are written, listed in a manifest, checked and read."""
 
-import hashlib
 import io
 import os
 import re
@@ -10,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from engine.files import naming_file, read_json, sha256_file, write_json
-from engine.tokenizer import END_OF_TEXT_ID
+from engine.files import naming_file, read_json, sha256_file, sha256_text, write_json
+from engine.tokenizer import GPT2, Tokenizer
 
 # Header of llm.c's and modded-nanogpt's .bin shards (llm.c, dev/data/data_common.py).
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_INTS = 20240520, 1, 256
@@ -85,9 +84,8 @@ class ShardWriter:
         while cursor["tokens"] < len(tokens) and not self.is_full:
             is_leading = self.total < self.val_tokens
             shard = self._open_shard("val" if is_val or is_leading else "train")
-            room = min(self.shard_size - shard.tokens, self.max_tokens - self.total)
-            if is_leading:
-                room = min(room, self.val_tokens - self.total)
+            end = self.val_tokens if is_leading else self.max_tokens
+            room = min(self.shard_size - shard.tokens, end - self.total)
             part = tokens[cursor["tokens"] :][:room]
             shard.write(part)
             self.total += len(part)
@@ -141,6 +139,21 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def load_data_tokenizer(folder: Path | str) -> Tokenizer:
+    """The tokenizer that the manifest of a data folder records, or GPT-2's."""
+    recorded = read_manifest(Path(folder)).get("tokenizer", GPT2)
+    if recorded == GPT2:
+        return Tokenizer.gpt2()
+    known = recorded if isinstance(recorded, dict) else {}
+    tokenizer = Tokenizer.from_folder(Path(folder), known.get("name"), known.get("end_of_text"))
+    if not tokenizer or tokenizer.sha256 != known.get("sha256"):
+        raise ValueError(
+            f"{folder} has tokens of {known.get('name', recorded)}, but its tokenizer.json is not "
+            "there or has changed; restore it, or delete the folder and prepare the data again"
+        )
+    return tokenizer
+
+
 def count_tokens(manifest: dict, split: str) -> int:
     return sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == split)
 
@@ -181,40 +194,34 @@ def open_shard(path: Path) -> np.ndarray:
 class TokenShards:
     """All tokens of a split ("train" or "val") of a data folder, as one memory-mapped stream.
 
-    `verify` checks the sha256 of each shard, about 1 GB/s. `fingerprint` identifies the data.
+    With a tokenizer the sha256 of each shard is checked, about 1 GB/s, and that all ids are tokens.
+    `fingerprint` identifies the data.
     """
 
-    def __init__(self, folder: Path | str, split: str, verify: bool = False):
+    def __init__(self, folder: Path | str, split: str, tokenizer: Tokenizer | None = None):
         folder = Path(folder)
         manifest = read_manifest(folder)
-        if (tokenizer := manifest.get("tokenizer", "gpt2")) != "gpt2":
-            raise ValueError(
-                f"{folder} has tokens of {tokenizer!r}, expected 'gpt2'; prepare the data again"
-            )
         if not manifest.get("complete", True):
             raise ValueError(
                 f"the preparation of {folder} is incomplete; run the same fineweb.py command to "
                 "resume it"
             )
         hashes = {s["name"]: s["sha256"] for s in manifest["shards"] if s["split"] == split}
-        files = [folder / name for name in hashes]
-        if not manifest["shards"]:
-            files = find_shards(folder, split)
+        listed = [folder / name for name in hashes]
+        files = listed if manifest["shards"] else find_shards(folder, split)
         if not files:
             raise FileNotFoundError(
                 f"no {split} shards in {folder}, such as X_{split}_000000.npy or X_{split}.bin;"
                 f" `python fineweb.py --dataset fineweb-edu --out_dir {folder}` gets 10B tokens, "
                 "`python fineweb.py --dataset stdlib` needs no network (--data_dir data/stdlib)"
             )
-        hidden = None if verify else True  # None: if there is no terminal
+        hidden = None if tokenizer else True  # None: if there is no terminal
         bar = tqdm(files, f"checking {split}", leave=False, unit=" shards", disable=hidden)
-        self.shards = [load_shard(file, hashes.get(file.name), verify) for file in bar]
+        self.shards = [load_shard(file, hashes.get(file.name), tokenizer) for file in bar]
         self.starts = np.cumsum([0, *map(len, self.shards)])
-        identity = [
-            (len(shard), hashes.get(file.name))
-            for file, shard in zip(files, self.shards, strict=True)
-        ]
-        self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
+        sha256s = [hashes.get(file.name) for file in files]
+        identity = list(zip(map(len, self.shards), sha256s, strict=True))
+        self.fingerprint = sha256_text(repr(identity))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -222,10 +229,8 @@ class TokenShards:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64, across shard borders."""
         first, last = np.searchsorted(self.starts, (start, stop - 1), side="right") - 1
-        parts = []
-        for shard in range(first, last + 1):
-            offset = int(self.starts[shard])
-            parts.append(self.shards[shard][max(0, start - offset) : stop - offset])
+        found = [(self.shards[i], int(self.starts[i])) for i in range(first, last + 1)]
+        parts = [tokens[max(0, start - offset) : stop - offset] for tokens, offset in found]
         return np.concatenate(parts, dtype=np.int64)
 
 
@@ -237,19 +242,19 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     return sorted(f for f in folder.glob("*") if name.fullmatch(f.name))
 
 
-def load_shard(file: Path, sha256: str | None, verify: bool) -> np.ndarray:
-    """The tokens of a shard. `verify`: ValueError if they are not those with the sha256, or not
-    GPT-2's.
+def load_shard(file: Path, sha256: str | None, tokenizer: Tokenizer | None) -> np.ndarray:
+    """The tokens of a shard; with a tokenizer ValueError if they are not those with the sha256, or
+    not all its own.
     """
     tokens = open_shard(file)
-    if verify and sha256 and sha256_file(file) != sha256:
+    if tokenizer and sha256 and sha256_file(file) != sha256:
         raise ValueError(
             f"{file} has changed since it was written: its sha256 differs from manifest.json; "
             "delete it and prepare the data again"
         )
-    if verify and (largest := int(tokens.max(initial=0))) > END_OF_TEXT_ID:
+    if tokenizer and (largest := int(tokens.max(initial=0))) >= tokenizer.vocab_size:
         raise ValueError(
-            f"{file} holds token {largest}, expected at most {END_OF_TEXT_ID}; prepare the data "
-            "with GPT-2's tokenizer"
+            f"{file} holds token {largest}, expected at most {tokenizer.vocab_size - 1} of the "
+            f"tokenizer {tokenizer}; prepare the data again"
         )
     return tokens

@@ -44,10 +44,8 @@ class TrainingStep:
         if dist.world_size > 1 and not self.is_sharded:
             self.loss = DistributedDataParallel(self.summed_loss, gradient_as_bucket_view=True)
         self.optimizers = build_optimizers(model, config)
-        self.summed_linears = [
-            linear for linear in lora_linears(model).values() if linear.sums_weight
-        ]
-        self.host_copy: dict | None = None  # memory of the last snapshot
+        linears = lora_linears(model).values()
+        self.summed_linears = [linear for linear in linears if linear.sums_weight]
 
     def _compile_loss(self) -> SummedLoss:
         """The module that computes the loss. Wrapped in PyTorch's order: recomputation, then
@@ -57,9 +55,7 @@ class TrainingStep:
         apply_recompute(self.model, config.recompute)
         if self.is_sharded:
             if self.scaler.is_enabled():
-                raise ValueError(
-                    "precision fp16 does not work with parallel fsdp; use bf16 or fp32"
-                )
+                raise ValueError("precision fp16 does not work with fsdp; use bf16 or fp32")
             shard_model(self.model, dist, self.dtype, compile_blocks=config.compile)
             return SummedLoss(self.model, compile_head=config.compile)
         return SummedLoss(self.model, compile_trunk=config.compile, compile_head=config.compile)
@@ -134,7 +130,7 @@ class TrainingStep:
     def snapshot(self) -> tuple[dict, dict]:
         """Copies on the CPU of the trained parameters by name, and of the rest of the training
         state. Nothing in them is sharded, so any number of ranks can load them. All ranks call
-        this; rank 0 gets complete copies, which the next snapshot overwrites.
+        this; rank 0 gets complete copies.
         """
         from torch.distributed.checkpoint import state_dict as dcp  # slow to import
 
@@ -146,10 +142,7 @@ class TrainingStep:
         params = {name: t for name, t in params.items() if name in names}  # a tied head only once
         optimizer = dcp.get_optimizer_state_dict(self.model, self.optimizers, options=options)
         if self.dist.device.type == "cpu":  # there cpu_offload copies nothing
-            self.host_copy = host = copy_tree(
-                {"params": params, "optimizer": optimizer}, self.host_copy
-            )
-            params, optimizer = host["params"], host["optimizer"]
+            params, optimizer = copy.deepcopy((params, optimizer))
         cuda = torch.cuda.get_rng_state() if self.dist.device.type == "cuda" else None
         return params, {
             "optimizer": optimizer,
@@ -188,37 +181,28 @@ def forward_light(
 ) -> torch.Tensor:
     """`Block.forward`, which stores neither the outputs of the LayerNorms nor that of GELU."""
     attn, mlp = block.attn, block.mlp
-    x = x + attn.attend(recompute(block.ln_1, attn.c_attn, x, keep_products=True), cache, mask)
-    hidden = recompute(block.ln_2, mlp.c_fc, x, keep_products=True)
-    return x + recompute(mlp.gelu, mlp.c_proj, hidden, keep_products=True)
+    x = x + attn.attend(recompute(block.ln_1, attn.c_attn, x), cache, mask)
+    return x + recompute(mlp.gelu, mlp.c_proj, recompute(block.ln_2, mlp.c_fc, x))
 
 
-def forward_block(
-    block: Block, x: torch.Tensor, cache: KVCache | None = None, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def forward_block(block: Block, x: torch.Tensor, *cache_and_mask: Any) -> torch.Tensor:
     """`Block.forward`, which stores only the inputs of attention and MLP."""
-    x = x + recompute(block.ln_1, block.attn, x, cache, mask)
+    x = x + recompute(block.ln_1, block.attn, x, *cache_and_mask)
     return x + recompute(block.ln_2, block.mlp, x)
 
 
-def recompute(
-    first: nn.Module,
-    second: nn.Module,
-    x: torch.Tensor,
-    *args: object,
-    keep_products: bool = False,
-) -> torch.Tensor:
+def recompute(first: nn.Module, second: nn.Module, x: torch.Tensor, *args: Any) -> torch.Tensor:
     """second(first(x), *args), which backward recomputes from x. The checkpoint's early stop skips
     the last matrix product of `second`, whose output backward does not need. Compiled checkpoints
-    have no early stop; there `keep_products` stores what matrix products return.
+    have no early stop; there the product of a single linear layer is stored.
     """
 
-    def run_both(x: torch.Tensor, *args: object) -> torch.Tensor:
+    def run_both(x: torch.Tensor, *args: Any) -> torch.Tensor:
         return second(first(x), *args)
 
     if not torch.is_grad_enabled():
         return run_both(x, *args)
-    if keep_products and torch.compiler.is_compiling():
+    if isinstance(second, nn.Linear) and torch.compiler.is_compiling():
         contexts = keep_products_contexts
         return checkpoint(run_both, x, *args, use_reentrant=False, context_fn=contexts)
     return checkpoint(run_both, x, *args, use_reentrant=False)
@@ -228,17 +212,6 @@ def keep_products_contexts() -> tuple[AbstractContextManager, AbstractContextMan
     """For `checkpoint`: recompute everything but matrix products."""
     aten = torch.ops.aten
     return create_selective_checkpoint_contexts([aten.mm.default, aten.addmm.default])
-
-
-def copy_tree(source: Any, previous: Any = None) -> Any:
-    """A copy of nested dicts with tensors, in the memory of a previous one if there is one, because
-    allocating would take several times as long as copying.
-    """
-    if isinstance(source, dict):
-        return {key: copy_tree(value, (previous or {}).get(key)) for key, value in source.items()}
-    if isinstance(source, torch.Tensor):
-        return source.detach().clone() if previous is None else previous.copy_(source.detach())
-    return copy.deepcopy(source)
 
 
 class Prefetcher:
@@ -251,21 +224,17 @@ class Prefetcher:
         # On every rank, a new thread would pin memory for the first GPU.
         set_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1, "prefetch", set_device)
-        self.ahead: tuple[tuple[int, int], Future[Batch]] | None = None
+        self.ahead: dict[tuple[int, int], Future[Batch]] = {}  # by step and micro-step
 
     def __call__(self, step: int, micro_step: int) -> Batch:
         """The batch of a micro-step. Raises what preparing it raised."""
-        if self.ahead is None or self.ahead[0] != (step, micro_step):
-            self.ahead = self._start(step, micro_step)
-        batch = self.ahead[1].result()
         is_last = micro_step == self.data.grad_accum_steps
-        self.ahead = self._start(step + 1, 1) if is_last else self._start(step, micro_step + 1)
+        for key in ((step, micro_step), (step + 1, 1) if is_last else (step, micro_step + 1)):
+            if key not in self.ahead:
+                self.ahead[key] = self.thread.submit(self._prepare, *key)
         # On the stream of the computation: copying 1 MB takes 40 us, not worth a stream of its own.
-        return batch.to(self.device)
+        return self.ahead.pop((step, micro_step)).result().to(self.device)
 
-    def _start(self, step: int, micro_step: int) -> tuple[tuple[int, int], Future[Batch]]:
-        def prepare() -> Batch:
-            batch = self.data.micro_batch(step, micro_step)
-            return batch.pin_memory() if self.device.type == "cuda" else batch
-
-        return (step, micro_step), self.thread.submit(prepare)
+    def _prepare(self, step: int, micro_step: int) -> Batch:
+        batch = self.data.micro_batch(step, micro_step)
+        return batch.pin_memory() if self.device.type == "cuda" else batch

@@ -3,6 +3,7 @@
 To add a task: write a subclass of `Task` and list it in `TASKS`.
 """
 
+import json
 import math
 import re
 from collections import Counter
@@ -17,26 +18,16 @@ import numpy as np
 from engine.distributed import Distributed
 from engine.documents import MAX_PIECE_CHARS, TextFormat, find_files, read_pieces
 from engine.rows import convert_rows, get_text, open_rows
-from engine.scoring import Request, Score, encode, encode_request, score
-from engine.tokenizer import END_OF_TEXT_ID
+from engine.scoring import Request, Score, encode_request, score
+from engine.tokenizer import Tokenizer
 from model import GPT
 
 HellaSwagText = Literal["lm-eval", "raw"]
-# The metrics of HellaSwag's two kinds of text, without and with length normalization.
-HELLASWAG_METRICS = {
-    "lm-eval": {
-        "acc": "lm-eval's acc: cleaned text, sum over tokens",
-        "acc_norm": "lm-eval's acc_norm: divided by characters",
-    },
-    "raw": {
-        "acc_raw": "build-nanogpt's acc: raw text, sum over tokens",
-        "acc_token_norm": "build-nanogpt's acc_norm: mean over tokens",
-    },
-}
 UNJOINED = (
     "have no ctx_a or ctx_b; their ctx is cleaned but not capitalized, so results differ slightly "
     "from lm-eval's"
 )
+SPECIAL = "have special tokens in their text, which are single ids, as in lm-eval"
 Z_95 = 1.959964  # normal quantile of a 95% interval
 MAX_EXPONENT = 709  # e to a higher power overflows a float
 
@@ -46,7 +37,7 @@ class Example(NamedTuple):
 
     request: Request
     record: dict
-    remark: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ class Task:
     name: ClassVar[str]
     hub: ClassVar[tuple[str, str | None, str]] = ("", None, "")  # repository, configuration, split
 
-    def make_example(self, row: dict) -> Example:
+    def make_example(self, row: dict, tokenizer: Tokenizer) -> Example:
         """The example of a row; ValueError or KeyError if the row is not valid."""
         raise NotImplementedError
 
@@ -85,27 +76,30 @@ class Task:
         """The files of the rows, if they are not from the hub."""
         return [Path(self.source)] if Path(self.source).exists() else []
 
-    def load(self, block_size: int) -> list[Example]:
+    def load(self, tokenizer: Tokenizer, block_size: int) -> list[Example]:
         """The examples. ValueError names the first bad row; `skip_bad_rows` prints and skips them
         instead.
         """
-        found = self.read_examples(block_size)
-        examples = [Example(e.request, {"row": n, **e.record}, e.remark) for n, e in found]
+        found = self.read_examples(tokenizer, block_size)
+        examples = [e._replace(record={"row": n, **e.record}) for n, e in found]
         if not examples:
             raise ValueError(f"{self.source} contains nothing to evaluate on")
-        for remark, n in Counter(e.remark for e in examples if e.remark).items():
+        for remark, n in Counter(remark for e in examples for remark in e.remarks).items():
             print(f"{n} of {len(examples)} rows {remark}")
         return examples
 
-    def read_examples(self, block_size: int) -> Iterator[tuple[int, Example]]:
+    def read_examples(self, tokenizer: Tokenizer, block_size: int) -> Iterator[tuple[int, Example]]:
         """The examples, with the numbers of their rows."""
 
         def convert(row: dict) -> Example:
-            example = self.make_example(row)
+            example = self.make_example(row, tokenizer)
             longest = max(map(len, example.request.continuations))
             if longest > block_size:
                 raise ValueError(f"{longest} tokens to predict exceed block_size {block_size}")
-            return example
+            text = json.dumps(row, ensure_ascii=False)
+            text.encode()  # UnicodeEncodeError, a ValueError, for lone surrogates
+            found = tokenizer.special_pattern.search(text)
+            return example._replace(remarks=example.remarks + (SPECIAL,) * bool(found))
 
         rows = open_rows(self.source, *self.hub[1:])
         return convert_rows(self.source, islice(rows, self.limit), convert, self.skip_bad_rows)
@@ -132,7 +126,7 @@ class HellaSwag(Task):
     name = "hellaswag"
     hub = ("Rowan/hellaswag", None, "validation")
 
-    def make_example(self, row: dict) -> Example:
+    def make_example(self, row: dict, tokenizer: Tokenizer) -> Example:
         """From an original row, or from one with only ctx, endings and label."""
         endings, label = row["endings"], row["label"]
         is_list = isinstance(endings, list) and all(isinstance(ending, str) for ending in endings)
@@ -141,8 +135,8 @@ class HellaSwag(Task):
         if str(label) not in map(str, range(len(endings))):  # a number, or a string of one
             raise ValueError(f"label is {label!r}, expected 0 to {len(endings) - 1}")
         if self.text == "raw":
-            context = encode(get_text(row, "ctx")) or [END_OF_TEXT_ID]
-            request = Request(context, [encode(" " + ending) for ending in endings])
+            context = tokenizer.encode(get_text(row, "ctx")) or [tokenizer.start_of_text]
+            request = Request(context, [tokenizer.encode(" " + ending) for ending in endings])
             record = {"label": int(label), "lengths": list(map(len, request.continuations))}
             return Example(request, record)
         if has_parts := "ctx_a" in row:
@@ -152,9 +146,9 @@ class HellaSwag(Task):
         if "activity_label" in row:
             query = f"{get_text(row, 'activity_label')}: {query}"
         endings = [clean(ending) for ending in endings]
-        request = encode_request(clean(query), [" " + ending for ending in endings])
+        request = encode_request(tokenizer, clean(query), [" " + ending for ending in endings])
         record = {"label": int(label), "lengths": list(map(len, endings))}
-        return Example(request, record, "" if has_parts else UNJOINED)
+        return Example(request, record, () if has_parts else (UNJOINED,))
 
     def make_record(self, example: Example, scores: list[Score]) -> dict:
         record = super().make_record(example, scores)
@@ -162,10 +156,16 @@ class HellaSwag(Task):
         return record
 
     def compute_metrics(self, records: list[dict]) -> dict[str, dict]:
-        (acc, meaning), (acc_norm, meaning_norm) = HELLASWAG_METRICS[self.text].items()
+        hits = [r["pred"] == r["label"] for r in records]
+        hits_norm = [r["pred_norm"] == r["label"] for r in records]
+        if self.text == "raw":
+            return {
+                "acc_raw": accuracy("build-nanogpt's acc: raw text, sum over tokens", hits),
+                "acc_token_norm": accuracy("build-nanogpt's acc_norm: mean over tokens", hits_norm),
+            }
         return {
-            acc: accuracy(meaning, [r["pred"] == r["label"] for r in records]),
-            acc_norm: accuracy(meaning_norm, [r["pred_norm"] == r["label"] for r in records]),
+            "acc": accuracy("lm-eval's acc: cleaned text, sum over tokens", hits),
+            "acc_norm": accuracy("lm-eval's acc_norm: divided by characters", hits_norm),
         }
 
 
@@ -190,9 +190,9 @@ class Lambada(Task):
     name = "lambada"
     hub = ("EleutherAI/lambada_openai", "default", "test")
 
-    def make_example(self, row: dict) -> Example:
+    def make_example(self, row: dict, tokenizer: Tokenizer) -> Example:
         context, _, word = get_text(row, "text").rpartition(" ")
-        return Example(encode_request(context, [" " + word]), {})
+        return Example(encode_request(tokenizer, context, [" " + word]), {})
 
     def make_record(self, example: Example, scores: list[Score]) -> dict:
         return super().make_record(example, scores) | {"greedy": scores[0].greedy}
@@ -202,12 +202,10 @@ class Lambada(Task):
         n, mean = len(nats), math.fsum(nats) / len(nats)
         variance = math.fsum((x - mean) ** 2 for x in nats) / max(1, n - 1)
         half = Z_95 * math.sqrt(variance / n)
+        perplexities = [perplexity(nats) for nats in (mean, mean - half, mean + half)]
         return {
             "acc": accuracy("lm-eval's acc: last word most likely", [r["greedy"] for r in records]),
-            "perplexity": metric(
-                "lm-eval's perplexity of the last word",
-                *(perplexity(nats) for nats in (mean, mean - half, mean + half)),
-            ),
+            "perplexity": metric("lm-eval's perplexity of the last word", *perplexities),
         }
 
 
@@ -224,7 +222,7 @@ class TextPerplexity(Task):
     def find_files(self) -> list[Path]:
         return find_files([self.source])
 
-    def read_examples(self, block_size: int) -> Iterator[tuple[int, Example]]:
+    def read_examples(self, tokenizer: Tokenizer, block_size: int) -> Iterator[tuple[int, Example]]:
         """The record of a document's first window has its words and bytes, as lm-eval counts."""
         stride = self.stride or block_size
         if stride > block_size:
@@ -232,11 +230,13 @@ class TextPerplexity(Task):
         n_examples = 0
         for document, text in enumerate(self.read_documents()[: self.limit], start=1):
             sizes = {"words": len(re.split(r"\s+", text)), "bytes": len(text.encode())}
-            for request in split_into_windows(encode(text), block_size, stride):
+            remarks = (SPECIAL,) * bool(tokenizer.special_pattern.search(text))
+            ids = [tokenizer.start_of_text, *tokenizer.encode(text)]
+            for request in split_into_windows(ids, block_size, stride):
                 n_examples += 1
                 record = {"document": document, "tokens": len(request.continuations[0])}
-                yield n_examples, Example(request, record | sizes)
-                sizes = {}
+                yield n_examples, Example(request, record | sizes, remarks)
+                sizes, remarks = {}, ()
 
     def read_documents(self) -> list[str]:
         documents: list[str] = []
@@ -253,9 +253,8 @@ class TextPerplexity(Task):
 
     def compute_metrics(self, records: list[dict]) -> dict[str, dict]:
         total = math.fsum(-record["log_probs"][0] for record in records)
-        tokens, words, n_bytes = (
-            sum(record.get(unit, 0) for record in records) for unit in ("tokens", "words", "bytes")
-        )
+        units = ("tokens", "words", "bytes")
+        tokens, words, n_bytes = (sum(r.get(unit, 0) for r in records) for unit in units)
         bits = total / max(1, n_bytes) / math.log(2)
         return {
             "token_perplexity": metric(f"{tokens:,} tokens", perplexity(total, tokens)),
@@ -264,11 +263,10 @@ class TextPerplexity(Task):
         }
 
 
-def split_into_windows(ids: list[int], block_size: int, stride: int) -> Iterator[Request]:
-    """Requests that predict each token of a document once, after `<|endoftext|>`: the first
-    `block_size`, then `stride` at a time after as much context as fits (lm-eval's rolling windows).
+def split_into_windows(tokens: list[int], block_size: int, stride: int) -> Iterator[Request]:
+    """Requests that predict each token but the first once: the first `block_size` of them, then
+    `stride` at a time after as much context as fits (lm-eval's rolling windows).
     """
-    tokens = [END_OF_TEXT_ID, *ids]
     start = 1
     while start < len(tokens):
         end = min(start + (block_size if start == 1 else stride), len(tokens))

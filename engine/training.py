@@ -25,6 +25,7 @@ from engine.resume import extend_run
 from engine.step import TrainingStep
 from engine.tasks import Example, find_task
 from engine.throughput import describe_device, flops_per_token
+from engine.tokenizer import Tokenizer
 from model import GPT
 
 FEW_STEPS = 10  # in an epoch
@@ -34,6 +35,7 @@ MAX_SKIPPED_STEPS = 5  # consecutive steps whose gradient is not finite; so many
 
 def train(
     model: GPT,
+    tokenizer: Tokenizer,
     data: TrainingData,
     val: ValidationBatches,
     prompts: list[Prompt],
@@ -43,15 +45,13 @@ def train(
 ) -> None:
     """Train `model` to max_steps, from scratch or from `resumed`, whose weights it already has."""
     if resumed and resumed.progress["data"] != data.fingerprint:
-        raise ValueError(
-            f"{config.out_dir} was trained on different data; it resumes exactly only with the same"
-        )
+        raise ValueError(f"{config.out_dir} was trained on different data; resume with the same")
     start = resumed.progress["step"] if resumed else 0
     hellaswag: list[Example] = []
     if config.hellaswag_every:
         with dist.main_process_first():
             task = find_task("hellaswag", data=config.hellaswag_data)
-            hellaswag = task.load(model.config.block_size)
+            hellaswag = task.load(tokenizer, model.config.block_size)
     if dist.is_main:
         announce_run(model, data, config, dist)
         warn_of_settings(model, data, config, dist)
@@ -64,7 +64,9 @@ def train(
             extend_run(Path(config.out_dir), config)
             write_atomically(Path(config.out_dir) / "config.yaml", to_yaml(config).encode())
         loss, one_shape = training_step.summed_loss, data.has_one_shape
-        evaluation = Evaluation(model, loss, val, prompts, hellaswag, config, dist, one_shape)
+        evaluation = Evaluation(
+            model, tokenizer, loss, val, prompts, hellaswag, config, dist, one_shape
+        )
         logger = RunLogger(config, dist, start)
         if start:
             is_finished = start == config.max_steps
@@ -102,7 +104,7 @@ def train_steps(
         profiler.step()
         save.check()
         if is_save_due or meter.stop_requested:  # then the last record is this step's
-            start_save(training_step, record, save)
+            start_save(training_step, evaluation.tokenizer, record, save)
         if is_last or meter.stop_requested:
             save.wait()
             dist.barrier()  # if a rank left early, torchrun would stop the one that saves
@@ -143,21 +145,21 @@ def warn_of_settings(
 
 def check_skipped(meter: Meter, step: int, logger: RunLogger) -> None:
     """Report a skipped step. ValueError after MAX_SKIPPED_STEPS consecutive ones."""
-    if not meter.skipped_in_a_row:
-        return
-    logger.print(
-        f"step {step} skipped: its gradient is not finite ({meter.skipped_in_a_row} in a row)"
-    )
-    if meter.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+    n = meter.skipped_in_a_row
+    if n:
+        logger.print(f"step {step} skipped: its gradient is not finite ({n} in a row)")
+    if n >= MAX_SKIPPED_STEPS:
         raise ValueError(
-            f"the gradient was not finite in {meter.skipped_in_a_row} consecutive steps; use a "
-            "lower max_lr or precision fp32, and another out_dir"
+            f"the gradient was not finite in {n} consecutive steps; use a lower max_lr or "
+            "precision fp32, and another out_dir"
         )
 
 
-def start_save(training_step: TrainingStep, record: dict, save: BackgroundSave) -> None:
+def start_save(
+    training_step: TrainingStep, tokenizer: Tokenizer, record: dict, save: BackgroundSave
+) -> None:
     """Save the checkpoint, plot and report of the step of `record` in the background."""
-    save.wait()  # a running save reads the snapshot that the next one overwrites
+    save.wait()  # so that there is one snapshot at a time, which takes gigabytes
     params, tensors = training_step.snapshot()
     dist, config = training_step.dist, training_step.config
     if not dist.is_main:
@@ -174,7 +176,8 @@ def start_save(training_step: TrainingStep, record: dict, save: BackgroundSave) 
     def write() -> None:
         model, state = training_step.model, RunState(progress, tensors)
         # From the end of the plateau the run can be extended.
-        save_checkpoint(run, model, params, state, config.keep, kept_step=plateau_end(config))
+        keep, kept_step = config.keep, plateau_end(config)
+        save_checkpoint(run, model, tokenizer, params, state, keep=keep, kept_step=kept_step)
         plot_runs([run], run / "loss.png")
         write_report(run, dist)
 
@@ -203,9 +206,7 @@ def profile_steps(config: TrainConfig, dist: Distributed) -> AbstractContextMana
         file = Path(config.out_dir) / "profile.json.gz"
         profiler.export_chrome_trace(str(file))
         kind = "cuda" if dist.device.type == "cuda" else "cpu"
-        slowest = profiler.key_averages().table(
-            f"self_{kind}_time_total", row_limit=10, max_name_column_width=40
-        )
+        slowest = profiler.key_averages().table(f"self_{kind}_time_total", row_limit=10)
         print(f"{slowest}\nopen {file} in chrome://tracing", flush=True)
 
     if not config.profile or not dist.is_main:

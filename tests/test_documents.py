@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import NASTY_TEXT, read_files
+from conftest import NASTY_TEXT, TIKTOKEN, read_files
 
 from engine.documents import (
     Piece,
@@ -21,7 +21,6 @@ from engine.documents import (
     open_source,
     stdlib_documents,
 )
-from engine.tokenizer import get_tokenizer
 
 NASTY_DOCUMENTS = (NASTY_TEXT * 3, "a " * 30 + "\n\n\n  b\n\n", Path(__file__).read_text())
 
@@ -52,7 +51,7 @@ def test_pieces_of_a_document_have_its_tokens(size):
     """The tokens of a document's pieces add up to the document's, with blank runs, numbers,
     accents, emoji and code, if each word fits a piece. Only the first piece starts a document.
     """
-    encode = get_tokenizer().encode_ordinary
+    encode = TIKTOKEN.encode_ordinary
     for document in NASTY_DOCUMENTS:
         longest = max(map(len, document.replace("\n", " ").split(" ")))
         pieces = cut(document, max(size, longest + 1))

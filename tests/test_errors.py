@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import GPT2_TOKENIZER
 from processes import run_here
 
 from engine.adapter import save_adapter
@@ -16,8 +17,8 @@ from engine.errors import with_reported_errors
 from engine.files import JSONLinesLog
 from engine.lora import convert_linear_layer_to_lora
 from engine.plots import plot_runs
+from engine.pretrained import save_pretrained
 from engine.shards import write_shard
-from engine.tokenizer import save_tokenizer
 from hellaswag import open_rows_log
 from model import GPT, GPTConfig
 
@@ -39,7 +40,7 @@ WRONG = {
     "train_gpt2 --config syntax.yaml": "syntax.yaml cannot be read as YAML: ",
     "train_gpt2 --data_dir nothing": "no train shards in nothing",
     "train_gpt2 --data_dir half": "half/manifest.json is damaged",
-    "train_gpt2 --data_dir llama": "llama has tokens of 'llama', expected 'gpt2'; prepare the",
+    "train_gpt2 --data_dir llama": "llama has tokens of llama, but its tokenizer.json is not",
     "train_gpt2 --batch_size 1000000000000": "not a multiple of batch_size 1000000000000",
     "train_gpt2 --n_embd 7": "n_embd 7 is not a multiple of n_head 2",
     "train_gpt2 --init_from nowhere": "hub did not provide nowhere",
@@ -101,8 +102,7 @@ def workplace(tmp_path_factory) -> Path:
     model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32))
     for name, weight in (("tiny", 0.0), ("broken", torch.nan)):
         model.transformer.wpe.weight.data.fill_(weight)
-        model.save_pretrained(folder / name)
-        save_tokenizer(folder / name, 32)
+        save_pretrained(model, folder / name, GPT2_TOKENIZER)
     save_adapter(convert_linear_layer_to_lora(model), folder / "own_base", "own_base")
     return folder
 
@@ -160,7 +160,7 @@ def test_user_errors_are_one_line_and_bugs_are_not(capsys):
     [
         ("x.npy", lambda: write_shard(Path("x.npy"), np.arange(200))),
         ("model", lambda: GPT(GPTConfig(64, 1000, 1, 1, 8)).save_pretrained("model")),
-        ("run", lambda: save_tokenizer("run")),
+        ("run", lambda: GPT2_TOKENIZER.save("run")),
         ("run/log", lambda: JSONLinesLog(Path("run/log"), "step").append({"x": "x" * 300})),
         ("loss.png", lambda: plot_runs([Path("run")], Path("loss.png"))),
     ],

@@ -10,7 +10,15 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import CPU, as_flags, expect_error, read_curve, read_values, run_script
+from conftest import (
+    CPU,
+    GPT2_TOKENIZER,
+    as_flags,
+    expect_error,
+    read_curve,
+    read_values,
+    run_script,
+)
 from processes import ROOT, Job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,6 +36,7 @@ from engine.checkpoint import (
 )
 from engine.lora import lora_linears
 from engine.metrics import read_metrics
+from engine.pretrained import save_pretrained
 from engine.tensors import read_tensors
 from finetune_lora import FinetuneConfig, resolve_config
 from model import GPT, GPTConfig
@@ -40,9 +49,9 @@ SHAPE = GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=8)
 
 @pytest.fixture
 def folder(tmp_path, no_plots, write_rows, monkeypatch) -> Path:
-    """The current directory, with a small GPT-2 called base and 40 rows."""
+    """The current directory, with a small GPT-2 and its tokenizer in base, and 40 rows."""
     torch.manual_seed(0)
-    GPT(SHAPE).save_pretrained(tmp_path / "base")
+    save_pretrained(GPT(SHAPE), tmp_path / "base", GPT2_TOKENIZER)
     words = ROOT.joinpath("README.md").read_text().split()
     prompts = [" ".join(words[i : i + i % 9 + 2]) for i in range(36)] + [""] * 4
     write_rows([{"prompt": prompt, "completion": " yes"} for prompt in prompts])
@@ -209,7 +218,8 @@ def test_the_base_of_an_adapter_is_kept(folder):
     run = finetune("runs/a", model_name_or_path="base_run", max_steps=1)
     base = load_model("base")
     for step in (1, 2, 3, 4):
-        save_checkpoint(Path("base_run"), base, {}, RunState({"step": step}, {}), keep=1)
+        state = RunState({"step": step}, {})
+        save_checkpoint(Path("base_run"), base, GPT2_TOKENIZER, {}, state, keep=1)
     assert [p.name for p in list_checkpoints("base_run")] == ["step_000001", "step_000004"]
     finetune("runs/a", model_name_or_path=str(first), max_steps=1)  # already finished
     assert (first / "adapter_base").exists()
@@ -321,7 +331,7 @@ WRONG_SETTINGS = [
     ({"lora_form": "summed", "use_lora": False}, "lora_form is summed, which needs --use_lora"),
     ({"base_precision": "bf16", "use_lora": False}, "bf16, which needs --use_lora"),
     ({"lora_module_name": "q_proj"}, "no linear layer has 'q_proj' in its name"),
-    ({"model_name_or_path": "other_vocab"}, "has 1000 tokens, GPT-2's tokenizer has 50257"),
+    ({"model_name_or_path": "other_vocab"}, "1,000 tokens and no tokenizer files; .*--tokenizer"),
     ({"lora_load_path": "nowhere"}, "nowhere does not exist"),
     ({"merge_out": "base"}, "merge_out base already exists"),
     ({"val_fraction": 1.0}, "val_fraction is 1.0, expected above 0 and below 1"),

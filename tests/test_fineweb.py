@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import NASTY_TEXT, expected_tokens, read_files
+from conftest import GPT2_TOKENIZER, NASTY_TEXT, TIKTOKEN, expected_tokens, read_files
 from processes import Job
 
 import fineweb
 from engine import tokenizer
 from engine.files import lock_folder
 from engine.shards import TokenShards, open_shard, read_manifest, write_manifest
-from engine.tokenizer import get_tokenizer
 from fineweb import PrepareConfig, main
 
 TEXTS = (NASTY_TEXT, "One.\n", "  two  ", "Three and\n\n\nthree. " * 40, NASTY_TEXT[::-1])
@@ -57,7 +56,7 @@ def prepare_documents(folder: Path, *documents: str) -> list[list[str]]:
     folder.mkdir()
     (folder / "a.txt").write_text("<|endoftext|>".join(documents))
     prepare(folder / "out", folder / "a.txt", val_tokens=None, shard_size=10**6)
-    decode = get_tokenizer().decode
+    decode = TIKTOKEN.decode
     return [decode(tokens).split("<|endoftext|>")[1:] for tokens in split_tokens(folder / "out")]
 
 
@@ -68,9 +67,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module", autouse=True)
 def one_gigatoken():
     """Build gigatoken once for the module, because that takes longer than the tests."""
-    gigatoken = tokenizer.load_gigatoken()
+    gigatoken = tokenizer.load_gigatoken(GPT2_TOKENIZER)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "load_gigatoken", lambda: gigatoken)
+        patch.setattr(tokenizer, "load_gigatoken", lambda _: gigatoken)
         yield
 
 
@@ -232,7 +231,7 @@ def test_files_in_other_encodings(tmp_path, capsys):
     ):
         assert flag in str(e.value)
         manifest = prepare(tmp_path / flag, tmp_path / "text", **{flag: value})
-        decoded = get_tokenizer().decode(all_tokens(tmp_path / flag))
+        decoded = TIKTOKEN.decode(all_tokens(tmp_path / flag))
         assert sorted(decoded.replace("<|endoftext|>", "")) == sorted(text)
         options = manifest["options"]
         assert {k: options[k] for k in ("encoding", "decode_errors") if k in options} == noted
@@ -408,7 +407,7 @@ def test_real_text_has_the_tokens_of_tiktoken(shared_data):
     """Real web text and a play of a million characters become exactly tiktoken's tokens."""
     web, play = shared_data / "fineweb_edu_sample_docs.jsonl", shared_data / "tinyshakespeare.txt"
     pieces, _ = read_files(web, play)
-    tokens = [tokens for batch in fineweb.tokenize(pieces) for _, tokens in batch]
+    tokens = [tokens for batch in fineweb.tokenize(pieces, GPT2_TOKENIZER) for _, tokens in batch]
     documents = [json.loads(line)["text"] for line in web.read_text().splitlines()]
     documents.append(play.read_bytes().decode())
     assert np.concatenate(tokens).tolist() == expected_tokens(documents)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, HELLASWAG_ROWS, as_flags, run_script, tiny_run
+from conftest import CPU, GPT2_TOKENIZER, HELLASWAG_ROWS, TIKTOKEN, as_flags, run_script, tiny_run
 from transformers import GPT2LMHeadModel
 
 from engine import scoring
@@ -19,8 +19,9 @@ from engine.adapter import save_adapter
 from engine.checkpoint import load_model
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora, merge_lora
 from engine.metrics import read_metrics
-from engine.scoring import encode, encode_request, score
+from engine.scoring import encode_request, score
 from engine.tasks import TASKS, Example, Task, find_task
+from engine.tokenizer import Tokenizer
 from hellaswag import EvalConfig, main
 from model import GPT
 
@@ -72,7 +73,7 @@ def test_perplexity_equals_transformers(gpt2_folder, tmp_path, monkeypatch, stri
     found = read_results(tmp_path / "out")
     assert found["config"]["precision"] == "fp32"
     theirs = GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()
-    ids = [50256, *encode(TEXT)]
+    ids = [50256, *TIKTOKEN.encode(TEXT)]
     step = stride or BLOCK_SIZE
     nats, start = 0.0, 1
     while start < len(ids):
@@ -100,7 +101,7 @@ def test_perplexity_of_documents(gpt2_folder, write_rows, capsys):
     with pytest.raises(ValueError, match="bad rows"):
         evaluate(gpt2_folder, **options)
     evaluate(gpt2_folder, **options, skip_bad_rows=True)
-    lengths = [len(encode(document["text"])) for document in documents]
+    lengths = [len(TIKTOKEN.encode(document["text"])) for document in documents]
     assert f"{sum(lengths)} tokens" in capsys.readouterr().out
     evaluate(gpt2_folder, **options, skip_bad_rows=True, limit=1)
     assert f"{lengths[0]} tokens" in capsys.readouterr().out
@@ -118,7 +119,7 @@ def test_adapter_is_evaluated(gpt2_folder, tmp_path):
     """With --lora_load_path the adapter is used, without its dropout."""
     adapted = save_random_adapter(gpt2_folder, tmp_path / "adapter")
     evaluate(gpt2_folder, tmp_path / "out", lora_load_path=str(tmp_path / "adapter"))
-    examples = find_task("hellaswag", data=ROWS).load(BLOCK_SIZE)
+    examples = find_task("hellaswag", data=ROWS).load(GPT2_TOKENIZER, BLOCK_SIZE)
     requests = [example.request for example in examples]
     expected, plain = (
         dict(pair for batch in score(m, requests, CPU) for pair in batch)
@@ -247,8 +248,9 @@ class Continue(Task):
 
     name = "continue"
 
-    def make_example(self, row: dict) -> Example:
-        return Example(encode_request(row["start"], [row["word"]]), {"word": row["word"]})
+    def make_example(self, row: dict, tokenizer: Tokenizer) -> Example:
+        request = encode_request(tokenizer, row["start"], [row["word"]])
+        return Example(request, {"word": row["word"]})
 
     def compute_metrics(self, records: list[dict]) -> dict[str, dict]:
         nats = -sum(record["log_probs"][0] for record in records)
@@ -262,9 +264,9 @@ def test_a_task_in_the_table_is_evaluated(gpt2_folder, tmp_path, write_rows, mon
     config = evaluate(gpt2_folder, tmp_path / "out", task="continue", data=data)
     rows = read_rows(tmp_path / "out")
     theirs = GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()
-    logits = theirs(torch.tensor([encode("The cat")])).logits
+    logits = theirs(torch.tensor([TIKTOKEN.encode("The cat")])).logits
     for row in rows:
-        (token,) = encode(row["word"])
+        (token,) = TIKTOKEN.encode(row["word"])
         expected = logits[0, -1].log_softmax(-1)[token].item()
         assert row["log_probs"] == pytest.approx([expected], abs=1e-4)
     found = read_results(tmp_path / "out")["nats"]
@@ -291,7 +293,8 @@ def test_training_evaluates_hellaswag_on_all_ranks(workplace):
     assert [*logs[0]] == [*logs[1]] == [2, 4]
     model = load_model(workplace / "hellaswag" / "1")
     task = find_task("hellaswag", data=ROWS)
-    rows = [row for batch in task.score_examples(model, task.load(32), CPU) for row in batch]
+    examples = task.load(GPT2_TOKENIZER, 32)
+    rows = [row for batch in task.score_examples(model, examples, CPU) for row in batch]
     assert len(rows) == 20
     for log in logs:
         for key, prediction in (("hellaswag_acc", "pred"), ("hellaswag_acc_norm", "pred_norm")):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GPT2_TOKENIZER, TIKTOKEN
 
 from engine.data import IGNORE_INDEX
 from engine.instructions import (
@@ -19,13 +20,13 @@ from engine.instructions import (
     save_prompt_template,
     split_examples,
 )
-from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 
 ROWS = [
     {"instruction": "Say hello.", "input": "", "output": "Hello!"},
     {"instruction": "Translate.", "input": "Bonjour", "output": "Hello — 你好"},
     {"prompt": "2 + 2 =", "completion": " 4"},
     {"prompt": "", "completion": "Once upon a time"},
+    {"prompt": "A<|endoftext|>", "completion": " b<|endoftext|>"},
 ]
 
 
@@ -33,14 +34,14 @@ ROWS = [
 def examples(write_rows):
     """50 examples of different lengths."""
     rows = [{"prompt": "word " * (i % 7 + 1), "completion": "x " * i} for i in range(1, 51)]
-    return read_examples(write_rows(rows), 1024)
+    return read_examples(write_rows(rows), GPT2_TOKENIZER, 1024)
 
 
 def test_templates_give_the_prompts_of_training(write_rows, tmp_path):
     """A run keeps the template of most of its rows. It is found from the run, its checkpoints and
     their files, and gives the prompts that were trained.
     """
-    examples = read_examples(write_rows(ROWS), 1024)
+    examples = read_examples(write_rows(ROWS), GPT2_TOKENIZER, 1024)
     assert examples[0].template.fill("Say hello.") == examples[0].prompt
     assert examples[1].template.fill("Translate.", "Bonjour") == examples[1].prompt
     assert examples[2].template.fill("2 + 2 =") == examples[2].prompt
@@ -63,11 +64,10 @@ def test_templates_give_the_prompts_of_training(write_rows, tmp_path):
 
 def test_rows_become_prompts_and_completions(write_rows):
     """Alpaca rows get Alpaca's prompt, with and without input; prompt-completion rows are used
-    unchanged. An example ends with <|endoftext|>, which also stands for an empty prompt.
+    unchanged. An example ends with one <|endoftext|>, which also stands for an empty prompt.
     """
-    tokenizer = get_tokenizer()
-    examples = read_examples(write_rows(ROWS), 1024)
-    texts = [tokenizer.decode(e.tokens.tolist()) for e in examples]
+    examples = read_examples(write_rows(ROWS), GPT2_TOKENIZER, 1024)
+    texts = [TIKTOKEN.decode(e.tokens.tolist()) for e in examples]
     task = "Below is an instruction that describes a task"
     end = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
     long = f"{task}, paired with an input that provides further context. {end}"
@@ -76,17 +76,19 @@ def test_rows_become_prompts_and_completions(write_rows):
         f"{long}Translate.\n\n### Input:\nBonjour\n\n### Response:\nHello — 你好<|endoftext|>",
         "2 + 2 = 4<|endoftext|>",
         "<|endoftext|>Once upon a time<|endoftext|>",
+        "A<|endoftext|> b<|endoftext|>",
     ]
-    for example in examples:
-        completion = tokenizer.decode(example.tokens[example.n_prompt :].tolist())
-        assert completion == example.completion + "<|endoftext|>"
+    for example, text in zip(examples, texts, strict=True):
+        completion = TIKTOKEN.decode(example.tokens[example.n_prompt :].tolist())
+        assert completion == example.completion.removesuffix("<|endoftext|>") + "<|endoftext|>"
+        assert np.sum(example.tokens == 50256) == text.count("<|endoftext|>")
 
 
 def test_rows_fit_any_window(write_rows):
     """Padding to a multiple of 8 never makes a row longer than block_size."""
     for block_size in (17, 60, 64):
         rows = [{"prompt": "a", "completion": " b" * n} for n in (5, 200)]
-        examples = read_examples(write_rows(rows), block_size)
+        examples = read_examples(write_rows(rows), GPT2_TOKENIZER, block_size)
         longest = max(examples, key=lambda example: len(example.tokens))
         assert block_size - 8 < pad([longest]).idx.shape[1] <= block_size
 
@@ -95,7 +97,7 @@ def test_only_completions_are_targets(write_rows):
     """Targets are the completion and its end, each predicted from the token before. Padding is
     never a target, and `rows` lists the targets.
     """
-    examples = read_examples(write_rows(ROWS), 1024)
+    examples = read_examples(write_rows(ROWS), GPT2_TOKENIZER, 1024)
     idx, targets, rows = pad(examples)
     assert torch.equal(rows, (targets.flatten() != IGNORE_INDEX).nonzero().flatten())
     assert idx.shape[1] % 8 == 0
@@ -103,12 +105,12 @@ def test_only_completions_are_targets(write_rows):
         (where,) = torch.nonzero(targets[row] != IGNORE_INDEX, as_tuple=True)
         assert targets[row, where].tolist() == example.tokens[example.n_prompt :].tolist()
         assert idx[row, where].tolist() == example.tokens[example.n_prompt - 1 : -1].tolist()
-        assert (idx[row, len(example.tokens) - 1 :] == END_OF_TEXT_ID).all()
+        assert (idx[row, len(example.tokens) - 1 :] == 0).all()
 
 
 def test_examples_do_not_see_each_other(write_rows, tiny_model):
     """An example's loss is the same alone and in a batch with others, longer ones included."""
-    examples = read_examples(write_rows(ROWS), 1024)
+    examples = read_examples(write_rows(ROWS), GPT2_TOKENIZER, 1024)
     small = [PromptCompletion("", "", e.tokens % 1000, e.n_prompt) for e in examples[2:]]
     small.append(PromptCompletion("", "", np.arange(40), 3))
 
@@ -128,7 +130,7 @@ def test_long_and_empty_rows(write_rows, capsys):
         {"prompt": "a b" * 40, "completion": "c"},
         {"prompt": "a", "completion": "b"},
     ]
-    examples = read_examples(write_rows(rows), 16)
+    examples = read_examples(write_rows(rows), GPT2_TOKENIZER, 16)
     assert [len(e.tokens) for e in examples] == [17, 3]
     assert "skipped 2 of 4 rows" in capsys.readouterr().out
 
@@ -141,7 +143,7 @@ def test_bad_rows_are_named(write_rows):
         ([ROWS[0]], "has 1 usable examples, expected at least 2"),
     ):
         with pytest.raises(ValueError, match=match):
-            read_examples(write_rows(rows), 1024)
+            read_examples(write_rows(rows), GPT2_TOKENIZER, 1024)
 
 
 def test_stdlib_needs_no_network(tmp_path, monkeypatch):
@@ -155,7 +157,7 @@ def test_stdlib_needs_no_network(tmp_path, monkeypatch):
         shutil.copy(heapq.__file__, tmp_path / name)
     functions = [f"def words{n}(): '{'word ' * n}\\n\\nMore.'\n" for n in (4, 5, 59, 60)]
     (tmp_path / "words.py").write_text("".join(functions))
-    examples = read_examples("stdlib", 1024)
+    examples = read_examples("stdlib", GPT2_TOKENIZER, 1024)
     (merge,) = (e for e in examples if e.prompt.startswith("def merge(*iterables, key=None, rev"))
     assert merge.completion == "Merge multiple sorted inputs into a single sorted output."
     prompts = [e.prompt for e in examples]

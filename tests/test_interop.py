@@ -8,20 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HELLASWAG_ROWS, talkative_model
+from conftest import GPT2_TOKENIZER, HELLASWAG_ROWS, talkative_model
 from processes import HANG_SECONDS
 from transformers import pipeline
 
 import hellaswag
 from engine.checkpoint import RunState, latest_checkpoint, load_model, save_checkpoint
 from hellaswag import EvalConfig
-from sample import SampleConfig, print_continuations
+from sample import SampleConfig, Sampler
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     run, model = tmp_path_factory.mktemp("interop"), talkative_model(block_size=128)
-    save_checkpoint(run, model, dict(model.named_parameters()), RunState({"step": 1}, {}), keep=1)
+    params, state = dict(model.named_parameters()), RunState({"step": 1}, {})
+    save_checkpoint(run, model, GPT2_TOKENIZER, params, state, keep=1)
     return latest_checkpoint(run)
 
 
@@ -29,7 +30,8 @@ def test_transformers_pipeline_generates_the_same_text(checkpoint, capsys):
     """Greedy text of pipeline("text-generation") on a checkpoint equals that of sample.py."""
     prompt = "Caf\u00e9 \u2014 once upon a time"
     config = SampleConfig(temperature=0, max_new_tokens=40)
-    print_continuations(load_model(checkpoint), prompt, config, torch.Generator(), is_answer=False)
+    sampler = Sampler(load_model(checkpoint), GPT2_TOKENIZER, config, torch.Generator())
+    sampler.print_continuations(prompt, is_answer=False)
     generate = pipeline("text-generation", str(checkpoint), device="cpu")
     theirs = generate(prompt, max_new_tokens=40, do_sample=False)[0]["generated_text"]
     assert capsys.readouterr().out == f"{theirs}\n"

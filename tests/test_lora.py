@@ -358,7 +358,7 @@ def test_wrong_conversions_are_refused(tiny_model):
         convert_linear_layer_to_lora(tiny_model, config=LoRAConfig(lora_dim=65))
     assert not lora_linears(tiny_model)
     convert_linear_layer_to_lora(tiny_model)
-    with pytest.raises(ValueError, match="those without LoRA are none"):
+    with pytest.raises(ValueError, match="without LoRA are none"):
         convert_linear_layer_to_lora(tiny_model)
 
 

@@ -121,7 +121,7 @@ def test_unknown_name_without_a_network(monkeypatch):
 def test_copies_of_the_parameters_are_saved(tiny_model, tmp_path):
     """save_pretrained writes the given copies; hf_tensors are views of the parameters."""
     copies = {name: param.detach() + 1 for name, param in tiny_model.named_parameters()}
-    save_pretrained(tiny_model, tmp_path, copies)
+    save_pretrained(tiny_model, tmp_path, params=copies)
     for name, tensor in hf_tensors(tiny_model).items():
         tensor.add_(1)
         assert torch.equal(load_file(tmp_path / "model.safetensors")[name], tensor), name

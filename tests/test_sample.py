@@ -1,4 +1,4 @@
-import codecs
+import contextlib
 import io
 import json
 import os
@@ -13,18 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NASTY_TEXT
+from conftest import GPT2_TOKENIZER, NASTY_TEXT, TIKTOKEN
 from processes import HANG_SECONDS, start_on_terminal
 
 from engine.checkpoint import load_model
 from engine.config import parse_flags
-from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from model import GPT
-from sample import Continuation, SampleConfig, main, print_continuations
+from sample import Continuation, SampleConfig, Sampler, main
 
 
 def add_all(tokens: list[int], stop: list[str]) -> list[str]:
-    continuation = Continuation(stop)
+    continuation = Continuation(GPT2_TOKENIZER, stop)
     shown = [continuation.add(token) for token in tokens] + [continuation.finish()]
     assert "".join(shown) == continuation.text
     return shown
@@ -32,27 +31,26 @@ def add_all(tokens: list[int], stop: list[str]) -> list[str]:
 
 def random_tokens(seed: int) -> list[int]:
     """The text byte by byte, or by tokens, or random ids whose bytes are not UTF-8."""
-    rng, encoding = random.Random(seed), get_tokenizer()
+    rng = random.Random(seed)
     if seed % 3 == 0:
-        return [encoding.encode_single_token(bytes([b])) for b in NASTY_TEXT.encode()]
+        return [TIKTOKEN.encode_single_token(bytes([b])) for b in NASTY_TEXT.encode()]
     if seed % 3 == 1:
-        return encoding.encode(NASTY_TEXT, disallowed_special=())
-    return [rng.randrange(END_OF_TEXT_ID) for _ in range(200)]
+        return TIKTOKEN.encode(NASTY_TEXT, disallowed_special=())
+    return [rng.randrange(50256) for _ in range(200)]
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_streamed_text_is_the_decoded_text(seed):
-    """The pieces add up to tiktoken's text; none splits a character or comes late."""
+    """The pieces add up to tiktoken's text; none splits a character. What the tokens decode to is
+    shown as soon as the last of them ends a character.
+    """
     tokens = random_tokens(seed)
-    shown = add_all(tokens, [])
-    assert "".join(shown) == get_tokenizer().decode(tokens)
-    if seed % 3 < 2:
-        assert "\ufffd" not in "".join(shown)
-        for n in range(len(tokens)):
-            complete = codecs.getincrementaldecoder("utf-8")().decode(
-                b"".join(get_tokenizer().decode_tokens_bytes(tokens[: n + 1]))
-            )
-            assert "".join(shown[: n + 1]) == complete
+    shown, complete = add_all(tokens, []), ""
+    assert "".join(shown) == TIKTOKEN.decode(tokens)
+    for n in range(len(tokens) if seed % 3 < 2 else 0):
+        with contextlib.suppress(UnicodeDecodeError):
+            complete = TIKTOKEN.decode(tokens[: n + 1], errors="strict")
+        assert "".join(shown[: n + 1]) == complete
 
 
 def first_complete(text: str, stop: list[str]) -> str:
@@ -66,7 +64,7 @@ def first_complete(text: str, stop: list[str]) -> str:
 
 def test_stop_texts_cut_exactly_and_are_never_shown():
     """However tokens and stop texts overlap, the text ends before the first complete stop text."""
-    rng, encoding, cut = random.Random(1), get_tokenizer(), 0
+    rng, cut = random.Random(1), 0
     for _ in range(3000):
         text = "".join(rng.choices("ab\né", k=rng.randrange(1, 14)))
         stop = ["".join(rng.choices("ab\né", k=rng.randrange(1, 5))) for _ in range(3)]
@@ -75,7 +73,7 @@ def test_stop_texts_cut_exactly_and_are_never_shown():
         while data:  # any split into tokens, not only the tokenizer's
             n = rng.randrange(1, 4)
             try:
-                tokens.append(encoding.encode_single_token(data[:n]))
+                tokens.append(TIKTOKEN.encode_single_token(data[:n]))
             except KeyError:
                 continue
             data = data[n:]
@@ -83,25 +81,25 @@ def test_stop_texts_cut_exactly_and_are_never_shown():
         assert "".join(add_all(tokens, stop)) == expected
         cut += expected != text
     assert cut > 500
-    assert len(encoding.encode(" language")) == 1
-    assert add_all(encoding.encode(" language"), [" languag", "g"]) == [" lan", ""]
-    assert add_all(encoding.encode("One. Two"), [". Three"])[0] == "One"  # as soon as certain
+    assert len(TIKTOKEN.encode(" language")) == 1
+    assert add_all(TIKTOKEN.encode(" language"), [" languag", "g"]) == [" lan", ""]
+    assert add_all(TIKTOKEN.encode("One. Two"), [". Three"])[0] == "One"  # as soon as certain
 
 
 def test_an_incomplete_last_character():
     """It is printed as tiktoken's replacement character, and only at the end."""
-    tokens = [get_tokenizer().encode_single_token(bytes([b])) for b in b"a\xe6\x97"]
-    assert add_all(tokens, []) == ["a", "", "", get_tokenizer().decode(tokens[1:])]
+    tokens = [TIKTOKEN.encode_single_token(bytes([b])) for b in b"a\xe6\x97"]
+    assert add_all(tokens, []) == ["a", "", "", TIKTOKEN.decode(tokens[1:])]
 
 
 def test_nothing_follows_the_end_of_a_document():
     """Tokens after <|endoftext|> are neither printed nor counted."""
-    tokens = [*get_tokenizer().encode("Done"), END_OF_TEXT_ID, 50, END_OF_TEXT_ID, 51]
+    tokens = [*TIKTOKEN.encode("Done"), 50256, 50, 50256, 51]
     assert "".join(add_all(tokens, [])) == "Done"
-    continuation = Continuation([])
+    continuation = Continuation(GPT2_TOKENIZER, [])
     for token in tokens:
         continuation.add(token)
-    assert continuation.n_tokens == 1
+    assert len(continuation.tokens) == 1
 
 
 def test_streaming_equals_generating(gpt2_folder):
@@ -125,16 +123,15 @@ def test_generation_ends_when_all_rows_stop(gpt2_folder, capsys):
     config = SampleConfig(num_return_sequences=3, max_new_tokens=10**6, stop=["e", "a"])
 
     def rows(seed: int) -> list[str]:
-        print_continuations(
-            model, "Hello", config, torch.Generator().manual_seed(seed), is_answer=False
-        )
+        sampler = Sampler(model, GPT2_TOKENIZER, config, torch.Generator().manual_seed(seed))
+        sampler.print_continuations("Hello", is_answer=False)
         texts, speed = capsys.readouterr()
         assert "tokens/s" in speed
         return [row.rstrip("\n") for row in texts.split("> Hello")[1:]]
 
-    idx = torch.tensor([get_tokenizer().encode("Hello")] * 3)
+    idx = torch.tensor([TIKTOKEN.encode("Hello")] * 3)
     free = model.generate(idx, 100, top_k=50, generator=torch.Generator().manual_seed(5))
-    uncut = [get_tokenizer().decode(row[1:]) for row in free.tolist()]
+    uncut = [TIKTOKEN.decode(row[1:]) for row in free.tolist()]
     assert rows(5) == [first_complete(text, config.stop).rstrip("\n") for text in uncut]
     assert rows(5) == rows(5) != rows(6)
 
@@ -185,9 +182,9 @@ def tuned(gpt2_folder, tmp_path) -> Path:
 
 
 def greedy_text(folder: Path, prompt: str, n_tokens: int) -> str:
-    idx = torch.tensor([get_tokenizer().encode(prompt)])
+    idx = torch.tensor([TIKTOKEN.encode(prompt)])
     out = GPT.from_pretrained(folder).eval().generate(idx, n_tokens, temperature=0)
-    return get_tokenizer().decode(out[0, idx.size(1) :].tolist())
+    return TIKTOKEN.decode(out[0, idx.size(1) :].tolist())
 
 
 def test_instructions_are_filled_into_the_template(tuned, gpt2_folder, capsys):

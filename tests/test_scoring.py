@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, small_transformers_gpt2
+from conftest import CPU, GPT2_TOKENIZER, TIKTOKEN, small_transformers_gpt2
 from transformers import GPT2LMHeadModel
 
 from engine import scoring
@@ -22,7 +22,6 @@ from engine.scoring import (
     plan_batches,
     score,
 )
-from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from model import GPT
 
 BLOCK_SIZE = 128
@@ -179,11 +178,11 @@ def test_request_is_the_text_split_in_two():
     """Context and continuation together are the tokens of the joined text. Whitespace goes to the
     continuation, and a continuation without tokens is refused.
     """
-    encode = get_tokenizer().encode
-    request = encode_request("One two ", ["three", " four"])
+    encode = TIKTOKEN.encode
+    request = encode_request(GPT2_TOKENIZER, "One two ", ["three", " four"])
     texts = [[*request.context, *ids] for ids in request.continuations]
     assert request.context == encode("One two")
     assert texts == [encode("One two three"), encode("One two  four")]
-    assert encode_request("", [" a"]) == Request([END_OF_TEXT_ID], [encode(" a")])
+    assert encode_request(GPT2_TOKENIZER, "", [" a"]) == Request([50256], [encode(" a")])
     with pytest.raises(ValueError, match="'' adds no tokens"):
-        encode_request("One", [" two", ""])
+        encode_request(GPT2_TOKENIZER, "One", [" two", ""])

@@ -4,6 +4,7 @@ import struct
 
 import numpy as np
 import pytest
+from conftest import GPT2_TOKENIZER
 
 from engine.shards import ShardFile, TokenShards, open_shard, write_manifest, write_shard
 
@@ -66,16 +67,16 @@ def test_damaged_and_missing_shards_are_named(make_shards):
 def test_every_byte_is_checked_before_a_run(make_shards):
     """A flipped bit, a token beyond the vocabulary and an incomplete preparation are errors."""
     folder = make_shards(50, 50)
-    fingerprint = TokenShards(folder, "train", verify=True).fingerprint
+    fingerprint = TokenShards(folder, "train", GPT2_TOKENIZER).fingerprint
     file = folder / "x_train_000001.npy"
     whole = file.read_bytes()
     file.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
     with pytest.raises(ValueError, match=r"x_train_000001.npy has changed since it was written"):
-        TokenShards(folder, "train", verify=True)
+        TokenShards(folder, "train", GPT2_TOKENIZER)
     (folder / "manifest.json").unlink()
     np.save(file, np.array([1, 50257], dtype=np.uint16))
     with pytest.raises(ValueError, match="holds token 50257"):
-        TokenShards(folder, "train", verify=True)
+        TokenShards(folder, "train", GPT2_TOKENIZER)
     assert TokenShards(folder, "train").fingerprint != fingerprint
     write_manifest(folder, {"complete": False, "shards": []})
     with pytest.raises(ValueError, match="is incomplete"):
@@ -108,7 +109,8 @@ def test_nanogpts_files_are_read(tmp_path):
     tokens = np.arange(1000, dtype="<u2")
     for split in ("train", "val"):
         tokens.tofile(tmp_path / f"{split}.bin")
-        assert TokenShards(tmp_path, split, verify=True).read(10, 990).tolist() == [*range(10, 990)]
+        shards = TokenShards(tmp_path, split, GPT2_TOKENIZER)
+        assert shards.read(10, 990).tolist() == [*range(10, 990)]
     (tmp_path / "meta.pkl").write_bytes(b"?")
     with pytest.raises(ValueError, match=r"train.bin has the vocabulary of the meta.pkl"):
         TokenShards(tmp_path, "train")

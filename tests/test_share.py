@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import talkative_model
+from conftest import GPT2_TOKENIZER, talkative_model
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +35,7 @@ def save_run(
         progress = {"step": step, "val_loss": loss, "facts": {"parameters": "1,234"}}
         progress |= {"fixed_settings": fixed} if fixed else {}
         state = RunState(progress, {"moment": torch.zeros(3)})
-        save_checkpoint(run, model, params, state, keep=2)
+        save_checkpoint(run, model, GPT2_TOKENIZER, params, state, keep=2)
     return run
 
 

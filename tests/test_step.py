@@ -26,7 +26,7 @@ from engine.lora import (
 )
 from engine.loss import SummedLoss
 from engine.optim import learning_rate
-from engine.step import Prefetcher, apply_recompute, copy_tree
+from engine.step import Prefetcher, apply_recompute
 from model import GPT, GPTConfig
 
 
@@ -364,17 +364,3 @@ def test_compiled_light_recomputes_no_large_matmul(one_layer, is_lora):
         stored[mode] = sum(sizes)
     assert stored["light"] < 0.9 * stored["none"]
     assert products["light"] - products["none"] == int(is_lora)
-
-
-def test_a_copy_of_a_tree():
-    """A copy keeps its values while the original changes; a second copy reuses its memory."""
-    weight = torch.nn.Parameter(torch.zeros(3))
-    live = {"weights": {"w": weight}, "step": 3}
-    first = copy_tree(live)
-    weight.data += 1
-    assert first == {"weights": {"w": first["weights"]["w"]}, "step": 3}
-    assert first["weights"]["w"].tolist() == [0, 0, 0]
-    memory = first["weights"]["w"].data_ptr()
-    second = copy_tree(live, first)
-    assert second["weights"]["w"].tolist() == [1, 1, 1]
-    assert second["weights"]["w"].data_ptr() == memory

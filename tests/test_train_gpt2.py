@@ -2,7 +2,6 @@
 project's root, so nothing depends on being started there.
 """
 
-import functools
 import gzip
 import json
 import math
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    GPT2_TOKENIZER,
     TINY_RUN,
     expect_error,
     read_curve,
@@ -40,6 +40,10 @@ from train_gpt2 import PretrainConfig, build_model
 
 N_STEPS = TINY_RUN["max_steps"]
 COMMANDS = sorted(file.name for file in ROOT.glob("*.py") if file.name != "model.py")
+
+
+def new_gpt(**settings: object) -> GPT:
+    return build_model(GPT2_TOKENIZER, PretrainConfig(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +149,7 @@ def test_an_adapter_is_no_model_to_start_from(tmp_path):
     tuned = convert_linear_layer_to_lora(base, "h.", LoRAConfig(2, 4.0))
     save_adapter(tuned, tmp_path / "adapter", str(tmp_path / "base"))
     with pytest.raises(ValueError, match=r"is an adapter, expected a full model.*merge_out"):
-        build_model(PretrainConfig(init_from=str(tmp_path / "adapter")))
+        new_gpt(init_from=str(tmp_path / "adapter"))
 
 
 @pytest.mark.slow
@@ -258,8 +262,7 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_zero_residual_blocks_add_nothing():
     """With zero_residual a new model's blocks are the identity; all other weights are unchanged."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
-    make = functools.partial(PretrainConfig, **sizes)
-    zeroed, plain = (build_model(make(zero_residual=flag)) for flag in (True, False))
+    zeroed, plain = (new_gpt(**sizes, zero_residual=flag) for flag in (True, False))
     x = torch.randn(1, 16, 32)
     for block in zeroed.transformer.h:
         assert torch.equal(block(x), x)
@@ -271,8 +274,8 @@ def test_sinusoidal_positions():
     """With sinusoidal_wpe, wpe holds the paper's sines and cosines with the given root mean square,
     also where the width is odd; all other weights are unchanged.
     """
-    make = functools.partial(PretrainConfig, n_layer=1, n_head=1, n_embd=15, block_size=8)
-    waves, plain = (build_model(make(sinusoidal_wpe=rms)) for rms in (0.1, 0.0))
+    sizes = {"n_layer": 1, "n_head": 1, "block_size": 8}
+    waves, plain = (new_gpt(**sizes, n_embd=15, sinusoidal_wpe=rms) for rms in (0.1, 0.0))
     for name, param in plain.named_parameters():
         if name != "transformer.wpe.weight":
             assert torch.equal(waves.get_parameter(name), param)
@@ -281,5 +284,5 @@ def test_sinusoidal_positions():
         angle = position / 10_000 ** (2 * i / 15)
         assert wpe[position, i].item() == pytest.approx(math.sin(angle), rel=1e-5)
         assert wpe[position, 8 + i].item() == pytest.approx(math.cos(angle), rel=1e-5)
-    wide = build_model(make(sinusoidal_wpe=0.1, n_embd=16)).transformer.wpe.weight
+    wide = new_gpt(**sizes, n_embd=16, sinusoidal_wpe=0.1).transformer.wpe.weight
     assert wide.square().mean().sqrt().item() == pytest.approx(0.1, rel=1e-5)

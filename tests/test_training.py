@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, make_data, make_step, new_model
+from conftest import CPU, GPT2_TOKENIZER, TIKTOKEN, make_data, make_step, new_model
 
 from engine.checkpoint import list_checkpoints
 from engine.data import IGNORE_INDEX, Batch, PretrainingData, validation_batches
@@ -16,7 +16,6 @@ from engine.distributed import Distributed, open_device
 from engine.evaluation import Evaluation, Prompt, evaluate_loss, generate_samples
 from engine.loss import SummedLoss
 from engine.metrics import Meter
-from engine.tokenizer import END_OF_TEXT_ID, get_tokenizer
 from engine.training import announce_run, collect_facts, train, warn_of_settings
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
@@ -33,7 +32,8 @@ def train_without_samples(run, shards, model: GPT, **settings) -> None:
     sizes = {"batch_size": 4, "total_batch_size": 192, "warmup_steps": 3, "sample_every": 0}
     settings = {**sizes, "precision": "fp32", "compile": False, **settings}
     config = PretrainConfig(out_dir=str(run), **settings)
-    train(model, make_data(shards, 4, config.seed), validation(shards), [], config, CPU)
+    data = make_data(shards, 4, config.seed)
+    train(model, GPT2_TOKENIZER, data, validation(shards), [], config, CPU)
 
 
 def read_log(run) -> list[dict]:
@@ -55,7 +55,7 @@ def test_evaluation_is_the_mean_over_tokens(shards):
             total += F.cross_entropy(logits, window[1:], reduction="sum").item()
     for batch_size in (1, 3, 8):
         batches = validation(shards, 500, batch_size)()
-        loss, _ = evaluate_loss(summed_loss, batches, CPU)
+        loss, _ = evaluate_loss(summed_loss, batches, GPT2_TOKENIZER.token_bytes, CPU)
         assert loss == pytest.approx(total / 500, rel=1e-5)
 
 
@@ -70,17 +70,18 @@ def test_bits_per_byte():
         def sum(self, *values):
             return [2 * value for value in values]
 
-    tokenizer = get_tokenizer()
-    ids = tokenizer.encode("Hello — 日本語")
-    targets = torch.tensor([[*ids, END_OF_TEXT_ID, IGNORE_INDEX]])
+    options = {"summed_loss": lambda _: torch.tensor(6.0)}
+    options |= {"token_bytes": GPT2_TOKENIZER.token_bytes}
+    ids = TIKTOKEN.encode("Hello — 日本語")
+    targets = torch.tensor([[*ids, 50256, IGNORE_INDEX]])
     batch = Batch(torch.zeros_like(targets), targets)
     n_bytes = 5 + 1 + 3 + 1 + 3 * 3  # of UTF-8
     for dist in (CPU, Two(0, 2, CPU.device)):
-        loss, bpb = evaluate_loss(lambda batch: torch.tensor(6.0), [batch, batch], dist)
+        loss, bpb = evaluate_loss(batches=[batch, batch], dist=dist, **options)
         assert loss == pytest.approx(6 / (len(ids) + 1))
         assert bpb == pytest.approx(6 / math.log(2) / n_bytes)
     end = Batch(targets[:, -2:-1], targets[:, -2:-1])
-    assert evaluate_loss(lambda batch: torch.tensor(6.0), [end], CPU) == (6.0, None)
+    assert evaluate_loss(batches=[end], dist=CPU, **options) == (6.0, None)
 
 
 @pytest.mark.parametrize("has_one_shape", [True, False])
@@ -100,14 +101,14 @@ def test_what_is_compiled_and_planned_by_shape(shards, monkeypatch, has_one_shap
 
     model, hidden = step.model, step.model.hidden
     val = validation(shards)
-    expected, bpb = evaluate_loss(SummedLoss(model), val(), CPU)
+    expected, bpb = evaluate_loss(SummedLoss(model), val(), GPT2_TOKENIZER.token_bytes, CPU)
     model.hidden = note("eager", hidden)
     step.summed_loss.hidden = torch.compile(hidden, backend=lambda graph, _: note("graph", graph))
     open_device("cpu", 0)
     try:
         prompts = [Prompt("!", max_new_tokens=3)]
         options = (step.config, CPU, has_one_shape)
-        evaluation = Evaluation(model, step.summed_loss, val, prompts, [], *options)
+        evaluation = Evaluation(model, GPT2_TOKENIZER, step.summed_loss, val, prompts, [], *options)
         record = evaluation.evaluate_step(20)
         step(1)
         assert not torch.backends.cuda.cudnn_sdp_enabled()  # for other commands
@@ -206,7 +207,7 @@ def test_a_diverged_model_ends_the_run_in_one_line():
     model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8))
     model.transformer.wpe.weight.data[0] = math.nan
     with pytest.raises(ValueError, match="weights that are not finite"):
-        generate_samples(model, [Prompt()], 0, torch.device("cpu"))
+        generate_samples(model, GPT2_TOKENIZER, [Prompt()], seed=0, device=CPU.device)
 
 
 def test_settings_and_sizes_are_printed(shards, capsys):
