@@ -7,11 +7,11 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 .PHONY: demo test test-all lint clean
 
 demo: .venv/installed
-	$(BIN)/python fineweb.py --dataset stdlib
+	$(BIN)/python fineweb.py --dataset stdlib --train_tokenizer 4096 --out_dir data/demo
 	$(BIN)/python train_gpt2.py --config configs/demo.yaml
 	$(BIN)/python finetune_lora.py --config configs/demo_lora.yaml
 	$(BIN)/python sample.py --model runs/demo_lora --temperature 0 \
-	    --instruction "def read_lines(path, encoding=None):"
+	    --instruction "def open_file(filename, mode='r'):"
 
 test: .venv/installed-dev
 	$(TESTS) -m "not slow"

@@ -135,8 +135,8 @@ def workplace(tmp_path_factory) -> Path:
         train_gpt2.main(train_gpt2.PretrainConfig(**settings))
     for name in ("a", "b"):
         shutil.copytree(folder / "runs" / "demo", folder / "runs" / name)
-    trained = folder / "runs" / "demo" / "checkpoints"  # the demo has 400 steps
-    shutil.copytree(trained / "step_000002", trained / "step_000400")
+    trained = folder / "runs" / "demo" / "checkpoints"  # the demo has 500 steps
+    shutil.copytree(trained / "step_000002", trained / "step_000500")
     return folder
 
 
