@@ -1,5 +1,5 @@
-"""Tokenize text into shards: from the hub, from files, or Python's own documentation. With GPT-2's
-tokenizer, another, or one that is trained on the text.
+"""Tokenize text into shards: from the hub, from files, or Python's own documentation. The tokenizer
+is GPT-2's, another, or one trained on the text.
 """
 
 import codecs
@@ -38,7 +38,7 @@ from engine.shards import (
     read_manifest,
     write_manifest,
 )
-from engine.tokenizer import GPT2, GPT2_SHA256, BatchEncoder, Tokenizer, find_tokenizer
+from engine.tokenizer import GPT2, BatchEncoder, Tokenizer, find_tokenizer
 
 # Shards of 100M tokens on the hub, from modded-nanogpt (data/cached_*.py): repository, prefix of
 # the file names, number of training shards. Each has one validation shard besides.
@@ -54,8 +54,8 @@ DATASETS = (
 )
 BATCH_CHARS = 1 << 22  # encoded at once
 MAX_IDS = 1 << 16  # of uint16, which shards hold
-# A tokenizer is trained on text of so many bytes, or with different words of so many: they need
-# about 90 times their size in memory.
+# A tokenizer is trained until its text reaches TRAINING_BYTES, or its distinct words WORD_BYTES:
+# training takes about 90 times the latter in memory.
 TRAINING_BYTES, WORD_BYTES = 1_000_000_000, 60_000_000
 MIN_TOKENS = 2  # of a split: one to predict from another
 TokenizedPiece = tuple[Piece, np.ndarray]
@@ -64,7 +64,7 @@ TokenizedPiece = tuple[Piece, np.ndarray]
 @dataclass(frozen=True)
 class PrepareConfig(Settings):
     dataset: list[str] = flag(["fineweb-edu"], DATASETS)
-    tokenizer: str = flag(GPT2, "a tokenizer's or a model's folder, or hub name")
+    tokenizer: str = flag(GPT2, "folder of a tokenizer, a model or prepared data, or a hub name")
     train_tokenizer: int | None = flag(
         None, "train one on the text, a BPE of N tokens, and use it", at_least=257, at_most=MAX_IDS
     )
@@ -94,7 +94,9 @@ class PrepareConfig(Settings):
             raise ValueError(f"{error}; expected a Python encoding, such as latin-1") from error
         given = (self.tokenizer != GPT2) + bool(self.train_tokenizer)
         if given > (self.dataset[0] not in HUB_SHARDS):
-            raise ValueError("expected tokenizer or train_tokenizer, neither for ready-made shards")
+            raise ValueError(
+                "give tokenizer or train_tokenizer, not both; ready-made shards have none"
+            )
 
 
 def main(config: PrepareConfig) -> None:
@@ -123,7 +125,7 @@ def main(config: PrepareConfig) -> None:
 
 
 def train_tokenizer(source: Source, vocab_size: int, name: str) -> Tokenizer:
-    """A tokenizer of the text, in your own files without what was drawn for validation."""
+    """Train a tokenizer on the text, without the held-out part of your own files."""
 
     def read() -> Iterator[list[str]]:
         n_bytes, words = 0, set[bytes]()
@@ -138,7 +140,7 @@ def train_tokenizer(source: Source, vocab_size: int, name: str) -> Tokenizer:
 
     tokenizer = Tokenizer.train(read(), vocab_size, name)
     if tokenizer.vocab_size < vocab_size:
-        print(f"the text has pairs for only {tokenizer.vocab_size:,} of {vocab_size:,} tokens")
+        print(f"too little text for {vocab_size:,} tokens; it has {tokenizer.vocab_size:,}")
     return tokenizer
 
 
@@ -181,7 +183,7 @@ def choose_options(source: Source, config: PrepareConfig, tokenizer: Tokenizer |
         options["decode_errors"] = config.decode_errors
     if tokenizer is None:
         options["train_tokenizer"] = config.train_tokenizer
-    elif tokenizer.sha256 != GPT2_SHA256:
+    elif not tokenizer.is_gpt2:
         options["tokenizer"] = tokenizer.sha256
     fewest = (source.split["val_tokens"] or 0) + MIN_TOKENS
     if config.max_tokens and config.max_tokens < fewest and "section_chars" not in source.split:
@@ -194,7 +196,7 @@ def choose_options(source: Source, config: PrepareConfig, tokenizer: Tokenizer |
 
 def prepare(source: Source, tokenizer: Tokenizer, out_dir: Path, manifest: dict) -> None:
     """Write the shards of `source` that the manifest lacks."""
-    if tokenizer.sha256 != GPT2_SHA256:
+    if not tokenizer.is_gpt2:
         tokenizer.save(out_dir)
         record = {"name": tokenizer.name, "file": "tokenizer.json", "sha256": tokenizer.sha256}
         manifest["tokenizer"] = record | {"end_of_text": tokenizer.end_of_text}
@@ -218,9 +220,7 @@ def prepare(source: Source, tokenizer: Tokenizer, out_dir: Path, manifest: dict)
                 break
     writer.finish_shards()
     if n := problems["special tokens"]:
-        print(
-            f"{out_dir}: {n} times the text of a special token is in a document, as ordinary text"
-        )
+        print(f"{out_dir}: {n:,} special tokens in the documents were encoded as ordinary text")
     finish_manifest(manifest, out_dir, writer.cursor, problems)
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.checkpoint import hash_weights, load_model
-from engine.config import MODEL_TOKENIZER, Precision, Settings, flag, run_command
+from engine.config import TOKENIZER_HELP, Precision, Settings, flag, run_command
 from engine.distributed import Distributed, autocast, default_precision
 from engine.files import JSONLinesLog, lock_folder, read_json, sha256_file, write_json
 from engine.metrics import PROGRESS_SECONDS
 from engine.pretrained import load_tokenizer
 from engine.tasks import TASKS, Example, HellaSwagText, Task, find_task
-from engine.tokenizer import GPT2, Tokenizer
+from engine.tokenizer import Tokenizer
 from model import GPT
 
 BAR_SECONDS = 1.0  # between updates of the figures beside a progress bar
@@ -27,7 +27,7 @@ BAR_SECONDS = 1.0  # between updates of the figures beside a progress bar
 class EvalConfig(Settings):
     model: str = flag("gpt2", "hub name, Hugging Face folder, checkpoint, or run folder")
     lora_load_path: str | None = flag(None, "adapter to load: a folder, a run or a lora.pt")
-    tokenizer: str | None = flag(None, MODEL_TOKENIZER)
+    tokenizer: str | None = flag(None, TOKENIZER_HELP)
     task: str = flag("hellaswag", ", ".join(TASKS))
     text: HellaSwagText = flag("lm-eval", "HellaSwag's text: cleaned, or raw as in build-nanogpt")
     data: str | None = flag(
@@ -56,9 +56,9 @@ def find_settings(config: EvalConfig, task: Task, model: GPT, tokenizer: Tokeniz
     keys = ("task", "text", "limit", "stride", "skip_bad_rows", "precision")
     hashes = " ".join(map(sha256_file, task.find_files()))
     data = hashes or "{} {} {}".format(task.source, *task.hub[1:])
-    weights, own = hash_weights(model), {"tokenizer": tokenizer.sha256}
+    weights, extra = hash_weights(model), {"tokenizer": tokenizer.sha256}
     settings = {**{k: getattr(config, k) for k in keys}, "data": data, "weights": weights}
-    return settings | (own if tokenizer.name != GPT2 else {})  # as in earlier versions
+    return settings | ({} if tokenizer.is_gpt2 else extra)  # as earlier versions wrote it
 
 
 def open_rows_log(folder: Path, settings: dict) -> JSONLinesLog:

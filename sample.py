@@ -12,7 +12,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from engine.checkpoint import latest_checkpoint, load_model
-from engine.config import MAX_SEED, MODEL_TOKENIZER, Settings, flag, run_command
+from engine.config import MAX_SEED, TOKENIZER_HELP, Settings, flag, run_command
 from engine.decode import speed_up_decoding
 from engine.distributed import Distributed, has_finite_weights
 from engine.instructions import TEMPLATE_FILE, PromptTemplate, find_prompt_template
@@ -28,14 +28,16 @@ PROMPT_TOKENS, ANSWER_TOKENS = 50, 256  # maximum of a continuation, and of an a
 class SampleConfig(Settings):
     model: str = flag("gpt2", "hub name, Hugging Face folder, checkpoint, or run folder")
     lora_load_path: str | None = flag(None, "adapter to load: a folder, a run or a lora.pt")
-    tokenizer: str | None = flag(None, MODEL_TOKENIZER)
+    tokenizer: str | None = flag(None, TOKENIZER_HELP)
     prompt: str | None = flag(None, "text to continue; may be empty (default: ask, or read stdin)")
-    instruction: str | None = flag(None, "instruction to answer, in the prompt of the fine-tuning")
+    instruction: str | None = flag(
+        None, "instruction to answer, in the prompt format of fine-tuning"
+    )
     input: str | None = flag(None, "input of the instruction")
     num_return_sequences: int = flag(
         1, "continuations to generate; a single one is streamed", at_least=1, at_most=10_000
     )
-    max_new_tokens: int = flag(None, "most tokens of a continuation (default: 50, of answers 256)")
+    max_new_tokens: int = flag(None, "maximum new tokens (default: 50, for answers 256)")
     stop: list[str] = flag([], "strings that end a continuation and are not printed")
     temperature: float = flag(1.0, "0 takes the most likely token; higher is more varied")
     top_k: int | None = flag(50, "sample from the k most likely tokens (null: from all)")
@@ -62,8 +64,8 @@ class Continuation:
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str]):
         self.tokenizer, self.stop = tokenizer, stop
-        ids = map(tokenizer.special_tokens.get, stop)  # of special tokens, which have no text
-        self.ends = {tokenizer.end_of_text, *ids}
+        # Special tokens decode to no text, so their ids are matched.
+        self.ends = {tokenizer.end_of_text, *map(tokenizer.special_tokens.get, stop)}
         self.decoder = DecodeStream(skip_special_tokens=True)
         self.tokens: list[int] = []
         self.held = ""
@@ -102,7 +104,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Prints what a model makes of prompts."""
+    """Generates continuations of prompts, and prints them."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -145,7 +147,7 @@ class Sampler:
         n_tokens = sum(len(row.tokens) for row in rows)
         print(f"{n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
 
-    def ask(self, template: PromptTemplate | None) -> None:
+    def run_prompt_loop(self, template: PromptTemplate | None) -> None:
         """Ask for prompts, or for instructions if there is a template, until an empty one. Ctrl-C
         ends the text that is being generated.
         """
@@ -191,7 +193,7 @@ def main(config: SampleConfig) -> None:
     generator = torch.Generator(device).manual_seed(config.seed)
     sampler = Sampler(model, tokenizer, config, generator)
     if prompt is None:
-        sampler.ask(template)
+        sampler.run_prompt_loop(template)
     else:
         sampler.print_continuations(prompt, is_answer=config.instruction is not None)
 

@@ -17,7 +17,7 @@ from engine.lora import lora_linears
 from engine.pretrained import load_tokenizer
 from engine.resume import open_run
 from engine.shards import TokenShards, load_data_tokenizer
-from engine.tokenizer import GPT2, Tokenizer
+from engine.tokenizer import Tokenizer
 from engine.training import train
 from model import GPT, GPTConfig
 
@@ -46,7 +46,7 @@ class PretrainConfig(TrainConfig):
             if getattr(self, name) and self.init_from != "scratch":
                 raise ValueError(f"{name} does not work with init_from {self.init_from}")
         if self.tokenizer and self.init_from == "scratch":
-            raise ValueError("tokenizer is that of init_from; from scratch the data's is used")
+            raise ValueError("tokenizer needs init_from; a new model has the tokenizer of its data")
 
 
 def main(given: PretrainConfig) -> None:
@@ -64,8 +64,8 @@ def main(given: PretrainConfig) -> None:
         )
         options: dict[str, Any] = {"eval_tokens": config.eval_tokens, "one_shape": config.compile}
         val = partial(validation_batches, val_shards, **options, **sizes)
-        # Text in any language can follow nothing.
-        prompts = [Prompt() if tokenizer.name == GPT2 else Prompt(text="")]
+        # An empty prompt works in any language.
+        prompts = [Prompt() if tokenizer.is_gpt2 else Prompt(text="")]
         train(model, tokenizer, data, val, prompts, config, dist, resumed)
     dist.stop()
 
@@ -82,7 +82,7 @@ def select_shape(config: PretrainConfig) -> dict[str, Any]:
 
 
 def build_model(tokenizer: Tokenizer, config: PretrainConfig) -> GPT:
-    """A new model for the data's tokenizer, or that of init_from, which has to know its tokens."""
+    """A new model, or the one of init_from; ValueError if its tokenizer is not the data's."""
     shape = select_shape(config)
     if config.init_from == "scratch":
         return new_model(GPTConfig(vocab_size=tokenizer.vocab_size, **shape), config)
@@ -92,11 +92,11 @@ def build_model(tokenizer: Tokenizer, config: PretrainConfig) -> GPT:
             f"init_from {config.init_from} is an adapter, expected a full model; merge it with "
             "the finetune_lora.py command that trained it and --merge_out FOLDER"
         )
-    own = load_tokenizer(model, config.tokenizer)
+    own, source = load_tokenizer(model, config.tokenizer), config.tokenizer or model.name_or_path
     if own.sha256 != tokenizer.sha256:
         raise ValueError(
             f"{config.data_dir} has tokens of {tokenizer}, but init_from {config.init_from} has "
-            f"the tokenizer {own}; prepare the data with --tokenizer {config.init_from}"
+            f"the tokenizer {own}; prepare the data with --tokenizer {source}"
         )
     for name, value in shape.items():
         found = getattr(model.config, name)

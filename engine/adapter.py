@@ -98,7 +98,9 @@ def read_adapter_config(folder: Path | str) -> AdapterConfig:
     options = read_json(path, "save the adapter again")
     for option in sorted(options.keys() - READ_OPTIONS - METADATA - INERT):
         if (value := options[option]) not in SUPPORTED_VALUES.get(option, OFF):
-            raise ValueError(f"{path}: {option} {value!r} is not supported; merge it with PEFT")
+            raise ValueError(
+                f"{path}: {option} {value!r} is not supported; merge the adapter with PEFT"
+            )
     given = {"lora_alpha": None, **options, "lora_dim": options.get("r")}
     names = [f.name for f in fields(LoRAConfig) if f.name in given]
     try:

@@ -33,7 +33,7 @@ LIMITS = {"at_least": ge, "at_most": le, "above": gt, "below": lt}
 DEFAULT_LIMITS = {int: {"at_least": 1, "at_most": 10**12}, float: {"at_least": 0}}
 MAX_SEED = 2**63 - 1  # of torch
 LOGGERS = ("tensorboard", "wandb")
-MODEL_TOKENIZER = "the model's tokenizer, a folder or hub name (default: that in its own folder)"
+TOKENIZER_HELP = "folder or hub name of the model's tokenizer (default: the model's folder)"
 
 
 def flag(
@@ -74,7 +74,7 @@ class TrainConfig(Settings):
     out_dir: str = flag("runs/gpt2_124m", "run folder", group="run", may_change=True)
     resume: Literal["auto", "never"] = flag("auto", "resume the run in out_dir", may_change=True)
     seed: int = flag(1337, "seed of weights, data order and samples", at_least=0, at_most=MAX_SEED)
-    tokenizer: str | None = flag(None, MODEL_TOKENIZER, may_change=True)  # tokens are compared
+    tokenizer: str | None = flag(None, TOKENIZER_HELP, may_change=True)  # tokens are compared
 
     batch_size: int = flag(
         64, "sequences per device and micro-step", group="optimization", may_change=True

@@ -107,7 +107,8 @@ def evaluate_loss(
     summed_loss: SummedLoss, batches: Iterable[Batch], token_bytes: np.ndarray, dist: Distributed
 ) -> tuple[float, float | None]:
     """The mean loss in nats over all targets in the batches of all ranks, and their bits per byte
-    of text. These are None if the targets have no bytes; `token_bytes` (V) has those of each id.
+    of text. Bits per byte are None if the targets have no bytes; `token_bytes` (V) counts the bytes
+    of each id.
     """
     lengths = torch.from_numpy(token_bytes)
     loss_sum, n_targets, n_bytes = 0.0, 0, 0

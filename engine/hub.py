@@ -47,7 +47,7 @@ def reporting_hub_errors(what: str, remedy: str) -> Iterator[None]:
 
 
 def download(name: str, *patterns: str) -> Path:
-    """The local folder with the config.json of a model on the hub, and its files that match;
+    """Download a model's config.json and its files that match `patterns`; return their folder.
     ConnectionError if that fails.
     """
     check_hub_name(name, "a hub name, a model's folder, a checkpoint or a run")

