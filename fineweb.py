@@ -95,7 +95,7 @@ class PrepareConfig(Settings):
         given = (self.tokenizer != GPT2) + bool(self.train_tokenizer)
         if given > (self.dataset[0] not in HUB_SHARDS):
             raise ValueError(
-                "give tokenizer or train_tokenizer, not both; ready-made shards have none"
+                "give tokenizer or train_tokenizer, not both; ready-made shards take neither"
             )
 
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from engine.data import IGNORE_INDEX
+from engine.evaluation import Prompt, generate_samples
 from engine.instructions import pad, read_examples
 from engine.pretrained import load_pretrained, load_tokenizer
 from engine.shards import load_data_tokenizer
@@ -132,6 +133,8 @@ def test_ids_without_a_token_are_never_sampled(models, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "60 tokens" in printed.err
     assert all(len(text) > 20 for text in printed.out.split("> a")[1:])
+    given = load_pretrained(folder), own_tokenizer(folder), [Prompt("a", 20)]
+    assert len(generate_samples(*given, seed=1, device=torch.device("cpu"))[0]) > 20
 
 
 def test_a_special_token_can_be_a_stop_text(models):
