@@ -92,7 +92,7 @@ class FinetuneConfig(TrainConfig):
         None, "scaling is lora_alpha / lora_dim (default: twice lora_dim, or the adapter's)"
     )
     lora_dropout: float = flag(
-        None, "on LoRA's inputs; differs with batch_size and devices (default: 0, or the adapter's)"
+        None, "LoRA's dropout; the curve then depends on batch_size (default: 0, or the adapter's)"
     )
     use_rslora: bool = flag(
         None, "scaling is lora_alpha / sqrt(lora_dim) (default: no, or the adapter's)"
@@ -103,7 +103,9 @@ class FinetuneConfig(TrainConfig):
     lora_form: Literal["separate", "summed"] = flag(
         "separate", "summed: build W + s B A once a step, which takes memory", may_change=True
     )
-    base_precision: Literal["fp32", "bf16"] = flag("fp32", "of the base; bf16 halves its memory")
+    base_precision: Literal["fp32", "bf16"] = flag(
+        "fp32", "precision of the base; bf16 halves its memory"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

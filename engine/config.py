@@ -114,7 +114,8 @@ class TrainConfig(Settings):
 
     device: str = flag("auto", "auto, cpu, cuda or mps", group="system", may_change=True)
     precision: Precision = flag(
-        None, "fp32, or autocast (default: bf16 if the device has units; else fp16 on CUDA, fp32)"
+        None,
+        "fp32, or autocast (default: bf16 if the device is made for it; else fp16 on CUDA, fp32)",
     )
     compile: bool = flag(None, "torch.compile the step (default: on CUDA)", may_change=True)
     parallel: Literal["ddp", "fsdp"] = flag(

@@ -310,7 +310,7 @@ def summarize_run(run: Path, checkpoint: Path) -> dict[str, str]:
 
 
 def read_curve_settings(run: Path, checkpoint: Path) -> dict[str, Any]:
-    """The settings that shaped the curve of a run up to a checkpoint, without your folders."""
+    """The settings that shaped a run's curve, up to a checkpoint. Local paths are hidden."""
     settings = read_run_config(run)
     # Earlier versions did not note which these are.
     names = read_progress(checkpoint).get("fixed_settings", settings)
