@@ -331,7 +331,10 @@ WRONG_SETTINGS = [
     ({"lora_form": "summed", "use_lora": False}, "lora_form is summed, which needs --use_lora"),
     ({"base_precision": "bf16", "use_lora": False}, "bf16, which needs --use_lora"),
     ({"lora_module_name": "q_proj"}, "no linear layer has 'q_proj' in its name"),
-    ({"model_name_or_path": "other_vocab"}, "1,000 tokens and no tokenizer files; .*--tokenizer"),
+    (
+        {"model_name_or_path": "other_vocab"},
+        "1,000 tokens and no tokenizer files in its folder; .*--tokenizer",
+    ),
     ({"lora_load_path": "nowhere"}, "nowhere does not exist"),
     ({"merge_out": "base"}, "merge_out base already exists"),
     ({"val_fraction": 1.0}, "val_fraction is 1.0, expected above 0 and below 1"),
