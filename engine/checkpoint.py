@@ -42,8 +42,8 @@ class RunState(NamedTuple):
 
 
 def list_checkpoints(run: Path | str, after: int = -1) -> list[Path]:
-    """The run's checkpoints, oldest first, of steps beyond `after`. They are complete, unless a
-    file in them was damaged later.
+    """The run's checkpoints after step `after`, oldest first. They are complete, unless a file in
+    them was damaged later.
     """
     found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in Path(run).glob("checkpoints/*")]
     steps = sorted((int(match[1]), path) for match, path in found if match)

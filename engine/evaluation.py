@@ -140,7 +140,7 @@ def generate_samples(
             "the model has weights that are not finite, so it generates no samples; lower "
             "max_lr, or start from another model, in another out_dir"
         )
-    samples = []
+    samples, unused = [], tokenizer.unused_ids(model.config.vocab_size)
     for prompt in prompts:
         ids, is_answer = tokenizer.encode_prompt(prompt.text), prompt.reference is not None
         end = tokenizer.end_of_text if is_answer else None
@@ -149,7 +149,7 @@ def generate_samples(
             prompt.max_new_tokens,
             top_k=prompt.top_k,
             eos=end,  # of answers; other samples show what follows the end of a text as well
-            suppress_tokens=tokenizer.unused_ids(model.config.vocab_size),
+            suppress_tokens=unused,
             generator=torch.Generator(device).manual_seed(seed),
         )
         new = [i for i in out[0, len(ids) :].tolist() if i != end]

@@ -100,11 +100,8 @@ def load_tokenizer(model: GPT, given: str | None = None) -> Tokenizer:
         print(f"{name} has no tokenizer files; using GPT-2's tokenizer", file=sys.stderr)
         tokenizer = Tokenizer.gpt2()
     if not tokenizer or tokenizer.vocab_size > vocab_size:
-        found = (
-            f"the tokenizer {tokenizer}"
-            if tokenizer
-            else f"no tokenizer files in {given or 'its folder'}"
-        )
+        missing = f"no tokenizer files in {given or 'its folder'}"
+        found = f"the tokenizer {tokenizer}" if tokenizer else missing
         raise ValueError(
             f"{name} has {vocab_size:,} tokens and {found}; name the tokenizer that it was trained "
             "with, a folder or hub name, as --tokenizer"
@@ -171,7 +168,7 @@ def save_pretrained(
     model: GPT, folder: Path, tokenizer: Tokenizer | None = None, params: Tensors | None = None
 ) -> None:
     """Write config.json and model.safetensors, which transformers opens as GPT2LMHeadModel, and the
-    files of the tokenizer. With `params`, copies of the parameters by name, these are written.
+    files of the tokenizer. If `params` are given, copies of the parameters by name, it writes them.
     """
     config = model.config
     gpt2_end = GPT2_VOCAB_SIZE - 1 if config.vocab_size == GPT2_VOCAB_SIZE else None

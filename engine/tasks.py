@@ -99,7 +99,11 @@ class Task:
             text = json.dumps(row, ensure_ascii=False)
             text.encode()  # UnicodeEncodeError, a ValueError, for lone surrogates
             found = tokenizer.special_pattern.search(text)
-            return example._replace(remarks=example.remarks + (HAS_SPECIAL_TOKENS,) * bool(found))
+            return (
+                example._replace(remarks=(*example.remarks, HAS_SPECIAL_TOKENS))
+                if found
+                else example
+            )
 
         rows = open_rows(self.source, *self.hub[1:])
         return convert_rows(self.source, islice(rows, self.limit), convert, self.skip_bad_rows)
@@ -230,7 +234,7 @@ class TextPerplexity(Task):
         n_examples = 0
         for document, text in enumerate(self.read_documents()[: self.limit], start=1):
             sizes = {"words": len(re.split(r"\s+", text)), "bytes": len(text.encode())}
-            remarks = (HAS_SPECIAL_TOKENS,) * bool(tokenizer.special_pattern.search(text))
+            remarks = (HAS_SPECIAL_TOKENS,) if tokenizer.special_pattern.search(text) else ()
             ids = [tokenizer.start_of_text, *tokenizer.encode(text)]
             for request in split_into_windows(ids, block_size, stride):
                 n_examples += 1

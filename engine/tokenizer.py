@@ -40,6 +40,7 @@ TOKENIZER_FILES = (  # the first is enough, or the next two
     *("tokenizer.json", "vocab.json", "merges.txt"),
     *(CONFIG_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", "chat_template.jinja"),
 )
+FIRST_UNASSIGNED = 0x378  # the first code point that no Unicode has assigned
 CHECKED_FIRST, CHECK_EVERY = 100, 1000  # the texts that tiktoken encodes as well
 # All but the last character of a long run of white space before text. tiktoken splits there as
 # well, but its regular expression fails on a run of a million.
@@ -329,9 +330,12 @@ class BatchEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.n_texts = tokenizer, 0
         self.gigatoken = load_gigatoken(tokenizer) if tokenizer.tiktoken else None
+
+    @cached_property  # takes 0.1 s, and a text that is not ASCII
+    def is_unassigned(self) -> np.ndarray:
+        """Whether Python's Unicode lacks each code point."""
         categories = map(unicodedata.category, map(chr, range(sys.maxunicode + 1)))
-        self.is_unassigned = np.array([category == "Cn" for category in categories])
-        self.first_unassigned = self.is_unassigned.argmax()
+        return np.array([category == "Cn" for category in categories])
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """As `Tokenizer.encode_batch`. ValueError if gigatoken and tiktoken differ."""
@@ -368,7 +372,7 @@ class BatchEncoder:
         if text.isascii():
             return False
         code_points = np.frombuffer(text.encode("utf-32-le"), "<u4")
-        code_points = code_points[code_points >= self.first_unassigned]  # few, in most texts
+        code_points = code_points[code_points >= FIRST_UNASSIGNED]  # few, in most texts
         return bool(self.is_unassigned[code_points].any())
 
 

@@ -101,8 +101,8 @@ def own_tokenizer(folder: Path) -> Tokenizer:
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_samples_are_the_text_of_transformers(models, kind, prompt, capsys):
     """sample.py prints what transformers' pipeline generates: the prompt's special tokens are
-    recognized, the model's end of text ends it, and special tokens are not shown. Ids without a
-    token, of which pipeline knows nothing, are left out.
+    recognized, the model's end of text ends it, and special tokens are not shown. pipeline is told
+    not to generate ids without a token.
     """
     options = {"max_new_tokens": 40, "temperature": 0.0, "device": "cpu"}
     sample(SampleConfig(model=str(models[kind]), prompt=prompt, **options))
@@ -381,6 +381,32 @@ def test_an_evaluation_has_one_tokenizer(models, tmp_path):
     evaluate(EvalConfig(str(models["equal"]), **options))
     with pytest.raises(ValueError, match="evaluation with other tokenizer"):
         evaluate(EvalConfig(str(models["equal"]), tokenizer="gpt2", **options))
+
+
+def test_a_tokenizer_is_trained_on_training_text_up_to_a_limit(tmp_path, write_rows, monkeypatch):
+    """Of your own files it sees the documents for training and no others, and it stops once they
+    have enough bytes, or enough different words.
+    """
+    documents = [f"document {i} has its own words: w{i}x, y{i}z" for i in range(60)]
+    seen: list[list[str]] = []
+
+    def train(batches, vocab_size, name):
+        seen[:] = batches
+        return Tokenizer.gpt2()
+
+    monkeypatch.setattr(Tokenizer, "train", train)
+    monkeypatch.setattr("fineweb.BATCH_CHARS", 100)
+    options = {"dataset": [write_rows([{"text": d} for d in documents])], "train_tokenizer": 300}
+    prepare(PrepareConfig(out_dir=str(tmp_path / "all"), val_tokens=200, **options))
+    texts = [text for batch in seen for text in batch]
+    ids = np.concatenate([np.load(file) for file in (tmp_path / "all").glob("*_train_*.npy")])
+    assert sorted(texts) == sorted(Tokenizer.gpt2().decode(ids.tolist()).split("<|endoftext|>")[1:])
+    assert 0 < len(texts) < len(documents)
+    for limit in ("TRAINING_BYTES", "WORD_BYTES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fineweb.{limit}", 1)
+            prepare(PrepareConfig(out_dir=str(tmp_path / limit), val_tokens=200, **options))
+        assert 0 < sum(map(len, seen)) < len(texts)
 
 
 def test_unsuitable_tokenizers_are_refused(tmp_path, monkeypatch):
