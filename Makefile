@@ -1,8 +1,8 @@
-# `make demo` and `make test` each work on a fresh clone; they install what they need into .venv.
+# `make demo` and `make test` work on a fresh clone: each installs what it needs into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 # One process per core. A test file stays in one process, because its tests share models.
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 .PHONY: demo test test-all lint clean
 
@@ -14,10 +14,10 @@ demo: .venv/installed
 	    --instruction "def open_file(filename, mode='r'):"
 
 test: .venv/installed-dev
-	$(TESTS) -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/installed-dev
-	$(TESTS)
+	$(PYTEST)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -27,7 +27,8 @@ lint: .venv/installed-dev
 clean:
 	rm -rf .venv
 
-# Stamp files. An interrupted installation leaves none, so the next call repeats it.
+# Empty files that mark a complete installation; after an interrupted one, make starts again. The
+# first line stops with a message if Python is too old.
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit( \
 	    "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.11 ..." % v[:2])'

@@ -1,6 +1,7 @@
 """Fine-tune GPT-2 on instructions, with LoRA or all weights."""
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 
 from engine.adapter import load_adapter
 from engine.checkpoint import hash_weights, latest_checkpoint, load_model, mark_base
-from engine.config import TrainConfig, flag, run_command
+from engine.config import ADAPTER_HELP, MODEL_HELP, Names, TrainConfig, flag, run_command
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
 from engine.evaluation import Prompt
 from engine.files import write_atomically
@@ -43,24 +44,25 @@ from engine.training import train
 from model import GPT
 
 LORA_SETTINGS = tuple(f.name for f in fields(LoRAConfig))
-# The sum would lose dropout, which is on the inputs of A alone; small updates, where W has no more
-# bits than the sum; and FSDP's shards.
-SUMMED_NEEDS = {"lora_dropout": 0.0, "base_precision": "fp32", "parallel": "ddp"}
-# Defaults. A step has at most a tenth of the examples, and the warmup at most a tenth of the steps.
-EXAMPLES_PER_STEP, WARMUP_STEPS, SMALL_PARTS = 64, 10, 10
-N_ANSWERS, ANSWER_TOKENS = 3, 64  # samples, each shown beside its reference
+# Settings that `lora_form: summed` needs. A summed weight W + s B A cannot apply dropout to A's
+# inputs. A sum with a bf16 W would lose small updates. And FSDP holds only a shard of W.
+SUMMED_FORM_NEEDS = {"lora_dropout": 0.0, "base_precision": "fp32", "parallel": "ddp"}
+# Defaults. With little data they shrink: a step has at most a tenth of the examples, and the warmup
+# takes at most a tenth of the steps.
+EXAMPLES_PER_STEP, WARMUP_STEPS = 64, 10
+N_ANSWERS, ANSWER_TOKENS = 3, 64  # sample so many answers, shown beside their references
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
-    # Other defaults than in pretraining.
+    # Defaults that differ from pretraining.
     out_dir: str = flag("runs/lora")
     batch_size: int = flag(16)
-    max_steps: int = flag(None, "optimizer steps (default: as many as make the epochs)")
+    max_steps: int = flag(None, "optimizer steps (default: as many as --epochs needs)")
     warmup_steps: int = flag(
         None, "steps of linear warmup (default: 10, at most a tenth of the steps)", at_least=0
     )
-    max_lr: float = flag(None, "peak learning rate (default: 5e-4, without LoRA 5e-5)", above=0)
+    max_lr: float = flag(None, "peak learning rate (default: 5e-4 with LoRA, else 5e-5)", above=0)
     min_lr: float = flag(0.0)
     weight_decay: float = flag(0.0)
     eval_every: int = flag(20)
@@ -69,39 +71,40 @@ class FinetuneConfig(TrainConfig):
     recompute: Literal["none", "light", "block"] = flag("light")
 
     model_name_or_path: str = flag(
-        "gpt2", "base model: a hub name, folder, checkpoint or run", group="model", may_change=True
-    )  # its weights are compared
-    base_sha256: str | None = flag(None, "hash of the base's weights; checked if given")
+        "gpt2", f"base model: {MODEL_HELP}", group="model", may_change=True
+    )  # on resume, the weights are compared
+    base_sha256: str | None = flag(None, "expected sha256 of the base model's weights")
     merge_out: str | None = flag(None, "also save the merged model in this folder", may_change=True)
 
     data: str = flag(
         DEFAULT_DATA,
-        "instruction, input, output or prompt, completion: .json, .jsonl, a hub name, or stdlib",
+        ".json or .jsonl file, hub dataset, or stdlib (docstrings of Python). Rows: instruction, "
+        "input and output, or prompt and completion",
         group="data",
-        may_change=True,  # the examples themselves are compared
+        may_change=True,  # on resume, the examples are compared
     )
     examples_per_step: int = flag(
-        None, "examples per optimizer step over all devices (default: 64, at most a tenth of all)"
+        None, "examples per optimizer step over all devices (default: 64, or a tenth of the data)"
     )
     epochs: int = flag(3, "passes over the examples")
-    val_fraction: float = flag(0.1, "held-out fraction of the examples, by seed", above=0, below=1)
+    val_fraction: float = flag(0.1, "fraction of examples held out", above=0, below=1)
 
     use_lora: bool = flag(True, "train an adapter; --no-use_lora trains all weights", group="LoRA")
     lora_dim: int = flag(None, "rank r (default: 8, or the loaded adapter's)")
     lora_alpha: float = flag(
-        None, "scaling is lora_alpha / lora_dim (default: twice lora_dim, or the adapter's)"
+        None, "scaling is lora_alpha / lora_dim (default: 2 lora_dim, or the loaded adapter's)"
     )
     lora_dropout: float = flag(
-        None, "LoRA's dropout; the curve then depends on batch_size (default: 0, or the adapter's)"
+        None, "with dropout, losses depend on batch_size (default: 0, or the loaded adapter's)"
     )
     use_rslora: bool = flag(
-        None, "scaling is lora_alpha / sqrt(lora_dim) (default: no, or the adapter's)"
+        None, "scaling is lora_alpha / sqrt(lora_dim) (default: no, or the loaded adapter's)"
     )
-    lora_module_name: str = flag("h.", "layers with LoRA, by parts of their names: attn.c_attn,mlp")
-    lora_load_path: str | None = flag(None, "adapter to start from: a PEFT folder, run or lora.pt")
+    lora_module_name: Names = flag("h.", "adapt layers with these names in theirs: attn.c_attn mlp")
+    lora_load_path: str | None = flag(None, ADAPTER_HELP)
 
     lora_form: Literal["separate", "summed"] = flag(
-        "separate", "summed: build W + s B A once a step, which takes memory", may_change=True
+        "separate", "summed: build W + s B A once a step, and multiply with it", may_change=True
     )
     base_precision: Literal["fp32", "bf16"] = flag(
         "fp32", "precision of the base; bf16 halves its memory"
@@ -109,15 +112,16 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.use_lora:
-            new_lora_config(self)  # checks its values
-            for name, needed in SUMMED_NEEDS.items():
-                if self.lora_form == "summed" and getattr(self, name) not in (None, needed):
-                    raise ValueError(f"lora_form is summed, which needs {name} {needed}")
+        if not self.use_lora:
+            for name in ("lora_load_path", "lora_form", "base_precision", *LORA_SETTINGS):
+                default = getattr(FinetuneConfig, name)
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(f"{name} is {value}, but it needs --use_lora")
             return
-        for name in ("lora_load_path", "lora_form", "base_precision", *LORA_SETTINGS):
-            if (value := getattr(self, name)) != getattr(FinetuneConfig, name):
-                raise ValueError(f"{name} is {value}, which needs --use_lora")
+        new_lora_config(self)  # raises for bad values
+        for name, needed in SUMMED_FORM_NEEDS.items() if self.lora_form == "summed" else ():
+            if getattr(self, name) not in (None, needed):
+                raise ValueError(f"lora_form summed needs {name} {needed}")
 
 
 def main(given: FinetuneConfig) -> None:
@@ -129,13 +133,13 @@ def main(given: FinetuneConfig) -> None:
         tokenizer = load_tokenizer(base, given.tokenizer)
         examples = read_examples(given.data, tokenizer, base.config.block_size)
     examples, held_out = split_examples(examples, given.val_fraction, given.seed)
-    named = replace(given, base_sha256=check_base(base, given))
+    given = replace(given, base_sha256=hash_base(base, given))
     base_path = str(base.name_or_path)
-    build = partial(build_model, base)
-    del base  # gigabytes, if the model is resumed
+    build = partial(add_adapter, base)
     resolve = partial(resolve_config, n_examples=len(examples), dist=dist)
     adapter_base = given.model_name_or_path if given.use_lora else None
-    with open_run(named, dist, build, resolve, adapter_base) as (config, model, resumed):
+    del base  # only `build` has it now, so that open_run can free it if the run is resumed
+    with open_run(given, dist, build, resolve, adapter_base) as (config, model, resumed):
         del build
         run = Path(config.out_dir)
         merged = Path(config.merge_out) if config.merge_out else None
@@ -159,10 +163,11 @@ def main(given: FinetuneConfig) -> None:
         finally:
             if dist.is_main and (run / "metrics.jsonl").exists():
                 write_train_data(run)
-            elif dist.is_main:  # it was refused
+            elif dist.is_main:  # `train` refused to start: leave nothing behind
                 (run / TEMPLATE_FILE).unlink(missing_ok=True)
         if dist.is_main and merged:
-            # The base as loaded above: a run may have a later checkpoint by now.
+            # base_path is the checkpoint that was loaded above. If the base is a run that is still
+            # training, model_name_or_path may stand for a later checkpoint by now.
             tuned = load_model(base_path, run) if config.use_lora else load_model(run)
             save_merged(tuned, tokenizer, examples, merged)
     dist.stop()
@@ -172,29 +177,33 @@ def is_occupied(folder: Path) -> bool:
     return folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
 
 
-def check_base(base: GPT, config: FinetuneConfig) -> str:
-    """The hash of the base's weights; ValueError if it cannot be the base of this run."""
+def hash_base(base: GPT, config: FinetuneConfig) -> str:
+    """Return the sha256 of the weights of the base. Raises ValueError if the base is an adapter, or
+    if the hash differs from base_sha256.
+    """
     name = config.model_name_or_path
     if lora_linears(base):
         raise ValueError(
-            f"model_name_or_path {name} is an adapter; give its base model {base.name_or_path}, "
+            f"model_name_or_path {name} is an adapter; pass its base model {base.name_or_path}, "
             "and the adapter as --lora_load_path"
         )
     found = hash_weights(base)
     if config.base_sha256 not in (None, found):
-        raise ValueError(f"{name} has weights of sha256 {found}, expected {config.base_sha256}")
+        raise ValueError(
+            f"the weights of {name} have sha256 {found}, expected {config.base_sha256}"
+        )
     return found
 
 
 def new_lora_config(config: FinetuneConfig) -> LoRAConfig:
-    """The settings of a new adapter."""
+    """Return the settings of a new adapter."""
     lora_dim = 8 if config.lora_dim is None else config.lora_dim
     lora_alpha = 2.0 * lora_dim if config.lora_alpha is None else config.lora_alpha
     return LoRAConfig(lora_dim, lora_alpha, config.lora_dropout or 0.0, bool(config.use_rslora))
 
 
-def build_model(base: GPT, config: FinetuneConfig) -> GPT:
-    """The model to start from: the base, with a new adapter or the one of lora_load_path."""
+def add_adapter(base: GPT, config: FinetuneConfig) -> GPT:
+    """Add a new adapter to the base, or load lora_load_path. Without use_lora, change nothing."""
     torch.manual_seed(config.seed)
     if not config.use_lora:
         return base
@@ -207,24 +216,24 @@ def build_model(base: GPT, config: FinetuneConfig) -> GPT:
 def resolve_config(
     config: FinetuneConfig, model: GPT, n_examples: int, dist: Distributed
 ) -> FinetuneConfig:
-    """The config with a value for everything that was left to the adapter, the data or the device.
-    ValueError if it contradicts the adapter.
+    """Fill in the settings that depend on the adapter, the data or the device. Raises ValueError if
+    a setting differs from the adapter that was loaded.
     """
-    tenth = 2 ** (max(1, n_examples // SMALL_PARTS).bit_length() - 1)  # as a power of two
-    per_step = config.examples_per_step or min(EXAMPLES_PER_STEP, tenth)
-    max_steps = config.max_steps or -(-config.epochs * n_examples // per_step)
-    defaults = {
-        "warmup_steps": min(WARMUP_STEPS, max_steps // SMALL_PARTS),
-        "max_lr": 5e-4 if config.use_lora else 5e-5,
-    }
-    resolved: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(config, k) is None}
-    resolved |= {"examples_per_step": per_step, "max_steps": max_steps}
+    # A tenth, rounded down to a power of two, so that a step divides evenly into batches.
+    most = 2 ** (max(1, n_examples // 10).bit_length() - 1)
+    per_step = config.examples_per_step or min(EXAMPLES_PER_STEP, most)
+    max_steps = config.max_steps or math.ceil(config.epochs * n_examples / per_step)
+    resolved: dict[str, Any] = {"examples_per_step": per_step, "max_steps": max_steps}
     resolved["batch_size"] = min(config.batch_size, max(1, per_step // dist.world_size))
-    for linear in lora_linears(model).values():
+    if config.warmup_steps is None:
+        resolved["warmup_steps"] = min(WARMUP_STEPS, max_steps // 10)
+    if config.max_lr is None:
+        resolved["max_lr"] = 5e-4 if config.use_lora else 5e-5
+    for linear in lora_linears(model).values():  # all of them have the same config
         for name, found in asdict(linear.config).items():
-            if (given := getattr(config, name)) not in (None, found):
+            if (value := getattr(config, name)) not in (None, found):
                 path = config.lora_load_path
-                raise ValueError(f"{name} is {given}, but the adapter of {path} has {found}")
+                raise ValueError(f"{name} is {value}, but the adapter of {path} has {found}")
             resolved[name] = found
     return resolve_device_settings(replace(config, **resolved), dist)
 
@@ -234,7 +243,7 @@ def freeze_base(model: GPT, config: FinetuneConfig, dist: Distributed) -> None:
     only_optimize_lora_parameters(model)
     linears = lora_linears(model).values()
     for linear in linears:
-        linear.sums_weight = config.lora_form == "summed"
+        linear.use_summed_form = config.lora_form == "summed"
     if config.base_precision == "bf16":
         cast_frozen_weights(model, torch.bfloat16)
     if dist.is_main:
@@ -247,7 +256,7 @@ def freeze_base(model: GPT, config: FinetuneConfig, dist: Distributed) -> None:
 
 
 def write_train_data(run: Path) -> None:
-    """train_data.json: the losses and their steps, as lists to plot."""
+    """Write train_data.json: the losses and their steps, as lists to plot."""
     data, records = {}, read_metrics(run)
     for name, key in (("train", "train_loss"), ("eval", "val_loss")):
         data[f"{name}_steps"], data[f"{name}_loss"] = curve_points(records, key, "step")
@@ -257,16 +266,18 @@ def write_train_data(run: Path) -> None:
 def save_merged(
     model: GPT, tokenizer: Tokenizer, examples: list[PromptCompletion], folder: Path
 ) -> None:
-    """Save the model as an ordinary checkpoint, with its adapter merged. ValueError if the folder
-    already holds anything else.
+    """Save the model as an ordinary checkpoint, with its adapter merged. Raises ValueError if the
+    folder holds anything but this model.
     """
     if lora_linears(model):
         merge_lora(model)
     if is_occupied(folder):
         is_model = (folder / "config.json").is_file()
         if not is_model or hash_weights(load_model(folder)) != hash_weights(model):
-            raise ValueError(f"merge_out {folder} holds something else; choose another folder")
-        print(f"merged model              {folder}, as before")
+            raise ValueError(
+                f"merge_out {folder} holds something other than this model; choose another folder"
+            )
+        print(f"merged model              {folder}, already saved")
         return
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     save_pretrained(model, temporary, tokenizer)

@@ -1,5 +1,5 @@
-"""Tokenize text into shards: from the hub, from files, or Python's own documentation. The tokenizer
-is GPT-2's, another, or one trained on the text.
+"""Tokenize text from the Hugging Face Hub, your own files or the Python documentation into shards.
+Use the GPT-2 tokenizer, another one, or train one on the text.
 """
 
 import codecs
@@ -21,7 +21,6 @@ from engine.documents import (
     BYTES_PER_TOKEN,
     HUB_REMEDY,
     HUB_TEXT,
-    PROBLEMS,
     SUFFIXES,
     Piece,
     Source,
@@ -41,48 +40,48 @@ from engine.shards import (
 from engine.tokenizer import GPT2, BatchEncoder, Tokenizer, find_tokenizer
 
 # Shards of 100M tokens on the hub, from modded-nanogpt (data/cached_*.py): repository, prefix of
-# the file names, number of training shards. Each has one validation shard besides.
+# the file names, number of training shards. Each repository also has one validation shard.
 HUB_SHARDS = {
     "fineweb10B-gpt2": ("kjj0/fineweb10B-gpt2", "fineweb", 103),
     "fineweb100B-gpt2": ("kjj0/fineweb100B-gpt2", "fineweb", 1030),
     "finewebedu10B-gpt2": ("kjj0/finewebedu10B-gpt2", "finewebedu", 99),
 }
-DATASETS = (
-    f"{', '.join(HUB_TEXT)}; ready-made shards, of which only max_tokens can be chosen: "
-    f"{', '.join(HUB_SHARDS)}; stdlib (Python's own documentation); or files, folders and globs of "
-    f"{', '.join(SUFFIXES)}"
+DATASET_HELP = (
+    f"{', '.join(HUB_TEXT)}; stdlib (the Python documentation); files, folders and globs of "
+    f"{', '.join(SUFFIXES)}; or ready-made shards, with --max_tokens as the only option: "
+    f"{', '.join(HUB_SHARDS)}"
 )
-BATCH_CHARS = 1 << 22  # encoded at once
-MAX_IDS = 1 << 16  # of uint16, which shards hold
-# A tokenizer is trained until its text reaches TRAINING_BYTES, or its distinct words WORD_BYTES:
-# training takes about 90 times the latter in memory.
+BATCH_CHARS = 1 << 22  # characters encoded at once
+MAX_IDS = 1 << 16  # shards hold uint16
+# To train a tokenizer, we read text until there are TRAINING_BYTES of text or WORD_BYTES of
+# distinct words. Training takes about 90 times as much memory as the distinct words.
 TRAINING_BYTES, WORD_BYTES = 1_000_000_000, 60_000_000
-MIN_TOKENS = 2  # of a split: one to predict from another
+MIN_TOKENS = 2  # in a split: one to predict, one to predict it from
 TokenizedPiece = tuple[Piece, np.ndarray]
 
 
 @dataclass(frozen=True)
 class PrepareConfig(Settings):
-    dataset: list[str] = flag(["fineweb-edu"], DATASETS)
-    tokenizer: str = flag(GPT2, "folder of a tokenizer, a model or prepared data, or a hub name")
+    dataset: list[str] = flag(["fineweb-edu"], DATASET_HELP)
+    tokenizer: str = flag(GPT2, "folder of a tokenizer, a model or data, or hub name of a model")
     train_tokenizer: int | None = flag(
-        None, "train one on the text, a BPE of N tokens, and use it", at_least=257, at_most=MAX_IDS
+        None, "train a BPE tokenizer of N tokens on the text", at_least=257, at_most=MAX_IDS
     )
-    out_dir: str = flag("", "folder of the shards (default: data/ and the name of the dataset)")
+    out_dir: str = flag("", "folder for the shards (default: data/NAME, after the dataset)")
     max_tokens: int | None = flag(
-        None, "tokens to write; of ready-made shards, training tokens (default: all)", at_least=4
+        None, "tokens to write; for ready-made shards, training tokens (default: all)", at_least=4
     )
     shard_size: int = flag(100_000_000, "tokens in a shard")
     val_tokens: int | None = flag(
         None,
-        "validation tokens (default: 10,485,760 from the hub, else 5%, at most that); of your own "
-        "files about this many, at most half",
+        "validation tokens (default: 10,485,760 for hub datasets, else 5% of the text, but at most "
+        "10,485,760). For your own files this is approximate, and at most half the text",
         at_least=2,
     )
-    text_field: str = flag("text", "column or key of the text in .parquet and .jsonl")
-    encoding: str = flag("utf-8", "encoding of files without a byte order mark: latin-1, gbk")
+    text_field: str = flag("text", "key of the text in .jsonl, column in .parquet")
+    encoding: str = flag("utf-8", "encoding of files without a byte order mark, such as latin-1")
     decode_errors: Literal["strict", "replace"] = flag(
-        "strict", "undecodable bytes are an error (strict), or become U+FFFD (replace)"
+        "strict", "undecodable bytes are an error (strict) or become U+FFFD (replace)"
     )
     skip_bad_files: bool = flag(False, "leave out files that cannot be decoded")
 
@@ -92,11 +91,12 @@ class PrepareConfig(Settings):
             "".encode(self.encoding)
         except LookupError as error:
             raise ValueError(f"{error}; expected a Python encoding, such as latin-1") from error
-        given = (self.tokenizer != GPT2) + bool(self.train_tokenizer)
-        if given > (self.dataset[0] not in HUB_SHARDS):
-            raise ValueError(
-                "give tokenizer or train_tokenizer, not both; ready-made shards take neither"
-            )
+        names = ("tokenizer", "train_tokenizer")
+        chosen = [name for name in names if getattr(self, name) not in (GPT2, None)]
+        if len(chosen) > 1:
+            raise ValueError("give tokenizer or train_tokenizer, not both")
+        if chosen and self.dataset[0] in HUB_SHARDS:
+            raise ValueError(f"{self.dataset[0]} is ready-made; omit {chosen[0]}")
 
 
 def main(config: PrepareConfig) -> None:
@@ -110,73 +110,62 @@ def main(config: PrepareConfig) -> None:
         config.text_field, config.encoding, config.decode_errors, config.skip_bad_files
     )
     source = open_source(config.dataset, text_format, config.val_tokens, config.max_tokens)
-    tokenizer = None if config.train_tokenizer else find_tokenizer(config.tokenizer)
-    if not config.train_tokenizer and (not tokenizer or tokenizer.vocab_size > MAX_IDS):
-        found = tokenizer or f"no tokenizer.json in {config.tokenizer}"
-        raise ValueError(f"tokenizer: {found}, expected one of at most {MAX_IDS:,} tokens")
+    tokenizer = None if config.train_tokenizer else open_tokenizer(config.tokenizer)
     with lock_folder(out_dir):
-        manifest = open_manifest(source, out_dir, choose_options(source, config, tokenizer))
+        manifest = open_manifest(source, out_dir, collect_options(source, config, tokenizer))
         if manifest["complete"]:
             print(f"{out_dir} is complete: {summarize_manifest(manifest)}")
             return
         if config.train_tokenizer and not manifest["shards"]:
             tokenizer = train_tokenizer(source, config.train_tokenizer, out_dir.name)
+        # If we resume a run that trained a tokenizer, load the one that it saved in out_dir.
         prepare(source, tokenizer or load_data_tokenizer(out_dir), out_dir, manifest)
 
 
+def open_tokenizer(name: str) -> Tokenizer:
+    """Load a tokenizer by folder or hub name. Raises ValueError if it has too many ids for uint16,
+    or if the folder has no tokenizer.
+    """
+    tokenizer = find_tokenizer(name)
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer.json; pass a folder that has one")
+    if tokenizer.vocab_size > MAX_IDS:
+        raise ValueError(f"tokenizer {tokenizer} is too large, expected at most {MAX_IDS:,} tokens")
+    return tokenizer
+
+
 def train_tokenizer(source: Source, vocab_size: int, name: str) -> Tokenizer:
-    """Train a tokenizer on the text, without the held-out part of your own files."""
+    """Train a tokenizer on the text of a source. Leaves out the validation sections of your own
+    files. For other sources, validation text is included.
+    """
 
     def read() -> Iterator[list[str]]:
         n_bytes, words = 0, set[bytes]()
-        batches = batch_pieces(source.pieces(0, Counter(PROBLEMS)))
+        batches = batch_pieces(source.pieces(0, None))
         for batch in tqdm(batches, "text for the tokenizer", unit=" batches", disable=None):
-            texts = [piece.text.encode() for piece in batch if not piece.is_val]
-            yield [text.decode() for text in texts]
-            n_bytes += sum(map(len, texts))
-            words.update(*map(bytes.split, texts))
+            texts = [piece.text for piece in batch if not piece.is_val]
+            yield texts
+            encoded = [text.encode() for text in texts]
+            n_bytes += sum(map(len, encoded))
+            words.update(*map(bytes.split, encoded))
             if n_bytes >= TRAINING_BYTES or sum(map(len, words)) >= WORD_BYTES:
                 return
 
     tokenizer = Tokenizer.train(read(), vocab_size, name)
     if tokenizer.vocab_size < vocab_size:
-        print(f"too little text for {vocab_size:,} tokens; it has {tokenizer.vocab_size:,}")
+        print(f"the text is too short for {vocab_size:,} tokens; got {tokenizer.vocab_size:,}")
     return tokenizer
 
 
-def open_manifest(source: Source, out_dir: Path, options: dict) -> dict:
-    """The manifest to continue: the intact shards of an earlier call with the same options."""
-    earlier = read_manifest(out_dir)
-    old, shards = earlier.get("options", {}), earlier["shards"]
-    changed = {key for key in {**options, **old} if old.get(key) != options.get(key)}
-    files = {out_dir / shard["name"]: shard for shard in shards}
-    damaged = [s for f, s in files.items() if not f.exists() or sha256_file(f) != s["sha256"]]
-    if shards and earlier["complete"] and not damaged:
-        # Earlier versions cut and split files in other ways. Their folders stay as they are.
-        is_earlier = "section_chars" in options and "section_chars" not in old
-        if not changed - ({"val_tokens", "val_fraction", "section_chars"} if is_earlier else set()):
-            return earlier
-    # With one split the earlier call stopped or failed before it made anything of use.
-    if changed and {shard["split"] for shard in shards} == {"train", "val"}:
-        before, now = ({k: values.get(k) for k in sorted(changed)} for values in (old, options))
-        raise ValueError(
-            f"{out_dir} holds shards made with another {' and '.join(now)}: {before} before, "
-            f"{now} now; choose another --out_dir, or delete the folder"
-        )
-    # Shards with one cursor were finished together, so none is of use without the others.
-    lost = [shard["cursor"] for shard in damaged]
-    shards = [] if changed else list(takewhile(lambda s: s["cursor"] not in lost, shards))
-    if shards:
-        print(f"{out_dir}: resuming after {shards[-1]['name']}")
-    tokenizer = earlier.get("tokenizer", GPT2) if shards else GPT2
-    manifest = {"name": out_dir.name, "dataset": source.name, "tokenizer": tokenizer}
-    return {**manifest, "complete": False, "options": options, "shards": shards}
-
-
-def choose_options(source: Source, config: PrepareConfig, tokenizer: Tokenizer | None) -> dict:
-    """What the content of the shards depends on. No `tokenizer` means that one is trained."""
+def collect_options(source: Source, config: PrepareConfig, tokenizer: Tokenizer | None) -> dict:
+    """Return the options in the manifest: everything that determines the content of the shards.
+    `tokenizer` is None if one will be trained. Raises ValueError if max_tokens leaves nothing for
+    training.
+    """
     keys = ("text_field", "max_tokens", "shard_size")
     options = {"source": source.identity, **{key: getattr(config, key) for key in keys}}
+    # Omit these options if they have their defaults, so that manifests of versions without them
+    # still match.
     if (encoding := codecs.lookup(config.encoding).name) != "utf-8":
         options["encoding"] = encoding
     if config.decode_errors != "strict":
@@ -185,34 +174,74 @@ def choose_options(source: Source, config: PrepareConfig, tokenizer: Tokenizer |
         options["train_tokenizer"] = config.train_tokenizer
     elif not tokenizer.is_gpt2:
         options["tokenizer"] = tokenizer.sha256
-    fewest = (source.split["val_tokens"] or 0) + MIN_TOKENS
-    if config.max_tokens and config.max_tokens < fewest and "section_chars" not in source.split:
+    needed = (source.split_options["val_tokens"] or 0) + MIN_TOKENS
+    has_sections = "section_chars" in source.split_options
+    if config.max_tokens and config.max_tokens < needed and not has_sections:
         raise ValueError(
-            f"max_tokens is {config.max_tokens}, expected at least {fewest}, {MIN_TOKENS} of them "
+            f"max_tokens is {config.max_tokens}, expected at least {needed}, {MIN_TOKENS} of them "
             "for training; raise it, or lower --val_tokens"
         )
-    return options | source.split
+    return options | source.split_options
+
+
+def open_manifest(source: Source, out_dir: Path, options: dict) -> dict:
+    """Return the manifest to continue: the one in the folder if it is complete, one with the shards
+    that an interrupted run with the same options finished, or a new one. Raises ValueError if the
+    folder holds shards made with other options.
+    """
+    earlier = read_manifest(out_dir)
+    shards, old = earlier["shards"], earlier.get("options", {})
+    changed = {key for key in {**options, **old} if old.get(key) != options.get(key)}
+    intact = find_intact_shards(out_dir, shards)
+    # Older versions chose validation in other ways. Their complete shards are still good.
+    is_older = "section_chars" in options and "section_chars" not in old
+    ignored = {"val_tokens", "val_fraction", "section_chars"} if is_older else set()
+    if shards and earlier["complete"] and intact == shards and changed <= ignored:
+        return earlier
+    # Shards of one split alone come from a run that stopped too early to be of use. If options have
+    # changed since, that is not an error: we start over.
+    if changed and {shard["split"] for shard in shards} == {"train", "val"}:
+        changes = [f"{k} was {old.get(k)}, now {options.get(k)}" for k in sorted(changed)]
+        raise ValueError(
+            f"{out_dir} holds shards made with other options: {', '.join(changes)}; choose another "
+            "--out_dir, or delete the folder"
+        )
+    shards = [] if changed else intact
+    if shards:
+        print(f"{out_dir}: resuming after {shards[-1]['name']}")
+    tokenizer = earlier.get("tokenizer", GPT2) if shards else GPT2
+    manifest = {"name": out_dir.name, "dataset": source.name, "tokenizer": tokenizer}
+    return {**manifest, "complete": False, "options": options, "shards": shards}
+
+
+def find_intact_shards(out_dir: Path, shards: list[dict]) -> list[dict]:
+    """Return the shards before the first one that is missing or damaged."""
+    files = {out_dir / shard["name"]: shard for shard in shards}
+    damaged = [s for f, s in files.items() if not f.exists() or sha256_file(f) != s["sha256"]]
+    # Shards with the same cursor were finished together. We can resume only after all of them.
+    damaged_cursors = [shard["cursor"] for shard in damaged]
+    return list(takewhile(lambda shard: shard["cursor"] not in damaged_cursors, shards))
 
 
 def prepare(source: Source, tokenizer: Tokenizer, out_dir: Path, manifest: dict) -> None:
-    """Write the shards of `source` that the manifest lacks."""
+    """Write the shards that are not in the manifest yet, and complete the manifest."""
     if not tokenizer.is_gpt2:
         tokenizer.save(out_dir)
         record = {"name": tokenizer.name, "file": "tokenizer.json", "sha256": tokenizer.sha256}
         manifest["tokenizer"] = record | {"end_of_text": tokenizer.end_of_text}
     writer, problems = ShardWriter(out_dir, manifest), Counter[str]()
     expected = manifest["options"]["max_tokens"] or int((source.n_bytes or 0) / BYTES_PER_TOKEN)
-    shards, first, start = manifest["shards"], writer.total, time.perf_counter()
-    sizes = {"initial": first, "total": expected or None, "unit": " tok", "unit_scale": True}
-    with tqdm(desc=str(out_dir), disable=None, **sizes) as bar:
+    shards, n_earlier, started = manifest["shards"], writer.total, time.perf_counter()
+    bar_options = {"initial": n_earlier, "total": expected or None, "unit": " tok"}
+    with tqdm(desc=str(out_dir), unit_scale=True, disable=None, **bar_options) as bar:
         for batch in tokenize(source.pieces(writer.cursor["pieces"], problems), tokenizer):
             n_shards = len(shards)
             for piece, tokens in batch:
                 problems["special tokens"] += len(tokenizer.special_pattern.findall(piece.text))
-                writer.add(tokens, piece.starts, piece.is_val)
+                writer.add(tokens, piece.starts_document, piece.is_val)
             bar.update(writer.total - bar.n)
-            if len(shards) > n_shards:
-                speed = (writer.total - first) / (time.perf_counter() - start)
+            if len(shards) > n_shards:  # the writer lists a finished shard in the manifest
+                speed = (writer.total - n_earlier) / (time.perf_counter() - started)
                 minutes = max(0, expected - writer.total) / speed / 60
                 left = f", about {minutes:.0f} min left" if expected else ""
                 bar.write(f"{shards[-1]['name']}: {speed:,.0f} tokens/s{left}")
@@ -225,7 +254,7 @@ def prepare(source: Source, tokenizer: Tokenizer, out_dir: Path, manifest: dict)
 
 
 def tokenize(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[list[TokenizedPiece]]:
-    """The pieces in batches with their tokens. The next batch is read while one is encoded."""
+    """Yield the pieces with their tokens, in batches. Encodes a batch while reading the next."""
     encoder, future = BatchEncoder(tokenizer), None
     with ThreadPoolExecutor(1) as pool:
         for batch in batch_pieces(pieces):
@@ -249,25 +278,26 @@ def batch_pieces(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def tokenize_pieces(encoder: BatchEncoder, pieces: list[Piece]) -> list[TokenizedPiece]:
-    """The pieces, each with its tokens as uint16, after the end of text if it is separated. A blank
-    document has none.
+    """Pair each piece with its tokens as uint16. If the piece is separated from the one before it,
+    its first token is <|endoftext|>. Blank pieces have no tokens.
     """
     texts = ["" if piece.text.isspace() else piece.text for piece in pieces]
-    tokens, lengths = encoder.encode(texts)
+    tokens, lengths = encoder.encode(texts)  # the tokens of all pieces in one array
     has_separator = np.array([piece.is_separated for piece in pieces]) & (lengths > 0)
-    begins = np.cumsum(lengths) - lengths
+    starts = np.cumsum(lengths) - lengths
     end_of_text = encoder.tokenizer.end_of_text
-    tokens = np.insert(tokens.astype(np.uint16), begins[has_separator], end_of_text)
+    tokens = np.insert(tokens.astype(np.uint16), starts[has_separator], end_of_text)
     ends = np.cumsum(lengths + has_separator).tolist()
     parts = [tokens[start:end] for start, end in pairwise([0, *ends])]
     return list(zip(pieces, parts, strict=True))
 
 
 def finish_manifest(manifest: dict, out_dir: Path, cursor: dict, problems: Counter) -> None:
-    tokens = {split: count_tokens(manifest, split) for split in ("val", "train")}
-    if min(tokens.values()) < MIN_TOKENS:
+    """Mark the manifest as complete and print a summary. Raises ValueError if a split is empty."""
+    counts = {split: count_tokens(manifest, split) for split in ("val", "train")}
+    if min(counts.values()) < MIN_TOKENS:
         raise ValueError(
-            f"the text gives {tokens['val']} tokens for validation and {tokens['train']} for "
+            f"the text gives {counts['val']} tokens for validation and {counts['train']} for "
             f"training, expected at least {MIN_TOKENS}; lower --val_tokens, raise --max_tokens, or "
             "add text"
         )
@@ -275,7 +305,7 @@ def finish_manifest(manifest: dict, out_dir: Path, cursor: dict, problems: Count
     kinds = ("replaced characters", "bad rows", "truncated files", "bad files left out")
     manifest["summary"] = {
         "documents": cursor["documents"],
-        **{f"{split} tokens": n for split, n in tokens.items()},
+        **{f"{split} tokens": n for split, n in counts.items()},
         "empty documents": cursor["empty"],
         **{kind: problems[kind] for kind in kinds},
     }
@@ -295,24 +325,24 @@ def download_shards(dataset: str, out_dir: Path, max_tokens: int | None) -> None
     repo, prefix, n_train = HUB_SHARDS[dataset]
     earlier = read_manifest(out_dir)
     if earlier["shards"] and earlier.get("dataset") != dataset:
-        raise ValueError(f"{out_dir} holds shards of other text; choose another --out_dir")
+        raise ValueError(f"{out_dir} holds shards of another dataset; choose another --out_dir")
     manifest = {"name": out_dir.name, "dataset": dataset, "tokenizer": GPT2, "complete": False}
-    # Shards from before stay listed until they are checked again, which needs no download.
+    # Earlier shards stay listed. The loop checks them again, but does not download intact ones.
     shards: dict[str, dict] = {shard["name"]: shard for shard in earlier["shards"]}
     names = [("val", f"{prefix}_val_000000.bin")]
     names += [("train", f"{prefix}_train_{i:06d}.bin") for i in range(1, n_train + 1)]
-    trained = 0
+    n_train_tokens = 0
     for split, name in tqdm(names, desc=str(out_dir), unit=" shards", disable=None):
         with reporting_hub_errors(f"{name} of {repo}", HUB_REMEDY):
             file = Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=out_dir))
-        tokens = len(open_shard(file))
-        shards[name] = {"name": name, "tokens": tokens, "sha256": sha256_file(file), "split": split}
+        n_tokens, sha256 = len(open_shard(file)), sha256_file(file)
+        shards[name] = {"name": name, "tokens": n_tokens, "sha256": sha256, "split": split}
         write_manifest(out_dir, {**manifest, "shards": list(shards.values())})
-        trained += tokens if split == "train" else 0
-        if max_tokens is not None and trained >= max_tokens:
+        n_train_tokens += n_tokens if split == "train" else 0
+        if max_tokens is not None and n_train_tokens >= max_tokens:
             break
     write_manifest(out_dir, {**manifest, "complete": True, "shards": list(shards.values())})
-    print(f"{out_dir}: {trained:,} tokens for training, and a validation shard")
+    print(f"{out_dir}: {n_train_tokens:,} tokens for training, and a validation shard")
 
 
 if __name__ == "__main__":

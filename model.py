@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-VOCAB_MULTIPLE = 128  # tensor cores want whole tiles: the vocabulary is padded from 50257 to 50304
-INIT_STD = 0.02  # OpenAI's code, which has 0.01 for wpe; transformers uses 0.02 for all
+VOCAB_MULTIPLE = 128  # tensor cores want whole tiles, so 50257 tokens are padded to 50304
+INIT_STD = 0.02  # as in transformers; OpenAI's code uses 0.01 for wpe
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT-2. The defaults are the 124M model."""
+    """The shape of a GPT-2 model. The defaults give the 124M model."""
 
     block_size: int = 1024
     vocab_size: int = 50257
@@ -38,7 +38,7 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of one layer for the tokens so far, at most `block_size` of them."""
+    """The keys and values of one layer for all tokens so far, up to `block_size` of them."""
 
     def __init__(self, block_size: int):
         self.block_size = block_size
@@ -46,7 +46,7 @@ class KVCache:
         self.k = self.v = torch.empty(0)
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add (B, nh, T, hs) new keys and values; return all of them, (B, nh, length, hs)."""
+        """Append new keys and values (B, nh, T, hs). Return all of them, (B, nh, length, hs)."""
         B, nh, T, hs = k.size()
         if self.length == 0:
             self.k, self.v = (t.new_empty(B, nh, self.block_size, hs) for t in (k, v))
@@ -79,7 +79,8 @@ class CausalSelfAttention(nn.Module):
         )
         if cache is not None:
             k, v = cache.append(k, v)
-        # One new token attends to everything cached. Several tokens come only with an empty cache.
+        # A single new token may attend to everything in the cache. Several tokens need the causal
+        # mask; `GPT.hidden` only allows them while the cache is empty.
         is_causal = mask is None and (cache is None or T > 1)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -112,7 +113,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks and the final LayerNorm, named as in transformers. `GPT` runs them."""
+    """The modules of GPT-2 under the names that transformers uses. `GPT.hidden` runs them."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -125,8 +126,9 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """GPT-2 with a language-model head.
 
-    `wte` and `lm_head` have `padded_vocab_size` rows. The padding rows, and their gradients, are
-    zero. They are never returned, sampled or saved. The training loss is in engine/loss.py.
+    `wte` and `lm_head` have `padded_vocab_size` rows. The padding rows and their gradients are
+    zero. Their logits are never returned, their ids never sampled, and they are not saved. The
+    training loss is in engine/loss.py.
     """
 
     def __init__(self, config: GPTConfig):
@@ -140,13 +142,13 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> "GPT":
-        """Load a Hugging Face folder or hub name (`gpt2`, `gpt2-xl`, ...) in fp32."""
+        """Load a model from a Hugging Face folder or the hub (`gpt2`, `gpt2-xl`, ...) in fp32."""
         from engine.pretrained import load_pretrained
 
         return load_pretrained(name_or_path)
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write config.json and model.safetensors, which transformers opens as GPT2LMHeadModel."""
+        """Write config.json and model.safetensors, so that GPT2LMHeadModel can load them."""
         from engine.pretrained import save_pretrained
 
         save_pretrained(self, Path(folder))
@@ -157,7 +159,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        # GPT-2 paper, section 2.3; every block adds to the residual stream twice.
+        # GPT-2 paper, section 2.3. Every block adds to the residual stream twice.
         residual_std = INIT_STD / (2 * self.config.n_layer) ** 0.5
         for name, param in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -176,7 +178,7 @@ class GPT(nn.Module):
             table[self.config.vocab_size :] = 0.0
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, T) to logits (B, T, V)."""
+        """Return the logits (B, T, V) for token ids (B, T)."""
         return self.logits(self.hidden(idx))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -189,12 +191,14 @@ class GPT(nn.Module):
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Token ids (B, T) to final hidden states (B, T, C), the input of the head.
+        """Return the final hidden states (B, T, C) for token ids (B, T). `logits` takes them.
 
-        With `caches`, one per layer, `idx` follows the cached tokens: any number into empty caches,
-        then one at a time. `positions` (T) or (B, T) and a boolean `mask` (B, 1, T, T),
-        true where a token may attend to another, replace 0, 1, 2, ... and the causal mask, so that
-        several texts can share a row.
+        With `caches`, one per layer, `idx` continues the cached tokens. The first call may pass any
+        number of tokens, later calls one token each.
+
+        `positions` (T) or (B, T) replaces 0, 1, 2, ... The boolean `mask` (B, 1, T, T), true if a
+        token may attend to another, replaces the causal mask. Both together let several texts share
+        a row.
         """
         T = idx.size(1)
         start = caches[0].length if caches else 0
@@ -212,7 +216,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **options: Any) -> torch.Tensor:
-        """Continue prompts (B, T) to (B, T + n), n <= max_new_tokens; options as in `stream`."""
+        """Return prompts (B, T) plus up to `max_new_tokens` new ids; options as in `stream`."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, **options)], dim=1)
 
     @torch.no_grad()
@@ -228,9 +232,10 @@ class GPT(nn.Module):
         suppress_tokens: list[int] | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[torch.Tensor]:
-        """Yield the next ids (B, 1) of prompts (B, T) as they are sampled. Temperature 0 is greedy.
-        A row that has produced `eos` is filled with it; generation ends when all rows have. The ids
-        in `suppress_tokens` are never sampled.
+        """Yield the next token ids (B, 1) of prompts (B, T) as they are sampled.
+
+        Temperature 0 is greedy. A row that has produced `eos` yields nothing but `eos` from then
+        on, and generation ends when all rows have. Ids in `suppress_tokens` are never sampled.
         """
         finished = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         caches: list[KVCache] = []
@@ -248,10 +253,16 @@ class GPT(nn.Module):
                 break
 
     def last_hidden(self, idx: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
-        """The final hidden state (B, C) at the last token of `idx`, using and filling `caches`.
+        """Return the final hidden state (B, C) at the last token of `idx`. `caches`, empty at
+        first, are updated in place.
 
-        Learned positions cannot slide, so a full cache is rebuilt from its last half: one long pass
-        every block_size / 2 tokens. The prompt may fill the whole window.
+        The model has learned one embedding per position, so the window cannot slide by one token.
+        When the caches are full, we start again from the last block_size / 2 tokens. For example,
+        with block_size 8 and a prompt of 6 tokens:
+
+            [0 1 2 3 4 5]        one pass over the prompt, or over its last block_size tokens
+            [0 1 2 3 4 5] 6 7    one pass per new token, until the caches are full
+                     [5 6 7 8]   one pass over the last half, now at positions 0 to 3
         """
         block_size = self.config.block_size
         if caches and caches[0].length < block_size:
@@ -268,13 +279,13 @@ def sample_next(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Sample token ids (B, 1) from logits (B, V): from the `top_k` most likely tokens, and among
-    these from the smallest set whose total probability is at least `top_p`.
+    """Sample token ids (B, 1) from logits (B, V). `top_k` keeps only the most likely tokens. Of
+    these, `top_p` keeps the smallest set whose total probability is at least top_p.
     """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
-    # Shifted so that the largest is 0 and small temperatures do not overflow.
+    # Make the largest logit 0, so that dividing by a small temperature does not overflow.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
@@ -282,6 +293,6 @@ def sample_next(
     if top_p is not None:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(dim=-1)
-        excluded = probs.cumsum(dim=-1) - probs >= top_p  # those before it already reach top_p
+        excluded = probs.cumsum(dim=-1) - probs >= top_p  # the tokens before it already reach top_p
         logits = logits.masked_fill(excluded.scatter(1, order, excluded), -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)

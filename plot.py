@@ -1,10 +1,10 @@
-"""Draw the loss curves of runs into one image: python plot.py RUN..."""
+"""Draw the loss curves of runs in one image: python plot.py RUN..."""
 
 import argparse
 from pathlib import Path
 
 from engine.config import Parser
-from engine.errors import with_reported_errors
+from engine.errors import run_and_report_errors
 from engine.plots import X_AXES, plot_runs
 
 
@@ -21,4 +21,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", metavar="FILE", default="loss.png", help=out_help)
     parser.add_argument("--x", choices=X_AXES, default="step", help="the x axis (default: step)")
     args = parser.parse_args()
-    with_reported_errors(lambda: main(args), args.debug)
+    run_and_report_errors(lambda: main(args), args.debug)  # every Parser has --debug

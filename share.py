@@ -11,11 +11,11 @@ from engine.checkpoint import BASE_MARK, best_checkpoint, latest_checkpoint
 from engine.config import Settings, flag, run_command
 from engine.files import read_json, write_json
 from engine.instructions import TEMPLATE_FILE
-from engine.metrics import read_curve_settings, summarize_run
+from engine.metrics import read_fixed_settings, summarize_run
 from engine.plots import plot_runs
 from engine.report import render_template
 
-# Only this project reads them; lora.pt repeats adapter_model.safetensors.
+# Files that only this project reads. lora.pt duplicates adapter_model.safetensors.
 NOT_UPLOADED = ("state.pt", "progress.json", LORA_STATE_FILE, BASE_MARK)
 
 
@@ -23,11 +23,11 @@ NOT_UPLOADED = ("state.pt", "progress.json", LORA_STATE_FILE, BASE_MARK)
 class ShareConfig(Settings):
     run: str = flag("", "run folder whose checkpoint or adapter is uploaded")
     repo_id: str = flag("", "repository on the hub: NAME or USER/NAME")
-    base_model: str | None = flag(None, "an adapter's base on the hub (default: as trained from)")
+    base_model: str | None = flag(None, "hub name of an adapter's base (default: as trained)")
     best: bool = flag(False, "upload the checkpoint with the lowest validation loss")
-    license: str | None = flag(None, "the hub's identifier of a license, such as mit")
+    license: str | None = flag(None, "license identifier for the model card, such as mit")
     private: bool = flag(False, "make a new repository private")
-    dry_run: bool = flag(False, "write RUN/share, the files to upload, and stop")
+    dry_run: bool = flag(False, "only write the files to RUN/share, do not upload them")
 
 
 def main(config: ShareConfig) -> None:
@@ -35,13 +35,14 @@ def main(config: ShareConfig) -> None:
     from huggingface_hub.errors import HTTPError
 
     check_repo_id("repo_id", config.repo_id)
-    folder = write_files(config)
+    folder = build_upload_folder(config)
     for file in sorted(folder.iterdir()):
         print(f"{file.name:<28}{file.stat().st_size:>15,} bytes")
     if config.dry_run:
         print(f"dry run: {folder} holds what would be uploaded to {config.repo_id}")
         return
     try:
+        # private=None leaves the choice to the account's settings.
         url = HfApi().create_repo(config.repo_id, private=config.private or None, exist_ok=True)
         HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder)  # one commit
     except (HTTPError, OSError) as error:
@@ -52,22 +53,25 @@ def main(config: ShareConfig) -> None:
     print(f"uploaded to {url}")
 
 
-def check_repo_id(name: str, repo_id: str, remedy: str = "choose another name") -> None:
-    """ValueError with the remedy if the hub would refuse the name."""
+def check_repo_id(label: str, repo_id: str, remedy: str = "choose another name") -> None:
+    """Raise ValueError if `repo_id` cannot be the name of a repository on the hub."""
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repo_id)
     except ValueError as error:
         raise ValueError(
-            f"{name} is {repo_id or 'missing'}, expected NAME or USER/NAME ({error}); {remedy}"
+            f"{label} is {repo_id or 'missing'}, expected NAME or USER/NAME ({error}); {remedy}"
         ) from error
 
 
 def find_base(checkpoint: Path, base_model: str | None) -> str | None:
-    """The hub name of an adapter's base, None for a full model; ValueError for a local base."""
+    """Return the hub name of an adapter's base model, or None if `checkpoint` is a full model.
+    Raises ValueError if the base model is only a local folder.
+    """
     if is_adapter(checkpoint):
         base = base_model or read_adapter_config(checkpoint).base_model or ""
+        # A local base is stored as an absolute path, so this check refuses it.
         remedy = "upload the base first, and name it with --base_model USER/NAME"
         check_repo_id("the adapter's base", base, remedy)
         return base
@@ -76,30 +80,31 @@ def find_base(checkpoint: Path, base_model: str | None) -> str | None:
     return None
 
 
-def write_files(config: ShareConfig) -> Path:
-    """Write RUN/share, the folder to upload, anew."""
+def build_upload_folder(config: ShareConfig) -> Path:
+    """Make RUN/share, the folder to upload. An earlier one is replaced."""
     run = Path(config.run)
     checkpoint = best_checkpoint(run) if config.best else latest_checkpoint(run)
-    if checkpoint is None or checkpoint == run:
+    if checkpoint is None or checkpoint == run:  # there is none
         wanted = " with a validation loss" if config.best else ""
-        raise FileNotFoundError(f"{run} holds no checkpoint{wanted}; expected an --out_dir")
+        raise FileNotFoundError(f"{run} holds no checkpoint{wanted}; expected a run's out_dir")
     base = find_base(checkpoint, config.base_model)
     card = render_card(config, checkpoint, base)
     folder = run / "share"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*NOT_UPLOADED))
-    for file in run.glob(TEMPLATE_FILE):
-        shutil.copy(file, folder)
+    if (run / TEMPLATE_FILE).exists():
+        shutil.copy(run / TEMPLATE_FILE, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
     plot_runs([run], folder / "loss.png")
     if base is not None:
         file = folder / ADAPTER_CONFIG_FILE
-        write_json(file, read_json(file, "repair it") | {"base_model_name_or_path": base})
+        adapter_config = read_json(file, remedy="repair it")
+        write_json(file, adapter_config | {"base_model_name_or_path": base})
     return folder
 
 
 def render_card(config: ShareConfig, checkpoint: Path, base: str | None) -> str:
-    """The README.md of the repository. It starts with the YAML that the hub reads."""
+    """Return the README.md of the repository. It starts with YAML that the hub reads."""
     run = Path(config.run)
     head = {"library_name": "peft" if base else "transformers"}
     head |= {k: v for k, v in (("base_model", base), ("license", config.license)) if v}
@@ -109,7 +114,7 @@ def render_card(config: ShareConfig, checkpoint: Path, base: str | None) -> str:
         repo_id=config.repo_id,
         base=base,
         summary=summarize_run(run, checkpoint),
-        settings=yaml.safe_dump(read_curve_settings(run, checkpoint), sort_keys=False),
+        settings=yaml.safe_dump(read_fixed_settings(run, checkpoint), sort_keys=False),
     )
 
 

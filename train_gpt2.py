@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint import load_model
-from engine.config import TrainConfig, flag, run_command
+from engine.config import MODEL_HELP, TrainConfig, flag, run_command
 from engine.data import PretrainingData, validation_batches
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
 from engine.evaluation import Prompt
@@ -28,17 +28,17 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 class PretrainConfig(TrainConfig):
     data_dir: str = flag(
         "data/fineweb-edu", "token shards, made by fineweb.py", group="data", may_change=True
-    )  # the tokens themselves are compared
+    )  # on resume, the tokens are compared
     total_batch_size: int = flag(524_288, "tokens per optimizer step over all devices")
-    eval_tokens: int = flag(10_485_760, "validation tokens of an evaluation, always the first ones")
+    eval_tokens: int = flag(10_485_760, "validation tokens per evaluation, always the first ones")
 
-    init_from: str = flag("scratch", "scratch, hub name, folder, checkpoint or run", group="model")
-    zero_residual: bool = flag(False, "from scratch: start with c_proj weights of zero")
-    sinusoidal_wpe: float = flag(0.0, "from scratch: rms of sinusoids in wpe; 0: random numbers")
-    n_layer: int | None = flag(None, "blocks (default: 12, or those of init_from)")
-    n_head: int | None = flag(None, "attention heads (default: 12, or those of init_from)")
-    n_embd: int | None = flag(None, "width (default: 768, or that of init_from)")
-    block_size: int | None = flag(None, "tokens per sequence (default: 1024, or init_from's)")
+    init_from: str = flag("scratch", f"scratch, or a {MODEL_HELP}", group="model")
+    zero_residual: bool = flag(False, "scratch only: initialize c_proj weights with zeros")
+    sinusoidal_wpe: float = flag(0.0, "scratch only: rms of sinusoids in wpe; 0: random wpe")
+    n_layer: int | None = flag(None, "blocks (default: 12, or as in init_from)")
+    n_head: int | None = flag(None, "attention heads (default: 12, or as in init_from)")
+    n_embd: int | None = flag(None, "width (default: 768, or as in init_from)")
+    block_size: int | None = flag(None, "tokens per sequence (default: 1024, or as in init_from)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,57 +46,60 @@ class PretrainConfig(TrainConfig):
             if getattr(self, name) and self.init_from != "scratch":
                 raise ValueError(f"{name} does not work with init_from {self.init_from}")
         if self.tokenizer and self.init_from == "scratch":
-            raise ValueError("tokenizer needs init_from; a new model has the tokenizer of its data")
+            raise ValueError("tokenizer needs init_from; a new model uses that of its data")
 
 
 def main(given: PretrainConfig) -> None:
     dist = Distributed.start(given.device)
     keep_freed_memory(dist)
     tokenizer = load_data_tokenizer(given.data_dir)
-    checked = tokenizer if dist.is_main else None  # rank 0 checks for all
-    train_shards, val_shards = (TokenShards(given.data_dir, s, checked) for s in ("train", "val"))
+    check_with = tokenizer if dist.is_main else None  # rank 0 checks the shards for all
+    train_shards = TokenShards(given.data_dir, "train", check_with)
+    val_shards = TokenShards(given.data_dir, "val", check_with)
     build, resolve = partial(build_model, tokenizer), partial(resolve_config, dist=dist)
     with open_run(given, dist, build, resolve) as (config, model, resumed):
         sizes: dict[str, Any] = {"block_size": config.block_size, "batch_size": config.batch_size}
-        sizes |= {"rank": dist.rank, "world_size": dist.world_size}
-        data = PretrainingData(
-            train_shards, total_batch_size=config.total_batch_size, seed=config.seed, **sizes
-        )
-        options: dict[str, Any] = {"eval_tokens": config.eval_tokens, "one_shape": config.compile}
-        val = partial(validation_batches, val_shards, **options, **sizes)
-        # An empty prompt works in any language.
+        ranks: dict[str, Any] = {"rank": dist.rank, "world_size": dist.world_size}
+        per_step, seed = config.total_batch_size, config.seed
+        data = PretrainingData(train_shards, total_batch_size=per_step, seed=seed, **sizes, **ranks)
+        sizes |= {"eval_tokens": config.eval_tokens, "full_batches": config.compile}
+        val = partial(validation_batches, val_shards, **sizes, **ranks)
+        # The default prompt is English. With other tokenizers, sample from an empty prompt.
         prompts = [Prompt() if tokenizer.is_gpt2 else Prompt(text="")]
         train(model, tokenizer, data, val, prompts, config, dist, resumed)
     dist.stop()
 
 
 def resolve_config(config: PretrainConfig, model: GPT, dist: Distributed) -> PretrainConfig:
-    """The config with the model's shape, but its own block_size, which may be shorter."""
-    shape = {name: getattr(model.config, name) for name in SHAPE} | select_shape(config)
+    """Fill in the shape of the model. A given block_size stays, because it may be shorter."""
+    shape = {name: getattr(model.config, name) for name in SHAPE} | given_shape(config)
     return resolve_device_settings(replace(config, **shape), dist)
 
 
-def select_shape(config: PretrainConfig) -> dict[str, Any]:
-    """The part of the shape that the config gives."""
+def given_shape(config: PretrainConfig) -> dict[str, Any]:
+    """Return the settings of the shape that were given."""
     return {name: getattr(config, name) for name in SHAPE if getattr(config, name) is not None}
 
 
 def build_model(tokenizer: Tokenizer, config: PretrainConfig) -> GPT:
-    """A new model, or the one of init_from; ValueError if its tokenizer is not the data's."""
-    shape = select_shape(config)
+    """Make a new model for the tokenizer of the data, or load init_from. Raises ValueError if
+    init_from has another tokenizer or another shape.
+    """
+    shape = given_shape(config)
     if config.init_from == "scratch":
         return new_model(GPTConfig(vocab_size=tokenizer.vocab_size, **shape), config)
     model = load_model(config.init_from)
     if lora_linears(model):
         raise ValueError(
-            f"init_from {config.init_from} is an adapter, expected a full model; merge it with "
-            "the finetune_lora.py command that trained it and --merge_out FOLDER"
+            f"init_from {config.init_from} is an adapter, expected a full model; merge it first: "
+            "run the finetune_lora.py command that trained it again, with --merge_out FOLDER"
         )
-    own, source = load_tokenizer(model, config.tokenizer), config.tokenizer or model.name_or_path
-    if own.sha256 != tokenizer.sha256:
+    model_tokenizer = load_tokenizer(model, config.tokenizer)
+    if model_tokenizer.sha256 != tokenizer.sha256:
         raise ValueError(
-            f"{config.data_dir} has tokens of {tokenizer}, but init_from {config.init_from} has "
-            f"the tokenizer {own}; prepare the data with --tokenizer {source}"
+            f"{config.data_dir} was tokenized with {tokenizer}, but init_from {config.init_from} "
+            f"has the tokenizer {model_tokenizer}; prepare the data with --tokenizer "
+            f"{config.tokenizer or model.name_or_path}"
         )
     for name, value in shape.items():
         found = getattr(model.config, name)
@@ -107,7 +110,7 @@ def build_model(tokenizer: Tokenizer, config: PretrainConfig) -> GPT:
 
 
 def new_model(model_config: GPTConfig, config: PretrainConfig) -> GPT:
-    """A model to be trained from scratch."""
+    """Initialize a model to train from scratch."""
     torch.manual_seed(config.seed)
     model = GPT(model_config)
     if config.zero_residual:  # every block starts as the identity
@@ -122,9 +125,7 @@ def new_model(model_config: GPTConfig, config: PretrainConfig) -> GPT:
 
 
 def sinusoids(T: int, C: int) -> torch.Tensor:
-    """The position embeddings (T, C) of "Attention Is All You Need", all sines before all
-    cosines.
-    """
+    """The position embeddings (T, C) of "Attention Is All You Need", with all sines first."""
     angles = torch.arange(T)[:, None] / 10_000 ** (torch.arange(0, C, 2) / C)
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :C]
 

@@ -1,13 +1,13 @@
 """How fast text becomes tokens, and tokens become batches.
 
-    python benchmarks/data.py                                    # Python's documentation: 2 minutes
+    python benchmarks/data.py                                    # Python's own docs: 2 minutes
     python benchmarks/data.py --data docs.jsonl more/*.parquet   # any text that fineweb.py reads
 
-Preparation: whole processes, from JSON lines to shards on disk. fineweb.py, which also checks the
-text and hashes the shards, and a program with tiktoken (benchmarks/tiktoken_peer.py) take turns on
-all cores. Both must tokenize equally many bytes of text. Repeated text flatters fineweb.py, because
-gigatoken caches words; --copies 1 avoids that. Loader: batches of random tokens in the page cache,
-on one core.
+Two programs turn JSON lines into shards on disk, on all cores: fineweb.py and
+benchmarks/tiktoken_peer.py. They take turns, and we time each from start to exit. fineweb.py also
+checks the text and hashes the shards. Both must tokenize the same number of bytes. Repeated text
+flatters fineweb.py, because gigatoken caches words; --copies 1 avoids that. Then the loader reads
+batches of random tokens from the page cache, on one core.
 """
 
 import json
@@ -36,35 +36,36 @@ from model import GPTConfig
 
 OURS, PEER = "fineweb.py", "benchmarks/tiktoken_peer.py"
 POLL_SECONDS = 0.02
-BATCH_SIZE, BLOCK_SIZE = 64, 1024  # of the loader's batches
+BATCH_SIZE, BLOCK_SIZE = 64, 1024  # the batches that the loader reads
 
 
 @dataclass(frozen=True)
 class DataBenchmarkConfig:
     data: list[str] = flag(["stdlib"], "files, folders or globs of text, or stdlib")
-    copies: int = flag(8, "copies of the text that are prepared, so that starting weighs less")
+    copies: int = flag(8, "times to repeat the text, so that startup matters less")
     rounds: int = flag(3, "turns of each contender")
     tokens: int = flag(50_000_000, "tokens that the loader reads")
 
 
 def read_documents(data: list[str]) -> list[str]:
     documents: list[str] = []
-    for piece in open_source(data, TextFormat()).pieces(0, Counter()):
-        if piece.starts:
+    pieces = open_source(data, TextFormat()).pieces
+    for piece in pieces(0, Counter()):  # from the first piece; problems with the text are ignored
+        if piece.starts_document:
             documents.append("")
         documents[-1] += piece.text
     return [document for document in documents if document.strip()]
 
 
 def run_process(arguments: list[str], folder: Path, turn: int) -> harness.Result:
-    """Run a program that writes shards to a new folder; return that and its peak memory."""
+    """Run a program that writes shards. Return their folder and the program's peak memory."""
     out_dir = folder / f"{Path(arguments[0]).stem}_{turn}"
     out_dir.mkdir()
     command, peak = [sys.executable, *arguments, str(out_dir)], 0
     with subprocess.Popen(command, cwd=harness.ROOT, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            with suppress(StopIteration, OSError):  # it may just have ended
-                peak = harness.read_memory("VmHWM", process.pid)
+            with suppress(StopIteration, OSError):  # the process has just ended
+                peak = harness.read_memory("VmHWM", process.pid)  # not of its children
             time.sleep(POLL_SECONDS)
     if process.returncode:
         raise ValueError(f"{' '.join(command)} failed, see above")
@@ -72,14 +73,15 @@ def run_process(arguments: list[str], folder: Path, turn: int) -> harness.Result
 
 
 def read_tokens(out_dir: Path) -> np.ndarray:
+    # The peer writes no manifest, so its names are empty.
     names = [shard["name"] for shard in read_manifest(out_dir)["shards"]]
     files = [out_dir / name for name in names] or sorted(out_dir.glob("*.npy"))
     return np.concatenate([np.load(file) for file in files])
 
 
 def count_bytes(tokens: np.ndarray) -> int:
-    """Bytes of text. fineweb.py draws documents, and sections of long ones, for validation, so its
-    tokens have another order and more separators.
+    """Count the bytes of the text. Tokens cannot be compared themselves: fineweb.py holds out
+    documents and sections of long ones for validation, so it has another order and more separators.
     """
     return int(Tokenizer.gpt2().token_bytes[tokens].sum())
 
@@ -87,9 +89,9 @@ def count_bytes(tokens: np.ndarray) -> int:
 def compare_preparation(documents: list[str], config: DataBenchmarkConfig) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder, file = Path(temporary), Path(temporary) / "documents.jsonl"
-        lines = "".join(json.dumps({"text": d}, ensure_ascii=False) + "\n" for d in documents)
+        text = "".join(json.dumps({"text": d}, ensure_ascii=False) + "\n" for d in documents)
         with file.open("w") as stream:
-            stream.writelines([lines] * config.copies)
+            stream.writelines([text] * config.copies)
         commands = {
             OURS: ["fineweb.py", "--dataset", str(file), "--out_dir"],
             "tiktoken, a pool of processes": [PEER, str(file)],
@@ -101,17 +103,16 @@ def compare_preparation(documents: list[str], config: DataBenchmarkConfig) -> No
             if count_bytes(read_tokens(turns[0]["out_dir"])) != count_bytes(tokens):
                 raise ValueError(f"{name} and {OURS} tokenized different amounts of text")
             seconds, peak = harness.median(turns), harness.median(turns, "peak_bytes") / 1e6
-            times = harness.median(results[OURS]) / seconds
-            rows.append([name, f"{seconds:.2f}", f"{peak:.0f}", f"{times:.3f}"])
+            ratio = harness.median(results[OURS]) / seconds
+            rows.append([name, f"{seconds:.2f}", f"{peak:.0f}", f"{ratio:.3f}"])
         print(f"{file.stat().st_size / 1e6:.0f} MB of JSON lines, {os.cpu_count()} cores")
         print(f"{len(documents) * config.copies:,} documents, {len(tokens):,} tokens")
-        harness.print_table(["text to shards", "s", "peak MB", "ours takes"], rows)
+        harness.print_table(["text to shards", "s", "peak MB", "our time / this"], rows)
 
 
 def measure_loading(folder: Path, config: DataBenchmarkConfig) -> None:
-    ids = np.random.default_rng(0).integers(
-        GPTConfig.vocab_size, size=config.tokens, dtype=np.uint16
-    )
+    rng = np.random.default_rng(0)
+    ids = rng.integers(GPTConfig.vocab_size, size=config.tokens, dtype=np.uint16)
     entry = {**write_shard(folder / "random_train_000000.npy", ids), "split": "train"}
     write_manifest(folder, {"shards": [entry]})
     total = BATCH_SIZE * BLOCK_SIZE

@@ -2,10 +2,9 @@
 
     python benchmarks/faults.py --kills 30   # 20 minutes, Linux only
 
-A tiny GPT-2 trains in processes of its own, is stopped and disturbed, and resumes with the same
-command. A fault is survived if the finished run has the losses, norms and samples of an undisturbed
-run to the bit; or, where resuming would not be exact, if the command refuses with one line and
-changes nothing in the run.
+A tiny GPT-2 starts to train, is stopped by a signal, disturbed, and finished with the same command.
+The run survives if its losses, gradient norms and samples are bit-identical to an undisturbed run.
+A command that could not resume exactly must refuse with one line, and change nothing in the run.
 """
 
 import os
@@ -40,9 +39,9 @@ FLAGS = (
     f"--max_steps {MAX_STEPS} --warmup_steps 10 --max_lr 1e-2 --min_lr 1e-3 --eval_every 20 "
     "--eval_tokens 256 --sample_every 50 --save_every 4 --device cpu"
 )
-KEYS = ("step", "train_loss", "val_loss", "grad_norm", "samples")  # of a log, bit for bit equal
+COMPARED = ("step", "train_loss", "val_loss", "grad_norm", "samples")  # keys of the log's records
 EXIT_CODES = {"KILL": -9, "TERM": 143, "INT": 130}  # by the signal that stops a run
-MAX_FILE_BYTES = 8 << 20  # less than a checkpoint's optimizer state
+MAX_FILE_BYTES = 8 << 20  # the optimizer state of a checkpoint is larger
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,15 @@ class FaultsBenchmarkConfig:
 
 class Fault(NamedTuple):
     name: str
-    exit_code: int
-    message: str  # which the disturbed command prints
-    disturb: Callable[[Path], CompletedProcess]  # resumes the run,
-    stop_signal: str = "TERM"  # which this signal stopped
-    n_exact: int = MAX_STEPS + 1  # records that are exact when the run is finished
+    exit_code: int  # expected from the disturbed command
+    message: str  # it must print this
+    disturb: Callable[[Path], CompletedProcess]  # resumes the stopped run, with the fault
+    stop_signal: str = "TERM"  # stops the run before that
+    n_exact: int = MAX_STEPS + 1  # number of log records that must equal the undisturbed run
 
 
-def resume(folder: Path, flags: str = "", disturbance: str = "") -> CompletedProcess:
-    """Start or resume a run, and wait for its end."""
+def run_training(folder: Path, flags: str = "", disturbance: str = "") -> CompletedProcess:
+    """Start or resume a run. `disturbance` is the arguments of `train`, as Python source."""
     program = f"from benchmarks import faults; faults.train({disturbance})"
     paths = ["--data_dir", str(folder.parent / "data"), "--out_dir", str(folder)]
     command = [sys.executable, "-c", program, *paths, *FLAGS.split(), *flags.split()]
@@ -68,8 +67,9 @@ def resume(folder: Path, flags: str = "", disturbance: str = "") -> CompletedPro
 
 
 def train(stop_signal: str = "", poisoned: Collection[int] = (), max_bytes: int = -1) -> None:
-    """Run train_gpt2.py: with a signal at a random moment after STOP_AT, with NaN in the gradients
-    of some steps, or with files that cannot grow, so that a save fails half-way as on a full disk.
+    """Run train_gpt2.py. Send it a signal at a random moment after STOP_AT, put NaN into the
+    gradients of the `poisoned` steps, or limit the size of files to `max_bytes`, so that a save
+    fails halfway, as on a full disk.
     """
 
     class DisturbedStep(TrainingStep):
@@ -88,28 +88,28 @@ def train(stop_signal: str = "", poisoned: Collection[int] = (), max_bytes: int 
 
 
 def change_shard(change: Callable[[bytes], bytes], folder: Path) -> CompletedProcess:
-    """Resume with another shard, without one if it is empty; then put the shard back."""
+    """Resume with a changed shard, or without it if `change` returns b"". Then restore it."""
     shard = folder.parent / "data" / "data_train_000000.npy"
     content = shard.read_bytes()
     shard.unlink()
     if changed := change(content):
         shard.write_bytes(changed)
-    ended = resume(folder)
+    resumed = run_training(folder)
     shard.write_bytes(content)
-    return ended
+    return resumed
 
 
 def cut_file(name: str, folder: Path) -> CompletedProcess:
-    """Resume after the loss of most of a file of the latest checkpoint."""
+    """Truncate a file of the latest checkpoint, then resume."""
     file = list_checkpoints(folder)[-1] / name
     file.write_bytes(file.read_bytes()[:1000])
-    return resume(folder)
+    return run_training(folder)
 
 
-def compete(folder: Path) -> CompletedProcess:
-    """Resume while this process uses the run."""
+def resume_locked(folder: Path) -> CompletedProcess:
+    """Resume while this process holds the lock of the run."""
     with lock_folder(folder):
-        return resume(folder)
+        return run_training(folder)
 
 
 def read_files(folder: Path) -> dict[Path, bytes]:
@@ -117,7 +117,7 @@ def read_files(folder: Path) -> dict[Path, bytes]:
 
 
 def read_curve(folder: Path) -> list[list]:
-    return [[record.get(key) for key in KEYS] for record in read_metrics(folder)]
+    return [[record.get(key) for key in COMPARED] for record in read_metrics(folder)]
 
 
 def flip_bit(shard: bytes) -> bytes:
@@ -125,42 +125,45 @@ def flip_bit(shard: bytes) -> bytes:
 
 
 RESUMES, FALLS_BACK = "resuming from step", "falling back to the one before"
-FULL_DISK = partial(resume, disturbance=f"max_bytes={MAX_FILE_BYTES}")
-ONE_NAN = partial(resume, disturbance=f"poisoned=[{NAN_AT}]")
-ALL_NAN = partial(resume, disturbance=f"poisoned=range({NAN_AT}, {MAX_STEPS})")
-KILL = Fault("kill -9", 0, RESUMES, resume, "KILL")
+FULL_DISK = partial(run_training, disturbance=f"max_bytes={MAX_FILE_BYTES}")
+ONE_NAN = partial(run_training, disturbance=f"poisoned=[{NAN_AT}]")
+ALL_NAN = partial(run_training, disturbance=f"poisoned=range({NAN_AT}, {MAX_STEPS})")
+KILL = Fault("kill -9", 0, RESUMES, run_training, "KILL")
 FAULTS = [
-    Fault("SIGTERM", 0, RESUMES, resume),
-    Fault("Ctrl-C", 0, RESUMES, resume, "INT"),
+    Fault("SIGTERM", 0, RESUMES, run_training),
+    Fault("Ctrl-C", 0, RESUMES, run_training, "INT"),
     Fault("disk full during a save", 2, "could not be saved", FULL_DISK),
     Fault("model.safetensors cut short", 0, FALLS_BACK, partial(cut_file, "model.safetensors")),
     Fault("state.pt cut short", 0, FALLS_BACK, partial(cut_file, "state.pt")),
-    Fault("NaN in one gradient", 0, f"step {NAN_AT} skipped", ONE_NAN, n_exact=NAN_AT),
-    Fault("NaN in all gradients", 2, "not finite in 5 consecutive", ALL_NAN, n_exact=NAN_AT),
+    Fault("NaN gradients in one step", 0, f"step {NAN_AT} skipped", ONE_NAN, n_exact=NAN_AT),
+    Fault("NaN gradients in many steps", 2, "not finite in 5 consecutive", ALL_NAN, n_exact=NAN_AT),
 ]
-REFUSED = [  # in one line, and nothing in the run changes
-    Fault("a second process on the run", 2, "in use by another", compete),
+REFUSED = [  # with one line on stderr, and without changing any file
+    Fault("a second process on the run", 2, "in use by another", resume_locked),
     Fault("shard truncated", 2, "is truncated", partial(change_shard, lambda shard: shard[:-64])),
     Fault("bit of a shard flipped", 2, "has changed since", partial(change_shard, flip_bit)),
     Fault("shard deleted", 2, "is missing", partial(change_shard, lambda _: b"")),
-    Fault("settings changed", 2, "was 0.01, is 0.02", partial(resume, flags="--max_lr 0.02")),
-    Fault("model of another shape", 2, "was 2, is 3", partial(resume, flags="--n_layer 3")),
+    Fault("settings changed", 2, "was 0.01, is 0.02", partial(run_training, flags="--max_lr 0.02")),
+    Fault("model of another shape", 2, "was 2, is 3", partial(run_training, flags="--n_layer 3")),
 ]
 
 
 def try_fault(fault: Fault, folder: Path, curve: list) -> Counter:
     """Stop a new run, disturb it, finish it, and compare it with the undisturbed curve."""
-    stopped = resume(folder, disturbance=f"stop_signal={fault.stop_signal!r}")
-    is_in_save = any(folder.glob("checkpoints/*.tmp"))
-    before, ended = read_files(folder), fault.disturb(folder)
-    is_handled = ended.returncode == fault.exit_code
-    is_handled &= fault.message in ended.stdout + ended.stderr
+    stopped = run_training(folder, disturbance=f"stop_signal={fault.stop_signal!r}")
+    is_in_save = any(folder.glob("checkpoints/*.tmp"))  # left by a save that was interrupted
+    before, disturbed, after = read_files(folder), fault.disturb(folder), read_files(folder)
+    finished = run_training(folder)
+    checks = [
+        stopped.returncode == EXIT_CODES[fault.stop_signal],
+        disturbed.returncode == fault.exit_code,
+        fault.message in disturbed.stdout + disturbed.stderr,
+        FALLS_BACK not in finished.stdout,  # the disturbed command left no damaged checkpoint
+        read_curve(folder)[: fault.n_exact] == curve[: fault.n_exact],
+    ]
     if fault in REFUSED:
-        is_handled &= ended.stderr.count("\n") == 1 and before == read_files(folder)
-    is_handled &= stopped.returncode == EXIT_CODES[fault.stop_signal]
-    is_handled &= FALLS_BACK not in resume(folder).stdout
-    is_handled &= read_curve(folder)[: fault.n_exact] == curve[: fault.n_exact]
-    return Counter(tried=1, survived=is_handled, in_save=is_in_save)
+        checks += [disturbed.stderr.count("\n") == 1, after == before]
+    return Counter(tried=1, survived=all(checks), in_save=is_in_save)
 
 
 def main(config: FaultsBenchmarkConfig) -> None:
@@ -169,12 +172,12 @@ def main(config: FaultsBenchmarkConfig) -> None:
         folder = Path(name)
         flags = ["--dataset", "engine", "--val_tokens", "500", "--out_dir", str(folder / "data")]
         run([sys.executable, "fineweb.py", *flags], cwd=harness.ROOT, check=True)
-        resume(folder / "undisturbed")
+        run_training(folder / "undisturbed")
         curve = read_curve(folder / "undisturbed")
         for i, fault in enumerate([KILL] * config.kills + FAULTS + REFUSED):
             rows[fault.name] += try_fault(fault, folder / f"run_{i}", curve)
     cells = [[fault, row["tried"], row["survived"], row["in_save"]] for fault, row in rows.items()]
-    harness.print_table(["fault", "tried", "survived", "in a save"], cells)
+    harness.print_table(["fault", "tried", "survived", "during a save"], cells)
     if any(row["survived"] < row["tried"] for row in rows.values()):
         raise ValueError("not every fault was survived")
 

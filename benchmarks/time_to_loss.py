@@ -1,16 +1,15 @@
-"""Tokens and seconds that a recipe needs to reach the loss at which another ends, on real text.
+"""Tokens and seconds that a recipe needs to reach the final loss of another, on real text.
 
-    python fineweb.py --dataset stdlib && python benchmarks/time_to_loss.py   # Python's docstrings
+    python fineweb.py --dataset stdlib && python benchmarks/time_to_loss.py   # Python's own docs
     python benchmarks/time_to_loss.py --data data/mine --size 6x384:32x128 --steps 1500
     python benchmarks/time_to_loss.py --data data/mine --recipes fast --sweep sinusoidal_wpe=0.1
     python benchmarks/time_to_loss.py --redraw docs/time_to_loss.jsonl --plot docs/time_to_loss.png
 
-A schedule has a fixed length, so every length of a recipe is a run of its own; `--jobs` of them run
-at once, with one thread each. The seconds of a step are measured afterwards, in turns.
-OUT_DIR/runs.jsonl keeps finished runs, and a repeated command does only what is missing.
-
-The vocabulary is cut to the most frequent tokens of the text, and all others become one, so that a
-small model does not spend all its time in the head.
+Learning-rate schedules depend on the length of a run, so each length of a recipe needs its own run.
+`--jobs` runs train at once, with one thread each. Finished runs are kept in OUT_DIR/runs.jsonl, and
+a repeated command trains only what is missing. Then we time steps, with the recipes taking turns.
+The vocabulary is cut to the most frequent tokens of the text, and all others become one token, so
+that a small model does not spend all its time in the head.
 """
 
 import itertools
@@ -37,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from engine.config import Precision, flag, parse_flags, run_command
 from engine.data import PretrainingData, validation_batches
-from engine.distributed import Distributed, default_precision, open_device
+from engine.distributed import Distributed, default_precision, init_device
 from engine.evaluation import eval_mode, evaluate_loss
 from engine.files import JSONLinesLog, lock_folder
 from engine.shards import TokenShards, write_manifest, write_shard
@@ -48,11 +47,11 @@ from train_gpt2 import PretrainConfig, new_model
 VOCAB_SIZE = 4096
 EVALUATIONS, EVAL_TOKENS, FIRST_SEED, TIMED_STEPS = 5, 65_536, 1337, 15
 WARMUP_FRACTION = 0.1
-LABEL_SPACE = 1.25  # the figure's width, of that of the curves
+LABEL_SPACE = 1.25  # the x axis is this much longer than the curves, to leave room for labels
 
 Settings = dict[str, Any]  # of PretrainConfig
-Record = dict[str, Any]  # of a finished run: its fields, curve and final loss
-Losses = dict[str, dict[int, list[float]]]  # final losses of the seeds by recipe and steps
+Record = dict[str, Any]  # a finished run: the fields of `Run`, its curve and final loss
+Losses = dict[str, dict[int, list[float]]]  # recipe -> steps -> final loss of each seed
 BASELINE, TUNED, FORMER, FAST = "build-nanogpt's", "tuned AdamW", "former fast", "fast"
 LINEAR: Settings = {"schedule": "wsd", "decay_fraction": 1.0}
 MUON: Settings = {"optimizer": "muon", "max_lr": 8e-3, "schedule": "wsd", "decay_fraction": 0.7}
@@ -60,32 +59,32 @@ FAST_CHANGES: Settings = {"muon_beta2": 0.95, "beta1": 0.8, "weight_decay": 0.0}
 RECIPES: dict[str, Settings] = {
     BASELINE: {"max_lr": 6e-4, "min_lr": 6e-5},
     TUNED: {"max_lr": 3e-3, "beta2": 0.99, "zero_residual": True, **LINEAR},
-    FORMER: {**MUON, "zero_residual": True},
+    FORMER: {**MUON, "zero_residual": True},  # the fast recipe before FAST_CHANGES and sinusoids
     FAST: {**MUON, "zero_residual": True, **FAST_CHANGES, "sinusoidal_wpe": 0.2},
 }
-LENGTHS = {FAST: (0.25, 0.5, 0.85, 1.0)}  # as shares of --steps; 1 for other recipes
+LENGTHS = {FAST: (0.25, 0.5, 0.85, 1.0)}  # of the runs, as fractions of --steps; others have only 1
 
 
 @dataclass(frozen=True)
 class TimeToLossConfig:
     data: str = flag("data/stdlib", "folder of shards, as fineweb.py writes them")
-    size: str = flag("4x256:32x128", "layers x width of the model, sequences x tokens of a step")
-    steps: int = flag(600, "steps; fast also has shorter runs")
-    seeds: int = flag(3, "runs of each recipe, with other weights and another order of the data")
+    size: str = flag("4x256:32x128", "LAYERSxWIDTH:BATCHxTOKENS of a step")
+    steps: int = flag(600, "steps of a run; the fast recipe also has shorter runs")
+    seeds: int = flag(3, "runs of each recipe; the seed sets initial weights and data order")
     recipes: list[str] = flag(list(RECIPES), "recipes to run")
     sweep: list[str] = flag([], "SETTING=VALUE: also run each recipe with this one change")
-    out_dir: str = flag("runs/time_to_loss", "folder of finished runs")
+    out_dir: str = flag("runs/time_to_loss", "folder for the finished runs, runs.jsonl")
     plot: str = flag("", "figure to write")
-    redraw: str = flag("", "file of finished runs: draw those on its first text, train nothing")
+    redraw: str = flag("", "a runs.jsonl to plot without training (only the runs on one text)")
     device: str = flag("cpu", "cpu or cuda")
-    jobs: int = flag(os.cpu_count() or 1, "runs at once")
+    jobs: int = flag(os.cpu_count() or 1, "runs to train at once")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe with a schedule of `steps`, from a seed."""
+    """One training run. Its fields are keys of runs.jsonl."""
 
-    data: str  # fingerprint
+    data: str  # the fingerprint of the train split
     size: str
     precision: Precision
     recipe: str
@@ -94,11 +93,11 @@ class Run:
     seed: int
 
     def matches(self, record: Record) -> bool:
-        return asdict(self).items() <= record.items()
+        return record | asdict(self) == record
 
 
 def make_step(run: Run, folder: Path, device: torch.device) -> TrainingStep:
-    """The training step of a new model on the shards of a folder."""
+    """Return the training step of a new model, on the shards of a folder."""
     config = PretrainConfig(
         max_steps=run.steps,
         warmup_steps=round(WARMUP_FRACTION * run.steps),
@@ -116,15 +115,15 @@ def make_step(run: Run, folder: Path, device: torch.device) -> TrainingStep:
 
 
 def train_run(run: Run, folder: Path, device: str) -> Record:
-    """Train and evaluate. Runs in a process of its own."""
+    """Train and evaluate in this process, which does nothing else."""
     torch.set_num_threads(1)
-    step = make_step(run, folder, open_device(device, local_rank=0))
+    step = make_step(run, folder, init_device(device, local_rank=0))
     size, val, curve = harness.Size.parse(run.size), TokenShards(folder, "val"), []
     sizes: dict[str, Any] = {"block_size": size.T, "batch_size": size.batch_size}
-    ends = {math.ceil(run.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+    eval_steps = {math.ceil(run.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
     for i in range(1, run.steps + 1):
         step(i)
-        if i in ends:
+        if i in eval_steps:
             with eval_mode(step.model, step.config, step.dist):
                 batches = validation_batches(val, eval_tokens=EVAL_TOKENS, **sizes)
                 loss, _ = evaluate_loss(step.summed_loss, batches, np.zeros(VOCAB_SIZE), step.dist)
@@ -133,8 +132,8 @@ def train_run(run: Run, folder: Path, device: str) -> Record:
 
 
 def train_missing(runs: list[Run], config: TimeToLossConfig, folder: Path) -> list[Record]:
-    """The records of the runs, those of earlier commands included."""
-    log = JSONLinesLog(Path(config.out_dir) / "runs.jsonl", "loss")
+    """Train the runs that runs.jsonl lacks. Return the records of all `runs`."""
+    log = JSONLinesLog(Path(config.out_dir) / "runs.jsonl", key="loss")
     records = list(log.records)
     missing = [run for run in runs if not any(map(run.matches, records))]
     longest_first = sorted(missing, key=lambda run: -run.steps)
@@ -150,12 +149,12 @@ def train_missing(runs: list[Run], config: TimeToLossConfig, folder: Path) -> li
 
 
 def read_finished(config: TimeToLossConfig) -> list[Record]:
-    """Those of the runs of `config` that are in the file `redraw`, on the text of its first run."""
-    records = JSONLinesLog.read(Path(config.redraw), "loss")
-    runs = [run for r in records[:1] for run in plan_runs(config, r["data"], r["precision"])]
+    """Return the records in the file `redraw` that match the flags and the data of the first."""
+    records = JSONLinesLog.read(Path(config.redraw), key="loss")
+    runs = plan_runs(config, records[0]["data"], records[0]["precision"]) if records else []
     found = [record for run in runs for record in records if run.matches(record)]
     if not found:
-        raise ValueError(f"{config.redraw} has no such runs; give the flags that they had")
+        raise ValueError(f"{config.redraw} has no runs with these flags; pass those of its runs")
     return found
 
 
@@ -163,20 +162,21 @@ def plan_runs(config: TimeToLossConfig, data: str, precision: Precision) -> list
     recipes = {name: RECIPES[name] for name in config.recipes}
     for name in config.recipes:
         for change in config.sweep:
-            ((setting, value),) = parse_flags(PretrainConfig, "", [f"--{change}"])[0].items()
+            settings, _debug = parse_flags(PretrainConfig, doc="", argv=[f"--{change}"])
+            ((setting, value),) = settings.items()
             recipes[f"{name}, {setting} {value}"] = {**RECIPES[name], setting: value}
     return [
-        Run(data, config.size, precision, name, settings, round(length * config.steps), seed)
+        Run(data, config.size, precision, name, recipe, round(length * config.steps), seed)
         for seed in range(FIRST_SEED, FIRST_SEED + config.seeds)
-        for name, settings in recipes.items()
+        for name, recipe in recipes.items()
         for length in LENGTHS.get(name, (1.0,))
     ]
 
 
 def measure_steps(runs: list[Run], folder: Path, config: TimeToLossConfig) -> dict[str, float]:
-    """The median seconds of a step of each recipe. The recipes take turns."""
+    """Return the median seconds of a step of each recipe. The recipes take turns."""
     torch.set_num_threads(1)
-    device = open_device(config.device, local_rank=0)
+    device = init_device(config.device, local_rank=0)
 
     def do_step(step: TrainingStep, i: int) -> None:
         step(i + 1)
@@ -186,17 +186,18 @@ def measure_steps(runs: list[Run], folder: Path, config: TimeToLossConfig) -> di
     steps = {name: make_step(run, folder, device) for name, run in recipes.items()}
     contenders = {name: partial(do_step, step) for name, step in steps.items()}
     turns = harness.take_turns(contenders, TIMED_STEPS, warmup=3)
-    return {name: harness.median(of_recipe) for name, of_recipe in turns.items()}
+    return {name: harness.median(results) for name, results in turns.items()}
 
 
 def steps_to(target: float, losses: dict[int, float]) -> float:
-    """The number of steps at which the loss is `target`, given the final losses of some numbers of
-    steps: interpolated over the logarithm of the steps. Infinite where even the most are too few,
-    minus infinity where even the fewest are too many.
+    """Return the length in steps of a run that ends at the loss `target`. `losses` has the final
+    loss of each length; between two lengths it is taken as linear in log(steps). Return inf if even
+    the longest run ends above the target, -inf if even the shortest ends below it.
     """
     for (short, high), (long, low) in itertools.pairwise(sorted(losses.items())):
         if low <= target <= high:
-            return short * (long / short) ** ((high - target) / (high - low or 1))
+            fraction = (high - target) / (high - low or 1)  # of the way; avoid 0 / 0
+            return short * (long / short) ** fraction
     return math.inf if target < min(losses.values()) else -math.inf
 
 
@@ -205,7 +206,7 @@ def cut_vocabulary(source: Path, target: Path) -> str:
     as the last id. Return the fingerprint of the train split.
     """
     shards = {split: TokenShards(source, split) for split in ("train", "val")}
-    tokens = {split: one.read(0, len(one)) for split, one in shards.items()}
+    tokens = {split: of_split.read(0, len(of_split)) for split, of_split in shards.items()}
     counts = np.bincount(tokens["train"], minlength=GPTConfig.vocab_size)
     frequent = np.argsort(-counts, kind="stable")[: VOCAB_SIZE - 1]
     new_id = np.full(len(counts), VOCAB_SIZE - 1)
@@ -219,7 +220,7 @@ def cut_vocabulary(source: Path, target: Path) -> str:
 
 
 def losses_by_recipe(records: list[Record]) -> Losses:
-    """The final losses, in the order of the seeds."""
+    """Group the final losses by recipe and steps, in the order of the seeds."""
     losses: Losses = {}
     for record in sorted(records, key=lambda record: (record["steps"], record["seed"])):
         by_steps = losses.setdefault(record["recipe"], {})
@@ -227,50 +228,55 @@ def losses_by_recipe(records: list[Record]) -> Losses:
     return losses
 
 
-def find_shares(losses: Losses) -> dict[str, list[float]]:
-    """For each other recipe, the shares of its tokens with which the fast one reaches its loss: for
-    the mean losses of the seeds, then for each seed.
+def mean_losses(by_steps: dict[int, list[float]]) -> dict[int, float]:
+    return {steps: statistics.mean(finals) for steps, finals in by_steps.items()}
+
+
+def find_shares(losses: Losses) -> dict[str, tuple[float, list[float]]]:
+    """For each other recipe, return what share of its tokens the fast recipe needs to reach its
+    final loss: for the mean losses over the seeds, and for each seed.
     """
-    fast = losses.get(FAST, {})
-    means = {steps: statistics.mean(of_seeds) for steps, of_seeds in fast.items()}
+    fast = losses[FAST]
+    # From {steps: loss of each seed} to a {steps: loss} for each seed.
     by_seed = [dict(zip(fast, final, strict=True)) for final in zip(*fast.values(), strict=True)]
     shares = {}
-    for name in (name for name in losses if fast and name != FAST):
-        ((steps, targets),) = losses[name].items()
-        pairs = [(statistics.mean(targets), means), *zip(targets, by_seed, strict=True)]
-        shares[name] = [steps_to(target, of_fast) / steps for target, of_fast in pairs]
+    for name in [name for name in losses if name != FAST]:
+        ((steps, targets),) = losses[name].items()  # only the fast recipe has several lengths
+        mean_share = steps_to(statistics.mean(targets), mean_losses(fast)) / steps
+        pairs = zip(targets, by_seed, strict=True)
+        shares[name] = mean_share, [steps_to(target, finals) / steps for target, finals in pairs]
     return shares
 
 
 def print_losses(losses: Losses, seconds: dict[str, float]) -> None:
     rows = []
     for name, by_steps in losses.items():
-        for steps, of_seeds in by_steps.items():
-            mean, *each = (f"{loss:.3f}" for loss in (statistics.mean(of_seeds), *of_seeds))
+        for steps, finals in by_steps.items():
+            mean, *each = (f"{loss:.3f}" for loss in (statistics.mean(finals), *finals))
             rows.append([name, steps, mean, ", ".join(each), f"{1e3 * seconds[name]:.0f}"])
     columns = "recipe", "steps", "final loss, mean", "by seed", "ms per step"
     harness.print_table(columns, rows)
 
 
 def print_ratios(losses: Losses, seconds: dict[str, float]) -> None:
-    """The shares of tokens and seconds with which the fast recipe reaches the others' losses: for
-    the mean losses of the seeds, and the least and the most tokens of a single seed.
+    """Print what share of the tokens and seconds of each recipe the fast one needs to reach its
+    loss: for the mean losses over the seeds, and the least and the most tokens of a single seed.
     """
     rows = []
-    for name, (share, *of_seeds) in find_shares(losses).items():
+    for name, (share, by_seed) in find_shares(losses).items():
         ((steps, _),) = losses[name].items()
-        words = {
+        out_of_range = {
             math.inf: f"above {max(losses[FAST]) / steps:.2f}",
             -math.inf: f"below {min(losses[FAST]) / steps:.2f}",
         }
-        cells = [words.get(x, f"{x:.2f}") for x in (share, min(of_seeds), max(of_seeds))]
+        cells = [out_of_range.get(x, f"{x:.2f}") for x in (share, min(by_seed), max(by_seed))]
         in_seconds = share * seconds[FAST] / seconds[name]
         rows.append([name, *cells, f"{in_seconds:.2f}" if math.isfinite(share) else ""])
-    harness.print_table(["to the loss of", "tokens", "least", "most", "seconds"], rows)
+    harness.print_table(["baseline", "token ratio", "lowest", "highest", "time ratio"], rows)
 
 
 def draw_curves(records: list[Record]) -> Figure:
-    """Mean curves over the seeds, lengths of a recipe in one color; the shares of tokens."""
+    """Draw the mean curves over the seeds, with one color per recipe, and the shares of tokens."""
     step_tokens = harness.Size.parse(records[0]["size"]).tokens
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
@@ -279,11 +285,11 @@ def draw_curves(records: list[Record]) -> Figure:
     curves: dict[tuple[str, int], list[list[tuple[int, float]]]] = {}
     for record in records:
         curves.setdefault((record["recipe"], record["steps"]), []).append(record["curve"])
-    for (name, length), of_seeds in curves.items():
-        steps, losses = np.mean(of_seeds, axis=0).T
-        millions, color = steps * step_tokens / 1e6, colors[name]
-        is_last = length == max(steps for recipe, steps in curves if recipe == name)
-        axes.plot(millions, losses, color=color, label=name if is_last else None, linewidth=1)
+    for (name, length), by_seed in curves.items():
+        eval_steps, losses = np.mean(by_seed, axis=0).T
+        millions, color = eval_steps * step_tokens / 1e6, colors[name]
+        is_longest = length == max(steps for recipe, steps in curves if recipe == name)
+        axes.plot(millions, losses, color=color, label=name if is_longest else None, linewidth=1)
         axes.plot(millions[-1], losses[-1], "o", color=color, markersize=4)
     if FAST in names:
         draw_shares(axes, losses_by_recipe(records), colors, step_tokens)
@@ -295,19 +301,19 @@ def draw_curves(records: list[Record]) -> Figure:
 
 
 def draw_shares(axes: Axes, losses: Losses, colors: dict[str, str], step_tokens: int) -> None:
-    """Draw the losses of the fast recipe over its lengths, and arrows to them from the ends of the
-    others, with the shares of tokens.
+    """Draw the final loss of the fast recipe over the length of its run, and from the end of every
+    other recipe an arrow to it, labeled with the share of tokens.
     """
-    means = {steps: statistics.mean(of_seeds) for steps, of_seeds in losses[FAST].items()}
-    steps = np.geomspace(min(means), max(means), 100)  # the same interpolation as of `steps_to`
-    between = np.interp(np.log(steps), np.log(list(means)), list(means.values()))
-    label = f"{FAST}, interpolated over lengths"
-    axes.plot(steps * step_tokens / 1e6, between, ":", color=colors[FAST], linewidth=1, label=label)
-    for name, (share, *_) in find_shares(losses).items():
+    means = mean_losses(losses[FAST])
+    lengths = np.geomspace(min(means), max(means), 100)
+    finals = np.interp(np.log(lengths), np.log(list(means)), list(means.values()))  # as `steps_to`
+    label, millions = f"{FAST}, interpolated over lengths", lengths * step_tokens / 1e6
+    axes.plot(millions, finals, ":", color=colors[FAST], linewidth=1, label=label)
+    for name, (share, _) in find_shares(losses).items():
         if not math.isfinite(share):
             continue
-        ((steps_of_other, finals),) = losses[name].items()
-        loss, end = statistics.mean(finals), steps_of_other * step_tokens / 1e6
+        ((steps, loss),) = mean_losses(losses[name]).items()
+        end = steps * step_tokens / 1e6
         arrow = {"arrowstyle": "->", "color": colors[name], "shrinkA": 3, "shrinkB": 0}
         axes.annotate("", xy=(share * end, loss), xytext=(end, loss), arrowprops=arrow)
         style: dict[str, Any] = {"verticalalignment": "center", "color": colors[name]}
@@ -317,7 +323,7 @@ def draw_shares(axes: Axes, losses: Losses, colors: dict[str, str], step_tokens:
 
 def main(config: TimeToLossConfig) -> None:
     if unknown := set(config.recipes) - set(RECIPES):
-        raise ValueError(f"no recipe {', '.join(unknown)}, expected some of {', '.join(RECIPES)}")
+        raise ValueError(f"no recipe {', '.join(unknown)}; choose from {', '.join(RECIPES)}")
     records = read_finished(config) if config.redraw else train_and_report(config)
     if plot := config.plot or (config.redraw and "time_to_loss.png"):
         draw_curves(records).savefig(plot, dpi=150)
@@ -325,10 +331,10 @@ def main(config: TimeToLossConfig) -> None:
 
 
 def train_and_report(config: TimeToLossConfig) -> list[Record]:
-    """Train what is missing and print the tables."""
+    """Train what is missing and print the tables. Return the records of all runs."""
     with tempfile.TemporaryDirectory() as name, lock_folder(Path(config.out_dir)):
         folder = Path(name)
-        precision = default_precision(open_device(config.device, local_rank=0))
+        precision = default_precision(init_device(config.device, local_rank=0))
         runs = plan_runs(config, cut_vocabulary(Path(config.data), folder), precision)
         records = train_missing(runs, config, folder)
         seconds = measure_steps(runs, folder, config)

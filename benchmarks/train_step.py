@@ -1,14 +1,14 @@
-"""A training step beside transformers' GPT-2: tokens/s, its parts, peak memory.
+"""A training step compared with transformers: tokens/s, time of each part, peak memory.
 
     python benchmarks/train_step.py                    # two sizes, two CPU threads, fp32: 7 minutes
-    python benchmarks/train_step.py --peer ../nanoGPT  # also beside a checkout of nanoGPT
+    python benchmarks/train_step.py --peer ../nanoGPT  # compare with a checkout of nanoGPT, too
     python benchmarks/train_step.py --device cuda --precision bf16 --compile --sizes 12x768:64x1024
 
-This project runs its real training step; the others run build-nanogpt's loop: forward, backward,
-clipping, fused AdamW. Each has the memory allocator that its users get. This project's loss
-computes its gradient in the forward pass, so compare the sum of forward and backward; clipping
-counts as "optimizer". With --compile this project and the peer are compiled, and transformers runs
-both compiled and as it is. Peak FLOP/s are those of the GPU's data sheet.
+This project runs its real training step, with the allocator settings of train_gpt2.py. The others
+run build-nanogpt's loop: forward, backward, clipping, fused AdamW. Our loss computes its gradient
+in the forward pass, so compare the sum of forward and backward. Clipping counts as "optimizer".
+--compile compiles this project and the peer, and transformers runs both compiled and uncompiled.
+Peak FLOP/s are those of the GPU's data sheet.
 """
 
 import itertools
@@ -34,45 +34,46 @@ from engine.step import TrainingStep
 from engine.throughput import flops_per_token, peak_flops
 from model import GPT, GPTConfig
 
-LossOf = Callable[[torch.Tensor], torch.Tensor]  # the loss of idx as inputs and targets
+LossFunction = Callable[[torch.Tensor], torch.Tensor]  # of idx, as both inputs and targets
 PARTS = ("forward", "backward", "optimizer")
 OURS, BASELINE = "this project", "transformers"
-SHAPE = "block_size", "n_layer", "n_head", "n_embd"  # also nanoGPT's names
-STEPS_PER_TURN = {"cpu": 1, "cuda": 5}  # training launches a step before the one before is done
+COMPILED = ", compiled"  # suffix of the names of compiled peers
+SHAPE = "block_size", "n_layer", "n_head", "n_embd"  # named as in nanoGPT
+STEPS_PER_TURN = {"cpu": 1, "cuda": 5}  # on CUDA, steps overlap: one is launched while another runs
 
 
 @dataclass(frozen=True)
 class StepBenchmarkConfig(BenchmarkConfig):
-    rounds: int = flag(7, "measured steps of each contender, after two that warm up")
+    rounds: int = flag(7, "measured steps of each contender, after two of warmup")
     sizes: list[str] = flag(["12x768:2x512", "6x384:8x256"], "each LAYERSxWIDTH:BATCHxTOKENS")
     peer: str | None = flag(None, "folder of nanoGPT")
-    compile: bool = flag(False, "torch.compile all; transformers also runs as it is")
+    compile: bool = flag(False, "compile all contenders; transformers also runs uncompiled")
 
 
 class TimedStep(TrainingStep):
-    """The real training step, which calls `note` when one of its parts begins or ends."""
+    """The real training step. Calls `on_boundary` before and after forward, and after backward."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.note: Callable[[], None]
-        self.loss.register_forward_pre_hook(lambda *_: self.note())
-        self.loss.register_forward_hook(lambda *_: self.note())
+        self.on_boundary: Callable[[], None] = lambda: None
+        self.loss.register_forward_pre_hook(lambda *_: self.on_boundary())
+        self.loss.register_forward_hook(lambda *_: self.on_boundary())
 
     def _clip_gradients(self) -> torch.Tensor:
-        self.note()
+        self.on_boundary()
         return super()._clip_gradients()
 
 
 class LoopStep:
-    """The training step of build-nanogpt's loop, which calls `note` as `TimedStep` does."""
+    """The training step of build-nanogpt. Calls `on_boundary` at the same points as `TimedStep`."""
 
-    def __init__(self, model: Any, loss_of: LossOf, size: Size, config: BenchmarkConfig):
-        self.model, self.loss_of, self.size, self.config = model, loss_of, size, config
-        self.device = config.open_device()
+    def __init__(self, model: Any, loss: LossFunction, size: Size, config: BenchmarkConfig):
+        self.model, self.loss, self.size, self.config = model, loss, size, config
+        self.device = config.init_device()
         groups = parameter_groups(model.train().to(self.device), weight_decay=0.1)
         betas = (TrainConfig.beta1, TrainConfig.beta2)
         self.optimizers = [torch.optim.AdamW(groups, lr=1e-6, betas=betas, fused=True)]
-        self.note: Callable[[], None]
+        self.on_boundary: Callable[[], None] = lambda: None
         if config.precision != "fp32":
             torch.set_float32_matmul_precision("high")  # as this project's step does on CUDA
 
@@ -80,79 +81,78 @@ class LoopStep:
         (optimizer,) = self.optimizers
         optimizer.zero_grad(set_to_none=True)
         idx = self.size.random_ids(self.device)
-        self.note()
+        self.on_boundary()
         with self.config.autocast():
-            loss = self.loss_of(idx)
-        self.note()
+            loss = self.loss(idx)
+        self.on_boundary()
         loss.backward()
-        self.note()
+        self.on_boundary()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         optimizer.step()
 
 
 def time_parts(training_step: TimedStep | LoopStep, config: BenchmarkConfig) -> Contender:
-    """Does the steps of a turn; returns the seconds of the parts of the last."""
-    device, times = config.open_device(), list[Any]()
+    """Make a contender that returns the seconds of each of PARTS in the last step of a turn."""
+    device, times = config.init_device(), list[Any]()
     n_steps = STEPS_PER_TURN[device.type]
 
-    def note() -> None:
+    def record_time() -> None:
         if device.type == "cpu":
             times.append(time.perf_counter())
             return
-        event: Any = torch.cuda.Event(enable_timing=True)  # so that launching never waits
+        event: Any = torch.cuda.Event(enable_timing=True)  # read later, so the CPU need not wait
         event.record()
         times.append(event)
 
-    def turn(i: int) -> Result:
+    def take_turn(i: int) -> Result:
         for step in range(i * n_steps, (i + 1) * n_steps):
             times.clear()
-            training_step(step + 1)
-            note()
+            training_step(step + 1)  # records three times
+            record_time()  # after the optimizer
         harness.read_clock(device)  # waits for the last event
         seconds = [
             end - start if device.type == "cpu" else start.elapsed_time(end) / 1e3
             for start, end in itertools.pairwise(times)
         ]
-        return dict(zip(PARTS, seconds[-3:], strict=True))
+        return dict(zip(PARTS, seconds, strict=True))
 
-    training_step.note = note
-    return turn
+    training_step.on_boundary = record_time
+    return take_turn
 
 
 def make_contender(name: str, size: Size, config: StepBenchmarkConfig) -> Contender:
-    if name.startswith(OURS):
-        keep_freed_memory(Distributed(rank=0, world_size=1, device=config.open_device()))
-        step = harness.random_training_step(
-            GPT(size.gpt_config()), size, config, TimedStep, compile=config.compile
-        )
+    gpt_config = size.gpt_config()
+    if name == OURS:
+        keep_freed_memory(Distributed(rank=0, world_size=1, device=config.init_device()))
+        model = GPT(gpt_config)
+        step = harness.random_training_step(model, size, config, TimedStep, compile=config.compile)
         return time_parts(step, config)
-    gpt_config, is_baseline = size.gpt_config(), name.startswith(BASELINE)
-    peer = harness.transformers_gpt2(gpt_config) if is_baseline else make_peer(gpt_config, config)
-    called: Any = torch.compile(peer) if ", compiled" in name else peer
+    is_hf = name.startswith(BASELINE)
+    peer = harness.transformers_gpt2(gpt_config) if is_hf else make_peer(gpt_config, config)
+    forward: Any = torch.compile(peer) if name.endswith(COMPILED) else peer
 
-    def loss_of(idx: torch.Tensor) -> torch.Tensor:
-        return called(idx, labels=idx).loss if is_baseline else called(idx, idx)[1]
+    def loss(idx: torch.Tensor) -> torch.Tensor:
+        return forward(idx, labels=idx).loss if is_hf else forward(idx, idx)[1]
 
-    return time_parts(LoopStep(peer, loss_of, size, config), config)
+    return time_parts(LoopStep(peer, loss, size, config), config)
 
 
 def make_peer(gpt_config: GPTConfig, config: StepBenchmarkConfig) -> Any:
-    """nanoGPT's GPT, which returns logits and loss."""
+    """Load nanoGPT's GPT from the folder `peer`. It returns logits and loss."""
     loader = SourceFileLoader("peer_model", str(Path(config.peer or "") / "model.py"))
     module: Any = ModuleType(loader.name)
-    sys.modules[loader.name] = module  # dataclasses look themselves up
+    sys.modules[loader.name] = module  # @dataclass looks its module up there
     loader.exec_module(module)
     shape = {name: getattr(gpt_config, name) for name in SHAPE}
-    # Its default is no dropout.
-    return module.GPT(module.GPTConfig(vocab_size=harness.VOCAB_SIZE, **shape))
+    return module.GPT(module.GPTConfig(vocab_size=harness.VOCAB_SIZE, **shape))  # no dropout
 
 
 def list_contenders(config: StepBenchmarkConfig) -> list[str]:
-    compiled, names = ", compiled" if config.compile else "", [OURS, BASELINE]
+    names = [OURS, BASELINE]
     if config.compile:
-        names.append(f"{BASELINE}{compiled}")
+        names.append(BASELINE + COMPILED)
     if config.peer:
-        names.append(f"{Path(config.peer).resolve().name}{compiled}")
+        names.append(Path(config.peer).resolve().name + (COMPILED if config.compile else ""))
     return names
 
 
@@ -162,7 +162,7 @@ def list_cells(name: str, results: Results, size: Size, device: torch.device) ->
     return [
         name,
         f"{speed:,.0f}",
-        harness.ratio(results, BASELINE, name),
+        harness.ratio(results, BASELINE, name),  # of seconds, so swapped to compare speeds
         *(f"{harness.median(steps, part) * 1e3:.0f}" for part in PARTS),
         f"{harness.median(steps, 'peak_bytes') / 2**20:,.0f}",
         harness.ratio(results, name, BASELINE, "peak_bytes"),
@@ -171,11 +171,11 @@ def list_cells(name: str, results: Results, size: Size, device: torch.device) ->
 
 
 def main(config: StepBenchmarkConfig) -> None:
-    names, device = list_contenders(config), config.open_device()
+    names, device = list_contenders(config), config.init_device()
     columns = ["tokens/s", f"/ {BASELINE}'", *(f"{part} ms" for part in PARTS)]
     columns += ["peak MB", f"/ {BASELINE}'", "of peak FLOP/s"]
     for size in map(Size.parse, config.sizes):
-        # Two rounds warm up, because one compiles.
+        # Two rounds of warmup, because the first one compiles.
         results = harness.measure(make_contender, names, size, config, warmup=2)
         rows = [list_cells(name, results, size, device) for name in results]
         harness.print_table([str(size), *columns], rows)

@@ -1,7 +1,8 @@
 #!/bin/bash
 # Pretrain on several nodes of a Slurm cluster: sbatch configs/slurm.sh [flags of train_gpt2.py]
 # The run folder must be on a file system that all nodes share. A job that is requeued or submitted
-# again resumes from its latest checkpoint. SIGTERM before the time limit makes it save first.
+# again resumes from its latest checkpoint. Slurm sends SIGTERM 120 s before the time limit, and
+# training then saves a checkpoint and exits.
 #SBATCH --job-name=gpt2
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -11,7 +12,7 @@
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 
-# Without it, ranks that torchrun restarts may hang: https://github.com/pytorch/pytorch/issues/135712
+# Without this, ranks that torchrun restarts may hang: https://github.com/pytorch/pytorch/issues/135712
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun .venv/bin/torchrun \

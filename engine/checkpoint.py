@@ -1,11 +1,12 @@
-"""The run folder: checkpoints that are complete or absent, and how to load and resume them.
+"""The run folder: save checkpoints atomically, load them, delete old ones.
 
 RUN/config.yaml                    the settings of the run
 RUN/metrics.jsonl                  one line per step
-RUN/loss.png, report.html          the same as pictures
-RUN/checkpoints/step_000500/       a Hugging Face model and tokenizer, or a PEFT adapter, and
-    progress.json, state.pt        step and losses; optimizer and random number generators
-    adapter_base                   present: the base of an adapter, never deleted
+RUN/loss.png, report.html          plots of metrics.jsonl
+RUN/checkpoints/step_000500/       a Hugging Face model and tokenizer, or a PEFT adapter, plus:
+    progress.json                  step, losses and fingerprint of the data
+    state.pt                       optimizer, gradient scaler and random number generators
+    adapter_base                   marks the base of an adapter: a checkpoint never to delete
 """
 
 import hashlib
@@ -35,15 +36,15 @@ BASE_MARK = "adapter_base"
 
 
 class RunState(NamedTuple):
-    """What a checkpoint holds besides the weights."""
+    """Everything but the weights that is needed to resume a run."""
 
-    progress: dict  # step, val_loss, data fingerprint
-    tensors: dict  # optimizer, scaler, rng
+    progress: dict  # progress.json: step, val_loss, data fingerprint
+    tensors: dict  # state.pt: optimizer, scaler, rng
 
 
 def list_checkpoints(run: Path | str, after: int = -1) -> list[Path]:
-    """The run's checkpoints after step `after`, oldest first. They are complete, unless a file in
-    them was damaged later.
+    """Return the run's checkpoints after step `after`, oldest first. All were saved completely, but
+    files in them may have been damaged since.
     """
     found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in Path(run).glob("checkpoints/*")]
     steps = sorted((int(match[1]), path) for match, path in found if match)
@@ -51,61 +52,62 @@ def list_checkpoints(run: Path | str, after: int = -1) -> list[Path]:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint."""
+    """Return the step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def latest_checkpoint(name_or_path: str | Path) -> Path:
-    """A run's latest checkpoint; any other name or path as it is."""
+    """Return the latest checkpoint if this is a run with checkpoints; otherwise the path itself."""
     return next(reversed(list_checkpoints(name_or_path)), Path(name_or_path))
 
 
 def best_checkpoint(run: Path | str) -> Path | None:
-    """The checkpoint with the lowest validation loss, among those where it was evaluated."""
+    """Return the checkpoint with the lowest validation loss, or None if none was evaluated."""
     losses: dict[Path, Any] = {}
     for folder in list_checkpoints(run):
-        with suppress(OSError, ValueError):  # a damaged one is reported when it is loaded
+        with suppress(OSError, ValueError):  # damage is reported when the checkpoint is loaded
             losses[folder] = read_progress(folder).get("val_loss")
     evaluated = [folder for folder, loss in losses.items() if loss is not None]
     return min(evaluated, key=lambda folder: losses[folder], default=None)
 
 
 def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = None) -> GPT:
-    """The model of a hub name, a Hugging Face folder, a checkpoint or a run, in eval mode. An
-    adapter's checkpoint loads its base model with LoRA. `lora_load_path`, an adapter's folder, run
-    or lora.pt, is loaded on top of a model without LoRA.
+    """Load a model from a hub name, a Hugging Face folder, a checkpoint or a run, in eval mode.
+
+    If it is an adapter, load its base model and the adapter on top. Otherwise, if `lora_load_path`
+    is given (an adapter folder, a run or a lora.pt), load that adapter on top.
     """
-    path = latest_checkpoint(name_or_path)
-    if is_adapter(path):
-        base = read_adapter_config(path).base_model
+    if is_adapter(adapter := latest_checkpoint(name_or_path)):
+        base = read_adapter_config(adapter).base_model
         if lora_load_path is not None or not base:
             raise ValueError(
-                f"{name_or_path} is an adapter; give its base model {base or '(not named)'}, and "
-                "the adapter as lora_load_path"
+                f"{name_or_path} is an adapter; pass its base model {base or '(unknown)'} instead, "
+                "and the adapter as lora_load_path"
             )
         if Path(base).is_absolute() and not Path(base).exists():
             raise FileNotFoundError(
-                f"{base}, the base model of {name_or_path}, no longer exists; give a copy of it "
-                "(config.yaml has its base_sha256), and the adapter as lora_load_path"
+                f"{base}, the base model of {name_or_path}, no longer exists; pass a copy of it "
+                "(its hash is base_sha256 in config.yaml), and the adapter as lora_load_path"
             )
-        name_or_path, lora_load_path, path = base, path, latest_checkpoint(base)
-    model = load_pretrained(path if path.exists() else name_or_path)
+        name_or_path, lora_load_path = base, adapter
+    path = latest_checkpoint(name_or_path)
+    model = load_pretrained(path if path.exists() else name_or_path)  # else it is a hub name
     if lora_load_path is not None:
         load_adapter(model, latest_checkpoint(lora_load_path))
     return model.eval()
 
 
 def mark_base(checkpoint: Path) -> None:
-    """Mark a run's checkpoint as the base of an adapter, so that it is not deleted."""
+    """Mark a checkpoint as the base of an adapter, so that its run does not delete it."""
     try:
-        if (checkpoint / "progress.json").is_file():  # else no run deletes it
+        if (checkpoint / "progress.json").is_file():  # only a run's checkpoints are ever deleted
             (checkpoint / BASE_MARK).touch()
     except OSError as error:
         print(f"{checkpoint} may be deleted by its run, as it cannot be marked: {error}")
 
 
 def hash_weights(model: GPT) -> str:
-    """The sha256 of the shape and all weights."""
+    """Return the sha256 of the model's config and all weights."""
     digest = hashlib.sha256(repr(model.config).encode())
     for name, param in model.named_parameters():
         digest.update(name.encode())
@@ -116,8 +118,9 @@ def hash_weights(model: GPT) -> str:
 def load_latest(
     run: Path | str, base: str | None = None, last_step: int | None = None
 ) -> tuple[GPT, RunState] | None:
-    """The run's latest intact checkpoint, of `last_step` or earlier, or None if it has no
-    checkpoint. Adapters are loaded onto the model `base`.
+    """Load the latest undamaged checkpoint of a run, no later than `last_step`. Return None if
+    there is no checkpoint. Adapters are loaded onto the model `base`. Raises ValueError if all
+    checkpoints are damaged.
     """
     found = list_checkpoints(run)
     folders = [f for f in found if last_step is None or checkpoint_step(f) <= last_step]
@@ -125,7 +128,7 @@ def load_latest(
         try:
             model = load_model(base, folder) if base else load_model(folder)
             state = RunState(read_progress(folder), read_state(folder))
-            _ = state.progress["data"]
+            _ = state.progress["data"]  # KeyError if it is missing; it is in TORCH_LOAD_ERRORS
         except (OSError, ValueError, *TORCH_LOAD_ERRORS) as error:
             print(f"{folder} is damaged ({error}); falling back to the one before")
         else:
@@ -147,12 +150,14 @@ def save_checkpoint(
     keep: int,
     kept_step: int = 0,
 ) -> None:
-    """Save a checkpoint of `params`, the parameters of `model` or copies of them; with LoRA only
-    the adapter. Then delete all but the latest `keep`, the best, that of `kept_step`, and bases of
-    adapters.
+    """Save a checkpoint with the weights in `params`: the model's parameters, or copies of them, by
+    name. With LoRA, save the adapter only. Raises OSError if there is no space.
 
-    The folder gets its name when all of it is on the disk, so a crash leaves the earlier
-    checkpoints and never half of one.
+    Then delete old checkpoints, but keep the last `keep`, the best one, the one at `kept_step`, and
+    those that adapters were trained on.
+
+    The files are written to a temporary folder. It is renamed once all of them are on the disk, so
+    a crash never leaves half a checkpoint.
     """
     step = state.progress["step"]
     folder = run / "checkpoints" / f"step_{step:06d}"
@@ -168,16 +173,17 @@ def save_checkpoint(
             save_pretrained(model, temporary, tokenizer, params)
         torch.save(state.tensors, temporary / "state.pt")
         (temporary / "progress.json").write_text(json.dumps(state.progress) + "\n")
+        # Sync the log too: after a power cut it must not end before the checkpoint's step.
         for file in [*temporary.iterdir(), *run.glob("metrics.jsonl")]:
             with file.open("r+b") as stream:
                 os.fsync(stream.fileno())
-        if (folder / BASE_MARK).exists():
+        if (folder / BASE_MARK).exists():  # keep the mark if this checkpoint is overwritten
             shutil.copy(folder / BASE_MARK, temporary)
         fsync_folder(temporary)
         remove(folder)
         temporary.rename(folder)
         fsync_folder(folder.parent)
-    # On a full disk torch.save raises a RuntimeError, and safetensors its own error.
+    # On a full disk torch.save raises RuntimeError, and safetensors raises SafetensorError.
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         earlier = list_checkpoints(run)
@@ -192,7 +198,7 @@ def save_checkpoint(
 
 
 def remove(path: Path) -> None:
-    """Delete a folder or a file, if there is one."""
+    """Delete a folder or a file, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -200,18 +206,21 @@ def remove(path: Path) -> None:
 
 
 class BackgroundSave:
-    """Saves in a thread while training continues, one at a time. The next call raises its error."""
+    """Runs one save at a time in a thread, while training continues. If the save fails, the next
+    call of any method raises its exception.
+    """
 
     def __init__(self) -> None:
         self.executor = ThreadPoolExecutor(max_workers=1)
         self.pending: Future | None = None
 
     def start(self, save: Callable[[], object]) -> None:
+        """Wait for the save that is running, if any, and start this one."""
         self.wait()
         self.pending = self.executor.submit(save)
 
     def check(self) -> None:
-        """Raise the error of a save that has ended."""
+        """If the save has ended with an exception, raise it. Does not wait."""
         if self.pending is not None and self.pending.done():
             self.wait()
 
@@ -223,14 +232,14 @@ class BackgroundSave:
 
 def read_progress(checkpoint: Path) -> dict:
     file = checkpoint / "progress.json"
-    progress = read_json(file, "delete the checkpoint")
+    progress = read_json(file, remedy="delete the checkpoint")
     if "step" not in progress:
         raise ValueError(f"{file} is damaged: it has no step; delete the checkpoint")
     return progress
 
 
 def read_state(checkpoint: Path) -> dict:
-    """Optimizer, scaler and random number generators, on the CPU."""
+    """Load the states of the optimizer, scaler and random number generators to the CPU."""
     state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     if not (state["optimizer"]["state"] and {"scaler", "rng"} <= state.keys()):
         raise ValueError("state.pt lacks optimizer state, scaler or rng")
@@ -238,10 +247,10 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def read_run_config(run: Path | str) -> dict:
-    """The settings of a run, from its config.yaml."""
+    """Read the settings of a run from its config.yaml."""
     file = Path(run) / "config.yaml"
     try:
-        with file.open() as stream:  # an OSError then has the file's name
+        with file.open() as stream:
             return dict(yaml.safe_load(stream))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}; repair it, or choose another run") from error

@@ -5,7 +5,6 @@ import importlib.util
 import io
 import json
 import math
-import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -15,25 +14,30 @@ from difflib import get_close_matches
 from functools import partial
 from operator import ge, gt, le, lt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NewType, NoReturn, TypeVar
 
 import yaml
 
-from engine.errors import exit_with_error, with_reported_errors
+from engine.errors import exit_with_error, run_and_report_errors
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
 Precision = Literal["fp32", "bf16", "fp16"]
-EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+Names = NewType("Names", str)  # several names, joined by commas
+TYPE_NAMES: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false"}
+TYPE_NAMES |= {str: "text", Names: "names"}
 HELP_COLUMN = 30  # where the help text starts
 LIMITS = {"at_least": ge, "at_most": le, "above": gt, "below": lt}
-# For numbers whose flags have no limits of their own: a larger integer is a slip of the keyboard.
+# Limits of numeric flags that set none. An integer above 10**12 must be a typo.
 DEFAULT_LIMITS = {int: {"at_least": 1, "at_most": 10**12}, float: {"at_least": 0}}
-MAX_SEED = 2**63 - 1  # of torch
+MAX_SEED = 2**63 - 1  # the largest seed that torch takes
 LOGGERS = ("tensorboard", "wandb")
-TOKENIZER_HELP = "folder or hub name of the model's tokenizer (default: the model's folder)"
+# Help shared by the flags that take a model. docs/formats.md has the details.
+MODEL_HELP = "hub name, Hugging Face folder, checkpoint or run folder"
+ADAPTER_HELP = "adapter to add to the model: a PEFT folder, checkpoint, run folder or lora.pt"
+TOKENIZER_HELP = "folder or hub name of the model's tokenizer (default: the one beside the model)"
 
 
 def flag(
@@ -41,10 +45,17 @@ def flag(
 ) -> Any:
     """A dataclass field that is also a command-line flag and a YAML key.
 
-    Its type gives the choices (`Literal`), several values (`list[str]`) or `--x / --no-x` (`bool`).
-    A default of None is resolved before training. `group` starts a group of the help; `may_change`
-    allows a resumed run another value. `limits` are names from LIMITS with their numbers (default:
-    DEFAULT_LIMITS). Without `help_text`, a field keeps the metadata of the field it overrides.
+    The type of the field determines what the flag takes:
+
+        Literal["a", "b"]        one of these choices
+        list[str], Names         one or more values
+        bool                     nothing: it becomes --x / --no-x
+        x: int = flag(None)      None is the default, and is replaced before x is used
+        x: int | None            None ("null") is a value as well
+
+    `group` starts a new section of the help. `may_change` lets a resumed run have another value.
+    `limits` are bounds, such as at_least=1 (see LIMITS; default: DEFAULT_LIMITS). A field without
+    `help_text` keeps the metadata of the field that it overrides.
     """
     metadata = {"help": help_text, "group": group, "may_change": may_change, "limits": limits}
     if isinstance(default, list):
@@ -54,13 +65,13 @@ def flag(
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a command. ValueError if one is outside the limits of its flag."""
+    """The settings of a command. Raises ValueError if one is outside the limits of its flag."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value, limits = getattr(self, f.name), find_metadata(type(self), f.name)["limits"]
             limits = limits or DEFAULT_LIMITS.get(base_type(f.type), {})
-            if value == "" and f.default:
+            if value == "" and f.default:  # a text that has a default cannot be left empty
                 raise ValueError(f"{f.name} is empty, expected text")
             if value is not None and not all(LIMITS[k](value, n) for k, n in limits.items()):
                 expected = (f"{k.replace('_', ' ')} {n:,}" for k, n in limits.items())
@@ -68,8 +79,17 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class ModelSettings(Settings):
+    """The model of a command that evaluates or samples one."""
+
+    model: str = flag("gpt2", MODEL_HELP)
+    lora_load_path: str | None = flag(None, ADAPTER_HELP)
+    tokenizer: str | None = flag(None, TOKENIZER_HELP)
+
+
+@dataclass(frozen=True)
 class TrainConfig(Settings):
-    """What every training run needs. Defaults: GPT-3's for 124M, as in build-nanogpt."""
+    """Settings of every training run. The defaults are those of GPT-3 124M, as in build-nanogpt."""
 
     out_dir: str = flag("runs/gpt2_124m", "run folder", group="run", may_change=True)
     resume: Literal["auto", "never"] = flag("auto", "resume the run in out_dir", may_change=True)
@@ -79,23 +99,25 @@ class TrainConfig(Settings):
     batch_size: int = flag(
         64, "sequences per device and micro-step", group="optimization", may_change=True
     )
-    max_steps: int = flag(19_073, "optimizer steps; 19,073 of 524,288 tokens are 10B")
+    max_steps: int = flag(19_073, "optimizer steps; 19,073 x 524,288 tokens are 10B")
     warmup_steps: int = flag(715, "steps of linear warmup; 375M tokens in GPT-3", at_least=0)
     optimizer: Literal["adamw", "muon"] = flag(
         "adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest"
     )
     schedule: Literal["cosine", "wsd"] = flag(
-        "cosine", "after warmup: cosine to min_lr, or constant, then linear to 0 (wsd)"
+        "cosine", "after warmup: a cosine to min_lr; or (wsd) constant, then linear to 0"
     )
     max_lr: float = flag(6e-4, "peak learning rate", above=0)
-    min_lr: float = flag(6e-5, "learning rate to which a cosine decays")
-    decay_fraction: float = flag(0.4, "share of steps in which wsd decays", at_least=0, at_most=1)
-    beta1: float = flag(0.9, "AdamW's decay rate of the mean gradient", at_least=0, below=1)
-    beta2: float = flag(0.95, "AdamW's decay rate of the squared gradient", at_least=0, below=1)
-    weight_decay: float = flag(0.1, "AdamW's, on tensors of two or more dimensions")
-    muon_lr: float = flag(0.02, "Muon's peak learning rate; it follows the same schedule")
-    muon_beta2: float = flag(0.0, "NorMuon's decay rate; 0: plain Muon", at_least=0, below=1)
-    muon_weight_decay: float = flag(0.0, "Muon's weight decay")
+    min_lr: float = flag(6e-5, "final learning rate of cosine")
+    decay_fraction: float = flag(
+        0.4, "fraction of steps in which wsd decays", at_least=0, at_most=1
+    )
+    beta1: float = flag(0.9, "AdamW: decay rate of the mean gradient", at_least=0, below=1)
+    beta2: float = flag(0.95, "AdamW: decay rate of the mean squared gradient", at_least=0, below=1)
+    weight_decay: float = flag(0.1, "AdamW: weight decay of tensors with two or more dimensions")
+    muon_lr: float = flag(0.02, "Muon: peak learning rate; the schedule is the same")
+    muon_beta2: float = flag(0.0, "NorMuon: decay rate; 0 is plain Muon", at_least=0, below=1)
+    muon_weight_decay: float = flag(0.0, "Muon: weight decay")
     grad_clip: float = flag(1.0, "maximum gradient norm; 0 disables clipping")
 
     eval_every: int = flag(250, "steps between evaluations", group="evaluation", may_change=True)
@@ -104,10 +126,10 @@ class TrainConfig(Settings):
         0, "steps between HellaSwag evaluations; 0: none", may_change=True, at_least=0
     )
     hellaswag_data: str | None = flag(
-        None, "HellaSwag rows: a file or a hub name (default: the original's)", may_change=True
+        None, "file or hub name of HellaSwag rows (default: Rowan/hellaswag)", may_change=True
     )
 
-    log: str = flag("", "tensorboard, wandb or tensorboard,wandb", group="logging", may_change=True)
+    log: Names = flag("", "tensorboard, wandb or both", group="logging", may_change=True)
     save_every: int = flag(1000, "steps between checkpoints", may_change=True)
     keep: int = flag(2, "latest checkpoints to keep, besides the best", may_change=True)
     profile: int = flag(0, "steps to profile into a trace; 0: none", may_change=True, at_least=0)
@@ -115,7 +137,8 @@ class TrainConfig(Settings):
     device: str = flag("auto", "auto, cpu, cuda or mps", group="system", may_change=True)
     precision: Precision = flag(
         None,
-        "fp32, or autocast (default: bf16 if the device is made for it; else fp16 on CUDA, fp32)",
+        "fp32, or autocast to 16 bits (default: bf16 if the device has bf16 units, else fp16 on "
+        "CUDA, fp32 elsewhere)",
     )
     compile: bool = flag(None, "torch.compile the step (default: on CUDA)", may_change=True)
     parallel: Literal["ddp", "fsdp"] = flag(
@@ -123,8 +146,8 @@ class TrainConfig(Settings):
     )
     recompute: Literal["none", "light", "block"] = flag(
         "none",
-        "activation checkpointing: light recomputes LayerNorm and GELU (a third less memory, "
-        "almost free); block recomputes nearly all (a seventh of the memory, slower)",
+        "activation checkpointing: light recomputes LayerNorm and GELU (2/3 of the memory, almost "
+        "free), block recomputes attention and MLP (1/7 of the memory, slower)",
         may_change=True,
     )
 
@@ -145,13 +168,13 @@ class TrainConfig(Settings):
 
 
 def run_command(main: Callable[[Config], None], config_class: type[Config], doc: str) -> None:
-    """Call `main` with a `config_class` built from the command line. Bad usage, a ValueError and an
-    OSError end in one line and exit code 2.
+    """Call `main` with a `config_class` built from the command line. If that fails with a usage
+    error, a ValueError or an OSError, print one line and exit with code 2.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show every sample
     values, debug = parse_flags(config_class, doc)
-    with_reported_errors(lambda: main(config_class(**values)), debug)
+    run_and_report_errors(lambda: main(config_class(**values)), debug)
 
 
 class Parser(argparse.ArgumentParser):
@@ -170,8 +193,8 @@ class Parser(argparse.ArgumentParser):
 def parse_flags(
     config_class: type[Config], doc: str, argv: Sequence[str] | None = None
 ) -> tuple[dict[str, Any], bool]:
-    """The values given on the command line or in the YAML file of --config, and whether --debug
-    was given. The command line wins over the file, later files over earlier ones.
+    """Return the values given on the command line or in the YAML files of --config, and whether
+    --debug was given. The command line overrides the files, and later files override earlier ones.
     """
     parser = build_parser(config_class, doc)
     names = [f.name for f in fields(config_class)]
@@ -182,29 +205,41 @@ def parse_flags(
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
         parser.error(f"unknown flag {unknown[0]}{suggest(name, names, '--')}")
+    sources = [(f"{file}: ", read_config_file(file, parser)) for file in files]
     values: dict[str, Any] = {}
-    for file, content in [*((file, read_config_file(file, parser)) for file in files), ("", given)]:
-        source = f"{file}: " if file else ""
+    for source, content in [*sources, ("", given)]:
         for name, value in content.items():
             if name not in names:
                 suggestion = suggest(str(name), names)
                 parser.error(f"{source}{name} is not a setting of this command{suggestion}")
             try:
-                values[name] = convert(value, config_class, name)
+                values[name] = convert_setting(value, config_class, name)
             except ValueError as error:
                 parser.error(f"{source}{error}")
     return values, debug
 
 
 def normalize_flags(argv: Sequence[str], config_class: type) -> list[str]:
-    """The arguments with --max-steps as --max_steps, and --compile true as --compile."""
+    """Write --max-steps as --max_steps, and --compile true or --compile=true as --compile."""
     names = {f.name.replace("_", "-"): f.name for f in fields(config_class)}
-    switches = "|".join(f.name for f in fields(config_class) if base_type(f.type) is bool)
-    line = "\0".join(("", *argv))
-    line = re.sub(r"(?<=\0--)(no-)?([\w-]+)", lambda m: (m[1] or "") + names.get(m[2], m[2]), line)
-    line = re.sub(rf"(?i)(?<=\0--)({switches})[=\0]true(?=\0|$)", r"\1", line)
-    line = re.sub(rf"(?i)(?<=\0--)({switches})[=\0]false(?=\0|$)", r"no-\1", line)
-    return line.split("\0")[1:]
+    switches = {f.name for f in fields(config_class) if base_type(f.type) is bool}
+    normalized, rest = [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            no = "no-" if name.startswith("no-") else ""
+            name = name.removeprefix("no-")
+            name = names.get(name, name)
+            argument = f"--{no}{name}{equals}{value}"
+            if name in switches and not no:
+                if not equals and rest and rest[0].lower() in ("true", "false"):
+                    value = rest.pop(0)
+                argument = {"true": f"--{name}", "false": f"--no-{name}"}.get(
+                    value.lower(), argument
+                )
+        normalized.append(argument)
+    return normalized
 
 
 def suggest(name: str, names: list[str], prefix: str = "") -> str:
@@ -214,7 +249,7 @@ def suggest(name: str, names: list[str], prefix: str = "") -> str:
 
 def build_parser(config_class: type[Config], doc: str) -> Parser:
     parser = Parser(doc, usage="%(prog)s [flags]")
-    config_help = "YAML file of these settings by name; flags override it"
+    config_help = "YAML file with settings, NAME: VALUE; flags override it"
     parser.add_argument("--config", action="append", metavar="FILE", default=[], help=config_help)
     group: Any = parser
     for f in fields(config_class):
@@ -234,7 +269,7 @@ def add_flag(group: Any, f: Field, help_text: str) -> None:
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text.replace("%", "%%")}
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
-    elif typing.get_origin(kind) is list:
+    elif typing.get_origin(kind) is list or kind is Names:
         options |= {"nargs": "+", "metavar": "TEXT"}
     elif typing.get_origin(kind) is Literal:
         options["metavar"] = "{" + ",".join(typing.get_args(kind)) + "}"
@@ -244,7 +279,7 @@ def add_flag(group: Any, f: Field, help_text: str) -> None:
 
 
 def find_metadata(config_class: type, name: str) -> typing.Mapping[str, Any]:
-    """The metadata of a flag: its own, or that of the field whose default it overrides."""
+    """Return the metadata of a flag. A field that only overrides a default inherits it."""
     for cls in config_class.__mro__:
         f = vars(cls).get("__dataclass_fields__", {}).get(name)
         if f is not None and f.metadata.get("help"):
@@ -253,44 +288,48 @@ def find_metadata(config_class: type, name: str) -> typing.Mapping[str, Any]:
 
 
 def base_type(kind: Any) -> Any:
-    """The type without `| None`."""
+    """Return the type without `| None`."""
     inner = [t for t in typing.get_args(kind) if t is not type(None)]
     return inner[0] if type(None) in typing.get_args(kind) else kind
 
 
-def convert(value: Any, config_class: type, name: str) -> Any:
-    """A command-line string or a YAML value as the type of the field `name`."""
+def convert_setting(value: Any, config_class: type, name: str) -> Any:
+    """Convert a command-line string or a YAML value to the type of the field `name`."""
     f = next(f for f in fields(config_class) if f.name == name)
     kind = base_type(f.type)
     is_optional = f.default is None or kind is not f.type
     if is_optional and value in (None, "null"):
         return None
     try:
-        return convert_to(kind, value)
+        return convert_value(value, kind)
     except (ValueError, OverflowError) as error:
         shown = {"None": "null", "True": "true", "False": "false"}.get(repr(value), value)
         expected = describe_type(kind) + (" or null" if is_optional else "")
         raise ValueError(f"{name} is {shown or repr(shown)}, expected {expected}") from error
 
 
-def convert_to(kind: Any, value: Any) -> Any:
-    """`value` as a `kind`; ValueError if it is none."""
-    if kind is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
+def convert_value(value: Any, kind: Any) -> Any:
+    """Convert `value` to `kind`. Raises ValueError or OverflowError if it cannot be converted."""
     is_number = isinstance(value, str | int | float) and not isinstance(value, bool)
-    if kind is int and is_number and not isinstance(value, float):
-        with suppress(ValueError):
-            return int(value)  # exact, however large
-    if kind in (int, float) and is_number:
+    if kind is bool:
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+    elif kind in (int, float) and is_number:
+        if kind is int and not isinstance(value, float):
+            with suppress(ValueError):
+                return int(value)  # exact, however large
         number = float(value)
         if math.isfinite(number) and (kind is float or number.is_integer()):  # 1e3 is an int
             return kind(number)
-    if kind is str and isinstance(value, str):
-        return value
-    if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
-        return value
-    is_list = typing.get_origin(kind) is list and isinstance(value, list)
-    if is_list and all(isinstance(item, str) for item in value):
+    elif kind is Names and isinstance(value, list):
+        return ",".join(map(str, value))
+    elif kind in (str, Names):
+        if isinstance(value, str):
+            return value
+    elif typing.get_origin(kind) is Literal:
+        if value in typing.get_args(kind):
+            return value
+    elif isinstance(value, list) and all(isinstance(item, str) for item in value):  # list[str]
         return value
     raise ValueError(f"{value!r} is not {describe_type(kind)}")
 
@@ -298,7 +337,7 @@ def convert_to(kind: Any, value: Any) -> Any:
 def describe_type(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " or ".join(typing.get_args(kind))
-    return "a list of strings" if typing.get_origin(kind) is list else EXPECTED[kind]
+    return "a list of strings" if typing.get_origin(kind) is list else TYPE_NAMES[kind]
 
 
 def read_config_file(file: str, parser: Parser) -> dict[str, Any]:
@@ -307,16 +346,16 @@ def read_config_file(file: str, parser: Parser) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(f"{file} cannot be read as YAML: {error}")
     if not isinstance(content, dict):
-        parser.error(f"{file} holds {content!r:.60}, expected lines of NAME: VALUE")
+        parser.error(f"{file} holds {content!r:.60}, expected lines NAME: VALUE")
     return content
 
 
 def to_yaml(config: "DataclassInstance") -> str:
-    """The config as YAML that `--config` reads back."""
+    """Return the config as YAML that `--config` can read."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
 def fixed_settings(config_class: type) -> set[str]:
-    """The settings that a resumed run must not change, because its curve depends on them."""
+    """Return the settings that must not change on resume: the loss curve depends on them."""
     names = {f.name for f in fields(config_class)}
     return {name for name in names if not find_metadata(config_class, name)["may_change"]}

@@ -1,5 +1,5 @@
-"""Fast decoding: on a CPU, linear layers for a few rows that use all threads; on CUDA, the kernels
-of a token launched as one graph.
+"""Faster decoding. On a CPU, linear layers use all threads even for a few rows. On CUDA, all
+kernels of a token are launched at once, as a CUDA graph.
 """
 
 from functools import partial
@@ -11,12 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, KVCache
 
-FEW_ROWS = 8  # up to here, reading the weight takes the time
+FEW_ROWS = 8  # up to this many, reading the weight takes most of a linear layer's time
 
 
 def speed_up_decoding(model: GPT) -> None:
-    """Make a model that is only sampled from now on faster, on the device where it is.
-    LoRA has to be merged first: a layer that is not keeps its own forward.
+    """Speed up a model, in place, that will only generate on its current device. Merge LoRA first,
+    because layers with LoRA are left alone.
     """
     device_type = next(model.parameters()).device.type
     if device_type == "cuda":
@@ -31,24 +31,27 @@ def speed_up_decoding(model: GPT) -> None:
 def linear_few_rows(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """F.linear, faster for at most FEW_ROWS rows on a CPU without gradients.
+    """F.linear, but faster for at most FEW_ROWS rows on a CPU without gradients.
 
-    For one row MKL reads the weight on one thread, and for two to eight it reads it slowly. A
-    batched product of blocks of the weight, one per thread, reads it at full memory speed.
+    For one row, MKL reads the weight on a single thread. For two to eight rows, it stays below the
+    memory speed too. We split the weight into one block of outputs per thread and multiply all
+    blocks in one batched matmul. That reads the weight at full memory speed.
     """
     threads, (out_features, in_features) = torch.get_num_threads(), weight.size()
     rows = x.numel() // in_features
-    few_rows = x.device.type == "cpu" and rows <= FEW_ROWS and not torch.is_grad_enabled()
-    if not few_rows or out_features % threads:
+    is_decoding = x.device.type == "cpu" and rows <= FEW_ROWS and not torch.is_grad_enabled()
+    if not is_decoding or out_features % threads:
         return F.linear(x, weight, bias)
-    x_t = x.reshape(rows, in_features).t().expand(threads, -1, -1)  # (threads, in, rows)
+    # (threads, out / threads, in) @ (threads, in, rows)
+    x_t = x.reshape(rows, in_features).t().expand(threads, -1, -1)
     y = torch.bmm(weight.view(threads, -1, in_features), x_t).view(out_features, rows).t()
     return (y if bias is None else y + bias).reshape(*x.shape[:-1], out_features)
 
 
 class StaticCache(KVCache):
-    """A cache whose shape does not change: a token's keys and values go to `position` (1), which
-    lives on the device, and all places are returned, also the unused ones.
+    """A cache whose tensors never change their shape or address, as a CUDA graph requires. `append`
+    writes one token at `position`, a tensor of shape (1,) on the device. It returns all block_size
+    slots, including unused ones.
     """
 
     def __init__(self, batch_size: int, model: GPT, position: torch.Tensor):
@@ -63,24 +66,26 @@ class StaticCache(KVCache):
 
 
 class TokenGraph:
-    """The pass of one token for a batch, captured as a CUDA graph."""
+    """The forward pass over one new token per row of a batch, captured as a CUDA graph."""
 
     def __init__(self, model: GPT, batch_size: int):
         self.model, device = model, model.lm_head.weight.device
         self.idx = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.caches = [StaticCache(batch_size, model, self.position) for _ in model.transformer.h]
-        self.columns = torch.arange(model.config.block_size, device=device)
+        self.key_positions = torch.arange(model.config.block_size, device=device)
         self.capture()
 
     def compute_hidden(self) -> torch.Tensor:
-        mask = (self.columns <= self.position)[None, None, None]
-        with sdpa_kernel(SDPBackend.MATH):  # in the others one query leaves most of the GPU idle
+        mask = (self.key_positions <= self.position)[None, None, None]
+        # For one query, the other backends leave most of a GPU idle. The list is copied only for
+        # mypy, because a list[StaticCache] is not a list[KVCache].
+        with sdpa_kernel(SDPBackend.MATH):
             return self.model.hidden(self.idx, [*self.caches], self.position, mask)[:, -1]
 
     def capture(self) -> None:
         device = self.idx.device
-        side_stream = torch.cuda.Stream(device)  # where libraries initialize before the capture
+        side_stream = torch.cuda.Stream(device)  # libraries initialize here, before the capture
         side_stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side_stream):
             self.compute_hidden()
@@ -90,8 +95,8 @@ class TokenGraph:
             self.hidden = self.compute_hidden()
 
     def load(self, caches: list[KVCache]) -> None:
-        """Start from the keys and values of a prompt. Unused memory of the caches is not copied: it
-        may hold NaN, which no mask hides, because 0 * NaN is NaN.
+        """Copy the keys and values of a prompt, without the unused slots: they may hold NaN, and
+        masking does not remove it, because 0 * NaN is NaN.
         """
         for mine, cache in zip(self.caches, caches, strict=True):
             mine.k[:, :, : cache.length] = cache.k[:, :, : cache.length]
@@ -105,8 +110,9 @@ class TokenGraph:
 
 
 class GraphedDecoder:
-    """Does what `GPT.last_hidden` does. After a prompt, or when the window has moved, each token is
-    a replay of one CUDA graph, because launching its kernels takes longer than running them.
+    """Replaces `GPT.last_hidden`. The prompt runs through the ordinary forward pass, and so does
+    the last half of the window whenever the caches are full. Every other token replays a CUDA
+    graph, because launching its kernels one by one takes longer than running them.
     """
 
     def __init__(self, model: GPT):
@@ -118,9 +124,12 @@ class GraphedDecoder:
             self.graphs[len(idx)] = TokenGraph(self.model, len(idx))
         graph = self.graphs[len(idx)]
         if not caches or caches[0].length == self.model.config.block_size:
+            # A new prompt, or full caches: this computes all keys and values and puts them in
+            # `caches`. See GPT.last_hidden.
             x = GPT.last_hidden(self.model, idx, caches)
             graph.load(caches)
             return x
+        # The graph has its own keys and values. In `caches`, only the lengths are up to date.
         x = graph(idx[:, -1:], caches[0].length)
         for cache in caches:
             cache.length += 1

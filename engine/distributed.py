@@ -1,4 +1,4 @@
-"""Ranks, device and precision; DDP and FSDP2."""
+"""Set up the ranks of a run, its device and precision, and FSDP2."""
 
 import ctypes
 import os
@@ -18,26 +18,26 @@ from model import GPT
 Config = TypeVar("Config", bound=TrainConfig)
 DEVICE_TYPES = ("cpu", "cuda", "mps")
 CPU_BF16_UNITS = ("avx512_bf16", "amx_bf16")  # as torch.cpu.get_capabilities names them
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # for mallopt, from glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, from glibc's malloc.h
 MAX_C_INT = 2**31 - 1
-BARRIER_TIMEOUT = timedelta(minutes=30)  # enough to download 6 GB of GPT-2 1.5B
+BARRIER_TIMEOUT = timedelta(minutes=30)  # enough to download GPT-2 1.5B (6 GB)
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among all ranks of the run, as torchrun set it up, and its device."""
+    """The rank and device of this process, and the number of ranks, as set up by torchrun."""
 
     rank: int
     world_size: int
     device: torch.device
-    cpu_group: torch.distributed.ProcessGroup | None = None  # for barriers
+    cpu_group: torch.distributed.ProcessGroup | None = None  # gloo; for barriers and objects
 
     @classmethod
     def start(cls, device_name: str) -> Self:
-        """Join the other ranks, on `device_name`: auto, cpu, cuda, mps, or one like cuda:1."""
+        """Select the device (auto, cpu, cuda, cuda:1, mps) and join the other ranks."""
         rank = int(os.environ.get("RANK", "0"))
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        device = open_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
+        device = init_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
         if world_size == 1:
             return cls(rank, world_size, device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -48,20 +48,20 @@ class Distributed:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over all ranks."""
+        """Return each value summed over all ranks."""
         if self.world_size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         return self.all_reduce(tensor).tolist()
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
-        """A tensor summed over all ranks, in place. On CUDA this does not wait for the result."""
+        """Sum a tensor over all ranks, in place. On CUDA this does not wait for the result."""
         if self.world_size > 1:
             torch.distributed.all_reduce(values)
         return values
 
     def all_gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in the order of the ranks."""
+        """Return the values of all ranks, in the order of the ranks."""
         values = [value] * self.world_size
         if self.world_size > 1:
             torch.distributed.all_gather_object(values, value, self.cpu_group)
@@ -69,7 +69,7 @@ class Distributed:
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """Run on rank 0 first, then on the others, which find its cache."""
+        """Run the body on rank 0 first, so that the other ranks find what it has cached."""
         if not self.is_main:
             self.barrier()
         yield
@@ -77,7 +77,7 @@ class Distributed:
             self.barrier()
 
     def barrier(self, timeout: timedelta = BARRIER_TIMEOUT) -> None:
-        """Wait for all ranks. After `timeout`, an error names the ranks that are missing."""
+        """Wait for all ranks. After `timeout`, raise an error that names the missing ranks."""
         if self.world_size > 1:
             torch.distributed.monitored_barrier(self.cpu_group, timeout, wait_all_ranks=True)
 
@@ -86,8 +86,11 @@ class Distributed:
             torch.distributed.destroy_process_group()
 
 
-def open_device(name: str, local_rank: int) -> torch.device:
-    """The device of that name; ValueError if it is not available."""
+def init_device(name: str, local_rank: int) -> torch.device:
+    """Select the device for this process. "auto" picks one. Raises ValueError if the device is not
+    available. Also turns off cuDNN attention, because it is slow for every new shape. Turn it on
+    with `cudnn_attention(True)`.
+    """
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         name = found.type if found and found.type in DEVICE_TYPES else "cpu"
@@ -97,17 +100,19 @@ def open_device(name: str, local_rank: int) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(
-            f"device {name} is not available: {reason}; device auto picks one that is"
+            f"device {name} is not available: {reason}; use auto to pick an available one"
         ) from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # unless `cudnn_attention` enables it
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
 @contextmanager
 def cudnn_attention(enabled: bool) -> Iterator[None]:
-    """Whether attention may use cuDNN, which takes a second to plan for every new shape."""
+    """Choose whether attention can use cuDNN inside this context. cuDNN takes a second to plan for
+    every new shape.
+    """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(enabled)
     try:
@@ -117,7 +122,7 @@ def cudnn_attention(enabled: bool) -> Iterator[None]:
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """Whether the device computes in bf16, rather than emulating it slowly."""
+    """Return whether the hardware computes in bf16 rather than slowly emulating it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -125,27 +130,25 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def default_precision(device: torch.device) -> Precision:
-    """Of training: bf16 where the device has units for it, fp16 on other GPUs, else fp32."""
+    """Return the precision for training: bf16 if the hardware has it, else fp16 on CUDA or fp32."""
     if has_bf16_units(device):
         return "bf16"
     return "fp16" if device.type == "cuda" else "fp32"
 
 
 def resolve_device_settings(config: Config, dist: Distributed) -> Config:
-    """The config with precision and compile for this device, where they were left open."""
+    """Fill in `precision` and `compile` for this device if they are None."""
     device = dist.device
     precision = config.precision or default_precision(device)
     if config.precision is None and device.type == "cpu" and dist.is_main:
         has = "has" if precision == "bf16" else "has no"
-        print(
-            f"precision: {precision}, because this CPU {has} bf16 units; set precision to change it"
-        )
+        print(f"precision: {precision} (this CPU {has} bf16 units; set precision to change it)")
     compile_step = device.type == "cuda" if config.compile is None else config.compile
     return replace(config, precision=precision, compile=compile_step)
 
 
 def autocast_dtype(precision: Precision | None) -> torch.dtype | None:
-    """The dtype of matrix products under this precision; None is fp32."""
+    """Return the dtype that autocast uses for matmuls, or None for fp32 (no autocast)."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "fp32")
 
 
@@ -157,10 +160,11 @@ def autocast(device: torch.device, precision: Precision | None) -> torch.autocas
 def shard_model(
     model: GPT, dist: Distributed, dtype: torch.dtype | None, compile_blocks: bool
 ) -> None:
-    """Shard the parameters over the ranks with FSDP2: one group per block, one for the rest.
+    """Shard the parameters over the ranks with FSDP2: one group per block, one for the rest. FSDP
+    gathers the parameters of a block before it runs and frees them afterwards.
 
-    The order is PyTorch's: recomputation inside the block, compilation around it, and around that
-    sharding, which gathers a block's parameters before it runs and frees them afterwards.
+    Apply activation checkpointing before calling this: PyTorch recommends the order checkpointing,
+    compile, FSDP.
     """
     from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
@@ -172,13 +176,14 @@ def shard_model(
             block.compile()
         fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
     fsdp.fully_shard(model, mesh=mesh, mp_policy=policy)
-    # Training, evaluation and generation all enter here. The rest of the model, with the head, then
-    # stays gathered until backward.
+    # Training, evaluation and generation all call `hidden`, not `forward`. With this, a call of
+    # `hidden` gathers the parameters outside the blocks. They stay gathered until backward, so the
+    # head can use them too.
     fsdp.register_fsdp_forward_method(model, "hidden")
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor gathered from all ranks; any other as it is."""
+    """Gather a sharded tensor from all ranks. Return any other tensor unchanged."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -189,7 +194,9 @@ def has_finite_weights(model: GPT) -> bool:
 
 
 def shard_like(param: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of `full`, which all ranks have, if `param` is sharded; else `full`."""
+    """Return this rank's shard of `full` if `param` is sharded, else `full` itself. All ranks must
+    have the same `full`.
+    """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(param, DTensor):
@@ -198,10 +205,12 @@ def shard_like(param: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
 
 
 def keep_freed_memory(dist: Distributed) -> None:
-    """On a CPU, make glibc keep freed memory for the next allocation, for the rest of the process.
+    """On a CPU, make glibc keep freed memory and reuse it, until the process ends.
 
-    By default it returns every large tensor to the system, and the page faults of the next one cost
-    a few percent of a training step. Peak memory does not grow, because the loss is chunked.
+    By default, glibc returns the memory of every large tensor to the system. Writing to the next
+    tensor then causes page faults, which cost a few percent of a training step. Keeping the memory
+    does not raise the peak: the loss is computed in chunks, so there is no huge tensor whose memory
+    would be kept but never reused.
     """
     if dist.device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return

@@ -1,13 +1,16 @@
-"""Documents of files, of the hub and of Python itself: find, decode, cut and split them."""
+"""Read documents from your files, the Hugging Face Hub or Python itself, and choose which text is
+for validation.
+"""
 
 import ast
 import codecs
 import glob
 import io
 import json
+import math
 import re
 import sysconfig
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,76 +21,86 @@ from typing import NamedTuple
 from engine.files import DAMAGED_GZIP, open_binary, sha256_file, sha256_text
 from engine.hub import load_hub_rows, reporting_hub_errors
 
-# Text on the hub: repository and configuration.
+# Text datasets on the hub: repository and configuration.
 HUB_TEXT = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
     "slimpajama": ("DKYoon/SlimPajama-6B", "default"),
 }
-HUB_REMEDY = "The same command resumes; without a network, use dataset stdlib or your own files"
+HUB_REMEDY = "Rerun the command to resume; without a network, use dataset stdlib or your own files"
 SUFFIXES = (".txt", ".txt.gz", ".md", ".rst", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file
-# Encodings that a file's first bytes tell. UTF-32 comes first, as its mark begins with UTF-16's.
+# UTF-32 comes first, because its little-endian mark begins with UTF-16's.
 BYTE_ORDER_MARKS = {
     "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
     "utf-8-sig": (codecs.BOM_UTF8,),
 }
-PARQUET_TEXT = re.compile("(dictionary<values=)?(large_)?string")  # types of columns
-COMPRESSION = 3  # about that of text in .gz and .parquet
-BYTES_PER_TOKEN = 4.4  # of English in GPT-2's BPE; for estimates
-HUB_VAL_TOKENS = 10_485_760  # of FineWeb's validation shard, on which 124M speedruns are compared
-VAL_FRACTION, MAX_VAL_FRACTION = 0.05, 0.5  # of text that is not from the hub
-# Your own documents are drawn for validation in sections of about a context of 1,024 tokens. They
-# are small, so that a text of 30 kB gives an eighth of itself rather than half. They have a fixed
-# size, so that a document and its copies are cut alike in any corpus. A long document is cut only
-# where a drawn section begins or ends.
+PARQUET_TEXT = re.compile("(dictionary<values=)?(large_)?string")  # column types that hold text
+COMPRESSION_RATIO = 3  # a guess for text in .gz and .parquet files, to estimate its size
+BYTES_PER_TOKEN = 4.4  # English text in GPT-2's BPE; for estimates
+HUB_VAL_TOKENS = 10_485_760  # the validation set of 124M speedruns on FineWeb (modded-nanogpt)
+VAL_FRACTION, MAX_VAL_FRACTION = 0.05, 0.5  # default and limit, for text that is not from the hub
+# Your own files are cut into sections of about 1,024 tokens, the context of GPT-2. The hash of a
+# section's text decides whether it goes to train or to val.
+#   - They are small because val gets at least one. For a text of 30 kB, that is 1/8 of it.
+#   - Their size is fixed, so that copies of a document are cut the same way in any corpus.
+# Neighbors in the same split are written without a separator, so a long document is broken only
+# where the split changes.
 SECTION_CHARS = 4000
-MAX_PIECE_CHARS = 1 << 24  # of a document that should stay whole
+MAX_PIECE_CHARS = 1 << 24  # for callers that want whole documents
 NON_SPACE = re.compile(r"\S")
-# No token of GPT-2 reaches from a non-space across a newline or space. The last resort may cut one.
+# Where a piece may end, best place first: before the last newline that follows a non-space, before
+# the last space that follows a non-space, or anywhere. No token of GPT-2 has a newline or space
+# after a non-space, so only "anywhere" can cut through a token.
 CUT = re.compile(r".*\S(?=[\r\n])|.*\S(?= )|.*(?=.)", re.DOTALL)
 
-Block = tuple[str, bool]  # text, and whether a document ends with it
-PROBLEMS = ("bad rows", "replaced characters", "truncated files")
+Chunk = tuple[str, bool]  # part of a document's text, and whether the document ends there
+Problems = Counter[str] | None  # how many of each kind; None: neither count nor print them
 
 
-def note_problem(problems: Counter, kind: str, message: str, count: int = 1) -> None:
-    """Count a problem, and print the first of its kind."""
-    if not problems[kind]:
-        print(message)
-    problems[kind] += count
+def note_problem(problems: Problems, kind: str, message: str, count: int = 1) -> None:
+    """Count a problem. Print the message if it is the first problem of its kind."""
+    if problems is not None:
+        if not problems[kind]:
+            print(message)
+        problems[kind] += count
 
 
 class TextFormat(NamedTuple):
-    """How files become text."""
+    """How to get text out of files."""
 
-    text_field: str = "text"  # key or column in .jsonl and .parquet
-    encoding: str = "utf-8"  # of files without a byte order mark
-    decode_errors: str = "strict"  # or "replace", by U+FFFD
-    skip_bad_files: bool = False  # those that cannot be decoded
+    text_field: str = "text"  # key in .jsonl, column in .parquet
+    encoding: str = "utf-8"  # for files without a byte order mark
+    decode_errors: str = "strict"  # or "replace": undecodable bytes become U+FFFD
+    skip_bad_files: bool = False  # leave out files that cannot be decoded
 
 
 class Piece(NamedTuple):
-    """A document or a section of one."""
+    """A document, or part of one."""
 
     text: str
-    starts: bool = True  # a document
-    is_separated: bool = True  # by <|endoftext|> from the piece before it
-    is_val: bool = False  # drawn for validation
+    starts_document: bool = True
+    is_separated: bool = True  # from the piece before it, by <|endoftext|>
+    is_val: bool = False
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from. `identity` changes when they do. `pieces(n, problems)` yields them
-    from piece n on, and counts what is wrong; ValueError names a file that cannot be decoded.
+    """Where documents come from.
+
+    `identity` changes when the documents change. `pieces(n, problems)` yields all pieces but the
+    first n, and adds the problems that it finds in the text to the counter `problems`. It raises
+    ValueError if a file cannot be decoded.
     """
 
     name: str
     identity: str
-    n_bytes: int | None  # of text, approximately
-    split: dict  # how validation is chosen: the first val_tokens tokens, or drawn sections
-    pieces: Callable[[int, Counter], Iterator[Piece]]
+    n_bytes: int | None  # approximate size of the text, if known
+    # If this has the key "section_chars", Piece.is_val says which pieces are for validation. If
+    # not, the first "val_tokens" tokens are.
+    split_options: dict
+    pieces: Callable[[int, Problems], Iterator[Piece]]
 
 
 def open_source(
@@ -96,69 +109,81 @@ def open_source(
     val_tokens: int | None = None,
     max_tokens: int | None = None,
 ) -> Source:
-    """The source for "stdlib", a key of HUB_TEXT, or files, folders and globs."""
+    """Open a source of documents: "stdlib", a key of HUB_TEXT, or files, folders and globs.
+
+    `val_tokens` is the number of validation tokens (None: a default share of the text).
+    `max_tokens` is the total number of tokens that will be written (None: all).
+    """
     if len(dataset) > 1 and (known := {"stdlib", *HUB_TEXT} & set(dataset)):
         raise ValueError(f"{' and '.join(known)} cannot be combined; prepare each dataset alone")
     if dataset == ["stdlib"]:
         documents = stdlib_documents()
         identity, n_bytes = sha256_text("\0".join(documents)), sum(map(len, documents))
-        split = {"val_tokens": val_tokens or int(n_bytes / BYTES_PER_TOKEN * VAL_FRACTION)}
-        return Source("stdlib", identity, n_bytes, split, lambda n, _: map(Piece, documents[n:]))
+        options = {"val_tokens": val_tokens or int(n_bytes / BYTES_PER_TOKEN * VAL_FRACTION)}
+        return Source("stdlib", identity, n_bytes, options, lambda n, _: map(Piece, documents[n:]))
     if dataset[0] in HUB_TEXT:
         repo, name = HUB_TEXT[dataset[0]]
-        split = {"val_tokens": val_tokens or HUB_VAL_TOKENS}
+        options = {"val_tokens": val_tokens or HUB_VAL_TOKENS}
         pieces = partial(stream_hub_text, repo, name)
-        return Source(dataset[0], f"{repo} {name}", None, split, pieces)
+        return Source(dataset[0], f"{repo} {name}", None, options, pieces)
     return open_files(find_files(dataset), text_format, val_tokens, max_tokens)
 
 
 def open_files(
     found: list[Path], text_format: TextFormat, val_tokens: int | None, max_tokens: int | None
 ) -> Source:
-    files = select_text(found, text_format) if text_format.skip_bad_files else found
+    """Open text files as a source whose pieces are sections, some of them for validation."""
+    # With skip_bad_files, the identity covers only the files that can be decoded, so we decode them
+    # now. Otherwise pieces() checks that all can be decoded, so complete shards need no check.
+    files = select_decodable(found, text_format) if text_format.skip_bad_files else found
     sizes = {file: file.stat().st_size for file in files}
     sha256 = sha256_text(" ".join(map(sha256_file, files)))
     identity = f"{len(files)} files, {sum(sizes.values())} bytes, {sha256}"
     n_compressed = sum(sizes[file] for file in files if file.suffix in (".gz", ".parquet"))
-    n_bytes = sum(sizes.values()) + (COMPRESSION - 1) * n_compressed
-    n_tokens = max(1, min(n_bytes / BYTES_PER_TOKEN, max_tokens or n_bytes))
-    wanted = val_tokens or min(HUB_VAL_TOKENS, n_tokens * VAL_FRACTION)
+    n_bytes = sum(sizes.values()) + (COMPRESSION_RATIO - 1) * n_compressed
+    n_tokens = max(1, min(n_bytes / BYTES_PER_TOKEN, max_tokens or math.inf))
+    n_val = val_tokens or min(HUB_VAL_TOKENS, n_tokens * VAL_FRACTION)
+    fraction = min(MAX_VAL_FRACTION, n_val / n_tokens)
 
-    def read(problems: Counter) -> Iterator[Piece]:
+    def read(problems: Problems) -> Iterator[Piece]:
         return (piece for file in files for piece in read_pieces(file, text_format, problems))
 
-    def draw(skip: int, problems: Counter) -> Iterator[Piece]:
-        if not text_format.skip_bad_files:  # else they have been selected
-            select_text(files, text_format)
-        problems["bad files left out"] = len(found) - len(files)
-        printed = Counter(PROBLEMS)  # the first pass over the text prints nothing
-        limit = choose_limit(read(printed), min(MAX_VAL_FRACTION, wanted / n_tokens), max_tokens)
-        return islice(draw_validation(read(problems), limit), skip, None)
+    def pieces(skip: int, problems: Problems) -> Iterator[Piece]:
+        if not text_format.skip_bad_files:
+            select_decodable(files, text_format)  # raises ValueError if one cannot be decoded
+        if problems is not None:
+            problems["bad files left out"] = len(found) - len(files)
+        # A first pass over the text chooses the threshold. A second one yields the pieces.
+        threshold = choose_threshold(read(None), fraction, max_tokens)
+        return islice(mark_validation(read(problems), threshold), skip, None)
 
-    split = {"val_tokens": val_tokens, "section_chars": SECTION_CHARS}
-    return Source("files", identity, n_bytes, split, draw)
+    options = {"val_tokens": val_tokens, "section_chars": SECTION_CHARS}
+    return Source("files", identity, n_bytes, options, pieces)
 
 
-def select_text(files: list[Path], text_format: TextFormat) -> list[Path]:
-    """The files that can be decoded. Unless bad files are to be skipped, ValueError names one."""
+def select_decodable(files: list[Path], text_format: TextFormat) -> list[Path]:
+    """Return the files that can be decoded. If skip_bad_files is set, print the errors of the
+    others. Raises ValueError otherwise.
+    """
     selected = []
     for file in files:
         try:
-            if file.suffix != ".parquet":  # which holds UTF-8
-                deque(decode_lines(file, text_format, Counter(PROBLEMS)), maxlen=0)
+            if file.suffix != ".parquet":  # text in Parquet is always UTF-8
+                for _ in decode_lines(file, text_format, None):
+                    pass
             selected.append(file)
         except UnicodeError as error:
             if not text_format.skip_bad_files:
                 raise ValueError(
-                    f"{error}; name its encoding (encoding NAME), replace what cannot be decoded "
+                    f"{error}; pass the file's encoding (encoding NAME), replace undecodable bytes "
                     "(decode_errors replace), or leave such files out (skip_bad_files)"
                 ) from error
             print(f"{error}; left out")
     return selected
 
 
-def stream_hub_text(repo: str, name: str, skip: int, _: Counter) -> Iterator[Piece]:
-    """The texts of a hub dataset from row `skip` on."""
+def stream_hub_text(repo: str, name: str, skip: int, _: Problems) -> Iterator[Piece]:
+    """Yield the texts of a hub dataset, except for the first `skip` rows."""
     rows = load_hub_rows(repo, name, "train", streaming=True, remedy=HUB_REMEDY)
     with reporting_hub_errors(repo, HUB_REMEDY):
         for row in rows.select_columns(["text"]).skip(skip):
@@ -166,8 +191,8 @@ def stream_hub_text(repo: str, name: str, skip: int, _: Counter) -> Iterator[Pie
 
 
 def stdlib_documents() -> list[str]:
-    """Python's language reference by topic and the docstrings of its standard library. Each once,
-    ordered by hash, so that any part is a random sample.
+    """Return the topics of Python's language reference and the docstrings of its standard library,
+    without duplicates. They are sorted by hash, so that any slice is a random sample.
     """
     import pydoc_data.topics
 
@@ -177,7 +202,9 @@ def stdlib_documents() -> list[str]:
 
 
 def stdlib_definitions() -> Iterator[tuple[ast.AST, str]]:
-    """The standard library's modules, classes and functions with their docstrings, as parsed."""
+    """Yield each module, class and function of the standard library as an AST node, with its
+    docstring ("" if it has none).
+    """
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.rglob("*.py")):
         if {"site-packages", "test", "tests", "idle_test"} & set(file.relative_to(root).parts):
@@ -188,24 +215,25 @@ def stdlib_definitions() -> Iterator[tuple[ast.AST, str]]:
 
 
 def find_files(paths: list[str]) -> list[Path]:
-    """The text files named by paths, folders (searched recursively, but for hidden files and
-    folders) and globs, each sorted. Prints what is left out of folders.
+    """Return the text files that `paths` stand for, sorted within each path. A path is a file, a
+    glob or a folder. Folders are searched recursively, except for hidden files and folders. If a
+    folder has files that are not text, prints how many of each suffix.
     """
     files = []
     for path in paths:
-        if Path(path).is_file():
-            inside = [Path(path)]
-        elif path and Path(path).is_dir():
+        if Path(path).is_file():  # its name may look like a glob
+            matches = [Path(path)]
+        elif path and Path(path).is_dir():  # Path("") is the current folder
             names = ((f, f.relative_to(path).parts) for f in Path(path).rglob("*"))
-            inside = [f for f, parts in names if not any(part.startswith(".") for part in parts)]
+            matches = [f for f, parts in names if not any(part.startswith(".") for part in parts)]
         else:
-            inside = [Path(p) for p in glob.glob(path, recursive=True)]  # noqa: PTH207 (any root)
-        inside = [f for f in inside if f.is_file()]
-        found = sorted(f for f in inside if f.name.endswith(SUFFIXES))
-        if found and len(found) < len(inside) and Path(path).is_dir():
-            left_out = Counter(f.suffix or "without suffix" for f in set(inside) - set(found))
-            kinds = ", ".join(f"{n} {suffix}" for suffix, n in left_out.most_common())
-            print(f"{path}: {len(found)} files are read, others are left out: {kinds}")
+            matches = [Path(p) for p in glob.glob(path, recursive=True)]  # noqa: PTH207 (Path.glob rejects absolute paths)
+        matches = [f for f in matches if f.is_file()]
+        found = sorted(f for f in matches if f.name.endswith(SUFFIXES))
+        if found and len(found) < len(matches) and Path(path).is_dir():
+            ignored = Counter(f.suffix or "without suffix" for f in set(matches) - set(found))
+            kinds = ", ".join(f"{n} {suffix}" for suffix, n in ignored.most_common())
+            print(f"{path}: reading {len(found)} files and ignoring the others: {kinds}")
         if not found:
             raise FileNotFoundError(
                 f"{path} is neither a dataset (-h lists them) nor a file, folder or glob with "
@@ -216,23 +244,24 @@ def find_files(paths: list[str]) -> list[Path]:
 
 
 def read_pieces(
-    file: Path, text_format: TextFormat, problems: Counter, n_chars: int = SECTION_CHARS
+    file: Path, text_format: TextFormat, problems: Problems, n_chars: int = SECTION_CHARS
 ) -> Iterator[Piece]:
-    """The documents of a file in pieces of about `n_chars` at most. Bad rows are skipped, and of a
-    damaged .gz the lines before the damage are read; `problems` counts both. UnicodeError if the
-    file cannot be decoded.
+    """Yield the documents of a file, cut into pieces of up to about `n_chars` characters. Skips bad
+    rows, reads a damaged .gz up to the damage, and counts both in `problems`. Raises UnicodeError
+    if the file cannot be decoded, ValueError if it is a .parquet that is damaged or has no text
+    column.
     """
     if file.suffix == ".parquet":
-        blocks = read_parquet(file, text_format.text_field)
+        chunks = read_parquet(file, text_format.text_field)
     elif ".jsonl" in file.suffixes:
-        blocks = read_jsonl(file, text_format, problems)
+        chunks = read_jsonl(file, text_format, problems)
     else:
-        blocks = read_text(file, text_format, problems)
-    return cut_documents(blocks, n_chars)
+        chunks = read_text(file, text_format, problems)
+    return cut_documents(chunks, n_chars)
 
 
-def decode_lines(file: Path, text_format: TextFormat, problems: Counter) -> Iterator[str]:
-    """The lines of a file, each with its end."""
+def decode_lines(file: Path, text_format: TextFormat, problems: Problems) -> Iterator[str]:
+    """Yield the decoded lines of a file, with their line endings."""
     encoding, errors = text_format.encoding, text_format.decode_errors
     with open_binary(file) as stream:
         try:
@@ -250,12 +279,12 @@ def decode_lines(file: Path, text_format: TextFormat, problems: Counter) -> Iter
             note_problem(problems, "truncated files", message)
         except UnicodeError as error:
             place = ""
-            if isinstance(error, UnicodeDecodeError):  # in the part that was read last
+            if isinstance(error, UnicodeDecodeError):  # error.start counts from the last chunk read
                 place = f" at byte {stream.tell() - len(error.object) + error.start}"
             raise UnicodeError(f"{file} is not {encoding.upper()}{place}") from error
 
 
-def read_text(file: Path, text_format: TextFormat, problems: Counter) -> Iterator[Block]:
+def read_text(file: Path, text_format: TextFormat, problems: Problems) -> Iterator[Chunk]:
     for line in decode_lines(file, text_format, problems):
         *ended, rest = line.split(SEPARATOR)
         yield from ((part, True) for part in ended)
@@ -263,7 +292,7 @@ def read_text(file: Path, text_format: TextFormat, problems: Counter) -> Iterato
     yield "", True
 
 
-def read_jsonl(file: Path, text_format: TextFormat, problems: Counter) -> Iterator[Block]:
+def read_jsonl(file: Path, text_format: TextFormat, problems: Problems) -> Iterator[Chunk]:
     for number, line in enumerate(decode_lines(file, text_format, problems), start=1):
         if line.isspace():
             continue
@@ -275,12 +304,13 @@ def read_jsonl(file: Path, text_format: TextFormat, problems: Counter) -> Iterat
             problem = f"no text under {text_format.text_field!r} ({error!r})"
             note_problem(problems, "bad rows", f"{file} line {number}: {problem}; skipped")
         else:
-            if "\\u" in line:  # may be lone surrogates, which UTF-8 cannot have: they become U+FFFD
+            # An escaped lone surrogate cannot be encoded as UTF-8; replace it with U+FFFD.
+            if "\\u" in line:
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             yield text, True
 
 
-def read_parquet(file: Path, text_field: str) -> Iterator[Block]:
+def read_parquet(file: Path, text_field: str) -> Iterator[Chunk]:
     import pyarrow.parquet
 
     try:
@@ -288,8 +318,8 @@ def read_parquet(file: Path, text_field: str) -> Iterator[Block]:
         columns = [f.name for f in parquet.schema_arrow if PARQUET_TEXT.match(str(f.type))]
         if text_field not in columns:
             raise ValueError(
-                f"{file} has no column {text_field!r} of text; text_field may be "
-                f"{' or '.join(columns) or 'none of its columns'}"
+                f"{file} has no text column {text_field!r}; expected text_field to be one of its "
+                f"text columns: {', '.join(columns) or 'none'}"
             )
         for batch in parquet.iter_batches(batch_size=1000, columns=[text_field]):
             yield from ((text or "", True) for text in batch.column(0).to_pylist())
@@ -297,49 +327,60 @@ def read_parquet(file: Path, text_field: str) -> Iterator[Block]:
         raise ValueError(f"{file} is damaged or not parquet: {error}; download it again") from error
 
 
-def cut_documents(blocks: Iterable[Block], n_chars: int) -> Iterator[Piece]:
-    """Cut documents into pieces of at most `n_chars`, not counting space at either end. Each block
-    says whether it ends its document. The cuts depend on the document alone.
+def cut_documents(chunks: Iterable[Chunk], n_chars: int) -> Iterator[Piece]:
+    """Cut documents into pieces of at most `n_chars` characters, not counting whitespace at either
+    end. The cuts depend only on the document, not on the chunks in which it is read.
     """
-    text, starts = "", True
-    for block, is_last in blocks:
-        text += block
+    text, is_first = "", True  # text not yielded yet, and whether it starts a document
+    for chunk, ends_document in chunks:
+        text += chunk
         position = 0
         while end := find_cut(text, position, n_chars):
-            yield Piece(text[position:end], starts, starts)
-            position, starts = end, False
+            yield Piece(text[position:end], starts_document=is_first, is_separated=is_first)
+            position, is_first = end, False
         text = text[position:]
-        if is_last:
-            yield Piece(text, starts, starts)
-            text, starts = "", True
+        if ends_document:
+            yield Piece(text, starts_document=is_first, is_separated=is_first)
+            text, is_first = "", True
 
 
-def find_cut(text: str, start: int, n_chars: int) -> int:
-    """Where the piece that begins at `start` ends; 0 if at the end of the text, as far as it has
-    been read. A piece always has a non-space.
+def find_cut(text: str, start: int, n_chars: int) -> int | None:
+    """Return the end of the piece that begins at `start`, or None if we need more text to decide.
+    There is a non-space on both sides of a cut, so a document is never split into blank pieces.
     """
-    first = NON_SPACE.search(text, start)
+    first = NON_SPACE.search(text, start)  # whitespace before it does not count
     if not first or len(text) <= first.start() + n_chars:
-        return 0
+        return None
+    # CUT looks at the character after the piece too, so give it one character more than n_chars.
     cut = CUT.match(text, first.start(), first.start() + n_chars + 1)
-    return cut.end() if cut and NON_SPACE.search(text, cut.end()) else 0
+    return cut.end() if cut and NON_SPACE.search(text, cut.end()) else None
 
 
 def hash_text(text: str) -> int:
-    """A number below 2**64 that is the same for equal texts."""
+    """Return a 64-bit hash of a text. It is the same on every machine."""
     return int(sha256_text(text)[:16], base=16)
 
 
-def choose_limit(sections: Iterable[Piece], fraction: float, max_tokens: int | None) -> int:
-    """A limit below which about `fraction` of the sections' hashes lie: at least one, but not all.
-    Stops reading once hashes lie on both sides, or once two differ and the text is long enough for
-    `max_tokens` tokens of a byte or more.
+def choose_threshold(sections: Iterable[Piece], fraction: float, max_tokens: int | None) -> int:
+    """Choose the threshold for `mark_validation`, so that about `fraction` of the sections have a
+    hash below it. Each split gets at least one of the sections that begin before `max_tokens`.
+    Raises ValueError if no two sections differ.
+
+    We start with fraction * 2**64, because hashes are uniform, and read sections until both splits
+    have one. If all hashes are on one side of the threshold, we move it:
+
+        hashes          s  x x   x  l
+        threshold    |                   all are in train; s + 1 puts s into val
+        threshold                     |  all are in val; l puts l into train
     """
-    limit, n_bytes = round(fraction * 2**64), 0
-    smallest, largest = 2**64, -1
+    threshold, n_bytes = round(fraction * 2**64), 0
+    smallest, largest = 2**64, -1  # hashes so far
     for text, *_ in sections:
-        is_enough = max_tokens is not None and n_bytes >= max_tokens
-        if smallest < limit <= largest or (smallest < largest and is_enough):
+        has_both_sides = smallest < threshold <= largest
+        # A token has at least one byte, so the sections in the first max_tokens bytes all begin
+        # within the first max_tokens tokens.
+        reached_max_tokens = max_tokens is not None and n_bytes >= max_tokens
+        if has_both_sides or (reached_max_tokens and smallest < largest):
             break
         n_bytes += len(text.encode())
         if text and not text.isspace():
@@ -347,18 +388,19 @@ def choose_limit(sections: Iterable[Piece], fraction: float, max_tokens: int | N
     if smallest >= largest:
         raise ValueError(
             f"the text has fewer than two different sections of {SECTION_CHARS} characters, one "
-            "for training and one for validation; add text, or name its field (text_field)"
+            "for training and one for validation; add text, or check text_field"
         )
-    return min(max(limit, smallest + 1), largest)
+    return min(max(threshold, smallest + 1), largest)
 
 
-def draw_validation(sections: Iterable[Piece], limit: int) -> Iterator[Piece]:
-    """The sections, drawn for validation by the hash of their text, so that a document and its
-    copies are always in the same split. A section is separated if the one before it is in the
-    other split.
+def mark_validation(sections: Iterable[Piece], threshold: int) -> Iterator[Piece]:
+    """Mark a section as validation if the hash of its text is below the threshold, so that copies
+    of a document are always in the same split. Whenever the split changes, even within a document,
+    a separator comes before the section.
     """
     was_val = False
     for section in sections:
-        is_val = hash_text(section.text) < limit
-        yield section._replace(is_val=is_val, is_separated=section.starts or is_val != was_val)
+        is_val = hash_text(section.text) < threshold
+        is_separated = section.starts_document or is_val != was_val
+        yield section._replace(is_val=is_val, is_separated=is_separated)
         was_val = is_val

@@ -12,21 +12,24 @@ from typing import NoReturn
 BAD_INPUT = 2  # argparse's exit code for bad usage
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: 128 + SIGINT
 BROKEN_PIPE = 141  # 128 + SIGPIPE
-RANK_0_SECONDS = 5.0  # for rank 0 to report an error before another rank does
+RANK_0_HEAD_START = 5.0  # seconds for rank 0 to report an error before the other ranks do
 REMEDIES = {
     FileNotFoundError: "check that it exists",
-    FileExistsError: "expected a folder",
+    FileExistsError: "expected a folder",  # mkdir found a file
     NotADirectoryError: "expected a folder",
     IsADirectoryError: "expected a file",
     PermissionError: "check its permissions",
 }
 
 
-def with_reported_errors(call: Callable[[], None], debug: bool = False) -> None:
-    """Call. Errors that a user can fix end in one line and exit code 2, unless `debug`."""
+def run_and_report_errors(call: Callable[[], None], debug: bool = False) -> None:
+    """Run `call`. Turn errors that a user can fix into one line and exit code 2, unless `debug`:
+    then raise them as they are.
+    """
     try:
         call()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader of stdout, such as head, has seen enough
+        # Without this, Python would fail again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -40,12 +43,14 @@ def with_reported_errors(call: Callable[[], None], debug: bool = False) -> None:
 
 
 def exit_with_error(message: str) -> NoReturn:
-    """Print the error as one line and exit. On several ranks, which mostly have the same error,
-    rank 0 prints it, and torchrun then ends the others; its report names the error as well.
+    """Print the error as one line and exit.
+
+    If there are several ranks, they usually fail with the same error. So rank 0 prints it first,
+    and torchrun then stops the others. The error file puts the line into torchrun's own report.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
-        time.sleep(RANK_0_SECONDS)
+        time.sleep(RANK_0_HEAD_START)
     line = f"error: {f'rank {rank}: ' if rank else ''}{' '.join(message.split())}"
     print(line, file=sys.stderr, flush=True)
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -55,20 +60,23 @@ def exit_with_error(message: str) -> NoReturn:
 
 
 def describe_error(error: Exception) -> str | None:
-    """The message for the user; None for a bug, which deserves its traceback."""
+    """Return the message for the user, or None if the error is a bug and needs its traceback."""
     if isinstance(error, OSError) and error.strerror:
         remedy = REMEDIES.get(type(error), "check that it can be written and the disk has room")
         return f"{error.filename or 'the output'}: {error.strerror}; {remedy}"
+    # Compared by name: importing the class would import torch's compiler.
     if any(cls.__name__ == "BackendCompilerFailed" for cls in type(error).__mro__):
         return (
             f"torch.compile failed: {str(error).splitlines()[0]}; install a C++ compiler and "
             "Python's headers (apt install build-essential python3-dev), or turn compile off"
         )
-    if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
+    # PyTorch raises a RuntimeError if memory runs out. Any other RuntimeError is a bug.
+    is_runtime_error = isinstance(error, RuntimeError)
+    if is_runtime_error and not re.search("(allocate|out of) memory", str(error)):
         return None
-    if isinstance(error, (MemoryError, RuntimeError)):  # PyTorch raises the latter
+    if is_runtime_error or isinstance(error, MemoryError):
         return (
             f"not enough memory: {error}; use a smaller model or, in training, a smaller "
-            "batch_size (the loss curve stays the same) or recompute block"
+            "batch_size (the loss curve stays the same) or --recompute block"
         )
     return str(error)

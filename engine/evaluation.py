@@ -1,4 +1,4 @@
-"""What is evaluated during training: validation loss, samples, HellaSwag."""
+"""Evaluation during training: validation loss, samples, HellaSwag."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -14,31 +14,32 @@ from engine.data import IGNORE_INDEX, Batch
 from engine.distributed import Distributed, autocast, cudnn_attention, has_finite_weights
 from engine.loss import SummedLoss
 from engine.metrics import finite_or_none
-from engine.tasks import Example, find_task
+from engine.tasks import Example, make_task
 from engine.tokenizer import Tokenizer
 from model import GPT
 
-ValidationBatches = Callable[[], Iterable[Batch]]  # this rank's share, the same at every call
+ValidationBatches = Callable[[], Iterable[Batch]]  # yields this rank's share anew at every call
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue as a sample, and the continuation that is expected, if there is one."""
+    """A text to continue as a sample. `reference` is the expected continuation, if there is one."""
 
-    text: str = "Hello, I'm a language model,"  # build-nanogpt's
+    text: str = "Hello, I'm a language model,"  # the prompt of build-nanogpt
     max_new_tokens: int = 32
     top_k: int = 50
     reference: str | None = None
 
 
 def is_due(every: int, step: int, config: TrainConfig) -> bool:
+    """Return whether `step` is a multiple of `every` or the last step; never if `every` is 0."""
     return every > 0 and (step % every == 0 or step == config.max_steps)
 
 
 @dataclass
 class Evaluation:
-    """Evaluates a model in training. Loss and HellaSwag are split over the ranks; all ranks
-    generate all samples, because FSDP needs every rank in each forward pass.
+    """Evaluates a model in training. Validation batches and HellaSwag are split over the ranks. All
+    ranks generate all samples, because FSDP needs every rank in each forward pass.
     """
 
     model: GPT
@@ -49,21 +50,21 @@ class Evaluation:
     hellaswag: list[Example]
     config: TrainConfig
     dist: Distributed
-    has_one_shape: bool  # whether the batches have the shape that training is compiled for
+    has_fixed_shape: bool  # whether all batches have the shape that training is compiled for
 
-    def is_due(self, step: int) -> bool:
+    def is_any_due(self, step: int) -> bool:
         config = self.config
         intervals = config.eval_every, config.sample_every, config.hellaswag_every
         return any(is_due(every, step, config) for every in intervals)
 
     def evaluate_step(self, step: int) -> dict:
-        """The part of the step's record that is due: validation loss, samples, HellaSwag."""
+        """Run the evaluations that are due at this step. Return their entries for the log."""
         record: dict[str, Any] = {}
-        if not self.is_due(step):
+        if not self.is_any_due(step):
             return record
         model, config, dist = self.model, self.config, self.dist
         if is_due(config.eval_every, step, config):
-            with eval_mode(model, config, dist, compiled=True, one_shape=self.has_one_shape):
+            with eval_mode(model, config, dist, compiled=True, fixed_shape=self.has_fixed_shape):
                 token_bytes = self.tokenizer.token_bytes
                 loss, bpb = evaluate_loss(self.summed_loss, self.val(), token_bytes, dist)
             record["val_loss"] = finite_or_none(loss)
@@ -74,7 +75,7 @@ class Evaluation:
                 record["samples"] = generate_samples(
                     model, self.tokenizer, self.prompts, seed=seed, device=dist.device
                 )
-            if is_due(config.hellaswag_every, step, config) and step:  # before, it is at chance
+            if is_due(config.hellaswag_every, step, config) and step:  # at step 0, it is at chance
                 record |= evaluate_task("hellaswag", model, self.hellaswag, dist)
         return record
 
@@ -86,17 +87,20 @@ def eval_mode(
     dist: Distributed,
     *,
     compiled: bool = False,
-    one_shape: bool = False,
+    fixed_shape: bool = False,
 ) -> Iterator[None]:
-    """No dropout; training's precision, but no TF32, so that HellaSwag's results match those of
-    hellaswag.py. Runs uncompiled unless `compiled`: compiling for the shapes of samples takes
-    longer than it saves.
+    """Put the model into evaluation mode: no dropout, autocast as in training, but no TF32, so that
+    HellaSwag gives the same results as in hellaswag.py.
+
+    Without `compiled`, the model runs eagerly: compiling for the many shapes of samples takes
+    longer than it saves. `fixed_shape` says that all batches have the same shape; only then may
+    attention use cuDNN, because cuDNN is slow to plan for a new shape.
     """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     model.eval()
     stance = torch.compiler.set_stance("default" if compiled else "force_eager")
-    with stance, cudnn_attention(one_shape), autocast(dist.device, config.precision):
+    with stance, cudnn_attention(fixed_shape), autocast(dist.device, config.precision):
         yield
     model.train()
     torch.set_float32_matmul_precision(precision)
@@ -106,9 +110,9 @@ def eval_mode(
 def evaluate_loss(
     summed_loss: SummedLoss, batches: Iterable[Batch], token_bytes: np.ndarray, dist: Distributed
 ) -> tuple[float, float | None]:
-    """The mean loss in nats over all targets in the batches of all ranks, and their bits per byte
-    of text. Bits per byte are None if the targets have no bytes; `token_bytes` (V) counts the bytes
-    of each id.
+    """Return the mean loss over all targets in the batches of all ranks, in nats per token and in
+    bits per byte of text. `token_bytes` (V) holds the number of bytes of each token. Bits per byte
+    are None if the targets have no bytes.
     """
     lengths = torch.from_numpy(token_bytes)
     loss_sum, n_targets, n_bytes = 0.0, 0, 0
@@ -118,14 +122,15 @@ def evaluate_loss(
         n_targets += len(targets)
         n_bytes += int(lengths[targets].sum())
     nats, targets_sum, bytes_sum = dist.sum(loss_sum, n_targets, n_bytes)
-    return nats / targets_sum, nats / math.log(2) / bytes_sum if bytes_sum else None
+    bits_per_byte = nats / math.log(2) / bytes_sum if bytes_sum else None
+    return nats / targets_sum, bits_per_byte
 
 
 def evaluate_task(
     name: str, model: GPT, examples: list[Example], dist: Distributed
 ) -> dict[str, float | None]:
-    """The metrics of the task of that name, by their names in the log."""
-    task = find_task(name)
+    """Evaluate the model on a task. Return the metrics under the names they have in the log."""
+    task = make_task(name)
     batches = task.score_examples(model, examples, dist)
     metrics = task.compute_metrics([record for batch in batches for record in batch])
     return {f"{name}_{key}": finite_or_none(metric["value"]) for key, metric in metrics.items()}
@@ -134,7 +139,7 @@ def evaluate_task(
 def generate_samples(
     model: GPT, tokenizer: Tokenizer, prompts: list[Prompt], *, seed: int, device: torch.device
 ) -> list[str]:
-    """Each prompt with the model's continuation, and with its reference if it has one."""
+    """Return each prompt with the model's continuation, and with its reference if it has one."""
     if not has_finite_weights(model):
         raise ValueError(
             "the model has weights that are not finite, so it generates no samples; lower "
@@ -142,17 +147,20 @@ def generate_samples(
         )
     samples, unused = [], tokenizer.unused_ids(model.config.vocab_size)
     for prompt in prompts:
-        ids, is_answer = tokenizer.encode_prompt(prompt.text), prompt.reference is not None
-        end = tokenizer.end_of_text if is_answer else None
+        ids = tokenizer.encode_prompt(prompt.text)
+        # With a reference, the sample is an answer and ends with it. Without one, the sample also
+        # shows what the model writes after an end of text.
+        has_reference = prompt.reference is not None
+        end = tokenizer.end_of_text if has_reference else None
         out = model.generate(
             torch.tensor([ids], device=device),
             prompt.max_new_tokens,
             top_k=prompt.top_k,
-            eos=end,  # of answers; other samples show what follows the end of a text as well
+            eos=end,
             suppress_tokens=unused,
             generator=torch.Generator(device).manual_seed(seed),
         )
         new = [i for i in out[0, len(ids) :].tolist() if i != end]
-        reference = f"\n[reference] {prompt.reference}" if is_answer else ""
+        reference = f"\n[reference] {prompt.reference}" if has_reference else ""
         samples.append(prompt.text + tokenizer.decode(new) + reference)
     return samples

@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON and JSON lines, locks."""
+"""Files: atomic writes, hashes, JSON and JSON Lines, and locks."""
 
 import gzip
 import hashlib
@@ -16,8 +16,8 @@ DAMAGED_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
 @contextmanager
-def naming_file(path: Path) -> Iterator[None]:
-    """Add the file's name to system errors that lack it, such as that of a full disk."""
+def adding_path_to_errors(path: Path) -> Iterator[None]:
+    """Add the path to an OSError that may lack one, such as ENOSPC from a write to a full disk."""
     try:
         yield
     except OSError as error:
@@ -25,9 +25,9 @@ def naming_file(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, *content: bytes | memoryview) -> None:
-    """Write the file completely or not at all, even if interrupted."""
+    """Write the parts of a file. If that fails or is interrupted, the old file stays as it was."""
     temporary = path.with_name(path.name + ".tmp")
-    with naming_file(path), temporary.open("wb") as file:
+    with adding_path_to_errors(path), temporary.open("wb") as file:
         file.writelines(content)
         file.flush()
         os.fsync(file.fileno())
@@ -35,9 +35,9 @@ def write_atomically(path: Path, *content: bytes | memoryview) -> None:
 
 
 def drop_lost_terminal() -> None:
-    """Send what is printed nowhere if the terminal has gone, as writing to it would be an error."""
+    """If the terminal has gone, discard what is printed from now on, because print() would fail."""
     null = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
+    for stream in (1, 2):  # stdout and stderr
         try:
             os.write(stream, b"\n")
         except OSError:
@@ -46,7 +46,7 @@ def drop_lost_terminal() -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make new names in the folder survive a power cut. Windows has no such call."""
+    """Make new and renamed files in the folder survive a power cut. Does nothing on Windows."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
@@ -67,7 +67,9 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path, remedy: str) -> dict:
-    """The JSON object in a file; ValueError with the remedy if there is none."""
+    """Read a file that holds a JSON object. Raises ValueError, ending in `remedy`, if it holds
+    anything else.
+    """
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
@@ -75,13 +77,13 @@ def read_json(path: Path, remedy: str) -> dict:
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """A file opened for reading, decompressed if its name ends in .gz."""
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]  # GzipFile is one in all but name
+    """Open a file for reading. A .gz file is decompressed."""
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]  # a GzipFile works like IO[bytes]
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, plain or .gz, that are not blank, with their numbers from 1. ValueError
-    where the file is damaged.
+    """Yield (number, line) for each line of a plain or .gz file that is not blank. Lines count from
+    1. Raises ValueError if the file is damaged.
     """
     try:
         with open_binary(path) as file:
@@ -93,13 +95,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 class JSONLinesLog:
-    """A file of JSON objects, one a line, that is only ever appended to. Each has a number under
-    `key`. A last line that a crash cut short counts as never written.
+    """An append-only file of JSON objects, one per line, each with a number under `key`. A last
+    line without a newline was cut short by a crash and is dropped.
     """
 
     def __init__(self, path: Path, key: str):
         self.path, self.key = path, key
-        self.records: list[dict] = []  # those from before
+        self.records: list[dict] = []  # those in the file when it is opened
         if path.exists():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
             self.records = self.read(path, key)
@@ -110,7 +112,7 @@ class JSONLinesLog:
         lines = lines[: lines.rfind(b"\n") + 1]
         try:
             records = [dict(json.loads(line)) for line in lines.splitlines()]
-            _ = [record[key] + 0 for record in records]
+            _ = [record[key] + 0 for record in records]  # raises if there is no number under key
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path} is damaged ({error!r}), expected a JSON object with a {key} on every "
@@ -119,25 +121,25 @@ class JSONLinesLog:
         return records
 
     def append(self, *records: dict) -> None:
-        with naming_file(self.path), self.path.open("a") as file:
+        with adding_path_to_errors(self.path), self.path.open("a") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Make the folder and lock it, so that no other process writes into it. The lock ends with the
-    process. A new folder that ends up empty is removed, with any parents made for it.
+    """Create a folder and lock it, so that no other process writes into it. The lock ends with the
+    process. If a new folder ends up empty, it is removed, with any parents created for it.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / "lock"
     try:
-        with FileLock(lock, timeout=0):
+        with FileLock(lock, timeout=0):  # fail at once if it is held
             try:
                 yield
             finally:
                 if [*folder.iterdir()] == [lock]:
-                    with suppress(OSError):  # Windows keeps a file that is open
+                    with suppress(OSError):  # Windows does not delete a file that is open
                         lock.unlink()
                         for path in new:
                             path.rmdir()

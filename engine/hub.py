@@ -1,4 +1,6 @@
-"""The Hugging Face hub: which names are its own, its datasets, and one try without a network."""
+"""The Hugging Face hub: check names, download models and datasets, and fail fast if it cannot be
+reached.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -8,25 +10,27 @@ from typing import Any
 
 PROBE_SECONDS = 4.0
 MODEL_REMEDY = (
-    "It is no local folder either; without a network, name one with config.json and "
+    "There is no local folder of that name; without a network, pass a folder with config.json and "
     "model.safetensors"
 )
+# A name with one of these suffixes is a file, never a name on the hub.
 FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".txt", ".parquet", ".csv", ".pt", ".safetensors")
 
 
 def check_hub_name(name: str, expected: str) -> None:
-    """FileNotFoundError if `name`, which is no local file or folder, cannot be NAME or USER/NAME
-    of the hub.
+    """Check a name for which there is no local path. Raises FileNotFoundError if it cannot be a hub
+    name (NAME or USER/NAME) either.
     """
     is_path = name.count("/") > 1 or name.startswith(("/", ".", "~")) or "\\" in name
     if is_path or name.endswith(FILE_SUFFIXES) or not name:
-        raise FileNotFoundError(f"there is no {name or 'file without a name'}; expected {expected}")
+        raise FileNotFoundError(f"there is no {name or repr(name)}; expected {expected}")
 
 
 @contextmanager
 def reporting_hub_errors(what: str, remedy: str) -> Iterator[None]:
-    """Turn any failure to get `what` from the hub into a ConnectionError with the remedy. Without a
-    network only the local cache is used, because the hub's libraries would retry for half a minute.
+    """Use the hub inside this context to get `what`. Any error becomes a ConnectionError with the
+    remedy. Without a network, the context uses only the local cache, because huggingface_hub would
+    retry for half a minute.
     """
     from huggingface_hub import constants
 
@@ -38,7 +42,7 @@ def reporting_hub_errors(what: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
         if problem:
-            reason = f"there is no connection ({problem}), and no copy in its cache"
+            reason = f"there is no connection ({problem}), and no copy in the local cache"
         raise ConnectionError(
             f"the Hugging Face hub did not provide {what}: {reason}. {remedy}"
         ) from error
@@ -46,11 +50,12 @@ def reporting_hub_errors(what: str, remedy: str) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = was_offline
 
 
-def download(name: str, *patterns: str) -> Path:
-    """Download a model's config.json and its files that match `patterns`; return their folder.
-    ConnectionError if that fails.
+def download_model_files(name: str, *patterns: str) -> Path:
+    """Download a model's config.json and the files that match `patterns`, or find them in the
+    cache. Return their folder. Raises FileNotFoundError if `name` cannot be a hub name, and
+    ConnectionError if the hub does not provide the files.
     """
-    check_hub_name(name, "a hub name, a model's folder, a checkpoint or a run")
+    check_hub_name(name, "a hub name, or the folder of a model, a checkpoint or a training run")
     from huggingface_hub import snapshot_download
 
     with reporting_hub_errors(name, MODEL_REMEDY):
@@ -58,7 +63,7 @@ def download(name: str, *patterns: str) -> Path:
 
 
 def load_hub_rows(repo: str, name: str | None, split: str, *, streaming: bool, remedy: str) -> Any:
-    """A split of a hub dataset as an iterable of dicts; ConnectionError if that fails."""
+    """Load a split of a hub dataset as an iterable of dicts. Raises ConnectionError on failure."""
     with reporting_hub_errors(repo, remedy):
         from datasets import load_dataset
 
@@ -66,7 +71,9 @@ def load_hub_rows(repo: str, name: str | None, split: str, *, streaming: bool, r
 
 
 def find_network_problem() -> str | None:
-    """Why the hub does not answer a single request within PROBE_SECONDS; None if it does."""
+    """Send one request to the hub. Return None if it answers within PROBE_SECONDS, else the reason
+    why it did not.
+    """
     result: dict[str, Any] = {"problem": f"no answer within {PROBE_SECONDS:.0f} s"}
 
     def ask() -> None:
@@ -75,10 +82,10 @@ def find_network_problem() -> str | None:
         try:
             get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
             result["problem"] = None
-        except Exception as error:  # of whichever HTTP library the hub's uses
+        except Exception as error:  # its type depends on huggingface_hub's HTTP library
             result["problem"] = str(error) or type(error).__name__
 
-    # A thread, because looking up the host's name has no timeout.
+    # In a thread, because the DNS lookup has no timeout.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)

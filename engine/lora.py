@@ -18,14 +18,14 @@ from engine.config import Settings, flag
 from engine.tensors import matmul_dtype
 from model import GPT
 
-CPU_ROWS = 128  # of a gradient, read twice: at 124M 1.5 MB, which stay in the cache
+CPU_GRAD_ROWS = 128  # take so many rows of a gradient at a time: 1.5 MB at 124M fit the cache
 Model = TypeVar("Model", bound=nn.Module)
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class LoRAConfig(Settings):
-    lora_dim: int = flag(8, "r in PEFT")
+    lora_dim: int = flag(8, "rank of the update (r in PEFT)")
     lora_alpha: float = flag(16.0, "scaling is lora_alpha / lora_dim", above=0)
     lora_dropout: float = flag(0.0, "on the inputs of lora_A", at_least=0, below=1)
     use_rslora: bool = flag(False, "scaling is lora_alpha / sqrt(lora_dim)")  # Kalajdzievski, 2023
@@ -36,9 +36,19 @@ class LoRAConfig(Settings):
 
 
 class LoRAFunction(torch.autograd.Function):
-    """A LoRALinear, except for the product x W', which the caller adds without autograd: returns
-    b + scaling * (x A') B', or only b if `weight` is W + scaling * B A already. The gradients are
-    those of the complete layer; those of A and B come from thin products in either case.
+    """The autograd of a LoRALinear. With s for the scaling, W (out, in), A (r, in) and B (out, r):
+
+        y = x W' + b + s (x A') B'      x W' is added by the caller, see `LoRALinear.forward`
+
+    or, with a summed weight S = W + s B A:
+
+        y = x S' + b                    x S' is added by the caller
+
+    Backward returns the gradients of the complete layer. Those of A and B always come from
+    low-rank products, never from the (out, in) gradient of S:
+
+        d_xA = s d_y B (n, r)           d_A = d_xA' x (r, in)
+        d_B  = s d_y' (x A') (out, r)   d_x = d_y W + d_xA A, or d_y S
     """
 
     @staticmethod
@@ -46,53 +56,57 @@ class LoRAFunction(torch.autograd.Function):
         ctx: Any,  # torch's FunctionCtx, which accepts any attribute
         x: torch.Tensor,  # (n, in)
         dropped: torch.Tensor | None,  # x after dropout, if there is any
-        weight: torch.Tensor,  # (out, in), maybe in a smaller dtype
+        weight: torch.Tensor,  # W or S (out, in), maybe in fewer bits than x
         bias: torch.Tensor,
-        down: torch.Tensor,  # A (r, in)
-        up: torch.Tensor,  # scaling * B' (r, out)
-        is_summed: bool,
+        A: torch.Tensor,  # (r, in)
+        scaled_B: torch.Tensor,  # s B' (r, out)
+        is_summed: bool,  # whether `weight` is S
     ) -> torch.Tensor:
-        low = (x if dropped is None else dropped) @ down.t()
-        needs_input = dropped is None or ctx.needs_input_grad[2]
-        ctx.save_for_backward(x if needs_input else None, dropped, weight, down, up, low)
+        xA = (x if dropped is None else dropped) @ A.t()  # (n, r)
+        needs_x = dropped is None or ctx.needs_input_grad[2]  # for d_A or d_W
+        ctx.save_for_backward(x if needs_x else None, dropped, weight, A, scaled_B, xA)
         ctx.is_summed = is_summed
-        return bias.repeat(len(x), 1) if is_summed else torch.addmm(bias, low, up)
+        return bias.repeat(len(x), 1) if is_summed else torch.addmm(bias, xA, scaled_B)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, dropped, weight, down, up, low = ctx.saved_tensors
-        needs_x, needs_dropped, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        d_x = d_y @ weight.to(d_y.dtype) if needs_x else None
-        d_low, d_up = thin_products(d_y, low, up)
-        d_down = d_low.t() @ (x if dropped is None else dropped)
-        d_dropped = d_low @ down if needs_dropped else None
+        x, dropped, weight, A, scaled_B, xA = ctx.saved_tensors
+        needs_d_x, needs_d_dropped, needs_d_weight, needs_d_bias, *_ = ctx.needs_input_grad
+        d_x = d_y @ weight.to(d_y.dtype) if needs_d_x else None
+        d_xA, d_scaled_B = low_rank_gradients(d_y, xA, scaled_B)
+        d_A = d_xA.t() @ (x if dropped is None else dropped)
+        # With dropout, the gradient through A goes to x after dropout. With S, d_x includes it.
+        d_dropped = d_xA @ A if needs_d_dropped else None
         if d_x is not None and dropped is None and not ctx.is_summed:
-            d_x.addmm_(d_low, down)
-        d_weight = d_y.t() @ x if needs_weight else None
-        d_bias = d_y.sum(0) if needs_bias else None
-        return d_x, d_dropped, d_weight, d_bias, d_down, d_up, None
+            d_x.addmm_(d_xA, A)
+        d_weight = d_y.t() @ x if needs_d_weight else None
+        d_bias = d_y.sum(0) if needs_d_bias else None
+        return d_x, d_dropped, d_weight, d_bias, d_A, d_scaled_B, None
 
 
-def thin_products(
-    d_y: torch.Tensor, low: torch.Tensor, up: torch.Tensor
+def low_rank_gradients(
+    d_y: torch.Tensor, xA: torch.Tensor, scaled_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """d_y up' (n, r) and low' d_y (r, out). On a CPU both take rows of `d_y` that fit the cache."""
-    is_chunked = d_y.device.type == "cpu" and d_y.dtype.itemsize >= 4  # sums in 16 bits would round
-    n_rows = CPU_ROWS if is_chunked and not torch.compiler.is_compiling() else len(d_y)
-    rows = zip(d_y.split(n_rows), low.split(n_rows), strict=True)
-    products = [(d_rows @ up.t(), low_rows.t() @ d_rows) for d_rows, low_rows in rows]
-    d_low, d_up = zip(*products, strict=True)
-    return torch.cat(d_low), functools.reduce(torch.add, d_up)
+    """The gradients of xA (n, r) and of scaled_B (r, out). Both read all of `d_y` (n, out). On a
+    CPU we take a block of its rows at a time, so that the second product finds it in the cache.
+    """
+    # In 16 bits, adding up the blocks would round after each of them.
+    in_blocks = d_y.device.type == "cpu" and d_y.dtype.itemsize >= 4
+    n_rows = CPU_GRAD_ROWS if in_blocks and not torch.compiler.is_compiling() else len(d_y)
+    blocks = zip(d_y.split(n_rows), xA.split(n_rows), strict=True)
+    products = [(d_rows @ scaled_B.t(), xA_rows.t() @ d_rows) for d_rows, xA_rows in blocks]
+    d_xA, d_scaled_B = zip(*products, strict=True)
+    return torch.cat(d_xA), functools.reduce(torch.add, d_scaled_B)
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with weight W + scaling * B A, where lora_A is (r, in) and lora_B (out, r). It
-    replaces an `nn.Linear`, or transformers' Conv1D, whose weight is (in, out).
+    """A linear layer with weight W + scaling * B A: lora_A is (r, in), lora_B (out, r). It replaces
+    an `nn.Linear`, or transformers' Conv1D, whose weight is (in, out).
     """
 
     def __init__(self, linear: nn.Module, config: LoRAConfig):
-        nn.Module.__init__(self)  # nn.Linear's would allocate a second weight
+        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a second weight
         self.config, self.scaling = config, config.scaling
         self.is_conv1d = not isinstance(linear, nn.Linear)
         self.weight, self.bias = linear.get_parameter("weight"), linear.get_parameter("bias")
@@ -101,8 +115,8 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, config.lora_dim))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in PEFT and nn.Linear
         self.is_merged = False
-        self.sums_weight = False  # whether training sums W + scaling * B A, once a step
-        self.summed_weight: torch.Tensor | None = None  # in `summed_weights`
+        self.use_summed_form = False  # whether training builds W + scaling * B A once a step
+        self.summed_weight: torch.Tensor | None = None  # set within `hold_summed_weights`
         self.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,23 +124,29 @@ class LoRALinear(nn.Linear):
         if self.is_merged:
             return F.linear(x, self._matrix().to(x.dtype), self.bias.to(x.dtype))
         shape, x = x.shape[:-1], x.flatten(0, -2)
+        is_summed = self.summed_weight is not None
         weight = self._matrix() if self.summed_weight is None else self.summed_weight
-        up = (self.scaling * self.lora_B).t().contiguous()  # row-major is several times faster
-        bias, down, up = (t.to(x.dtype) for t in (self.bias, self.lora_A, up))
+        scaled_B = (self.scaling * self.lora_B).t().contiguous()  # row-major: several times faster
+        bias, A, scaled_B = (t.to(x.dtype) for t in (self.bias, self.lora_A, scaled_B))
         is_dropping = self.training and self.config.lora_dropout > 0
         dropped = F.dropout(x, self.config.lora_dropout) if is_dropping else None
-        is_summed = self.summed_weight is not None
-        y = LoRAFunction.apply(x, dropped, weight, bias, down, up, is_summed)
-        with torch.no_grad():  # last, so that recomputation can stop before it
+        y = LoRAFunction.apply(x, dropped, weight, bias, A, scaled_B, is_summed)
+        # The large product, x W'. LoRAFunction.backward computes its gradients, so autograd need
+        # not see it. It comes last because backward does not need its result: activation
+        # checkpointing stops recomputing as soon as LoRAFunction has saved its tensors.
+        with torch.no_grad():
             y.addmm_(x, weight.t().to(x.dtype))
         return y.view(*shape, self.out_features)
 
     @torch.no_grad()
-    def sum_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """W + scaling * B A, a copy (out, in) in `dtype`, by default that of A."""
-        with torch.autocast(self.weight.device.type, enabled=False):  # W would lose the update
+    def build_summed_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return a new tensor W + scaling * B A (out, in) in `dtype` (default: the dtype of A)."""
+        # Under autocast the sum would be rounded to 16 bits, and W would swallow small updates.
+        with torch.autocast(self.weight.device.type, enabled=False):
             matrix = self._matrix().to(self.lora_A.dtype)
-            return torch.addmm(matrix, self.lora_B, self.lora_A, alpha=self.scaling).to(dtype)
+            return torch.addmm(matrix, self.lora_B, self.lora_A, alpha=self.scaling).to(
+                dtype or matrix.dtype
+            )
 
     def _matrix(self) -> torch.Tensor:  # (out, in)
         return self.weight.t() if self.is_conv1d else self.weight
@@ -141,19 +161,20 @@ class LoRALinear(nn.Linear):
 
 
 def lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
-    """The layers with LoRA that is not merged, by name."""
+    """Return the layers with LoRA that are not merged, by name."""
     modules = model.named_modules()
     return {n: m for n, m in modules if isinstance(m, LoRALinear) and not m.is_merged}
 
 
 @contextmanager
-def summed_weights(linears: list[LoRALinear], dtype: torch.dtype | None) -> Iterator[None]:
-    """Within it, the layers multiply with W + scaling * B A as it is at the start, in `dtype`, that
-    of the products (default: fp32). Layers with dropout, or with a trained W, stay as they are.
+def hold_summed_weights(linears: list[LoRALinear], dtype: torch.dtype | None) -> Iterator[None]:
+    """Build W + scaling * B A of each layer in `dtype` (default: fp32), and use it until the
+    context ends. Layers with dropout or a trained W are left alone: a summed weight cannot apply
+    dropout to A's inputs, and W would get no gradient.
     """
     for linear in linears:
         if not linear.config.lora_dropout and not linear.weight.requires_grad:
-            linear.summed_weight = linear.sum_weight(dtype)
+            linear.summed_weight = linear.build_summed_weight(dtype)
     try:
         yield
     finally:
@@ -162,15 +183,16 @@ def summed_weights(linears: list[LoRALinear], dtype: torch.dtype | None) -> Iter
 
 
 def cast_frozen_weights(model: GPT, dtype: torch.dtype) -> None:
-    """Store the frozen embedding, the head and the frozen linear weights in `dtype`. Each use casts
-    the weight to the dtype of its input. The rest, under 1% of the model, stays in fp32.
+    """Store the frozen embedding, head and linear weights in `dtype`, and cast them to the dtype of
+    the input whenever they are used. Biases, LayerNorms and wpe, under 1% of the model, stay in
+    fp32.
     """
     for module in model.modules():
         is_embedding = module is model.transformer.wte
         if not (is_embedding or isinstance(module, nn.Linear)) or module.weight.requires_grad:
             continue
         module.weight.data = module.weight.data.to(dtype)
-        if not is_embedding and not isinstance(module, LoRALinear):
+        if not is_embedding and not isinstance(module, LoRALinear):  # LoRALinear casts by itself
             module.forward = partial(frozen_linear, module)  # type: ignore[arg-type]
 
 
@@ -179,7 +201,7 @@ def frozen_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 class FrozenLinear(torch.autograd.Function):
-    """A linear layer whose weight is cast in both passes, so that the cast one is not stored."""
+    """A linear layer that casts its weight in both passes, so autograd does not store the copy."""
 
     @staticmethod
     def forward(
@@ -197,7 +219,9 @@ class FrozenLinear(torch.autograd.Function):
 
 
 def convertible_linears(model: nn.Module) -> list[str]:
-    """Names of the linear layers without LoRA, except the head, whose weight is the embedding."""
+    """Return the names of the linear layers without LoRA, except the head: its weight is the
+    embedding.
+    """
     return [
         name
         for name, module in model.named_modules()
@@ -210,22 +234,21 @@ def convertible_linears(model: nn.Module) -> list[str]:
 def convert_linear_layer_to_lora(
     model: Model, part_module_name: str = "h.", config: LoRAConfig = LoRAConfig()
 ) -> Model:
-    """Add LoRA in place to the linear layers whose names contain one of the parts, such as
-    "attn.c_attn,mlp". ValueError for a part that matches none, or a rank above a layer's width.
+    """Add LoRA, in place, to the linear layers whose names contain one of the comma-separated parts
+    ("attn.c_attn,mlp"). Raises ValueError if a part matches no layer, or if the rank exceeds the
+    smaller dimension of a layer.
     """
     names = convertible_linears(model)
     parts = [part.strip() for part in part_module_name.split(",")]
     for part in parts:
         if not part or not any(part in name for name in names):
             kinds = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})) or "none"
-            raise ValueError(
-                f"no linear layer has {part!r} in its name; those without LoRA are {kinds}"
-            )
+            raise ValueError(f"no linear layer has {part!r} in its name; the layers are {kinds}")
     chosen = [name for name in names if any(part in name for part in parts)]
     for name in chosen:
-        if config.lora_dim > (width := min(model.get_parameter(f"{name}.weight").shape)):
+        if config.lora_dim > (limit := min(model.get_parameter(f"{name}.weight").shape)):
             raise ValueError(
-                f"lora_dim is {config.lora_dim}, expected at most {width}, the width of {name}"
+                f"lora_dim is {config.lora_dim}, expected at most {limit}, the width of {name}"
             )
     replace_linears(model, chosen, config)
     return model
@@ -247,7 +270,9 @@ def only_optimize_lora_parameters(model: Model) -> Model:
 
 
 def get_lora_state_dict(model: nn.Module) -> Tensors:
-    """lora_A and lora_B of all layers by name, as in `lora.pt`; ValueError if there are none."""
+    """Return lora_A and lora_B of all layers by name, as in `lora.pt`. Raises ValueError if no
+    layer has LoRA.
+    """
     linears = lora_linears(model)
     if not linears:
         raise ValueError("the model has no LoRA; call convert_linear_layer_to_lora first")
@@ -259,7 +284,7 @@ def get_lora_state_dict(model: nn.Module) -> Tensors:
 
 
 def merge_lora(model: Model) -> Model:
-    """Add every update to its weight, for good. `save_pretrained` then writes an ordinary model."""
+    """Add every update to its weight, for good. `save_pretrained` then saves an ordinary model."""
     get_lora_state_dict(model)  # raises if there is nothing to merge
     for linear in lora_linears(model).values():
         linear.merge()

@@ -12,36 +12,39 @@ from engine.data import Batch
 from engine.tensors import matmul_dtype
 from model import GPT
 
-# Rows whose logits exist at once. On a CPU 512 take 100 MB, and fewer would read and write the
-# gradient of the head too often, where it has one. Elsewhere enough to keep the device busy.
+# How many rows of logits to compute at a time. On a CPU, 512 rows take 100 MB. With smaller chunks,
+# d_W would be read and written too often; without d_W, they are better for the cache. Elsewhere, a
+# chunk has to keep the device busy.
 CPU_CHUNK_ROWS, CPU_CHUNK_ROWS_NO_GRAD = 512, 256
 DEFAULT_CHUNK_ROWS = 4096
-CAST_ROWS = 8192  # of a head in fewer bits than the products, cast at once: 25 MB at 124M
-# In 16 bits on a CPU, oneDNN makes and keeps kernels for each number of rows, and batches of
-# completions have many. So the number of rows is rounded up, with rows of zeros.
+# If the head has fewer bits than the matmuls, cast this many of its rows at a time: 25 MB at 124M.
+CAST_ROWS = 8192
+# For 16-bit matmuls on a CPU, oneDNN builds and keeps kernels for each number of rows, and this
+# number varies in batches of completions. So we pad it to a multiple, with rows of zeros.
 CPU_ROW_MULTIPLE = 64
-CPU_SOFTMAX_ROWS = 32  # at once: 6 MB in fp32, which stay in the cache from one pass to the next
+CPU_SOFTMAX_ROWS = 32  # 6 MB in fp32: small enough to stay in the cache from pass to pass
 
+WeightParts = tuple[torch.Tensor, ...]  # the weight of the head, split by rows
 Softmax = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 def softmax_(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Turn `logits` (n, padded V) into probabilities, in place; return the log-probabilities (n, 1)
+    """Turn `logits` (n, padded V) into probabilities in place. Return the log-probabilities (n, 1)
     of `ids` (n, 1) in fp32.
     """
     logits[:, vocab_size:] = -torch.inf  # padding is not in the vocabulary
     n_rows = CPU_SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
     target_log_probs = []
     for rows, row_ids in zip(logits.split(n_rows), ids.split(n_rows), strict=True):
-        in_place = rows if rows.dtype == torch.float32 else None
-        log_probs = torch.log_softmax(rows, dim=-1, dtype=torch.float32, out=in_place)
+        out = rows if rows.dtype == torch.float32 else None  # fp32 logits are overwritten
+        log_probs = torch.log_softmax(rows, dim=-1, dtype=torch.float32, out=out)
         target_log_probs.append(log_probs.gather(1, row_ids))
         torch.exp(log_probs, out=rows)
     return torch.cat(target_log_probs)
 
 
 def compile_softmax() -> Softmax:
-    """`softmax_` for 16-bit logits as one kernel, which reads them twice and writes them once."""
+    """`softmax_` for 16-bit logits as one kernel that reads them twice and writes them once."""
 
     def normalize_(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
         logits[:, vocab_size:] = -torch.inf
@@ -52,15 +55,27 @@ def compile_softmax() -> Softmax:
     compiled = torch.compile(normalize_, options={"coordinate_descent_tuning": True})
 
     def softmax(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        target_logits = logits.gather(1, ids).float()  # inside, it would make two kernels of one
+        # Not in the compiled function: there a gather would split it into two kernels.
+        target_logits = logits.gather(1, ids).float()
         return target_logits - compiled(logits, vocab_size)
 
     return softmax
 
 
 class HeadLoss(torch.autograd.Function):
-    """The head and its summed cross-entropy in fp32, a chunk of rows at a time. The gradient of a
-    chunk is computed while its logits exist, so none are stored or computed twice.
+    """The head and its summed cross-entropy in fp32, a chunk of rows at a time.
+
+    The logits of a whole batch, (n, padded V), would take more memory than the model. So we compute
+    them for one chunk of rows at a time, with their gradient right away:
+
+        logits   = x W'                   (rows, V)
+        p        = softmax(logits)        (rows, V), overwrites the logits
+        loss    += -log p[target]
+        d_logits = p - one_hot(target)    (rows, V), overwrites p
+        d_x      = d_logits W             (rows, C)
+        d_W     += d_logits' x            (V, C)
+
+    Nothing is computed twice: backward only multiplies d_x and d_W by the incoming gradient.
     """
 
     @staticmethod
@@ -70,41 +85,40 @@ class HeadLoss(torch.autograd.Function):
         weight: torch.Tensor,  # (padded V, C)
         targets: torch.Tensor,  # (n), without IGNORE_INDEX
         vocab_size: int,
-        dtype: torch.dtype,  # of the matrix products
+        dtype: torch.dtype,  # for the matmuls
         with_grad: bool,
         softmax: Softmax,
     ) -> torch.Tensor:
         if x.device.type == "cpu" and dtype != torch.float32:
+            # Rows of zeros have logits of zero. They are left out of the softmax, so their gradient
+            # stays zero as well.
             x = F.pad(x, (0, 0, 0, -len(x) % CPU_ROW_MULTIPLE))
-        is_cast = weight.dtype.itemsize < dtype.itemsize
-        pieces = weight.split(CAST_ROWS) if is_cast else (weight.to(dtype),)
+        needs_d_weight = with_grad and weight.requires_grad
+        weight_parts = split_head(weight, dtype)
+        chunk_rows = choose_chunk_rows(x, needs_d_weight)
+        # One buffer for all chunks: on a CPU, touching new memory costs more than the softmax.
+        buffer = x.new_empty(chunk_rows, len(weight), dtype=dtype)
         total = x.new_zeros((), dtype=torch.float32)
         d_x = torch.zeros_like(x) if with_grad else None
-        needs_d_weight = with_grad and weight.requires_grad
         d_weight = None
-        chunk_rows = DEFAULT_CHUNK_ROWS
-        if x.device.type == "cpu":
-            chunk_rows = CPU_CHUNK_ROWS if needs_d_weight else CPU_CHUNK_ROWS_NO_GRAD
-        chunk_rows = max(1, min(chunk_rows, len(x)))
-        # One buffer for all chunks: on a CPU, touching new memory costs more than the softmax.
-        logits_buffer = x.new_empty(chunk_rows, len(weight), dtype=dtype)
+
         with torch.autocast(x.device.type, enabled=False):
-            for start in range(0, max(1, len(x)), chunk_rows):
-                x_chunk = x[start : start + chunk_rows].to(dtype)
-                ids = targets[start : start + chunk_rows, None]
-                logits = logits_buffer[: len(x_chunk)]
-                columns = logits.split([len(piece) for piece in pieces], dim=1)
-                for piece, out in zip(pieces, columns, strict=True):
-                    torch.mm(x_chunk, piece.to(dtype).t(), out=out)
-                log_probs = softmax(logits[: len(ids)], ids, vocab_size)
+            for start in range(0, max(1, len(x)), chunk_rows):  # once even if there are no rows
+                rows = slice(start, start + chunk_rows)
+                x_chunk, ids = x[rows].to(dtype), targets[rows, None]
+                logits = buffer[: len(x_chunk)]
+                multiply_by_head(x_chunk, weight_parts, out=logits)
+                log_probs = softmax(logits[: len(ids)], ids, vocab_size)  # turns logits into p
                 total -= log_probs.sum()
-                if d_x is not None:
-                    # p - 1 in fp32: in bf16, p near 1 is already rounded.
-                    d_logits = logits.scatter_(1, ids, log_probs.expm1().to(dtype))
-                    for piece, d_out in zip(pieces, columns, strict=True):
-                        d_x[start : start + chunk_rows] += d_out @ piece.to(dtype)
+                if d_x is None:
+                    continue
+                # Subtract 1 from p of each target, but compute p - 1 from its log-probability in
+                # fp32: in bf16, p near 1 has been rounded.
+                d_logits = logits.scatter_(1, ids, log_probs.expm1().to(dtype))
+                add_input_gradient(d_logits, weight_parts, d_x[rows])
                 if needs_d_weight:
                     d_weight = add_product(d_weight, d_logits.t(), x_chunk)
+
         d_x = None if d_x is None else d_x[: len(targets)]
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         ctx.gradients = d_x, d_weight
@@ -117,9 +131,43 @@ class HeadLoss(torch.autograd.Function):
         return d_x.mul_(grad), None if d_weight is None else d_weight.mul_(grad), *[None] * 5
 
 
+def choose_chunk_rows(x: torch.Tensor, needs_d_weight: bool) -> int:
+    """Return how many rows of x (n, C) to process at a time."""
+    n_rows = DEFAULT_CHUNK_ROWS
+    if x.device.type == "cpu":
+        n_rows = CPU_CHUNK_ROWS if needs_d_weight else CPU_CHUNK_ROWS_NO_GRAD
+    return max(1, min(n_rows, len(x)))
+
+
+def split_head(weight: torch.Tensor, dtype: torch.dtype) -> WeightParts:
+    """Return the weight of the head (padded V, C) in `dtype`, as a single part. But if the weight
+    is stored in fewer bits, split it into parts that are cast one by one when they are used, so
+    that there is never a complete copy in `dtype`.
+    """
+    if weight.dtype.itemsize < dtype.itemsize:
+        return weight.split(CAST_ROWS)
+    return (weight.to(dtype),)
+
+
+def multiply_by_head(x: torch.Tensor, weight_parts: WeightParts, out: torch.Tensor) -> None:
+    """out = x W'. Each part of the weight gives some columns of the logits."""
+    columns = out.split([len(part) for part in weight_parts], dim=1)
+    for part, logits in zip(weight_parts, columns, strict=True):
+        torch.mm(x, part.to(x.dtype).t(), out=logits)
+
+
+def add_input_gradient(
+    d_logits: torch.Tensor, weight_parts: WeightParts, d_x: torch.Tensor
+) -> None:
+    """d_x += d_logits W, in place."""
+    columns = d_logits.split([len(part) for part in weight_parts], dim=1)
+    for part, d_columns in zip(weight_parts, columns, strict=True):
+        d_x += d_columns @ part.to(d_columns.dtype)
+
+
 def add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, or `total` plus a @ b in its memory, in fp32. On CUDA a product of 16-bit matrices is
-    not rounded to 16 bits.
+    """Add a @ b to `total` in place, in fp32; None starts a new total. On CUDA, the product of
+    16-bit matrices is not rounded to 16 bits first.
     """
     if a.device.type == "cuda" and a.dtype != torch.float32:
         if total is None:
@@ -133,22 +181,22 @@ def add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) ->
 class SummedLoss(nn.Module):
     """The summed cross-entropy of a batch in nats, as a module that DDP can wrap.
 
-    The trunk is everything but the head. The compiled code lives here only: the model that is
-    evaluated, sampled and saved stays as it is.
+    The trunk is everything but the head. Compiled code is kept here, so the model that is
+    evaluated, sampled and saved stays plain.
     """
 
     def __init__(self, model: GPT, *, compile_trunk: bool = False, compile_head: bool = False):
         super().__init__()
         self.model = model
-        # Shapes are static where all batches have one; else dynamic from the second length on.
+        # torch.compile assumes static shapes. When it sees a second length, it makes it dynamic.
         self.hidden = torch.compile(model.hidden) if compile_trunk else model.hidden
         self.softmax_in_16_bits = compile_softmax() if compile_head else softmax_
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        x = self.hidden(batch.idx).flatten(0, 1)
+        x = self.hidden(batch.idx).flatten(0, 1)  # (B*T, C)
         targets = batch.targets.flatten()
-        if batch.rows is not None:  # the head skips the others, which have no target
-            x, targets = x[batch.rows], targets[batch.rows]
+        if batch.target_positions is not None:  # skip the head for rows without a target
+            x, targets = x[batch.target_positions], targets[batch.target_positions]
         dtype = matmul_dtype(x)
         softmax = softmax_ if dtype == torch.float32 else self.softmax_in_16_bits
         weight, vocab_size = self.model.lm_head.weight, self.model.config.vocab_size

@@ -1,4 +1,4 @@
-"""Metrics of a run: its steps, metrics.jsonl, TensorBoard, W&B, terminal progress."""
+"""Measure and log a run: metrics.jsonl, TensorBoard, W&B, and progress in the terminal."""
 
 import errno
 import math
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -25,11 +25,11 @@ from engine.shards import read_manifest
 from engine.throughput import flops_per_token, format_seconds, peak_flops, peak_memory
 from model import GPT
 
-PROGRESS_SECONDS = 10.0  # between two lines of progress where there is no terminal
-ESTIMATE_STEPS = 2  # after which a run says how long it will take; the first step may compile
+PROGRESS_SECONDS = 10.0  # between two lines of progress if there is no terminal
+ESTIMATE_STEPS = 2  # print a time estimate after so many steps; the first includes compilation
 SUMMARY_COLUMN = 26  # where the values of the summary start
-# Lines of the summary: what they show of the values logged under a key.
-FIGURES: dict[str, tuple[str, Callable[[list], str]]] = {
+# Lines of the summary: label -> key in the log, and a function that shows its logged values.
+SUMMARY_METRICS: dict[str, tuple[str, Callable[[list], str]]] = {
     "validation bits per byte": ("val_bpb", lambda bpb: f"{bpb[0]:.4f} to {bpb[-1]:.4f}"),
     "training loss": ("train_loss", lambda losses: f"{losses[-1]:.4f}"),
     "HellaSwag acc_norm": ("hellaswag_acc_norm", lambda acc_norm: f"{acc_norm[-1]:.4f}"),
@@ -46,55 +46,74 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+class PendingStep(NamedTuple):
+    """A step that was launched, and whose results have not been read yet."""
+
+    record: dict  # its number and learning rate
+    started: float  # when it was launched
+    results: torch.Tensor  # its loss, the number of ranks that want to stop, its gradient norm
+    copied: torch.cuda.Event | None  # on CUDA: recorded when `results` have reached the CPU
+
+
 class Meter:
-    """Turns the results of steps into records for the log. On CUDA the results of a step are read
-    after the next one has been launched, so that the device never waits for the CPU.
+    """Turns the results of steps into records for the log. On CUDA it reads the results of a step
+    after the next one was launched, so that the GPU always has work:
+
+        GPU   |--- step 1 ---|--- step 2 ---|--- step 3 ---|
+        CPU   launch 1, launch 2 |read 1, launch 3 |read 2, launch 4
     """
 
     def __init__(self, model: GPT, data: TrainingData, dist: Distributed):
         self.data, self.dist = data, dist
         self.flops_per_token = flops_per_token(model, data.block_size)
         self.peak_flops = peak_flops(dist.device)
-        self.pending: deque[tuple[dict, float, torch.Tensor, torch.cuda.Event | None]] = deque()
-        self.max_pending = int(dist.device.type == "cuda")  # a CPU's step is over when it returns
+        self.pending: deque[PendingStep] = deque()
+        self.max_pending = int(dist.device.type == "cuda")  # a step on a CPU is not asynchronous
         self.last_read = -math.inf
         self.skipped_in_a_row = 0  # steps whose gradient was not finite
-        self.stop_requested = False  # on any rank
+        self.stop_requested = False  # by any rank
 
     def add(
         self, record: dict, started: float, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool
     ) -> None:
-        """Take the results of a step launched at time `started`: what is known of it (its number
-        and learning rate), its loss and norm, and whether this rank should stop after it.
+        """Queue a step that was launched at time `started`. `record` has its number and learning
+        rate, `loss` is this rank's share of the mean loss, and `stop` says whether this rank wants
+        to stop after it.
         """
-        # Ranks must agree on stopping, and asking together with the loss costs nothing.
-        sums = self.dist.all_reduce(torch.stack([loss, torch.full_like(loss, stop)]))
-        results, copied = torch.stack([*sums, grad_norm]), None
+        # A signal may reach one rank only, but all must stop after the same step. So they add up
+        # their requests, in the all-reduce that the loss needs anyway.
+        shared = torch.stack([loss, torch.full_like(loss, stop)])
+        mean_loss, n_stopping = self.dist.all_reduce(shared)
+        results, copied = torch.stack([mean_loss, n_stopping, grad_norm]), None
         if self.dist.device.type == "cuda":
-            # Copied now: a copy at the time of reading would wait for the next step as well.
+            # Start the copy to the CPU now. Later it would queue behind the next step.
             results = torch.empty(3, pin_memory=True).copy_(results, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        self.pending.append((record, started, results, copied))
+        self.pending.append(PendingStep(record, started, results, copied))
 
     def read(self, wait: bool) -> Iterator[dict]:
-        """The records of the steps that are done; with `wait` or a stop requested, of all steps."""
+        """Yield the records of all queued steps. On CUDA, leave the latest in the queue, unless
+        `wait` is true or a rank wants to stop.
+        """
         while len(self.pending) > (0 if wait or self.stop_requested else self.max_pending):
             yield self._read_step()
 
     def _read_step(self) -> dict:
-        record, started, results, copied = self.pending.popleft()
-        if copied is not None:
-            copied.synchronize()
-        loss, stops, norm = results.tolist()
-        now = time.perf_counter()
-        seconds, self.last_read = now - max(started, self.last_read), now
-        self.stop_requested |= stops > 0
+        step = self.pending.popleft()
+        if step.copied is not None:
+            step.copied.synchronize()
+        loss, n_stopping, norm = step.results.tolist()
+        self.stop_requested |= n_stopping > 0
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
-        tokens = self.data.tokens_through(record["step"])
-        speed = (tokens - self.data.tokens_through(record["step"] - 1)) / seconds
+        # If a step was launched while the previous one was running, count from the end of that.
+        now = time.perf_counter()
+        seconds = now - max(step.started, self.last_read)
+        self.last_read = now
+        tokens = self.data.tokens_through(step.record["step"])
+        speed = (tokens - self.data.tokens_through(step.record["step"] - 1)) / seconds
         peak = self.peak_flops  # None if unknown
-        return record | {
+        return step.record | {
             "train_loss": finite_or_none(loss),
             "grad_norm": finite_or_none(norm),
             "tokens": tokens,
@@ -106,7 +125,7 @@ class Meter:
 
 
 def read_metrics(run: Path | str) -> list[dict]:
-    """The run's log, one dict per step."""
+    """Read the log of a run, one dict per step."""
     return JSONLinesLog.read(Path(run) / "metrics.jsonl", "step")
 
 
@@ -117,18 +136,21 @@ class TensorBoardLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run / "tensorboard"
-        is_resumed = bool(earlier) and any(folder.glob("events.*"))
-        # A step that is here but did not get into metrics.jsonl will come again.
-        purge_step = earlier[-1]["step"] + 1 if is_resumed else None
+        has_events = bool(earlier) and any(folder.glob("events.*"))
+        # Hide steps that are here but not in metrics.jsonl: the resumed run repeats them.
+        purge_step = earlier[-1]["step"] + 1 if has_events else None
         self.writer = SummaryWriter(str(folder), purge_step=purge_step)
-        for record in [] if is_resumed else earlier:
-            self.write(record)
+        if not has_events:
+            for record in earlier:
+                self.write(record)
 
     def write(self, record: dict) -> None:
         for name, value in select_numbers(record).items():
             self.writer.add_scalar(name, value, record["step"], double_precision=True)
         for i, sample in enumerate(record.get("samples", [])):
-            text = "\n".join("    " + line for line in sample.splitlines())  # as Markdown's code
+            text = "\n".join(
+                "    " + line for line in sample.splitlines()
+            )  # a code block in Markdown
             self.writer.add_text(f"sample_{i + 1}", text, record["step"])
         self.writer.flush()  # so that a killed run loses nothing
 
@@ -137,11 +159,11 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """A run of Weights & Biases, continued by a resumed run. Its own environment variables apply
-    (WANDB_MODE=offline, WANDB_PROJECT).
+    """Logs to Weights & Biases. A resumed run continues its W&B run. The environment variables of
+    W&B work as usual (WANDB_MODE=offline, WANDB_PROJECT).
     """
 
-    def __init__(self, run: Path, earlier: list[dict]):  # noqa: ARG002  # it has the earlier steps
+    def __init__(self, run: Path, earlier: list[dict]):  # noqa: ARG002  # W&B keeps earlier steps
         import wandb
 
         id_file = run / "wandb_id"
@@ -165,7 +187,7 @@ class WandbLogger:
 
 
 def select_numbers(record: dict) -> dict[str, float]:
-    """What a logger draws over the step."""
+    """Return the values that can be plotted against the step."""
     return {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
 
 
@@ -174,22 +196,23 @@ LOGGER_CLASSES: dict[str, type[Logger]] = {"tensorboard": TensorBoardLogger, "wa
 
 
 class RunLogger:
-    """Logs a run from rank 0: to metrics.jsonl, the other loggers and the terminal, there with a
-    progress bar or, in a file, with a line now and then.
+    """Logs a run from rank 0: to metrics.jsonl, the other loggers, and stdout (a progress bar in a
+    terminal, else a line now and then).
     """
 
     def __init__(self, config: TrainConfig, dist: Distributed, start: int):
         self.run = Path(config.out_dir)
         self.is_main = dist.is_main
-        self.start, self.max_steps = start, config.max_steps
-        self.started, self.last_line = time.perf_counter(), -math.inf
-        hidden = None if dist.is_main else True  # None: unless there is a terminal
+        self.start_step, self.max_steps = start, config.max_steps
+        self.start_time, self.last_print = time.perf_counter(), -math.inf
+        hidden = None if dist.is_main else True  # None: tqdm shows the bar only in a terminal
         self.bar = tqdm(
             desc=self.run.name, initial=start, total=self.max_steps, unit=" steps", disable=hidden
         )
         if self.is_main:
             self.metrics = JSONLinesLog(self.run / "metrics.jsonl", "step")
-            # A resumed run repeats some steps with the same results, which are not logged again.
+            # A resumed run repeats the steps after its checkpoint. Their results are the same, so
+            # those that were logged are not logged again.
             self.last_logged = max((r["step"] for r in self.metrics.records), default=-1)
             self.loggers: dict[str, Logger] = {}
             for name in config.loggers:
@@ -199,7 +222,7 @@ class RunLogger:
         self.loggers[name] = LOGGER_CLASSES[name](self.run, self.metrics.records)
 
     def _call_safely(self, name: str, call: Callable[..., None], *args: object) -> None:
-        """Call a logger. Whatever it raises (disk, network, bugs) turns off this logger only."""
+        """Call a logger. If it raises anything (disk, network, bugs), only this logger is lost."""
         try:
             call(*args)
         except Exception as error:
@@ -211,13 +234,14 @@ class RunLogger:
             return
         try:
             self.bar.write(text)
-        except OSError as error:  # tqdm itself ignores it where it draws the bar
+        except OSError as error:
             if error.errno != errno.EIO:
                 raise
-            drop_lost_terminal()  # SIGHUP, which then saves, may come later
+            # The terminal is gone. The SIGHUP that stops the run may come later.
+            drop_lost_terminal()
 
     def log(self, record: dict) -> None:
-        """Log a step. Print a line if it was evaluated, or if the last line is a while ago."""
+        """Log a step. Print a line if it was evaluated, or if the last line was a while ago."""
         if not self.is_main:
             return
         step = record["step"]
@@ -229,19 +253,19 @@ class RunLogger:
         if record.get("train_loss") is not None:
             speed = f"{record['tokens_per_s']:,.0f} tokens/s"
             self.bar.set_postfix_str(f"loss {record['train_loss']:.4f}, {speed}")
-        if step == self.start + ESTIMATE_STEPS and step < self.max_steps:
+        if step == self.start_step + ESTIMATE_STEPS and step < self.max_steps:
             seconds, left = record["step_ms"] / 1e3, self.max_steps - step
             self.print(
                 f"estimate: {format_seconds(seconds)} for a step, {format_seconds(left * seconds)} "
                 f"for the {left:,} left, without evaluations"
             )
         evaluated = {"val_loss", "samples", "hellaswag_acc"} & record.keys()
-        is_due = self.bar.disable and time.perf_counter() - self.last_line > PROGRESS_SECONDS
+        is_due = self.bar.disable and time.perf_counter() - self.last_print > PROGRESS_SECONDS
         if evaluated or is_due:
             self._print_step(record)
 
     def _print_step(self, record: dict) -> None:
-        step, self.last_line = record["step"], time.perf_counter()
+        step, self.last_print = record["step"], time.perf_counter()
         parts = [f"step {step}/{self.max_steps}"]
         for key, label, spec in (
             ("train_loss", "loss", ".4f"),
@@ -252,8 +276,8 @@ class RunLogger:
         ):
             if record.get(key) is not None:
                 parts.append(f"{label} {record[key]:{spec}}")
-        if step > self.start:
-            seconds_per_step = (self.last_line - self.started) / (step - self.start)
+        if step > self.start_step:
+            seconds_per_step = (self.last_print - self.start_time) / (step - self.start_step)
             left = timedelta(seconds=round(seconds_per_step * (self.max_steps - step)))
             parts += [f"{record['tokens_per_s']:,.0f} tokens/s", f"{left} left"]
         self.print(" | ".join(parts))
@@ -261,8 +285,8 @@ class RunLogger:
             self.print("  sample: " + collapse_newlines(sample).replace("\n", "\n  "))
 
     def finish(self) -> None:
-        """Close the loggers and print a summary from the log, the same for a run that was already
-        finished.
+        """Close the loggers and print a summary. It comes from the files of the run, so a finished
+        run that is started again prints it too.
         """
         self.bar.close()
         if not self.is_main:
@@ -283,13 +307,13 @@ class RunLogger:
 
 
 def collapse_newlines(text: str) -> str:
-    """The text without blank lines, which untrained models write a lot of."""
+    """Remove blank lines. Untrained models write many."""
     return re.sub(r"\n\s*\n", "\n", text)
 
 
 def summarize_run(run: Path, checkpoint: Path) -> dict[str, str]:
-    """The main figures of a run up to a checkpoint, by their labels: for the terminal, report.html
-    and the model card. Those that were not logged are left out.
+    """Summarize a run up to a checkpoint as {label: text}, for the terminal, report.html and the
+    model card. Metrics that were not logged are left out.
     """
     progress = read_progress(checkpoint)
     log = [record for record in read_metrics(run) if record["step"] <= progress["step"]]
@@ -302,25 +326,29 @@ def summarize_run(run: Path, checkpoint: Path) -> dict[str, str]:
         best, step = min((r["val_loss"], r["step"]) for r in log if r.get("val_loss") is not None)
         rows["validation loss"] = f"{losses[0]:.4f} to {losses[-1]:.4f}"
         rows["best validation loss"] = f"{best:.4f} at step {step:,}"
-    rows |= {label: show(v) for label, (key, show) in FIGURES.items() if (v := logged(key))}
+    for label, (key, show) in SUMMARY_METRICS.items():
+        if values := logged(key):
+            rows[label] = show(values)
     rows["steps"] = f"{progress['step']:,} of {read_run_config(run)['max_steps']:,}"
     rows["tokens trained on"] = f"{max(logged('tokens'), default=0):,}"
     rows["data"] = name_dataset(run)
-    return rows | progress.get("facts", {})  # which earlier versions did not save
+    return rows | progress.get("facts", {})  # from `collect_facts`; earlier versions had none
 
 
-def read_curve_settings(run: Path, checkpoint: Path) -> dict[str, Any]:
-    """The settings that shaped a run's curve, up to a checkpoint. Local paths are hidden."""
+def read_fixed_settings(run: Path, checkpoint: Path) -> dict[str, Any]:
+    """Return the settings that the loss curve of a run depends on, without local paths."""
     settings = read_run_config(run)
-    # Earlier versions did not note which these are.
+    # Checkpoints of earlier versions do not list them; then all settings are shown.
     names = read_progress(checkpoint).get("fixed_settings", settings)
     return {name: hide_folder(value) for name, value in settings.items() if name in names}
 
 
 def name_dataset(run: Path) -> str:
-    """The name of a run's dataset; for your own files, the file's or the shard folder's name."""
+    """Return the name of the dataset of a run. For your own text, it is "files in" the name of the
+    shard folder. For rows, it is the name of the file.
+    """
     config = read_run_config(run)
-    if "data_dir" not in config:
+    if "data_dir" not in config:  # a run of finetune_lora.py
         return hide_folder(config.get("data", ""))
     folder = Path(config["data_dir"])
     name = read_manifest(folder).get("dataset", "files")
@@ -328,7 +356,7 @@ def name_dataset(run: Path) -> str:
 
 
 def hide_folder(setting: Any) -> Any:
-    """The setting; of a local path only the last part."""
+    """Return the setting, without the folder if it is a local path."""
     path = Path(str(setting))
     is_local = path.is_absolute() or path.exists() or path.name.endswith(FILE_SUFFIXES)
     return path.name if isinstance(setting, str) and is_local else setting

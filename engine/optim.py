@@ -11,19 +11,26 @@ from engine.config import TrainConfig
 from engine.distributed import full_tensor, has_bf16_units, shard_like
 from model import GPT
 
-EPS = 1e-8  # AdamW's; GPT-3 paper, appendix B
+ADAMW_EPS = 1e-8  # GPT-3 paper, appendix B
 # Keller Jordan, "Muon: An optimizer for hidden layers in neural networks", as in torch.optim.Muon.
 NS_STEPS, NS_COEFFICIENTS, NS_EPS = 5, (3.4445, -4.7750, 2.0315), 1e-7
-# modded-nanogpt: the momentum rises over the first steps, when old gradients mean little.
+# modded-nanogpt: momentum rises over the first steps, when old gradients mean little.
 FIRST_MOMENTUM, MOMENTUM, MOMENTUM_WARMUP_STEPS = 0.85, 0.95, 300
 MIN_SECOND_MOMENT = 1e-10  # NorMuon, as in modded-nanogpt
-BATCH_ELEMENTS = 2**24  # of matrices orthogonalized at once: enough to fill a GPU, 64 MB in fp32
+NS_BATCH_ELEMENTS = 2**24  # per batched Newton-Schulz: enough to fill a GPU, 64 MB in fp32
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of `step`, counted from 1. After a linear warmup, `cosine` decays to
-    min_lr; `wsd` stays at max_lr, then decays linearly to 0. Both would get there one step after
-    the last, so no step has a rate of 0. The rates are build-nanogpt's, which counts from 0.
+    r"""The learning rate of `step`, counted from 1: a linear warmup, then `cosine` or `wsd`.
+
+        max_lr       ____________                   ___
+                    /            \                 /   \__
+                   /              \               /       \__
+        0         /                \             /           \___ min_lr
+                   wsd, decays to 0               cosine
+
+    Both decays reach their final value at step max_steps + 1, so no step of wsd has a rate of 0.
+    The cosine is the same as in build-nanogpt, which counts steps from 0.
     """
     done = step - 1
     if done < config.warmup_steps:
@@ -37,14 +44,16 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def plateau_end(config: TrainConfig) -> int:
-    """The last step of wsd before the decay. Up to it the rates are those of any longer run; 0 for
-    a cosine, which depends on max_steps everywhere.
+    """The last step before the decay of wsd. Up to this step a longer run has the same rates, so
+    it can continue from here. 0 for cosine: there every rate depends on max_steps.
     """
     if config.schedule != "wsd":
         return 0
     decay_steps = max(1.0, config.decay_fraction * config.max_steps)
-    last = math.floor(config.max_steps - decay_steps) + 1
-    return min(config.max_steps, max(config.warmup_steps, last))
+    # The last step for which max_steps - (step - 1) >= decay_steps, see `learning_rate`. A warmup
+    # that is longer hides the beginning of the decay.
+    last_at_max = math.floor(config.max_steps - decay_steps) + 1
+    return min(config.max_steps, max(config.warmup_steps, last_at_max))
 
 
 def muon_momentum(step: int) -> float:
@@ -54,7 +63,7 @@ def muon_momentum(step: int) -> float:
 
 
 def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConfig) -> None:
-    """Give the optimizers the learning rates and the momentum of a step."""
+    """Set the learning rates and the momentum of the optimizers for a step."""
     rate = learning_rate(step, config)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -66,8 +75,8 @@ def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, config: Tra
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
-    """The trainable parameters in two groups: tensors of two or more dimensions, with weight decay,
-    and all others, without.
+    """The trainable parameters in two groups: with weight decay for tensors of two or more
+    dimensions, without for all others.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -81,7 +90,7 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     rest.
     """
     single: list[nn.Parameter] = []  # matrices of the blocks
-    stacked: list[nn.Parameter] = []  # three on top of each other: c_attn's q, k and v
+    stacked: list[nn.Parameter] = []  # c_attn: the matrices of q, k and v on top of each other
     if config.optimizer == "muon":
         for name, param in model.transformer.h.named_parameters():
             if param.requires_grad and name.endswith(".weight") and param.dim() == 2:
@@ -96,7 +105,7 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in in_muon]
     adamw = torch.optim.AdamW(
-        groups, lr=config.max_lr, betas=(config.beta1, config.beta2), eps=EPS, fused=True
+        groups, lr=config.max_lr, betas=(config.beta1, config.beta2), eps=ADAMW_EPS, fused=True
     )
     if not in_muon:
         return [adamw]
@@ -109,13 +118,18 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum whose updates are orthogonalized.
+    """SGD with Nesterov momentum and orthogonalized updates. A step, for a matrix W:
 
-    A parameter in a group with `parts` n is n matrices stacked on top of each other (c_attn is q, k
-    and v). Each rank orthogonalizes a share of the matrices; parameters may be replicated or
-    sharded by FSDP2. As with PyTorch's fused optimizers, a step whose `found_inf` is 1 changes
-    nothing. With `beta2`, rows or columns are normalized afterwards (NorMuon). PyTorch's own Muon
-    iterates in bf16 on any device and does not know ranks.
+        mean   = lerp(mean, gradient, 1 - momentum)
+        update = lerp(gradient, mean, momentum)         Nesterov's look-ahead
+        update = newton_schulz(update)                  all singular values near 1
+        update = normalize(update)                      only with beta2: NorMuon
+        W      = (1 - lr * weight_decay) W - lr * sqrt(max(1, rows / cols)) * update
+
+    If a group sets `parts` to n, each of its parameters is n matrices on top of each other (c_attn:
+    q, k and v). Parameters may be replicated or sharded by FSDP2; each rank orthogonalizes a share
+    of the matrices. Like PyTorch's fused optimizers, a step changes nothing if `found_inf` is 1.
+    We do not use torch.optim.Muon: it always uses bf16, and every rank computes all matrices.
     """
 
     found_inf: torch.Tensor | None = None  # a scalar on the device, so that nothing waits for it
@@ -129,64 +143,44 @@ class Muon(torch.optim.Optimizer):
         beta2: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ):
-        self.beta2 = beta2  # of NorMuon's second moments; 0: plain Muon
-        self.dtype = dtype  # of the iteration
+        self.beta2 = beta2  # decay rate of NorMuon's second moments; 0 is plain Muon
+        self.dtype = dtype  # for Newton-Schulz
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM, "parts": 1}
         super().__init__(groups, defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002  # torch gives None
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002  # torch passes None
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[torch.Tensor]] = {}
             for param in group["params"]:
                 if param.grad is not None:
                     by_shape.setdefault(param.shape, []).append(param)
             for shape, params in by_shape.items():
-                at_once = max(1, BATCH_ELEMENTS // shape.numel())
+                at_once = max(1, NS_BATCH_ELEMENTS // shape.numel())
                 for start in range(0, len(params), at_once):
                     self._update(group, params[start : start + at_once])
 
     def _update(self, group: dict, params: list[torch.Tensor]) -> None:
-        """Update parameters of one shape, with few kernels: on a GPU launching them would take
-        longer than running them.
+        """Update parameters of the same shape together. One by one, a GPU would take longer to
+        launch the kernels than to run them.
         """
         shape, lr = params[0].shape, group["lr"]
         rows, cols = shape[0] // group["parts"], shape[1]
-        momenta = [full_tensor(momentum) for momentum in self._update_momenta(group, params)]
-        stacked = torch.stack(momenta).view(-1, rows, cols)
+        # Every change is multiplied by `keep`: 1 keeps it, 0 drops it because the step is skipped.
+        keep = 1.0 if self.found_inf is None else 1 - self.found_inf
+        lookaheads = self._update_momenta(group, params)
+        stacked = torch.stack([full_tensor(t) for t in lookaheads]).view(-1, rows, cols)
         updates = distributed_newton_schulz(stacked.to(self.dtype)).to(stacked.dtype)
-        apply = 1.0 if self.found_inf is None else 1 - self.found_inf
         if self.beta2:
-            updates = self._normalize(params, updates, apply * (1 - self.beta2))
-        # Jordan's factor: a tall matrix changes its outputs as much as a square one.
-        updates = updates * (apply * (-lr * max(1.0, rows / cols) ** 0.5))
-        torch._foreach_mul_(params, 1 - apply * (lr * group["weight_decay"]))
+            updates = self._normalize(params, updates, keep * (1 - self.beta2))
+        # Jordan's factor: a tall matrix changes the outputs of its layer as much as a square one.
+        updates = updates * (keep * (-lr * max(1.0, rows / cols) ** 0.5))
+        torch._foreach_mul_(params, 1 - keep * (lr * group["weight_decay"]))
         changes = zip(params, updates.view(-1, *shape).unbind(), strict=True)
         torch._foreach_add_(params, [shard_like(param, change) for param, change in changes])
 
-    def _normalize(
-        self, params: list[torch.Tensor], updates: torch.Tensor, weight: float | torch.Tensor
-    ) -> torch.Tensor:
-        """NorMuon: divide each row of the updates (n, rows, cols), or each column of wide ones, by
-        the running root mean square of its elements, and keep the norm of each matrix. `weight` is
-        that of the new squares in their running mean: 0 in a skipped step.
-        """
-        is_wide = updates.size(1) < updates.size(2)
-        squares = updates.square().mean(1 if is_wide else 2, keepdim=True)
-        for param in params:
-            if "second_moment" not in self.state[param]:
-                zeros = squares.new_zeros(squares.numel() // len(params))
-                self.state[param]["second_moment"] = zeros
-        moments = [self.state[param]["second_moment"] for param in params]
-        means = torch.stack(moments).view_as(squares).lerp(squares, weight)
-        torch._foreach_copy_(moments, list(means.view(len(params), -1).unbind()))
-        scales = means.clamp(min=MIN_SECOND_MOMENT).rsqrt()
-        before = squares.sum((1, 2), keepdim=True)
-        after = (squares * scales.square()).sum((1, 2), keepdim=True)
-        return updates * scales * (before / after.clamp(min=MIN_SECOND_MOMENT)).sqrt()
-
     def _update_momenta(self, group: dict, params: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Update the running means of the gradients; return their Nesterov lookaheads. This may
+        """Update the running means of the gradients. Return their Nesterov look-aheads. This may
         overwrite the gradients.
         """
         grads = [param.grad for param in params if param.grad is not None]
@@ -194,32 +188,55 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[param]:
                 self.state[param]["momentum_buffer"] = torch.zeros_like(grad)
         means = [self.state[param]["momentum_buffer"] for param in params]
-        if self.found_inf is not None:  # averaging a mean with itself leaves it as it is
+        if self.found_inf is not None:  # a skipped step averages each mean with itself
             skip = self.found_inf.bool()
             grads = [torch.where(skip, m, g) for m, g in zip(means, grads, strict=True)]
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
         torch._foreach_lerp_(grads, means, group["momentum"])
         return grads
 
+    def _normalize(
+        self, params: list[torch.Tensor], updates: torch.Tensor, new_share: float | torch.Tensor
+    ) -> torch.Tensor:
+        """NorMuon: divide each row of the updates (n, rows, cols), or each column if they are wide,
+        by the running root mean square of its elements. Then scale each matrix back to the norm it
+        had. `new_share` is the share of the new squares in the running mean, 0 in a skipped step.
+        """
+        is_wide = updates.size(1) < updates.size(2)
+        squares = updates.square().mean(1 if is_wide else 2, keepdim=True)  # one number per row
+        for param in params:
+            if "second_moment" not in self.state[param]:
+                zeros = squares.new_zeros(squares.numel() // len(params))
+                self.state[param]["second_moment"] = zeros
+        moments = [self.state[param]["second_moment"] for param in params]
+        means = torch.stack(moments).view_as(squares).lerp(squares, new_share)
+        torch._foreach_copy_(moments, list(means.view(len(params), -1).unbind()))
+        scales = means.clamp(min=MIN_SECOND_MOMENT).rsqrt()
+        # The squared norm of a matrix before and after, both divided by the length of a row.
+        before = squares.sum((1, 2), keepdim=True)
+        after = (squares * scales.square()).sum((1, 2), keepdim=True)
+        return updates * scales * (before / after.clamp(min=MIN_SECOND_MOMENT)).sqrt()
+
 
 def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices (n, rows, cols) with their singular values replaced by values near 1, by Jordan's
-    quintic Newton-Schulz iteration, in their own dtype. Singular values from 0.002 of the
-    Frobenius norm end between 0.7 and 1.2; smaller ones stay smaller.
+    """Replace the singular values of each matrix (n, rows, cols) with values near 1, using Jordan's
+    quintic Newton-Schulz iteration. Singular values of at least 0.002 times the Frobenius norm end
+    up between 0.7 and 1.2; smaller ones end up below 0.7. The dtype stays the same.
     """
     a, b, c = NS_COEFFICIENTS
     is_tall = matrices.size(1) > matrices.size(2)
-    x = matrices.mT if is_tall else matrices
+    x = matrices.mT if is_tall else matrices  # so that x x' is the smaller of the two products
     norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
     x = x / norm.clamp(min=NS_EPS).to(x.dtype)
     for _ in range(NS_STEPS):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b g + c g g
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + (b g + c g g) x
     return x.mT if is_tall else x
 
 
 def distributed_newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
-    """`newton_schulz`, where each rank computes an equal share and gathers the others'."""
+    """`newton_schulz` with the matrices split evenly over the ranks, and the results gathered."""
     if not torch.distributed.is_initialized():
         return newton_schulz(matrices)
     world_size = torch.distributed.get_world_size()
@@ -235,9 +252,9 @@ def distributed_newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def newton_schulz_dtype(device: torch.device, config: TrainConfig) -> torch.dtype:
-    """bf16, which Newton-Schulz tolerates, where the device has units for it; elsewhere it would
-    take hundreds of times as long. On a CPU only in bf16 training, so that training in fp32 is the
-    same on any CPU.
+    """bf16 if the device has bf16 units, else fp32: emulated bf16 takes hundreds of times as long.
+    Newton-Schulz tolerates bf16. On a CPU we use it only in bf16 training, so that an fp32 run is
+    the same on any CPU.
     """
-    may_round = device.type == "cuda" or config.precision == "bf16"
-    return torch.bfloat16 if may_round and has_bf16_units(device) else torch.float32
+    allow_bf16 = device.type == "cuda" or config.precision == "bf16"
+    return torch.bfloat16 if allow_bf16 and has_bf16_units(device) else torch.float32

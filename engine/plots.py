@@ -1,4 +1,4 @@
-"""loss.png: the curves of runs as a plot."""
+"""Plot the curves of runs, for loss.png and report.html."""
 
 import itertools
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.files import naming_file
+from engine.files import adding_path_to_errors
 from engine.metrics import name_dataset, read_metrics
 
 if TYPE_CHECKING:
@@ -14,28 +14,28 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Validation losses of OpenAI's GPT-2 124M, from llm.c (FineWeb) and build-nanogpt (FineWeb-Edu).
-# The two sets differ, so a run is compared only with the loss on its own.
+# These are different datasets, so a run is compared only with the loss on its own dataset.
 GPT2_VAL_LOSS = dict.fromkeys(("fineweb", "fineweb10B-gpt2", "fineweb100B-gpt2"), 3.4250)
 GPT2_VAL_LOSS |= dict.fromkeys(("fineweb-edu", "finewebedu10B-gpt2"), 3.2924)
-# Published HellaSwag accuracies with their metric, since only equal metrics compare. 124M and 125M.
-HELLASWAG = [
+# Published HellaSwag accuracies. The labels name the metric, because different metrics are not
+# comparable. GPT-3 Small has 125M parameters.
+PUBLISHED_HELLASWAG = [
     ("GPT-2 124M, lm-eval acc_norm 0.3114", 0.3114, "--"),
-    ("GPT-2 124M, token-normalised 0.2955", 0.2955, ":"),
-    ("GPT-3 Small, token-normalised 0.337", 0.337, "-."),
+    ("GPT-2 124M, token-normalized 0.2955", 0.2955, ":"),
+    ("GPT-3 Small, token-normalized 0.337", 0.337, "-."),
 ]
-# The label and the style of a curve, by its key in the log.
+# Label and style of the curves, by their keys in the log.
 CURVES: dict[str, tuple[str, dict[str, Any]]] = {
     "train_loss": ("{} train {:.3f}", {"linewidth": 1.2}),
     "val_loss": ("{} val {:.3f}", {"marker": "o", "markersize": 4, "linestyle": "--"}),
     "hellaswag_acc_norm": ("{}, lm-eval acc_norm {:.4f}", {"marker": "o"}),
 }
-SMOOTHED, MIN_SMOOTHED = 0.02, 5  # share of the steps in the running mean of the training loss
+# Window of the running mean of the training loss: a fraction of its steps, and the least steps.
+SMOOTHED_FRACTION, MIN_SMOOTHED_STEPS = 0.02, 5
 X_AXES = ("step", "tokens", "seconds")
-# Panels and the keys of the log that they show.
-PANELS = {
-    "loss, nats per token": ["train_loss", "val_loss"],
-    "HellaSwag accuracy": ["hellaswag_acc_norm"],
-}
+# Panels, and the keys of the log that they show.
+LOSS_PANEL, HELLASWAG_PANEL = "loss, nats per token", "HellaSwag accuracy"
+PANELS = {LOSS_PANEL: ["train_loss", "val_loss"], HELLASWAG_PANEL: ["hellaswag_acc_norm"]}
 MORE_PANELS = {
     "learning rate": ["lr"],
     "gradient norm": ["grad_norm"],
@@ -45,7 +45,9 @@ WIDTH, HEIGHT, SMALL_HEIGHT = 9.0, 4.5, 2.2  # of a panel, in inches
 
 
 def curve_points(records: list[dict], key: str, x: str) -> tuple[list[float], list[float]]:
-    """The steps, tokens or seconds of training (`x`) at which `key` was logged, and its values."""
+    """Return the x values (step, tokens or seconds of training) at which `key` was logged, and its
+    values.
+    """
     seconds = itertools.accumulate(r.get("step_ms", 0) / 1e3 for r in records)
     positions = seconds if x == "seconds" else (r[x] for r in records)
     values = [r.get(key) for r in records]
@@ -54,52 +56,54 @@ def curve_points(records: list[dict], key: str, x: str) -> tuple[list[float], li
 
 
 def plot_runs(runs: list[Path], path: Path, x: str = "step") -> None:
-    """Draw the runs into an image, whose format follows from the name of `path`."""
+    """Draw the runs and save the image in the format that the suffix of `path` names."""
     figure = draw_runs(runs, x)
-    with naming_file(path):
+    with adding_path_to_errors(path):
         figure.savefig(path, dpi=150)
 
 
-def draw_runs(runs: list[Path], x: str = "step", *, has_all_panels: bool = False) -> "Figure":
-    """Draw the losses of the runs over one of X_AXES, HellaSwag accuracy if it was logged and, if
-    asked for, MORE_PANELS.
+def draw_runs(runs: list[Path], x: str = "step", *, all_panels: bool = False) -> "Figure":
+    """Draw the losses of the runs over `x`, one of X_AXES, and HellaSwag accuracy if it was logged.
+    With `all_panels`, draw MORE_PANELS as well.
     """
     from matplotlib.figure import Figure
 
-    logs = [(printable(Path(run).name), read_metrics(run)) for run in runs]
-    logged = {"val_loss"}.union(*(record for _, log in logs for record in log))
-    panels = PANELS | MORE_PANELS if has_all_panels else PANELS
+    logs = [(escape_label(Path(run).name), read_metrics(run)) for run in runs]
+    # There is always a panel for the loss.
+    logged = {"val_loss", *(key for _, log in logs for record in log for key in record)}
+    panels = PANELS | MORE_PANELS if all_panels else PANELS
     panels = {label: keys for label, keys in panels.items() if logged.intersection(keys)}
     heights = [HEIGHT if label in PANELS else SMALL_HEIGHT for label in panels]
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     grid = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     gpt2 = {loss for run in runs if (loss := GPT2_VAL_LOSS.get(name_dataset(run)))}
-    quoted = {"val_loss": [(f"GPT-2 124M val {loss:.3f}", loss, "--") for loss in sorted(gpt2)]}
-    quoted["hellaswag_acc_norm"] = HELLASWAG
+    published = {HELLASWAG_PANEL: PUBLISHED_HELLASWAG}
+    published[LOSS_PANEL] = [(f"GPT-2 124M val {loss:.3f}", loss, "--") for loss in sorted(gpt2)]
     for axes, (panel, keys) in zip(grid, panels.items(), strict=True):
-        for (i, (name, log)), key in itertools.product(enumerate(logs), keys):
-            plot_curve(axes, name, log, key, x=x, color=f"C{i}")
+        for i, (name, log) in enumerate(logs):
+            for key in keys:
+                plot_curve(axes, name, log, key, x=x, color=f"C{i}")
         axes.set_ylabel(panel)
         axes.grid(alpha=0.3)
         if panel in MORE_PANELS:
             axes.set_ylim(0, None)
             continue
-        for label, value, style in quoted[keys[-1]]:
-            axes.axhline(value, color="gray", linestyle=style, label=f"{label} (quoted)")
+        for label, value, style in published[panel]:
+            axes.axhline(value, color="gray", linestyle=style, label=f"{label} (published)")
         axes.legend()
     grid[-1].set_xlabel("seconds of training" if x == "seconds" else x)
     return figure
 
 
-def printable(name: str) -> str:
-    """The name as a label of matplotlib."""
-    shown = name.replace("$", r"\$")  # formulas are between dollars
-    return f" {shown}" if shown.startswith("_") else shown  # it would be missing in the legend
+def escape_label(name: str) -> str:
+    """Change a name so that matplotlib shows it as it is in a legend."""
+    label = name.replace("$", r"\$")  # text between dollars would be a formula
+    return f" {label}" if label.startswith("_") else label  # a leading _ would hide it
 
 
 def plot_curve(axes: "Axes", name: str, log: list[dict], key: str, *, x: str, color: str) -> None:
-    """Draw what a run logged under the key, with the last value in the label. The training loss is
-    drawn as it is, in a light color, and as its running mean.
+    """Draw what a run logged under `key`, with the last value in the label. The training loss is
+    drawn twice: as logged, in a light color, and as a running mean.
     """
     positions, values = curve_points(log, key, x)
     if not values:
@@ -107,15 +111,15 @@ def plot_curve(axes: "Axes", name: str, log: list[dict], key: str, *, x: str, co
     label, style = CURVES.get(key, ("", {"linewidth": 0.8}))
     if key == "train_loss":
         axes.plot(positions, values, color=color, alpha=0.3, linewidth=0.8)
-        n = min(len(values), max(MIN_SMOOTHED, round(SMOOTHED * len(values))))
+        n = min(len(values), max(MIN_SMOOTHED_STEPS, round(SMOOTHED_FRACTION * len(values))))
         values = running_mean(values, n).tolist()
         label += f", mean of {n} step{'s' * (n > 1)}"
     label = label.format(name, values[-1])
-    axes.plot(positions, values, color=color, gid=key, label=label, **style)
+    axes.plot(positions, values, color=color, gid=key, label=label, **style)  # gid: for report.py
 
 
 def running_mean(values: list[float], n: int) -> np.ndarray:
-    """The mean of each value and up to n - 1 values before it."""
+    """Return the running mean over the last n values, or fewer at the start."""
     sums = np.cumsum(values)
     sums[n:] = sums[n:] - sums[:-n]
     return sums / np.minimum(np.arange(len(sums)) + 1, n)

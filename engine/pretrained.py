@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints: find, load, save.
+"""Hugging Face checkpoints: find, load and save them.
 
-A checkpoint is a folder, here or on the hub, with config.json, model.safetensors or
-pytorch_model.bin (in one file or several) and tokenizer files.
+A checkpoint is a folder, local or on the hub, with config.json, tokenizer files, and the weights in
+model.safetensors or pytorch_model.bin, which may be split into several files.
 """
 
 import shutil
@@ -15,15 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from engine.files import read_json, write_json
-from engine.hub import download
+from engine.hub import download_model_files
 from engine.tensors import check_tensors, copy_tensors, read_tensors
 from engine.tokenizer import GPT2_VOCAB_SIZE, TOKENIZER_FILES, Tokenizer, find_tokenizer
 from model import GPT, GPTConfig
 
 Tensors = dict[str, torch.Tensor]  # by name
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference
-# Options of config.json that change what a GPT-2 computes: their default in transformers, and the
-# values that mean what model.py computes (gelu_pytorch_tanh is another name of gelu_new).
+# Options of config.json that affect what a GPT-2 computes, as option: (default in transformers,
+# values that model.py supports). gelu_pytorch_tanh is another name for gelu_new.
 OPTIONS = {
     "model_type": ("gpt2", ("gpt2",)),
     "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
@@ -33,7 +33,7 @@ OPTIONS = {
     "add_cross_attention": (False, (False,)),
     "quantization_config": (None, (None,)),
 }
-# The fields of GPTConfig and their names in config.json.
+# The key in config.json for each field of GPTConfig.
 CONFIG_KEYS = {
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
@@ -44,17 +44,19 @@ CONFIG_KEYS = {
     "tie_weights": "tie_word_embeddings",
 }
 REQUIRED_KEYS = ("n_positions", "n_layer", "n_head", "n_embd")
-KINDS = {"layer_norm_epsilon": (float, "a number"), "tie_weights": (bool, "true or false")}
+# The type of the fields that are not integers, and its name for error messages.
+FIELD_TYPES = {"layer_norm_epsilon": (float, "a number"), "tie_weights": (bool, "true or false")}
 
 
 def load_pretrained(name_or_path: str | Path) -> GPT:
-    """Load a Hugging Face folder or hub name (`gpt2`, `gpt2-xl`, ...) in fp32. ValueError names an
-    option that the model does not have, or a tensor that is missing, unexpected or misshapen.
+    """Load a model in fp32 from a Hugging Face folder or hub name (`gpt2`, `gpt2-xl`, ...). Raises
+    ValueError if model.py does not support an option, or if a tensor is missing, unexpected or of
+    the wrong shape.
     """
     folder = find_pretrained(name_or_path)
     config = read_config(folder / "config.json")
     tensors = read_weights(folder)
-    if config.tie_weights:  # old files repeat the embedding as the head
+    if config.tie_weights:  # old files may have a second copy of the embedding as the head
         head = tensors.pop("lm_head.weight", None)
         wte = tensors.get("transformer.wte.weight")
         if head is not None and wte is not None and not torch.equal(head, wte):
@@ -62,7 +64,7 @@ def load_pretrained(name_or_path: str | Path) -> GPT:
                 f"{folder}: lm_head.weight differs from wte, but config.json ties them; "
                 "set tie_word_embeddings to false there"
             )
-    with torch.device("meta"):  # no memory or random numbers for weights that are replaced
+    with torch.device("meta"):  # allocates and initializes nothing; the weights are copied below
         model = GPT(config)
     check_tensors(tensors, hf_tensors(model), str(folder))
     model.to_empty(device="cpu")
@@ -75,68 +77,73 @@ def load_pretrained(name_or_path: str | Path) -> GPT:
 
 
 def find_pretrained(name_or_path: str | Path) -> Path:
-    """The local folder of a model: the given one, or the hub's files, downloaded and cached."""
+    """Return the folder of a model. If there is no local folder of that name, download the model
+    from the hub to the cache. Raises FileNotFoundError if it is not a model.
+    """
     if (Path(name_or_path) / "config.json").is_file():
         return Path(name_or_path)
     if Path(name_or_path).exists():
         raise FileNotFoundError(
-            f"{name_or_path} holds no config.json, expected a model, a checkpoint or a run"
+            f"{name_or_path} has no config.json; expected the folder of a model, checkpoint or run"
         )
     for weights in WEIGHT_FILES:
-        folder = download(str(name_or_path), weights, *TOKENIZER_FILES)
+        folder = download_model_files(str(name_or_path), weights, *TOKENIZER_FILES)
         if any(folder.glob(weights)):
             return folder
-    raise FileNotFoundError(f"{name_or_path} on the hub holds none of {', '.join(WEIGHT_FILES)}")
+    raise FileNotFoundError(f"{name_or_path} on the hub has none of {', '.join(WEIGHT_FILES)}")
 
 
-def load_tokenizer(model: GPT, given: str | None = None) -> Tokenizer:
-    """The tokenizer of a loaded model: `given`, by folder or hub name, or the one in its own
-    folder. Without files, a model with 50,257 tokens gets GPT-2's. ValueError if there is none, or
-    it has more tokens than the model.
+def load_tokenizer(model: GPT, name_or_path: str | None = None) -> Tokenizer:
+    """Load the tokenizer for a model: from the folder or hub name `name_or_path` if given, else
+    from the model's own folder. If its own folder has no tokenizer files, a model with 50,257
+    tokens gets GPT-2's tokenizer. Raises ValueError if there is no tokenizer, or if it has more
+    tokens than the model.
     """
-    name, vocab_size = str(model.name_or_path), model.config.vocab_size
-    tokenizer = find_tokenizer(given or name)
-    if not tokenizer and not given and vocab_size == GPT2_VOCAB_SIZE:
-        print(f"{name} has no tokenizer files; using GPT-2's tokenizer", file=sys.stderr)
+    model_name, vocab_size = str(model.name_or_path), model.config.vocab_size
+    tokenizer = find_tokenizer(name_or_path or model_name)
+    if not tokenizer and not name_or_path and vocab_size == GPT2_VOCAB_SIZE:
+        print(f"{model_name} has no tokenizer files; using GPT-2's tokenizer", file=sys.stderr)
         tokenizer = Tokenizer.gpt2()
-    if not tokenizer or tokenizer.vocab_size > vocab_size:
-        missing = f"no tokenizer files in {given or 'its folder'}"
-        found = f"the tokenizer {tokenizer}" if tokenizer else missing
-        raise ValueError(
-            f"{name} has {vocab_size:,} tokens and {found}; name the tokenizer that it was trained "
-            "with, a folder or hub name, as --tokenizer"
-        )
+    remedy = "set --tokenizer to the folder or hub name of the tokenizer it was trained with"
+    if not tokenizer:
+        problem = f"no tokenizer files in {name_or_path or 'its folder'}"
+        raise ValueError(f"{model_name} has {vocab_size:,} tokens and {problem}; {remedy}")
+    if tokenizer.vocab_size > vocab_size:
+        problem = f"the tokenizer {tokenizer} has more"
+        raise ValueError(f"{model_name} has {vocab_size:,} tokens, but {problem}; {remedy}")
     return tokenizer
 
 
 def read_config(path: Path) -> GPTConfig:
-    """The shape in a config.json; ValueError for an option that the model does not have."""
-    hf = read_json(path, "save or download it again")
+    """Read a config.json. Raises ValueError if model.py does not support an option."""
+    hf = read_json(path, remedy="save or download it again")
     for option, (default, accepted) in OPTIONS.items():
         if (value := hf.get(option, default)) not in accepted:
             expected = " or ".join(map(repr, accepted))
-            raise ValueError(f"{path}: {option} is {value!r}, this model has only {expected}")
+            raise ValueError(f"{path}: {option} is {value!r}, this model supports only {expected}")
     keys = {field: key for field, key in CONFIG_KEYS.items() if key in hf or key in REQUIRED_KEYS}
-    shape: dict[str, Any] = {field: hf.get(key) for field, key in keys.items()}
-    for field, value in shape.items():
-        kind, expected = KINDS.get(field, (int, "an integer"))
+    values: dict[str, Any] = {field: hf.get(key) for field, key in keys.items()}
+    for field, value in values.items():
+        kind, expected = FIELD_TYPES.get(field, (int, "an integer"))
         if type(value) is not kind:
             raise ValueError(f"{path}: {CONFIG_KEYS[field]} is {value!r}, expected {expected}")
     if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
-        raise ValueError(f"{path}: n_inner is {hf['n_inner']}, this model has only 4 * n_embd")
+        raise ValueError(f"{path}: n_inner is {hf['n_inner']}, this model supports only 4 * n_embd")
     try:
-        return GPTConfig(**shape)
+        return GPTConfig(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def read_weights(folder: Path) -> Tensors:
-    """All tensors under the names of GPT2LMHeadModel (files of GPT2Model lack the prefix), without
-    the attention masks in old files.
+    """Read all tensors of a checkpoint, by their names in GPT2LMHeadModel. Files saved from a
+    GPT2Model lack the prefix "transformer.", so it is added. The attention masks in old files are
+    dropped.
     """
-    files = next((f for pattern in WEIGHT_FILES if (f := sorted(folder.glob(pattern)))), None)
+    found = (sorted(folder.glob(pattern)) for pattern in WEIGHT_FILES)
+    files = next((files for files in found if files), None)
     if files is None:
-        raise FileNotFoundError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}")
+        raise FileNotFoundError(f"{folder} has none of {', '.join(WEIGHT_FILES)}")
     tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
     return {
         name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
@@ -146,14 +153,15 @@ def read_weights(folder: Path) -> Tensors:
 
 
 def hf_tensors(model: GPT, params: Tensors | None = None) -> Tensors:
-    """Views of the parameters, or of `params`, copies of them by name, as Hugging Face stores them:
-    the linear layers of the blocks transposed (its Conv1D), no vocabulary padding.
+    """Return views of the model's parameters, by name, in Hugging Face's layout: the linear layers
+    in the blocks are transposed (Conv1D), and the vocabulary is not padded. If `params` is given,
+    return views of those tensors instead (by name, such as averaged or gathered parameters).
     """
     tensors = {}
     for name, param in model.named_parameters():
         if not name.endswith((".weight", ".bias")):
             raise ValueError(
-                f"{name} is not a parameter of GPT-2; call merge_lora or save_adapter first"
+                f"{name} is not a parameter of GPT-2; call merge_lora first, or use save_adapter"
             )
         tensor = params[name] if params else param.data
         if name in ("transformer.wte.weight", "lm_head.weight"):
@@ -167,8 +175,9 @@ def hf_tensors(model: GPT, params: Tensors | None = None) -> Tensors:
 def save_pretrained(
     model: GPT, folder: Path, tokenizer: Tokenizer | None = None, params: Tensors | None = None
 ) -> None:
-    """Write config.json and model.safetensors, which transformers opens as GPT2LMHeadModel, and the
-    files of the tokenizer. If `params` are given, copies of the parameters by name, it writes them.
+    """Save a model and its tokenizer in a folder that transformers opens as GPT2LMHeadModel. If
+    `params` is given, save those tensors (by name) instead of the model's parameters. Raises
+    OSError if the folder cannot be written.
     """
     config = model.config
     gpt2_end = GPT2_VOCAB_SIZE - 1 if config.vocab_size == GPT2_VOCAB_SIZE else None
@@ -188,8 +197,9 @@ def save_pretrained(
     try:
         write_json(folder / "config.json", hf)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # from 0600
+        # safetensors makes the file private (mode 0600). Give it the usual permissions.
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
         if tokenizer:
             tokenizer.save(folder, config.block_size)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{folder} could not be written, is the disk full? {error}") from error
+        raise OSError(f"{folder} could not be written: {error} (is the disk full?)") from error

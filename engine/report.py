@@ -1,4 +1,4 @@
-"""report.html of a run, and the templates that it and the model card are made from."""
+"""Write report.html for a run, and fill in the templates of the report and the model card."""
 
 import importlib.metadata
 import io
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ from engine.metrics import read_metrics, summarize_run
 from engine.plots import CURVES, draw_runs
 from engine.throughput import describe_device
 
-MAX_TITLES = 100  # points of a curve whose values the report shows on hover
-SVG_DPI = 72  # of matplotlib's SVG
+MAX_TOOLTIPS = 100  # points per curve that show their value on hover
+SVG_DPI = 72  # matplotlib writes SVG at this resolution
 PACKAGES = ("numpy", "transformers", "tokenizers", "tiktoken")
 ENGINE = Path(__file__).parent
 
@@ -41,25 +42,26 @@ def write_report(run: Path, dist: Distributed) -> None:
         )
         write_atomically(path, page.encode())
     except Exception as error:
-        print(f"{path} is not written: {type(error).__name__}: {error}", flush=True)
+        print(f"could not write {path}: {type(error).__name__}: {error}", flush=True)
 
 
 def collect_environment(dist: Distributed) -> dict[str, str]:
-    """The command, hardware and versions of this process."""
+    """Return the command, hardware and versions of this process."""
     return {
         "command": shlex.join(["python", *sys.argv]),
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "devices": f"{dist.world_size} x {describe_device(dist.device)}",
         "system": f"{platform.platform()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
-        "torch": torch.__version__,  # with the version of CUDA
+        "torch": torch.__version__,  # includes the CUDA version
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "git commit": read_git_commit().strip(),
     }
 
 
 def read_git_commit() -> str:
-    """This project's commit, with -dirty if tracked files differ from it."""
+    """Return this project's commit, with -dirty if tracked files differ from it."""
+    # --exclude=* ignores tags.
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.check_output(command, cwd=ENGINE, stderr=subprocess.DEVNULL, text=True)
@@ -68,7 +70,7 @@ def read_git_commit() -> str:
 
 
 def render_template(file: str, **values: object) -> str:
-    """Fill in a file of engine/templates. In HTML all values are escaped."""
+    """Fill in a file of engine/templates. In HTML files, values are escaped."""
     from jinja2 import Environment, FileSystemLoader, select_autoescape
 
     loader = FileSystemLoader(ENGINE / "templates")
@@ -77,25 +79,34 @@ def render_template(file: str, **values: object) -> str:
 
 
 def render_curves(run: Path) -> str:
-    """The curves as an SVG element with real text, in the light or dark colors of the report.
-    Transparent circles on points of the curves have titles, which a browser shows on hover.
+    """Return the curves as an SVG element. Its text stays text, and its colors follow the light or
+    dark theme of the page.
     """
     import matplotlib as mpl
 
     stream = io.StringIO()
-    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # None leaves them out
     with mpl.rc_context({"svg.fonttype": "none", "figure.dpi": SVG_DPI}):
-        figure = draw_runs([run], has_all_panels=True)
+        figure = draw_runs([run], all_panels=True)
         figure.savefig(stream, format="svg", transparent=True, metadata=metadata)
-    circles = ""
-    for line in (line for axes in figure.axes for line in axes.lines if line.get_gid() in CURVES):
-        points = np.asarray(line.get_xydata())
-        points = points[np.unique(np.linspace(0, len(points) - 1, MAX_TITLES).round().astype(int))]
-        places = line.get_transform().transform(points)  # from the bottom left
-        for (step, value), (x, y) in zip(points, places, strict=True):
-            place = f'cx="{x:.1f}" cy="{figure.bbox.height - y:.1f}" r="5"'
-            title = f"step {step:,.0f}: {line.get_gid()} {value:.4f}"
-            circles += f"<circle {place}><title>{title}</title></circle>"
+    lines = [line for axes in figure.axes for line in axes.lines if line.get_gid() in CURVES]
+    circles = "".join(draw_tooltips(line, figure.bbox.height) for line in lines)
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :].replace("</svg>", f"{circles}</svg>")
     return svg.replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")
+
+
+def draw_tooltips(line: Any, height: float) -> str:
+    """Return SVG circles for points of a curve: `line` is a matplotlib Line2D. The circles are
+    transparent, and browsers show their titles on hover. `height` is that of the image in pixels.
+    """
+    points = np.asarray(line.get_xydata())
+    shown = np.linspace(0, len(points) - 1, MAX_TOOLTIPS).round().astype(int)
+    points = points[np.unique(shown)]
+    pixels = line.get_transform().transform(points)
+    circles = ""
+    for (step, value), (x, y) in zip(points, pixels, strict=True):
+        title = f"step {step:,.0f}: {line.get_gid()} {value:.4f}"
+        center = f'cx="{x:.1f}" cy="{height - y:.1f}"'  # matplotlib's y points up, SVG's down
+        circles += f'<circle {center} r="5"><title>{title}</title></circle>'
+    return circles

@@ -1,10 +1,11 @@
-"""Open a run: new, resumed with the same settings, or extended to more steps."""
+"""Open a run: a new one, one to resume with the same settings, or one to extend to more steps."""
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from engine.checkpoint import BASE_MARK, RunState, list_checkpoints, load_latest, read_run_config
 from engine.config import TrainConfig, fixed_settings
@@ -12,6 +13,21 @@ from engine.distributed import Config, Distributed
 from engine.files import JSONLinesLog, lock_folder, write_atomically
 from engine.optim import plateau_end
 from model import GPT
+
+
+class Difference(NamedTuple):
+    """A setting whose value differs from that of the existing run."""
+
+    name: str
+    earlier: Any
+    now: Any  # None if the setting no longer exists, or belongs to another command
+
+    def __str__(self) -> str:
+        return f"{self.name} was {self.earlier}, is {self.now}"
+
+    @property
+    def is_extension(self) -> bool:
+        return self.name == "max_steps" and self.now > self.earlier
 
 
 @contextmanager
@@ -22,49 +38,57 @@ def open_run(
     resolve: Callable[[Config, GPT], Config],
     base: str | None = None,
 ) -> Iterator[tuple[Config, GPT, RunState | None]]:
-    """Lock the run folder and open its run: the complete config, the model, and the state to resume
-    from. A new run has no state, and `build_model` makes its model. A resumed adapter is loaded
-    onto `base`. `resolve` fills in settings that depend on the model, the data or the device.
+    """Lock the run folder. Yield the complete config, the model, and the state to resume from.
+
+    `given` is the config of the command line. A new run has no state, and `build_model` makes its
+    model. `resolve` fills in the settings that depend on the model, the data or the device. `base`
+    is the name of the base model, needed to resume a run that trains an adapter.
+
+    Nothing is written yet. `train` calls `extend_run` and writes config.yaml once it can start.
     """
     run = Path(given.out_dir)
     with lock_folder(run) if dist.is_main else nullcontext():
         with dist.main_process_first():
-            config = replace(given, **check_same_run(run, given))
+            config = replace(given, **inherit_settings(run, given))
             latest = load_latest(run, base, last_step=last_usable_step(run, config))
             model, resumed = latest or (build_model(config), None)
-        del build_model  # which may hold gigabytes
+        del build_model  # it may hold a base model of gigabytes
         yield resolve(config, model), model, resumed
 
 
-def check_same_run(run: Path, config: TrainConfig) -> dict:
-    """The settings that are None in `config` and that the run in the folder has, if there is one. A
-    setting that its config.yaml lacks has its default. More max_steps than the run has are fine if
-    `extend_run` can add them. ValueError if `config` would not continue the run exactly.
+def inherit_settings(run: Path, config: TrainConfig) -> dict:
+    """Return the settings of the existing run that are None in `config`, or {} if there is no run.
+    Raises ValueError if `config` would not continue the run exactly. A larger max_steps is allowed
+    if the run can be extended.
     """
     if not (run / "metrics.jsonl").exists() and not list_checkpoints(run):
         return {}
     now = asdict(config)
     if now["resume"] == "never":
         raise ValueError(f"{run} already holds a run and resume is never; choose another out_dir")
+    # Settings that did not exist yet when the run was made had their defaults.
     earlier = {f.name: f.default for f in fields(config)} | read_run_config(run)
-    names = fixed_settings(type(config)) | earlier.keys() - now.keys()  # of an earlier version
-    unset = {name: earlier[name] for name in names & now.keys() if now[name] is None}
-    changed = {name for name in names - unset.keys() if now.get(name) != earlier[name]}
-    is_longer = "max_steps" in changed and now["max_steps"] > earlier["max_steps"]
-    if differences := changed - ({"max_steps"} if is_longer else set()):
-        shown = "; ".join(f"{n} was {earlier[n]}, is {now.get(n)}" for n in sorted(differences))
+    names = fixed_settings(type(config))
+    inherited = {name: earlier[name] for name in names if now[name] is None}
+    differences = [
+        Difference(name, earlier[name], now.get(name))
+        # Also compare settings that only the run has: it is of another version or command.
+        for name in sorted((names - inherited.keys()) | (earlier.keys() - now.keys()))
+        if earlier[name] != now.get(name)
+    ]
+    if refused := [difference for difference in differences if not difference.is_extension]:
         raise ValueError(
-            f"{run} holds a run with other settings, so it cannot be resumed exactly: {shown}. "
-            "Choose another out_dir, or the earlier settings"
+            f"{run} holds a run with different settings, so it cannot be resumed exactly: "
+            f"{'; '.join(map(str, refused))}. Choose another out_dir, or restore the settings"
         )
-    if is_longer:
-        check_extension(run, replace(config, **unset), earlier["max_steps"])
-    return unset
+    if differences:  # only a larger max_steps is left
+        check_extension(run, replace(config, **inherited), earlier["max_steps"])
+    return inherited
 
 
 def last_usable_step(run: Path, config: TrainConfig) -> int | None:
-    """The last step from which the run in the folder, if it has fewer max_steps than `config`, is
-    on the way of the longer run; None if it has as many.
+    """Return the last step from which the existing run can continue to config.max_steps: the last
+    one before its decay if `config` extends the run. None if it can continue from any step.
     """
     has_config = (run / "config.yaml").is_file()
     max_steps = read_run_config(run).get("max_steps") if has_config else None
@@ -73,35 +97,41 @@ def last_usable_step(run: Path, config: TrainConfig) -> int | None:
     return plateau_end(replace(config, max_steps=max_steps))
 
 
-def check_extension(run: Path, config: TrainConfig, max_steps: int) -> None:
-    """ValueError if the run, of `max_steps`, cannot be extended to config.max_steps."""
+def check_extension(run: Path, config: TrainConfig, earlier_max_steps: int) -> None:
+    """Raise ValueError if the run cannot be extended to config.max_steps."""
     if config.schedule != "wsd":
         raise ValueError(
-            f"{run} has max_steps {max_steps}, on which a cosine depends from its first step. Only "
-            "runs with schedule wsd can be extended; start a new run from its weights "
-            "(init_from, or lora_load_path) with a lower max_lr and another out_dir"
+            f"{run} has a cosine schedule with max_steps {earlier_max_steps}; only runs with "
+            "schedule wsd can be extended. Start a new run from its weights (init_from, or "
+            "lora_load_path) with a lower max_lr and another out_dir"
         )
-    end = plateau_end(replace(config, max_steps=max_steps))
+    end = plateau_end(replace(config, max_steps=earlier_max_steps))
     later = list_checkpoints(run, after=end)
     if later and later == list_checkpoints(run):
         raise ValueError(
-            f"{run} cannot be extended, because it has no checkpoint from before the decay, of "
-            f"step {end} or earlier; use init_from {run} and another out_dir"
+            f"{run} cannot be extended: it has no checkpoint from before the decay (step {end} or "
+            f"earlier); use init_from {run} and another out_dir"
         )
     if bases := [path for path in later if (path / BASE_MARK).exists()]:
         raise ValueError(
-            f"adapters were trained on {bases[0]}, which an extension would move; extend a copy of "
-            f"{run} in which you have deleted {bases[0].name}/{BASE_MARK}"
+            f"extending {run} would move {bases[0]}, the base of an adapter; copy the run, delete "
+            f"{bases[0].name}/{BASE_MARK} in the copy, and extend the copy"
         )
 
 
 def extend_run(run: Path, config: TrainConfig) -> None:
-    """If the run in the folder has fewer max_steps than `config`, take it back to its last usable
-    step. What it did after that becomes a run folder of its own, RUN/until_step_N. The new
-    config.yaml, which the caller writes then, ends the extension; until then it can be repeated.
+    """If `config` has more steps than the existing run, take the run back to the last step before
+    its decay. Everything after that step moves to RUN/until_step_N, a run folder like any other.
+
+        steps          1 ........ end ...... N             max_steps
+        existing run   |--plateau--|--decay--|    the decay moves to until_step_N
+        longer run     |------------plateau---------|--decay--|
+
+    The caller must then write the new config.yaml. Until it does, this can be called again, also
+    after the process was killed halfway.
     """
     end = last_usable_step(run, config)
-    if end is None or not (run / "metrics.jsonl").exists():  # it has not begun
+    if end is None or not (run / "metrics.jsonl").exists():  # not longer, or not begun
         return
     max_steps = read_run_config(run)["max_steps"]
     later = list_checkpoints(run, after=end)
@@ -109,14 +139,15 @@ def extend_run(run: Path, config: TrainConfig) -> None:
     kept = [record for record in records if record["step"] <= end]
     if not later and kept == records:
         return
-    ended = run / f"until_step_{max_steps}"
-    (ended / "checkpoints").mkdir(parents=True, exist_ok=True)
+    archive = run / f"until_step_{max_steps}"
+    (archive / "checkpoints").mkdir(parents=True, exist_ok=True)
+    # Do not copy a file twice: a call that was killed may have shortened metrics.jsonl since.
     for file in run.iterdir():
-        if file.is_file() and file.name != "lock" and not (ended / file.name).exists():
-            write_atomically(ended / file.name, file.read_bytes())
+        if file.is_file() and file.name != "lock" and not (archive / file.name).exists():
+            write_atomically(archive / file.name, file.read_bytes())
     for path in later:
-        path.rename(ended / "checkpoints" / path.name)
+        path.rename(archive / "checkpoints" / path.name)
     lines = "".join(json.dumps(record) + "\n" for record in kept)
     write_atomically(run / "metrics.jsonl", lines.encode())
-    (run / "wandb_id").unlink(missing_ok=True)  # W&B does not take steps back
-    print(f"extending {run} to {config.max_steps} steps; what followed step {end} is in {ended}")
+    (run / "wandb_id").unlink(missing_ok=True)  # the steps of a W&B run cannot go down
+    print(f"extending {run} to {config.max_steps} steps; what followed step {end} is in {archive}")

@@ -1,4 +1,4 @@
-"""Rows, JSON objects: from .json and .jsonl files, the hub, or Python itself."""
+"""Read rows: JSON objects from .json and .jsonl files, the hub, or Python's standard library."""
 
 import ast
 import json
@@ -11,13 +11,13 @@ from engine.files import read_lines, sha256_text
 from engine.hub import check_hub_name, load_hub_rows
 
 Converted = TypeVar("Converted")
-STDLIB = "stdlib"  # the source whose rows are Python's own functions
-HUB_REMEDY = "Without a network, use a file as data or hellaswag_data, or fine-tune on stdlib"
-DOCSTRING_WORDS = range(5, 60)  # longer or shorter first paragraphs are left out
+STDLIB = "stdlib"  # the source whose rows are functions of Python's standard library
+HUB_REMEDY = "Without a network, set data or hellaswag_data to a file, or fine-tune on stdlib"
+DOCSTRING_WORDS = range(5, 60)  # docstrings with a longer or shorter first paragraph are left out
 
 
 def check_source(source: str) -> None:
-    """FileNotFoundError if there is no such file and the name cannot be one of the hub."""
+    """Raise FileNotFoundError if `source` is not an existing file and cannot be a hub dataset."""
     if source != STDLIB and not Path(source).exists():
         check_hub_name(source, "a .json or .jsonl file, plain or .gz, or the name of a dataset")
 
@@ -25,8 +25,9 @@ def check_source(source: str) -> None:
 def open_rows(
     source: str, config: str | None = None, split: str = "train"
 ) -> Iterable[tuple[int, Any]]:
-    """The rows of a file, a dataset of the hub (and its configuration and split), or STDLIB, with
-    their numbers from 1. Lines of JSON are read one at a time, and not parsed.
+    """Return the rows of a file, a hub dataset (with its configuration and split) or STDLIB, as
+    pairs (number, row) that count from 1. The rows of a .jsonl file are its lines as bytes, read
+    one at a time. `convert_rows` parses them, so that it can skip bad lines.
     """
     check_source(source)
     if source == STDLIB:
@@ -49,9 +50,11 @@ def convert_rows(
     convert: Callable[[dict], Converted],
     skip_bad_rows: bool | None = None,
 ) -> Iterator[tuple[int, Converted]]:
-    """What `convert` makes of each row, and the row's number. ValueError names the first row for
-    which it raises a ValueError or KeyError; `skip_bad_rows` prints and skips such rows instead
-    (None: the command has no such flag).
+    """Yield each row's number and `convert(row)`.
+
+    A row is bad if it is not a JSON object, or if `convert` raises ValueError or KeyError. Raises
+    ValueError at the first bad row, unless `skip_bad_rows`: then bad rows are printed and skipped.
+    Pass None if the command has no such flag, so that the error does not suggest it.
     """
     for number, row in rows:
         try:
@@ -69,15 +72,18 @@ def convert_rows(
             print(f"{problem}; skipped")
 
 
-def parse_json(text: bytes, place: str = "") -> Any:
+def parse_json(text: bytes, prefix: str = "") -> Any:
+    """Parse JSON. Raises ValueError with a message that starts with `prefix`."""
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{place}not JSON: {error}") from error
+        raise ValueError(f"{prefix}not JSON: {error}") from error
 
 
 def stdlib_rows() -> list[dict]:
-    """Python functions and the first paragraphs of their docstrings, one per signature."""
+    """Return a row for each function in Python's standard library that has a docstring. The prompt
+    is its signature, and the completion is the first paragraph of its docstring.
+    """
     rows = {}
     for node, docstring in stdlib_definitions():
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -85,11 +91,12 @@ def stdlib_rows() -> list[dict]:
         paragraph = " ".join(docstring.split("\n\n")[0].split())
         if len(paragraph.split()) in DOCSTRING_WORDS:
             rows[f"def {node.name}({ast.unparse(node.args)}):\n"] = paragraph
-    return [{"prompt": p, "completion": rows[p]} for p in sorted(rows, key=sha256_text)]
+    prompts = sorted(rows, key=sha256_text)  # a shuffle that is the same on every machine
+    return [{"prompt": prompt, "completion": rows[prompt]} for prompt in prompts]
 
 
 def get_text(row: dict, field: str) -> str:
-    """The string under `field`; KeyError if there is nothing, ValueError if it is no string."""
+    """Return `row[field]`. Raises KeyError if it is missing, ValueError if it is not a string."""
     if not isinstance(row[field], str):
         raise ValueError(f"{field} is {row[field]!r}, expected a string")
     return row[field]

@@ -1,7 +1,19 @@
-"""Log-likelihoods of continuations, packed into rows that share their context.
+"""Score continuations by their log-likelihood. The continuations of a context are packed into one
+row, so that prefixes they share are computed once.
 
-A row holds a context and its continuations. A prefix that continuations share is stored once, and
-the tokens that follow a token come right after it: token i attends to token j if j <= i < ends[j].
+The continuations form a tree below the context. The row has it in depth-first order: the
+descendants of token j are at indices j + 1 to ends[j] - 1. So token i attends to its ancestors and
+itself: to token j if j <= i < ends[j]. For example, the context "The cat" with the continuations
+" sat down now", " sat up straight" and " ran off":
+
+    The - cat -+- sat -+- down
+               |       +- up             The last token of each continuation is a target, but never
+               +- ran                    an input, so it is not in the row.
+
+    index         0    1    2    3    4    5
+    token        The  cat  sat  down  up  ran
+    position      0    1    2    3    3    2
+    ends          6    6    5    4    5    6
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -15,17 +27,17 @@ from engine.distributed import Distributed
 from engine.tokenizer import Tokenizer
 from model import GPT
 
-# Tokens in a batch, and the multiple that rows are padded to. A CPU's matrix products reach full
-# speed at 480 tokens; on an accelerator it is 32 rows of 1024, padded so that few shapes occur.
-BATCH_SHAPE = {"cpu": (480, 1)}
-BATCH_SHAPE_ELSEWHERE = (32_768, 32)
-HEAD_COLUMNS = 2048  # vocabulary entries per matrix product: the logits stay in a CPU's cache
+# The most tokens in a batch, and the multiple to which rows are padded. On a CPU, matmuls reach
+# full speed at 480 tokens. On a GPU, a batch is 32 rows of 1024, padded to have few shapes.
+BATCH_SIZES = {"cpu": (480, 1)}
+DEFAULT_BATCH_SIZE = (32_768, 32)
+VOCAB_CHUNK = 2048  # compute this many columns of the logits at a time: they fit a CPU's cache
 
-Continuations = dict[int, Sequence[int]]  # token ids by their index in the request
+ByIndex = dict[int, Sequence[int]]  # some continuations, by their index in the request
 
 
 class Request(NamedTuple):
-    """Token ids: a context of at least one, and its continuations, each of at least one."""
+    """A context and its continuations, as token ids. None of them may be empty."""
 
     context: Sequence[int]
     continuations: list[Sequence[int]]
@@ -40,17 +52,18 @@ class Score(NamedTuple):
 
 def encode_request(tokenizer: Tokenizer, context: str, continuations: list[str]) -> Request:
     """Split the tokens of context + continuation as lm-eval does (`_encode_pair` and
-    `loglikelihood` of 0.4.13). Whitespace at the end of the context moves to the continuation, and
-    an empty context becomes the start of a text. ValueError for a continuation without tokens.
+    `loglikelihood` of 0.4.13). Whitespace at the end of the context moves to the continuation. An
+    empty context is replaced by the token that starts a text. Raises ValueError if a continuation
+    adds no tokens.
     """
     stripped = context.rstrip()
     space = context[len(stripped) :]
-    context_ids, start = tokenizer.encode(stripped), [tokenizer.start_of_text]
-    request = Request(context_ids or start, [])
+    context_ids, bos = tokenizer.encode(stripped), [tokenizer.start_of_text]
+    request = Request(context_ids or bos, [])
     for continuation in continuations:
         ids = tokenizer.encode(stripped + space + continuation)
-        if not context_ids and ids[:1] != start:
-            ids = start + ids
+        if not context_ids and ids[:1] != bos:  # the text may begin with this token already
+            ids = bos + ids
         if len(ids) <= len(request.context):
             raise ValueError(f"{continuation!r} adds no tokens to its context")
         request.continuations.append(ids[len(request.context) :])
@@ -58,49 +71,53 @@ def encode_request(tokenizer: Tokenizer, context: str, continuations: list[str])
 
 
 class PackedRow(NamedTuple):
-    """Prediction p is of token `targets[p]` after the row's token `previous[p]`; `members[i]` are
-    the predictions of the request's continuation i.
+    """A context and the tree of its continuations. `tokens`, `positions` and `ends` are the input.
+    Prediction p uses the output at index `sources[p]` of the row to predict the token id
+    `targets[p]`. `predictions[i]` lists the predictions of continuation i of the request.
     """
 
     tokens: list[int]
     positions: list[int]
     ends: list[int]
-    previous: list[int]
+    sources: list[int]
     targets: list[int]
-    members: dict[int, list[int]]
+    predictions: dict[int, list[int]]
 
 
 class PackedBatch(NamedTuple):
-    """Token ids `idx`, their `positions` and `ends`, all (B, T). Token `targets[n]` follows token
-    `previous[inverse[n]]` of the flat `idx`; `previous` (P) has no duplicates.
+    """The inputs `idx`, `positions` and `ends`, all (B, T). Prediction n uses the output at index
+    `sources[inverse[n]]` of the flattened idx to predict the token id `targets[n]`. `sources` (P)
+    has no duplicates, so that the head runs only once per index.
     """
 
     idx: torch.Tensor
     positions: torch.Tensor
     ends: torch.Tensor
-    previous: torch.Tensor
+    sources: torch.Tensor
     inverse: torch.Tensor
     targets: torch.Tensor
 
 
 @torch.no_grad()
 def compute_log_probs(model: GPT, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities (N) in nats of `batch.targets`, and whether each target is the most likely
-    token (N). Autocast does not round the logits.
+    """Return the log-probability in nats of each target of the batch (N), and whether it is the
+    most likely token (N). The logits are computed without autocast, which would round them.
     """
-    column = torch.arange(batch.idx.size(1), device=batch.idx.device)
-    mask = (column <= column[:, None]) & (column[:, None] < batch.ends[:, None, None])
-    x = model.hidden(batch.idx, positions=batch.positions, mask=mask)  # mask: (B, 1, T, T)
-    x = x.flatten(0, 1)[batch.previous]  # (P, C)
+    index = torch.arange(batch.idx.size(1), device=batch.idx.device)
+    # j <= i < ends[j], for each query i and key j of a row: (B, 1, T, T)
+    mask = (index <= index[:, None]) & (index[:, None] < batch.ends[:, None, None])
+    x = model.hidden(batch.idx, positions=batch.positions, mask=mask)
+    x = x.flatten(0, 1)[batch.sources]  # (P, C)
     weight = model.lm_head.weight[: model.config.vocab_size]
     x = x.to(weight.dtype)
     target_logits = torch.zeros(len(batch.targets), device=x.device)
     sums, maxima = [], []
     with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, len(weight), HEAD_COLUMNS):
-            logits = F.linear(x, weight[start : start + HEAD_COLUMNS]).float()
+        for start in range(0, len(weight), VOCAB_CHUNK):
+            logits = F.linear(x, weight[start : start + VOCAB_CHUNK]).float()  # (P, chunk)
             sums.append(logits.logsumexp(-1))
             maxima.append(logits.amax(-1))
+            # The targets in this chunk get their logits. The clamp keeps the others in range.
             column, last = batch.targets - start, logits.size(1) - 1
             found = logits[batch.inverse, column.clamp(0, last)]
             target_logits = torch.where((column >= 0) & (column <= last), found, target_logits)
@@ -108,46 +125,52 @@ def compute_log_probs(model: GPT, batch: PackedBatch) -> tuple[torch.Tensor, tor
     return target_logits - log_sum[batch.inverse], target_logits == maximum[batch.inverse]
 
 
-def pack_continuations(context: Sequence[int], continuations: Continuations) -> PackedRow:
-    """Equal continuations share their predictions, so that their scores are exactly equal."""
-    C = len(context)
-    tokens, positions, ends = list(context), list(range(C)), [0] * C
-    index_of: dict[tuple[int, int], int] = {}  # in the row, by previous index and token
-    predictions: dict[tuple[int, int], int] = {}
-    members: dict[int, list[int]] = {i: [] for i in continuations}
-    # In sorted order each continuation shares its longest prefix with the one before it.
+def pack_continuations(context: Sequence[int], continuations: ByIndex) -> PackedRow:
+    """Pack a context and its continuations into one row, as in the drawing at the top. Equal
+    continuations share their predictions, so their scores are exactly equal.
+    """
+    n_context = len(context)
+    tokens, positions, ends = list(context), list(range(n_context)), [0] * n_context
+    # An edge of the tree is (index of the parent, token id). Each edge is one prediction, numbered
+    # in the order in which they appear. All but the last of a continuation lead to a token.
+    index_of: dict[tuple[int, int], int] = {}  # the index of that token in the row
+    number_of: dict[tuple[int, int], int] = {}
+    predictions: dict[int, list[int]] = {i: [] for i in continuations}
+    # In sorted order, each continuation shares its longest prefix with the one before it. So new
+    # tokens are always appended, and the row is in depth-first order.
     for i, ids in sorted(continuations.items(), key=lambda item: list(item[1])):
-        previous, path = C - 1, []
+        parent, path = n_context - 1, []
         for depth, token in enumerate(ids, start=1):
-            edge = (previous, token)
-            members[i].append(predictions.setdefault(edge, len(predictions)))
-            if depth == len(ids):  # nothing is predicted after the last token
+            edge = (parent, token)
+            predictions[i].append(number_of.setdefault(edge, len(number_of)))
+            if depth == len(ids):
                 break
             if edge not in index_of:
                 index_of[edge] = len(tokens)
                 tokens.append(token)
-                positions.append(C + depth - 1)
+                positions.append(n_context + depth - 1)
                 ends.append(0)
-            previous = index_of[edge]
-            path.append(previous)
-        for index in path:
+            parent = index_of[edge]
+            path.append(parent)
+        for index in path:  # the tokens just appended are descendants of the whole path
             ends[index] = len(tokens)
-    ends[:C] = [len(tokens)] * C
-    sources, targets = [list(column) for column in zip(*predictions, strict=True)]
-    return PackedRow(tokens, positions, ends, sources, targets, members)
+    ends[:n_context] = [len(tokens)] * n_context
+    sources, targets = [list(column) for column in zip(*number_of, strict=True)]
+    return PackedRow(tokens, positions, ends, sources, targets, predictions)
 
 
 def pack_request(request: Request, block_size: int) -> list[PackedRow]:
-    """The rows of a request: one, unless its continuations leave room for different contexts."""
-    groups = group_by_context(request, block_size)
+    """Pack a request into rows: one for each length to which its context must be truncated."""
+    groups = group_by_context_length(request, block_size)
     return [pack_continuations(request.context[-n:], group) for n, group in groups.items()]
 
 
-def group_by_context(request: Request, block_size: int) -> dict[int, Continuations]:
-    """The continuations by the number of context tokens that each leaves room for; the context is
-    truncated on the left. The last token is only predicted, so it takes no room (as in lm-eval).
+def group_by_context_length(request: Request, block_size: int) -> dict[int, ByIndex]:
+    """Group the continuations by how many tokens of the context fit in front of them. The context
+    is truncated on the left. As in lm-eval, the last token of a continuation needs no space in
+    block_size, because it is never an input.
     """
-    groups: dict[int, Continuations] = {}
+    groups: dict[int, ByIndex] = {}
     for i, ids in enumerate(request.continuations):
         groups.setdefault(min(len(request.context), block_size + 1 - len(ids)), {})[i] = ids
     return groups
@@ -156,23 +179,23 @@ def group_by_context(request: Request, block_size: int) -> dict[int, Continuatio
 def plan_batches(
     requests: list[Request], block_size: int, batch_tokens: int, multiple: int
 ) -> list[list[int]]:
-    """The requests' indices, longest first, in batches of at most `batch_tokens` tokens with
-    padding, or of a single request. The plan is the same on every rank.
+    """Group the indices of the requests into batches, longest first. A batch has at most
+    `batch_tokens` tokens with padding, or a single request. The plan is the same on every rank.
     """
-    sizes = []  # rows, and tokens in the longest before shared prefixes are merged
+    sizes = []  # for each request: its number of rows, and an upper bound on their length
     for request in requests:
-        groups = group_by_context(request, block_size)
+        groups = group_by_context_length(request, block_size)
         lengths = [n + sum(len(ids) - 1 for ids in g.values()) for n, g in groups.items()]
         sizes.append((len(groups), max(lengths)))
     batches: list[list[int]] = []
     rows_left = 0
     for i in sorted(range(len(requests)), key=lambda i: -sizes[i][1]):
-        rows, length = sizes[i]
-        if rows > rows_left:
+        n_rows, length = sizes[i]
+        if n_rows > rows_left:  # start a new batch; its first request is the longest
             batches.append([])
-            rows_left = max(rows, batch_tokens // round_up(length, multiple))
+            rows_left = max(n_rows, batch_tokens // round_up(length, multiple))
         batches[-1].append(i)
-        rows_left -= rows
+        rows_left -= n_rows
     return batches
 
 
@@ -181,51 +204,56 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def collate(rows: list[PackedRow], multiple: int) -> PackedBatch:
-    """The rows as a batch of CPU tensors, padded to a multiple of `multiple` tokens."""
+    """Build a batch of CPU tensors. Rows are padded to a multiple of `multiple` tokens."""
     B, T = len(rows), round_up(max(len(row.tokens) for row in rows), multiple)
     idx, positions, ends = np.zeros((3, B, T), dtype=np.int64)
-    ends[:] = T  # only later padding attends to padding
+    # Padding attends to earlier padding, so that no softmax is empty. Tokens come before it, so
+    # they never see it.
+    ends[:] = T
     for b, row in enumerate(rows):
         n = len(row.tokens)
         idx[b, :n], positions[b, :n], ends[b, :n] = row.tokens, row.positions, row.ends
-    flat = np.concatenate([b * T + np.array(row.previous) for b, row in enumerate(rows)])
-    previous, inverse = np.unique(flat, return_inverse=True)
+    flat = np.concatenate([b * T + np.array(row.sources) for b, row in enumerate(rows)])
+    sources, inverse = np.unique(flat, return_inverse=True)
     targets = np.concatenate([row.targets for row in rows])
-    arrays = (idx, positions, ends, previous, inverse, targets)
+    arrays = (idx, positions, ends, sources, inverse, targets)
     return PackedBatch(*map(torch.from_numpy, arrays))
 
 
-def score_rows(
-    model: GPT, rows: list[PackedRow], device: torch.device, multiple: int
-) -> list[dict[int, Score]]:
-    """The scores of each row's continuations."""
+def score_batch(
+    model: GPT, requests: list[Request], device: torch.device, multiple: int
+) -> list[list[Score]]:
+    """Score the continuations of each request, with one call of the model."""
+    block_size = model.config.block_size
+    packed = [(n, row) for n, r in enumerate(requests) for row in pack_request(r, block_size)]
+    rows = [row for _, row in packed]
     batch = PackedBatch(*(tensor.to(device) for tensor in collate(rows, multiple)))
     log_probs, greedy = (tensor.cpu().numpy() for tensor in compute_log_probs(model, batch))
-    ends = np.cumsum([len(row.targets) for row in rows])[:-1]
-    return [
-        {i: Score(float(p[m].sum(dtype=float)), bool(g[m].all())) for i, m in row.members.items()}
-        for row, p, g in zip(rows, np.split(log_probs, ends), np.split(greedy, ends), strict=True)
-    ]
+    splits = np.cumsum([len(row.targets) for row in rows])[:-1]
+    scores: list[dict[int, Score]] = [{} for _ in requests]
+    parts = zip(packed, np.split(log_probs, splits), np.split(greedy, splits), strict=True)
+    for (n, row), row_log_probs, row_greedy in parts:
+        for i, numbers in row.predictions.items():
+            log_prob = float(row_log_probs[numbers].sum(dtype=float))
+            scores[n][i] = Score(log_prob, bool(row_greedy[numbers].all()))
+    return [[by_index[i] for i in sorted(by_index)] for by_index in scores]
 
 
 def score(
     model: GPT, requests: list[Request], dist: Distributed, done: Container[int] = ()
 ) -> Iterator[list[tuple[int, list[Score]]]]:
-    """Yield the scores of this rank's share of the requests with their indices, a batch at a time.
-    Batches whose requests are all `done` are skipped. Every rank calls the model and yields equally
-    often, in the end perhaps an empty batch: sharded models are gathered by all ranks together.
+    """Yield the scores of this rank's share of the requests, with their indices, a batch at a time.
+    Skip batches whose requests are all `done`.
+
+    Every rank calls the model equally often, because a sharded model needs all ranks in each
+    forward pass. In the last round, a rank that has no batch left computes the first one of the
+    round again, and yields an empty list.
     """
-    block_size = model.config.block_size
-    batch_tokens, multiple = BATCH_SHAPE.get(dist.device.type, BATCH_SHAPE_ELSEWHERE)
-    batches = plan_batches(requests, block_size, batch_tokens, multiple)
+    batch_tokens, multiple = BATCH_SIZES.get(dist.device.type, DEFAULT_BATCH_SIZE)
+    batches = plan_batches(requests, model.config.block_size, batch_tokens, multiple)
     batches = [batch for batch in batches if any(i not in done for i in batch)]
     for first in range(0, len(batches), dist.world_size):
         is_mine = first + dist.rank < len(batches)
         batch = batches[first + dist.rank if is_mine else first]
-        packed = [(i, row) for i in batch for row in pack_request(requests[i], block_size)]
-        scores = score_rows(model, [row for _, row in packed], dist.device, multiple)
-        found: dict[int, dict[int, Score]] = {i: {} for i in batch}
-        for (i, _), row_scores in zip(packed, scores, strict=True):
-            found[i] |= row_scores
-        scored = [(i, [by_index[j] for j in sorted(by_index)]) for i, by_index in found.items()]
-        yield scored if is_mine else []
+        scores = score_batch(model, [requests[i] for i in batch], dist.device, multiple)
+        yield list(zip(batch, scores, strict=True)) if is_mine else []

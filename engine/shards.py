@@ -1,6 +1,5 @@
-"""Token shards on disk: how they are written, listed in a manifest, checked and read."""
+"""Token shards on disk: write them, list them in a manifest, check and read them."""
 
-import io
 import os
 import re
 import sys
@@ -9,41 +8,40 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from engine.files import naming_file, read_json, sha256_file, sha256_text, write_json
+from engine.files import adding_path_to_errors, read_json, sha256_file, sha256_text, write_json
 from engine.tokenizer import GPT2, Tokenizer
 
-# Header of llm.c's and modded-nanogpt's .bin shards (llm.c, dev/data/data_common.py).
+# The header of .bin shards of llm.c and modded-nanogpt (llm.c, dev/data/data_common.py).
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_INTS = 20240520, 1, 256
-BUFFER_BYTES = 1 << 18  # of tokens, because pieces are short
+BUFFER_BYTES = 1 << 18  # collects the many short writes
 NANOGPT_FILES = ("train.bin", "val.bin")
 
 
 class ShardFile:
-    """A .npy of uint16 that is written part by part, so that no shard is held in memory. It has a
+    """A .npy file of uint16, written part by part so that a shard is never held in memory. It has a
     temporary name until it is finished.
     """
 
     def __init__(self, path: Path):
-        self.path, self.tokens = path, 0
+        self.path, self.n_tokens = path, 0
         self.temporary = path.with_name(path.name + ".tmp")
-        with naming_file(path):
+        with adding_path_to_errors(path):
             self.file = self.temporary.open("wb", buffering=BUFFER_BYTES)
             self._write_header()
 
     def _write_header(self) -> None:
-        header = io.BytesIO()  # np.save to the file would not notice a full disk
-        fields = {"descr": "<u2", "fortran_order": False, "shape": (self.tokens,)}
-        np.lib.format.write_array_header_1_0(header, fields)  # equally long for any shape
-        self.file.write(header.getvalue())
+        fields = {"descr": "<u2", "fortran_order": False, "shape": (self.n_tokens,)}
+        # NumPy pads the header to the same length for any n_tokens, so `finish` can overwrite it.
+        np.lib.format.write_array_header_1_0(self.file, fields)
 
     def write(self, tokens: np.ndarray) -> None:
-        with naming_file(self.path):
+        with adding_path_to_errors(self.path):
             self.file.write(tokens.data)
-        self.tokens += len(tokens)
+        self.n_tokens += len(tokens)
 
     def finish(self) -> dict:
-        """The entry of the manifest: name, tokens and sha256."""
-        with naming_file(self.path):
+        """Finish the file. Return its manifest entry: name, tokens and sha256."""
+        with adding_path_to_errors(self.path):
             self.file.seek(0)
             self._write_header()
             self.file.flush()
@@ -51,15 +49,22 @@ class ShardFile:
             self.file.close()
         sha256 = sha256_file(self.temporary)
         self.temporary.replace(self.path)
-        return {"name": self.path.name, "tokens": self.tokens, "sha256": sha256}
+        return {"name": self.path.name, "tokens": self.n_tokens, "sha256": sha256}
 
 
 class ShardWriter:
-    """Cuts a stream of tokens into shards. Validation gets the pieces drawn for it or, with
-    val_tokens and no section_chars among the options, the first val_tokens tokens.
+    """Writes a stream of tokenized pieces as shards. A piece is a document or part of one. If the
+    options have section_chars, each piece says which split it belongs to. Otherwise the first
+    val_tokens tokens of the stream are for validation.
 
-    When a shard is full, that of the other split is finished as well: the cursor that they share is
-    then a place to resume from.
+    `cursor` says how much of the source has been written. The manifest stores it with each finished
+    shard, so that an interrupted run can resume there. That works only if the shards of both splits
+    end at the same place. So when one is full, we finish the other too, even if it is short:
+
+        pieces   aaaa bbb cccccccccc dddd ...
+        train    aaaa     cccccc|               full, in the middle of c
+        val           bbb       |               finished as well
+                                ^ cursor: 2 pieces, and 6 tokens of the next one
     """
 
     def __init__(self, out_dir: Path, manifest: dict):
@@ -69,43 +74,48 @@ class ShardWriter:
         self.max_tokens = options["max_tokens"] or sys.maxsize
         self.val_tokens = 0 if "section_chars" in options else options["val_tokens"]
         self.total = sum(shard["tokens"] for shard in shards)
-        # Position in the source: counts of what is done; `tokens` within the current piece.
+        # pieces: how many are completely written. tokens: how many of the next piece are written.
+        # documents, empty: how many documents there were, and how many of them had no tokens.
         start = dict.fromkeys(("pieces", "tokens", "documents", "empty"), 0)
-        self.cursor: dict[str, int] = shards[-1]["cursor"] if shards else start
+        self.cursor: dict[str, int] = dict(shards[-1]["cursor"]) if shards else start
         self.unfinished: dict[str, ShardFile] = {}  # by split
 
     @property
     def is_full(self) -> bool:
         return self.total == self.max_tokens
 
-    def add(self, tokens: np.ndarray, starts: bool, is_val: bool) -> None:
-        """Write the rest of the current piece, from the cursor on, up to max_tokens."""
-        cursor = self.cursor = dict(self.cursor)
+    def add(self, tokens: np.ndarray, starts_document: bool, is_val: bool) -> None:
+        """Write a piece, up to max_tokens. Skips the tokens that an interrupted run wrote."""
+        cursor = self.cursor
         while cursor["tokens"] < len(tokens) and not self.is_full:
-            is_leading = self.total < self.val_tokens
-            shard = self._open_shard("val" if is_val or is_leading else "train")
-            end = self.val_tokens if is_leading else self.max_tokens
-            room = min(self.shard_size - shard.tokens, end - self.total)
+            shard, room = self._current_shard_and_room(is_val)
             part = tokens[cursor["tokens"] :][:room]
             shard.write(part)
             self.total += len(part)
             cursor["tokens"] += len(part)
-            if shard.tokens == self.shard_size or self.total in (self.val_tokens, self.max_tokens):
+            if len(part) == room:
                 self.finish_shards()
         cursor["pieces"] += 1
         cursor["tokens"] = 0
-        cursor["documents"] += starts
-        cursor["empty"] += starts and not len(tokens)
+        cursor["documents"] += starts_document
+        cursor["empty"] += starts_document and not len(tokens)
 
-    def _open_shard(self, split: str) -> ShardFile:
+    def _current_shard_and_room(self, is_val: bool) -> tuple[ShardFile, int]:
+        """Return the shard to write to next, and how many tokens to write there: until it is full,
+        or the stream reaches val_tokens or max_tokens.
+        """
+        in_val_prefix = self.total < self.val_tokens
+        split = "val" if is_val or in_val_prefix else "train"
         if split not in self.unfinished:
             index = sum(shard["split"] == split for shard in self.manifest["shards"])
             name = f"{self.manifest['name']}_{split}_{index:06d}.npy"
             self.unfinished[split] = ShardFile(self.out_dir / name)
-        return self.unfinished[split]
+        shard = self.unfinished[split]
+        end = self.val_tokens if in_val_prefix else self.max_tokens
+        return shard, min(self.shard_size - shard.n_tokens, end - self.total)
 
     def finish_shards(self) -> None:
-        """Finish the shards that were started, and list them in the manifest."""
+        """Finish the unfinished shards and list them in the manifest."""
         for split, shard in sorted(self.unfinished.items(), reverse=True):  # val first
             entry = {**shard.finish(), "split": split, "cursor": dict(self.cursor)}
             self.manifest["shards"].append(entry)
@@ -115,7 +125,7 @@ class ShardWriter:
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
-    """Write a whole shard; return its entry of the manifest."""
+    """Write a complete shard. Return its manifest entry."""
     file = ShardFile(path)
     file.write(tokens.astype("<u2"))
     return file.finish()
@@ -126,30 +136,35 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The folder's manifest.json, or {"shards": []} if it has none."""
+    """Read the manifest.json of a folder. Return {"shards": []} if there is none."""
     file = folder / "manifest.json"
     if not file.exists():
         return {"shards": []}
     remedy = "delete the folder and prepare the data again"
     manifest = read_json(file, remedy)
     try:
-        _ = [s[key] for s in manifest["shards"] for key in ("name", "split", "tokens", "sha256")]
+        for shard in manifest["shards"]:
+            _ = [shard[key] for key in ("name", "split", "tokens", "sha256")]  # KeyError: damaged
     except (TypeError, KeyError) as error:
         raise ValueError(f"{file} is damaged ({error!r}); {remedy}") from error
     return manifest
 
 
 def load_data_tokenizer(folder: Path | str) -> Tokenizer:
-    """The tokenizer that the manifest of a data folder records, or GPT-2's."""
-    recorded = read_manifest(Path(folder)).get("tokenizer", GPT2)
-    if recorded == GPT2:
+    """Load the tokenizer named in the manifest of a data folder, by default GPT-2's. Raises
+    ValueError if it is another one and its tokenizer.json is missing or has changed.
+    """
+    entry = read_manifest(Path(folder)).get("tokenizer", GPT2)
+    if entry == GPT2:
         return Tokenizer.gpt2()
-    known = recorded if isinstance(recorded, dict) else {}
-    tokenizer = Tokenizer.from_folder(Path(folder), known.get("name"), known.get("end_of_text"))
-    if not tokenizer or tokenizer.sha256 != known.get("sha256"):
+    # Other programs may write a name instead of a dict. Without a sha256 we can't check the file,
+    # so we raise the error below.
+    entry = entry if isinstance(entry, dict) else {"name": entry}
+    tokenizer = Tokenizer.from_folder(Path(folder), entry.get("name"), entry.get("end_of_text"))
+    if not tokenizer or tokenizer.sha256 != entry.get("sha256"):
         raise ValueError(
-            f"{folder} has tokens of {known.get('name', recorded)}, but its tokenizer.json is not "
-            "there or has changed; restore it, or delete the folder and prepare the data again"
+            f"{folder} was tokenized with {entry.get('name')}, but its tokenizer.json is missing "
+            "or has changed; restore it, or delete the folder and prepare the data again"
         )
     return tokenizer
 
@@ -159,8 +174,9 @@ def count_tokens(manifest: dict, split: str) -> int:
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a .npy or .bin shard, or of nanoGPT's train.bin or val.bin, which have no
-    header, as a read-only memory map of uint16.
+    """Memory-map the tokens of a shard, read-only, as uint16. A shard is a .npy, a .bin with the
+    header of llm.c, or nanoGPT's train.bin or val.bin without a header. Raises ValueError if the
+    file is damaged, or if nanoGPT did not use the GPT-2 tokenizer.
     """
     remedy = "delete it and prepare the data again"
     if path.suffix == ".npy":
@@ -174,28 +190,30 @@ def open_shard(path: Path) -> np.ndarray:
                 f"uint16; {remedy}"
             )
         return np.asarray(tokens)
-    header, n_header_bytes = np.fromfile(path, dtype="<i4", count=BIN_HEADER_INTS)[:3], 0
-    if path.name not in NANOGPT_FILES or BIN_MAGIC in header[:1]:
-        n_header_bytes = 4 * BIN_HEADER_INTS
-        expected = [BIN_MAGIC, BIN_VERSION, (path.stat().st_size - n_header_bytes) // 2]
-        if header.tolist() != expected:
-            raise ValueError(
-                f"{path} begins with {header.tolist()}, expected {expected}: magic, version and "
-                f"number of tokens of an llm.c shard; {remedy}"
-            )
-    elif path.with_name("meta.pkl").exists():
+    header = np.fromfile(path, dtype="<i4", count=BIN_HEADER_INTS)[:3].tolist()
+    is_nanogpt = path.name in NANOGPT_FILES and header[:1] != [BIN_MAGIC]  # has no header
+    n_header_bytes = 0 if is_nanogpt else 4 * BIN_HEADER_INTS
+    expected = [BIN_MAGIC, BIN_VERSION, (path.stat().st_size - n_header_bytes) // 2]
+    if not is_nanogpt and header != expected:
         raise ValueError(
-            f"{path} has the vocabulary of the meta.pkl beside it, expected GPT-2's tokens; "
-            "prepare its text with fineweb.py"
+            f"{path} begins with {header}, expected {expected}: magic, version and number of "
+            f"tokens of an llm.c shard; {remedy}"
+        )
+    if is_nanogpt and path.with_name("meta.pkl").exists():
+        raise ValueError(
+            f"{path} was tokenized with the vocabulary in meta.pkl, expected GPT-2's; prepare the "
+            "original text with fineweb.py"
         )
     return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=n_header_bytes))
 
 
 class TokenShards:
     """All tokens of a split ("train" or "val") of a data folder, as one memory-mapped stream.
+    `fingerprint` identifies the data.
 
-    With `check_with`, check each shard's sha256 (about 1 GB/s), and that its ids are below the
-    tokenizer's vocab_size. `fingerprint` identifies the data.
+    Without `check_with`, the shards are opened unchecked. With a tokenizer as `check_with`, all of
+    them are read (about 1 GB/s): their sha256 must be the one in the manifest, and all ids must be
+    below the tokenizer's vocab_size.
     """
 
     def __init__(self, folder: Path | str, split: str, check_with: Tokenizer | None = None):
@@ -211,13 +229,13 @@ class TokenShards:
         files = listed if manifest["shards"] else find_shards(folder, split)
         if not files:
             raise FileNotFoundError(
-                f"no {split} shards in {folder}, such as X_{split}_000000.npy or X_{split}.bin;"
-                f" `python fineweb.py --dataset fineweb-edu --out_dir {folder}` gets 10B tokens, "
-                "`python fineweb.py --dataset stdlib` needs no network (--data_dir data/stdlib)"
+                f"no {split} shards in {folder}, expected X_{split}_000000.npy or X_{split}.bin; "
+                f"for 10B tokens, run `python fineweb.py --dataset fineweb-edu --out_dir {folder}`;"
+                " offline, run `python fineweb.py --dataset stdlib` and set data_dir to data/stdlib"
             )
-        hidden = None if check_with else True  # None: if there is no terminal
-        bar = tqdm(files, f"checking {split}", leave=False, unit=" shards", disable=hidden)
-        self.shards = [load_shard(file, hashes.get(file.name), check_with) for file in bar]
+        disable = None if check_with else True  # None: tqdm shows the bar only in a terminal
+        bar = tqdm(files, f"checking {split}", leave=False, unit=" shards", disable=disable)
+        self.shards = [open_and_check(file, hashes.get(file.name), check_with) for file in bar]
         self.starts = np.cumsum([0, *map(len, self.shards)])
         sha256s = [hashes.get(file.name) for file in files]
         identity = list(zip(map(len, self.shards), sha256s, strict=True))
@@ -227,7 +245,7 @@ class TokenShards:
         return int(self.starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as int64, across shard borders."""
+        """Return tokens [start, stop) as int64. The range may span several shards."""
         first, last = np.searchsorted(self.starts, (start, stop - 1), side="right") - 1
         found = [(self.shards[i], int(self.starts[i])) for i in range(first, last + 1)]
         parts = [tokens[max(0, start - offset) : stop - offset] for tokens, offset in found]
@@ -235,16 +253,16 @@ class TokenShards:
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """The split's files in a folder without a manifest, as build-nanogpt, llm.c and nanoGPT name
-    them: edufineweb_train_000001.npy, tiny_shakespeare_val.bin, train.bin.
+    """Find the shards of a split in a folder without a manifest, by the names that build-nanogpt,
+    llm.c and nanoGPT use: edufineweb_train_000001.npy, tiny_shakespeare_val.bin, train.bin.
     """
     name = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
     return sorted(f for f in folder.glob("*") if name.fullmatch(f.name))
 
 
-def load_shard(file: Path, sha256: str | None, tokenizer: Tokenizer | None) -> np.ndarray:
-    """The tokens of a shard. With a tokenizer, ValueError if the sha256 differs, or an id is not
-    below its vocab_size.
+def open_and_check(file: Path, sha256: str | None, tokenizer: Tokenizer | None) -> np.ndarray:
+    """Open a shard. Without a tokenizer, skip the checks. Raises ValueError if the file does not
+    have this sha256, or if an id is not below the tokenizer's vocab_size.
     """
     tokens = open_shard(file)
     if tokenizer and sha256 and sha256_file(file) != sha256:
@@ -254,7 +272,7 @@ def load_shard(file: Path, sha256: str | None, tokenizer: Tokenizer | None) -> n
         )
     if tokenizer and (largest := int(tokens.max(initial=0))) >= tokenizer.vocab_size:
         raise ValueError(
-            f"{file} holds token {largest}, expected at most {tokenizer.vocab_size - 1} of the "
+            f"{file} holds token {largest}, expected at most {tokenizer.vocab_size - 1} with the "
             f"tokenizer {tokenizer}; prepare the data again"
         )
     return tokens

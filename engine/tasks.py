@@ -1,6 +1,7 @@
-"""HellaSwag, LAMBADA and the perplexity of a text: what they ask a model, and their metrics.
+"""Evaluation tasks: HellaSwag, LAMBADA and the perplexity of a text. A task turns its data into
+requests to score, and the scores into metrics.
 
-To add a task: write a subclass of `Task` and list it in `TASKS`.
+To add a task, write a subclass of `Task` and list it in `TASKS`.
 """
 
 import json
@@ -23,65 +24,72 @@ from engine.tokenizer import Tokenizer
 from model import GPT
 
 HellaSwagText = Literal["lm-eval", "raw"]
-UNJOINED = (
-    "have no ctx_a or ctx_b; their ctx is cleaned but not capitalized, so results differ slightly "
-    "from lm-eval's"
+# Remarks about rows. They are printed after "N of M rows".
+NO_CTX_PARTS_REMARK = (
+    "have no ctx_a or ctx_b; their ctx is cleaned but not capitalized, so results may differ "
+    "slightly from those of lm-eval"
 )
-HAS_SPECIAL_TOKENS = "contain special tokens; each is encoded as one id, as in lm-eval"
+SPECIAL_TOKENS_REMARK = "contain special tokens; each is encoded as one id, as in lm-eval"
 Z_95 = 1.959964  # normal quantile of a 95% interval
-MAX_EXPONENT = 709  # e to a higher power overflows a float
+MAX_EXPONENT = 709  # math.exp overflows for larger ones
 
 
 class Example(NamedTuple):
-    """A request, the first fields of its record in rows.jsonl, and what to report of its row."""
+    """A request, what its record in rows.jsonl has before it is scored, and remarks on its row."""
 
     request: Request
     record: dict
     remarks: tuple[str, ...] = ()
 
 
+class HubSplit(NamedTuple):
+    """A split of a dataset on the hub."""
+
+    repo: str
+    config: str | None
+    split: str
+
+
 @dataclass(frozen=True)
 class Task:
-    """What a task asks a model, and its metrics. Its fields are settings of the command; a subclass
-    may add its own.
-    """
+    """Base class of the tasks. The fields are flags of hellaswag.py; a subclass may add its own."""
 
-    data: str | None = None  # None: the rows of the hub
+    data: str | None = None  # a file or a hub dataset; None stands for `hub`
     limit: int | None = None  # evaluate only the first rows or documents
-    skip_bad_rows: bool | None = None  # None: the command has no such flag
+    skip_bad_rows: bool | None = None  # None if the command has no such flag to suggest
 
     name: ClassVar[str]
-    hub: ClassVar[tuple[str, str | None, str]] = ("", None, "")  # repository, configuration, split
+    hub: ClassVar[HubSplit] = HubSplit("", None, "")  # the task's own dataset, if it has one
 
     def make_example(self, row: dict, tokenizer: Tokenizer) -> Example:
-        """The example of a row; ValueError or KeyError if the row is not valid."""
+        """Convert a row. Raises ValueError or KeyError if the row is not valid."""
         raise NotImplementedError
 
     def make_record(self, example: Example, scores: list[Score]) -> dict:
-        """The example's line of rows.jsonl."""
+        """Return the example's line of rows.jsonl."""
         return {**example.record, "log_probs": [score.log_prob for score in scores]}
 
     def compute_metrics(self, records: list[dict]) -> dict[str, dict]:
-        """Each metric's value and meaning, and its 95% interval where rows are independent."""
+        """Return each metric's value, its 95% interval if rows are independent, and its meaning."""
         raise NotImplementedError
 
     @property
     def source(self) -> str:
-        """Where the rows come from: a file, or a name of the hub."""
-        if source := self.data or self.hub[0]:
+        """The file or hub dataset that the rows come from."""
+        if source := self.data or self.hub.repo:
             return source
-        raise ValueError(f"task {self.name} needs data, the text or rows to evaluate on")
+        raise ValueError(f"task {self.name} needs data; name the file to evaluate on with --data")
 
     def find_files(self) -> list[Path]:
-        """The files of the rows, if they are not from the hub."""
+        """Return the local files that the rows come from, [] if they come from the hub."""
         return [Path(self.source)] if Path(self.source).exists() else []
 
     def load(self, tokenizer: Tokenizer, block_size: int) -> list[Example]:
-        """The examples. ValueError names the first bad row; `skip_bad_rows` prints and skips them
-        instead.
+        """Return all examples. Raises ValueError at the first bad row, unless `skip_bad_rows`: then
+        bad rows are printed and skipped.
         """
-        found = self.read_examples(tokenizer, block_size)
-        examples = [e._replace(record={"row": n, **e.record}) for n, e in found]
+        numbered = self.read_examples(tokenizer, block_size)
+        examples = [e._replace(record={"row": n, **e.record}) for n, e in numbered]
         if not examples:
             raise ValueError(f"{self.source} contains nothing to evaluate on")
         for remark, n in Counter(remark for e in examples for remark in e.remarks).items():
@@ -89,7 +97,7 @@ class Task:
         return examples
 
     def read_examples(self, tokenizer: Tokenizer, block_size: int) -> Iterator[tuple[int, Example]]:
-        """The examples, with the numbers of their rows."""
+        """Yield the number of each row, and the row as an example."""
 
         def convert(row: dict) -> Example:
             example = self.make_example(row, tokenizer)
@@ -97,22 +105,21 @@ class Task:
             if longest > block_size:
                 raise ValueError(f"{longest} tokens to predict exceed block_size {block_size}")
             text = json.dumps(row, ensure_ascii=False)
-            text.encode()  # UnicodeEncodeError, a ValueError, for lone surrogates
-            found = tokenizer.special_pattern.search(text)
-            return (
-                example._replace(remarks=(*example.remarks, HAS_SPECIAL_TOKENS))
-                if found
-                else example
-            )
+            text.encode()  # lone surrogates raise UnicodeEncodeError, a ValueError
+            if tokenizer.special_pattern.search(text):
+                example = example._replace(remarks=(*example.remarks, SPECIAL_TOKENS_REMARK))
+            return example
 
-        rows = open_rows(self.source, *self.hub[1:])
+        rows = open_rows(self.source, self.hub.config, self.hub.split)
         return convert_rows(self.source, islice(rows, self.limit), convert, self.skip_bad_rows)
 
     def score_examples(
         self, model: GPT, examples: list[Example], dist: Distributed, done: Container[int] = ()
     ) -> Iterator[list[dict]]:
-        """Yield the records of the examples, which the ranks share out, a batch of every rank at a
-        time. Batches whose examples are all `done`, by index, are skipped. All ranks must call it.
+        """Score the examples, and yield their records a batch at a time. The batches are split over
+        the ranks. Each list has the records of one batch from every rank, and all ranks get the
+        same list, so all ranks must call this. A batch is skipped if the indices of all its
+        examples are in `done`.
         """
         for batch in score(model, [e.request for e in examples], dist, done):
             mine = [self.make_record(examples[i], scores) for i, scores in batch]
@@ -121,22 +128,24 @@ class Task:
 
 @dataclass(frozen=True)
 class HellaSwag(Task):
-    """The most likely of several endings. `text` is cleaned as in lm-eval, or raw as in
-    build-nanogpt; it decides whether `lengths`, for normalization, are characters or tokens.
+    """Choose the most likely of several endings.
+
+    With `text` "lm-eval", texts are cleaned and scores are normalized by characters, as in lm-eval.
+    With "raw", texts are left as they are and scores are normalized by tokens, as in build-nanogpt.
     """
 
     text: HellaSwagText = "lm-eval"
 
     name = "hellaswag"
-    hub = ("Rowan/hellaswag", None, "validation")
+    hub = HubSplit("Rowan/hellaswag", None, "validation")
 
     def make_example(self, row: dict, tokenizer: Tokenizer) -> Example:
-        """From an original row, or from one with only ctx, endings and label."""
+        """Convert an original row, or one with nothing but ctx, endings and label."""
         endings, label = row["endings"], row["label"]
         is_list = isinstance(endings, list) and all(isinstance(ending, str) for ending in endings)
         if not is_list or len(endings) < 2:
             raise ValueError(f"endings is {endings!r}, expected a list of at least two strings")
-        if str(label) not in map(str, range(len(endings))):  # a number, or a string of one
+        if str(label) not in map(str, range(len(endings))):  # an int, or an int as a string
             raise ValueError(f"label is {label!r}, expected 0 to {len(endings) - 1}")
         if self.text == "raw":
             context = tokenizer.encode(get_text(row, "ctx")) or [tokenizer.start_of_text]
@@ -152,7 +161,7 @@ class HellaSwag(Task):
         endings = [clean(ending) for ending in endings]
         request = encode_request(tokenizer, clean(query), [" " + ending for ending in endings])
         record = {"label": int(label), "lengths": list(map(len, endings))}
-        return Example(request, record, () if has_parts else (UNJOINED,))
+        return Example(request, record, () if has_parts else (NO_CTX_PARTS_REMARK,))
 
     def make_record(self, example: Example, scores: list[Score]) -> dict:
         record = super().make_record(example, scores)
@@ -169,30 +178,31 @@ class HellaSwag(Task):
             }
         return {
             "acc": accuracy("lm-eval's acc: cleaned text, sum over tokens", hits),
-            "acc_norm": accuracy("lm-eval's acc_norm: divided by characters", hits_norm),
+            "acc_norm": accuracy("lm-eval's acc_norm: mean over characters", hits_norm),
         }
 
 
 def clean(text: str) -> str:
-    """lm-eval's `preprocess` of HellaSwag: strip, then remove tags such as [header]."""
+    """Clean HellaSwag text like lm-eval's `preprocess`: strip, then drop tags such as [header]."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def predict(log_probs: list[float], lengths: list[int]) -> tuple[int, int]:
-    """The most likely ending, without and with normalization by length; ties go to the first. An
-    ending of length 0 has normalized log-probability -inf (lm-eval divides by 0).
+    """Return the index of the most likely ending, without and with normalization by length. Ties go
+    to the first. For an ending of length 0 we divide by 0, as lm-eval does, and get -inf.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        return int(np.argmax(log_probs)), int(np.argmax(np.array(log_probs) / np.array(lengths)))
+        normalized = np.array(log_probs) / np.array(lengths)
+    return int(np.argmax(log_probs)), int(np.argmax(normalized))
 
 
 @dataclass(frozen=True)
 class Lambada(Task):
-    """lm-eval's lambada_openai: the last word, which follows the last space."""
+    """Predict the last word (all after the last space), as in lambada_openai of lm-eval."""
 
     name = "lambada"
-    hub = ("EleutherAI/lambada_openai", "default", "test")
+    hub = HubSplit("EleutherAI/lambada_openai", "default", "test")
 
     def make_example(self, row: dict, tokenizer: Tokenizer) -> Example:
         context, _, word = get_text(row, "text").rpartition(" ")
@@ -203,73 +213,87 @@ class Lambada(Task):
 
     def compute_metrics(self, records: list[dict]) -> dict[str, dict]:
         nats = [-record["log_probs"][0] for record in records]
+        greedy = [record["greedy"] for record in records]
         n, mean = len(nats), math.fsum(nats) / len(nats)
         variance = math.fsum((x - mean) ** 2 for x in nats) / max(1, n - 1)
         half = Z_95 * math.sqrt(variance / n)
-        perplexities = [perplexity(nats) for nats in (mean, mean - half, mean + half)]
+        interval = perplexity(mean - half), perplexity(mean + half)
         return {
-            "acc": accuracy("lm-eval's acc: last word most likely", [r["greedy"] for r in records]),
-            "perplexity": metric("lm-eval's perplexity of the last word", *perplexities),
+            "acc": accuracy("lm-eval's acc: greedy decoding gives the last word", greedy),
+            "perplexity": make_metric(
+                "lm-eval's perplexity of the last word", perplexity(mean), interval
+            ),
         }
 
 
 @dataclass(frozen=True)
 class TextPerplexity(Task):
-    """The perplexity of the documents of text files. Windows advance by `stride` tokens (None: the
-    model's block_size, so that they do not overlap).
+    """Predict every token of the documents in text files, in windows that advance by `stride`
+    tokens. With None they advance by the model's block_size, so that they do not overlap.
     """
 
     stride: int | None = None
 
-    name = "text"
+    name = "perplexity"
 
     def find_files(self) -> list[Path]:
         return find_files([self.source])
 
     def read_examples(self, tokenizer: Tokenizer, block_size: int) -> Iterator[tuple[int, Example]]:
-        """The record of a document's first window has its words and bytes, as lm-eval counts."""
+        """Yield an example for each window. The record of a document's first window also holds the
+        number of words and bytes of the document, counted as in lm-eval.
+        """
         stride = self.stride or block_size
         if stride > block_size:
             raise ValueError(f"stride is {stride}, expected at most block_size {block_size}")
         n_examples = 0
         for document, text in enumerate(self.read_documents()[: self.limit], start=1):
             sizes = {"words": len(re.split(r"\s+", text)), "bytes": len(text.encode())}
-            remarks = (HAS_SPECIAL_TOKENS,) if tokenizer.special_pattern.search(text) else ()
+            remarks = (SPECIAL_TOKENS_REMARK,) if tokenizer.special_pattern.search(text) else ()
             ids = [tokenizer.start_of_text, *tokenizer.encode(text)]
             for request in split_into_windows(ids, block_size, stride):
                 n_examples += 1
                 record = {"document": document, "tokens": len(request.continuations[0])}
                 yield n_examples, Example(request, record | sizes, remarks)
-                sizes, remarks = {}, ()
+                sizes, remarks = {}, ()  # for the document's other windows
 
     def read_documents(self) -> list[str]:
+        """Return all documents. Raises ValueError if rows are bad or a file is damaged, unless
+        `skip_bad_rows`: then these parts are left out.
+        """
         documents: list[str] = []
         problems: Counter = Counter()
         for file in self.find_files():
             for piece in read_pieces(file, TextFormat(), problems, MAX_PIECE_CHARS):
-                if piece.starts:
+                if piece.starts_document:
                     documents.append("")
                 documents[-1] += piece.text
         if problems and not self.skip_bad_rows:
-            found = ", ".join(f"{n} {problem}" for problem, n in problems.items())
-            raise ValueError(f"{self.source} has {found}; repair it, or set skip_bad_rows")
+            counts = ", ".join(f"{n} {problem}" for problem, n in problems.items())
+            raise ValueError(f"{self.source} has {counts}; repair it, or set skip_bad_rows")
         return documents
 
     def compute_metrics(self, records: list[dict]) -> dict[str, dict]:
-        total = math.fsum(-record["log_probs"][0] for record in records)
+        nats = math.fsum(-record["log_probs"][0] for record in records)
         units = ("tokens", "words", "bytes")
         tokens, words, n_bytes = (sum(r.get(unit, 0) for r in records) for unit in units)
-        bits = total / max(1, n_bytes) / math.log(2)
+        bits_per_byte = nats / max(1, n_bytes) / math.log(2)
         return {
-            "token_perplexity": metric(f"{tokens:,} tokens", perplexity(total, tokens)),
-            "word_perplexity": metric(f"{words:,} words", perplexity(total, words)),
-            "bits_per_byte": metric(f"{n_bytes:,} bytes", bits),
+            "token_perplexity": make_metric(f"{tokens:,} tokens", perplexity(nats, tokens)),
+            "word_perplexity": make_metric(f"{words:,} words", perplexity(nats, words)),
+            "bits_per_byte": make_metric(f"{n_bytes:,} bytes", bits_per_byte),
         }
 
 
 def split_into_windows(tokens: list[int], block_size: int, stride: int) -> Iterator[Request]:
-    """Requests that predict each token but the first once: the first `block_size` of them, then
-    `stride` at a time after as much context as fits (lm-eval's rolling windows).
+    """Yield requests that together predict every token but the first exactly once, like lm-eval's
+    rolling windows. The first request predicts up to `block_size` tokens. Every later one predicts
+    up to `stride` tokens, after as much context as fits. With block_size 4 and stride 2:
+
+        token      0 1 2 3 4 5 6 7 8
+        request 1  c p p p p            c: context, p: predicted
+        request 2      c c c p p
+        request 3          c c c p p
     """
     start = 1
     while start < len(tokens):
@@ -281,27 +305,32 @@ def split_into_windows(tokens: list[int], block_size: int, stride: int) -> Itera
 TASKS = {task.name: task for task in (HellaSwag, Lambada, TextPerplexity)}
 
 
-def find_task(name: str, **settings: Any) -> Task:
-    """The task of that name; ValueError if there is none, or it has no such setting."""
+def make_task(name: str, **settings: Any) -> Task:
+    """Return the task with these settings. Raises ValueError if there is no such task, or if it has
+    no such setting.
+    """
     if name not in TASKS:
         raise ValueError(f"task is {name}, expected {' or '.join(TASKS)}")
-    for setting in {*settings} - {f.name for f in fields(TASKS[name])}:
+    if unknown := settings.keys() - {f.name for f in fields(TASKS[name])}:
+        setting = min(unknown)
         raise ValueError(f"{setting} is not a setting of task {name}; omit --{setting}")
     return TASKS[name](**settings)
 
 
-def metric(meaning: str, *values: float) -> dict:
-    """The value, and where there is a 95% interval its ends."""
-    return dict(zip(("value", "low", "high"), values, strict=False)) | {"meaning": meaning}
+def make_metric(meaning: str, value: float, interval: tuple | None = None) -> dict[str, Any]:
+    """Return a metric as it is stored in results.json. `interval` is its 95% interval, if known."""
+    low_high = {"low": interval[0], "high": interval[1]} if interval else {}
+    return {"value": value, **low_high, "meaning": meaning}
 
 
-def accuracy(meaning: str, correct: list[bool]) -> dict:
-    n, total = len(correct), sum(correct)
-    return metric(meaning, total / n, *wilson_interval(total, n))
+def accuracy(meaning: str, correct: list[bool]) -> dict[str, Any]:
+    """Return the fraction of correct answers, with its 95% interval, as a metric."""
+    n, n_correct = len(correct), sum(correct)
+    return make_metric(meaning, n_correct / n, wilson_interval(n_correct, n))
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a proportion."""
+    """Return Wilson's 95% interval for a proportion."""
     p, z2 = correct / n, Z_95**2
     center = p + z2 / (2 * n)
     half = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
@@ -309,4 +338,5 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 
 
 def perplexity(nats: float, n: int = 1) -> float:
+    """Return the perplexity of n tokens with `nats` in total, inf if it overflows a float."""
     return math.exp(nats / n) if nats < MAX_EXPONENT * n else math.inf

@@ -1,4 +1,4 @@
-"""FLOPs of a model; name, peak speed and memory of a device."""
+"""A model's FLOPs, and a device's name, peak speed and peak memory."""
 
 import platform
 import re
@@ -11,8 +11,8 @@ from model import GPT
 if sys.platform != "win32":
     import resource
 
-# Dense peak TFLOP/s of the matrix units in 16-bit floating point with fp32 accumulation, from the
-# vendors' data sheets.
+# Dense peak TFLOP/s of the tensor cores in 16-bit floating point with fp32 accumulation, from the
+# data sheets.
 PEAK_TFLOPS = {
     2500: ("GB300", "GB200"),
     2250: ("B300", "B200"),
@@ -38,33 +38,35 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense 16-bit peak in FLOP/s, None if unknown."""
+    """Return the device's dense 16-bit peak in FLOP/s, or None if it is unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    cards = ((card, peak) for peak, cards in PEAK_TFLOPS.items() for card in cards)
-    found = [(len(card), peak) for card, peak in cards if re.search(rf"\b{card}\b", name)]
-    return max(found)[1] * 1e12 if found else None  # of the longest name: H100 PCIe, not H100
+    peaks = {card: peak for peak, cards in PEAK_TFLOPS.items() for card in cards}
+    matches = [card for card in peaks if re.search(rf"\b{card}\b", name)]
+    # The longest match wins: "H100 PCIe" also matches "H100".
+    return peaks[max(matches, key=len)] * 1e12 if matches else None
 
 
 def peak_memory(device: torch.device) -> int:
-    """The peak of bytes in use: on CUDA by tensors, elsewhere by this process; 0 on Windows."""
+    """Return the peak memory in bytes: of CUDA tensors, or else of this process (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 def flops_per_token(model: GPT, block_size: int) -> int:
-    """Forward and backward FLOPs, as in appendix B of the PaLM paper: 6 per parameter (4 if it is
-    frozen) without the position embeddings, and 12 * n_layer * n_embd * T for attention.
+    """Return the forward and backward FLOPs per token, as in appendix B of the PaLM paper: 6 per
+    parameter (4 if it is frozen), plus 12 * n_layer * n_embd * block_size for attention. Position
+    embeddings do not count.
     """
     positions = model.transformer.wpe.weight  # looked up, not multiplied
     params = [p for p in model.parameters() if p is not positions]
-    products = sum((6 if p.requires_grad else 4) * p.numel() for p in params)
-    return products + 12 * model.config.n_layer * model.config.n_embd * block_size
+    param_flops = sum((6 if p.requires_grad else 4) * p.numel() for p in params)
+    return param_flops + 12 * model.config.n_layer * model.config.n_embd * block_size
 
 
 def describe_device(device: torch.device) -> str:
@@ -74,7 +76,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Rounded, in the largest unit of which there is more than one."""
+    """Format a duration, rounded, in the largest unit that gives at least 2."""
     for size, unit in ((86400 * 365, "years"), (86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}"

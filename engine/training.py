@@ -23,14 +23,14 @@ from engine.plots import plot_runs
 from engine.report import write_report
 from engine.resume import extend_run
 from engine.step import TrainingStep
-from engine.tasks import Example, find_task
+from engine.tasks import Example, make_task
 from engine.throughput import describe_device, flops_per_token
 from engine.tokenizer import Tokenizer
 from model import GPT
 
-FEW_STEPS = 10  # in an epoch
+MIN_STEPS_PER_EPOCH = 10  # fewer get a warning
 SLOW_STEP_FLOPS = 1e13  # about a minute on a few cores
-MAX_SKIPPED_STEPS = 5  # consecutive steps whose gradient is not finite; so many end the run
+MAX_SKIPPED_STEPS = 5  # end the run after this many steps in a row without a finite gradient
 
 
 def train(
@@ -43,29 +43,35 @@ def train(
     dist: Distributed,
     resumed: RunState | None = None,
 ) -> None:
-    """Train `model` to max_steps, from scratch or from `resumed`, whose weights it already has."""
+    """Train `model` to max_steps, from step 1 or from the step of `resumed`. The model must already
+    have the weights of that step. Raises ValueError if `resumed` was trained on other data.
+    """
     if resumed and resumed.progress["data"] != data.fingerprint:
-        raise ValueError(f"{config.out_dir} was trained on different data; resume with the same")
+        raise ValueError(
+            f"the run in {config.out_dir} was trained on different data; resume with that"
+        )
     start = resumed.progress["step"] if resumed else 0
     hellaswag: list[Example] = []
     if config.hellaswag_every:
         with dist.main_process_first():
-            task = find_task("hellaswag", data=config.hellaswag_data)
+            task = make_task("hellaswag", data=config.hellaswag_data)
             hellaswag = task.load(tokenizer, model.config.block_size)
     if dist.is_main:
         announce_run(model, data, config, dist)
-        warn_of_settings(model, data, config, dist)
+        warn_about_settings(model, data, config, dist)
     with Interrupt() as interrupt, profile_steps(config, dist) as profiler:
         training_step = TrainingStep(model.to(dist.device), data, config, dist)
         if resumed:
             training_step.restore(resumed.tensors)
             resumed.tensors.clear()  # frees gigabytes
+        # Nothing is written before this line, so that settings, data or a state that are refused
+        # leave the run as it was.
         if dist.is_main:
-            extend_run(Path(config.out_dir), config)
+            extend_run(Path(config.out_dir), config)  # if the folder holds a shorter run
             write_atomically(Path(config.out_dir) / "config.yaml", to_yaml(config).encode())
-        loss, one_shape = training_step.summed_loss, data.has_one_shape
+        loss, fixed_shape = training_step.summed_loss, data.has_fixed_shape
         evaluation = Evaluation(
-            model, tokenizer, loss, val, prompts, hellaswag, config, dist, one_shape
+            model, tokenizer, loss, val, prompts, hellaswag, config, dist, fixed_shape
         )
         logger = RunLogger(config, dist, start)
         if start:
@@ -80,7 +86,7 @@ def train(
 def train_steps(
     first: int,
     training_step: TrainingStep,
-    evaluation: "Evaluation",
+    evaluation: Evaluation,
     logger: RunLogger,
     interrupt: "Interrupt",
     profiler: Any,
@@ -92,25 +98,33 @@ def train_steps(
     for step in range(first, config.max_steps + 1):
         started = time.perf_counter()
         loss, grad_norm = training_step(step)
-        record: dict[str, Any] = {"step": step, "lr": training_step.lr}
-        meter.add(record, started, loss, grad_norm, interrupt.signum is not None)
-        is_last = step == config.max_steps
+        record = {"step": step, "lr": training_step.lr}
+        meter.add(record, started, loss, grad_norm, stop=interrupt.signum is not None)
+
+        # On CUDA, the meter returns the record of a step only after the next step was launched, so
+        # the GPU never waits for Python. If this step has to be evaluated or saved, wait for it:
+        # then its record is the last one in this loop.
         is_save_due = is_due(config.save_every, step, config) or step == plateau_end(config)
-        for record in meter.read(wait=is_save_due or evaluation.is_due(step)):
-            if record["step"] == step:
-                record.update(evaluation.evaluate_step(step))
-            logger.log(record)
-            check_skipped(meter, record["step"], logger)
+        evaluated: dict[str, Any] = {}
+        for finished in meter.read(wait=is_save_due or evaluation.is_any_due(step)):
+            if finished["step"] == step:
+                evaluated = evaluation.evaluate_step(step)
+            logger.log(finished | evaluated)
+            check_skipped(meter, finished["step"], logger)
         profiler.step()
         save.check()
-        if is_save_due or meter.stop_requested:  # then the last record is this step's
-            start_save(training_step, evaluation.tokenizer, record, save)
+
+        # `stop_requested` is the same on all ranks: the meter sums it together with the loss.
+        if is_save_due or meter.stop_requested:
+            val_loss = evaluated.get("val_loss")
+            start_save(save, training_step, evaluation.tokenizer, step=step, val_loss=val_loss)
+        is_last = step == config.max_steps
         if is_last or meter.stop_requested:
             save.wait()
             dist.barrier()  # if a rank left early, torchrun would stop the one that saves
         if meter.stop_requested and not is_last:
-            logger.print(f"stopped after step {step}, saved; the same command resumes")
-            sys.exit(128 + (interrupt.signum or signal.SIGTERM))  # as a shell reports it
+            logger.print(f"stopped after step {step} and saved it; run the same command to resume")
+            sys.exit(128 + (interrupt.signum or signal.SIGTERM))  # the code that a shell reports
 
 
 def announce_run(model: GPT, data: TrainingData, config: TrainConfig, dist: Distributed) -> None:
@@ -121,61 +135,66 @@ def announce_run(model: GPT, data: TrainingData, config: TrainConfig, dist: Dist
     print(to_yaml(config), sizes, sep="\n", flush=True)
 
 
-def warn_of_settings(
+def warn_about_settings(
     model: GPT, data: TrainingData, config: TrainConfig, dist: Distributed
 ) -> None:
-    """Print what keeps a run from learning, or from ending on a CPU."""
+    """Print which settings keep the run from learning, or make it too slow for a CPU."""
     step_flops = flops_per_token(model, data.block_size) * data.tokens_through(1)
     if dist.device.type == "cpu" and step_flops > SLOW_STEP_FLOPS * dist.world_size:
         print(
-            f"a step takes {step_flops / 1e12:,.0f} TFLOPs, minutes on a CPU; configs/demo.yaml "
-            "and configs/small.yaml are made for CPUs"
+            f"a step needs {step_flops / 1e12:,.0f} TFLOPs, which takes minutes on a CPU; "
+            "configs/demo.yaml and configs/small.yaml are made for CPUs"
         )
     if config.warmup_steps >= config.max_steps:
         print(
             f"warmup_steps is {config.warmup_steps} and max_steps {config.max_steps}, so the "
             f"learning rate never reaches max_lr {config.max_lr}; lower warmup_steps"
         )
-    if data.steps_per_epoch < FEW_STEPS:
+    if data.steps_per_epoch < MIN_STEPS_PER_EPOCH:
         print(
-            f"an epoch has only {data.steps_per_epoch:.1f} steps; smaller steps learn more from so "
-            "little data"
+            f"an epoch has only {data.steps_per_epoch:.1f} steps; to learn more from so little "
+            "data, use fewer tokens or examples per step"
         )
 
 
 def check_skipped(meter: Meter, step: int, logger: RunLogger) -> None:
-    """Report a skipped step. ValueError after MAX_SKIPPED_STEPS consecutive ones."""
+    """Report a skipped step. Raises ValueError after MAX_SKIPPED_STEPS of them in a row."""
     n = meter.skipped_in_a_row
     if n:
         logger.print(f"step {step} skipped: its gradient is not finite ({n} in a row)")
     if n >= MAX_SKIPPED_STEPS:
         raise ValueError(
-            f"the gradient was not finite in {n} consecutive steps; use a lower max_lr or "
-            "precision fp32, and another out_dir"
+            f"the gradient was not finite in {n} consecutive steps; lower max_lr or set precision "
+            "fp32, and start again in another out_dir"
         )
 
 
 def start_save(
-    training_step: TrainingStep, tokenizer: Tokenizer, record: dict, save: BackgroundSave
+    save: BackgroundSave,
+    training_step: TrainingStep,
+    tokenizer: Tokenizer,
+    *,
+    step: int,
+    val_loss: float | None,
 ) -> None:
-    """Save the checkpoint, plot and report of the step of `record` in the background."""
-    save.wait()  # so that there is one snapshot at a time, which takes gigabytes
-    params, tensors = training_step.snapshot()
+    """Start saving a checkpoint of `step`, the plot and the report in the background."""
+    save.wait()  # a snapshot takes gigabytes: only one at a time
+    params, tensors = training_step.snapshot()  # called by all ranks
     dist, config = training_step.dist, training_step.config
     if not dist.is_main:
         return
     run = Path(config.out_dir)
     progress = {
-        "step": record["step"],
-        "val_loss": record.get("val_loss"),
+        "step": step,
+        "val_loss": val_loss,
         "data": training_step.data.fingerprint,
-        "facts": collect_facts(training_step.model, training_step.data, record["step"]),
+        "facts": collect_facts(training_step.model, training_step.data, step),
         "fixed_settings": sorted(fixed_settings(type(config))),
     }
 
     def write() -> None:
         model, state = training_step.model, RunState(progress, tensors)
-        # From the end of the plateau the run can be extended.
+        # Always keep the checkpoint at the end of the plateau: a longer run can start from it.
         keep, kept_step = config.keep, plateau_end(config)
         save_checkpoint(run, model, tokenizer, params, state, keep=keep, kept_step=kept_step)
         plot_runs([run], run / "loss.png")
@@ -185,21 +204,22 @@ def start_save(
 
 
 def collect_facts(model: GPT, data: TrainingData, step: int) -> dict[str, str]:
-    """The lines of a run's summary that follow from neither its log nor its settings."""
+    """Return the lines of the run's summary that follow neither from its log nor its settings."""
     params = list(model.parameters())
     flops = flops_per_token(model, data.block_size) * data.tokens_through(step)
     return {
         "parameters": f"{sum(p.numel() for p in params):,}",
         "trainable parameters": f"{sum(p.numel() for p in params if p.requires_grad):,}",
-        "training data": data.epoch_size,
+        "training data": data.epoch_contents,
         "epochs": f"{step / data.steps_per_epoch:.2f}",
         "training FLOPs": f"{flops:.2e}",
     }
 
 
 def profile_steps(config: TrainConfig, dist: Distributed) -> AbstractContextManager:
-    """On rank 0, a profiler of `profile` steps after the first two; the loop calls its `step()`. A
-    run that ends earlier writes a trace of the steps it did.
+    """On rank 0, a profiler that skips two steps, then records `profile` steps; elsewhere, and
+    without `profile`, one that does nothing. The loop must call its `step()`. If the run ends
+    early, the trace has fewer steps.
     """
 
     def write(profiler: torch.profiler.profile) -> None:
@@ -216,8 +236,8 @@ def profile_steps(config: TrainConfig, dist: Distributed) -> AbstractContextMana
 
 
 class Interrupt:
-    """Turns Ctrl-C, SIGTERM, and SIGHUP, with which a lost connection ends, into a request to stop
-    after the step; a second Ctrl-C or SIGTERM stops at once. With nohup SIGHUP stays ignored.
+    """Turns Ctrl-C, SIGTERM and SIGHUP (the terminal disconnected) into a request to stop after the
+    current step. A second Ctrl-C or SIGTERM stops at once. Under nohup, SIGHUP stays ignored.
     """
 
     def __init__(self) -> None:
@@ -241,5 +261,5 @@ class Interrupt:
         elif self.signum is not None:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
-        text = f"\n{name}: saving after this step (again: stop at once)\n"
+        text = f"\n{name}: will save and stop after this step (repeat it to stop at once)\n"
         os.write(2, text.encode())  # print must not interrupt another print

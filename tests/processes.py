@@ -1,6 +1,4 @@
-"""Run commands in processes forked from a server that has already imported torch, because importing
-it takes seconds.
-"""
+"""Run commands in processes forked from one that has imported torch, because that takes seconds."""
 
 import multiprocessing
 import os
@@ -20,19 +18,19 @@ import torch
 from engine.files import JSONLinesLog
 
 ROOT = Path(__file__).parents[1]
-HANG_SECONDS = 600  # ten times what the slowest takes on a busy machine
+HANG_SECONDS = 600  # ten times what the slowest command takes on a busy machine
 PRELOAD = ["torch._dynamo", "torch.distributed.fsdp", "matplotlib.figure", "tokenizers"]
 
 
 def fork_server() -> BaseContext:
-    """A context whose processes are forked from one that has imported torch."""
+    """Return a multiprocessing context that forks from a process that has imported torch."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOAD)
     return server
 
 
 class Job:
-    """A script of the project, in one process or on several ranks, as torchrun starts them."""
+    """A running script of the project: one process, or several ranks as under torchrun."""
 
     def __init__(
         self,
@@ -57,13 +55,14 @@ class Job:
             if ranks > 1:
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             options |= {"env": env, "signal_at": signal_at if rank == 0 else None}
-            process = fork_server().Process(target=run, kwargs=options, daemon=True)
+            process = fork_server().Process(target=run_in_child, kwargs=options, daemon=True)
             process.start()
             self.processes.append(process)
 
     def wait(self) -> subprocess.CompletedProcess:
-        """Wait until all ranks end, or one fails. The result has the output of all ranks."""
-        running, codes = {process.sentinel: process for process in self.processes}, [0]
+        """Wait until all ranks end or one fails. Return the output of all ranks together."""
+        running = {process.sentinel: process for process in self.processes}
+        codes: list[int] = []
         while running and not any(codes):
             ended = connection.wait(running, timeout=HANG_SECONDS)
             assert ended, "the command hangs"
@@ -78,7 +77,12 @@ class Job:
         )
 
 
-def run(
+def run_script(script: str, *args: object, **options) -> subprocess.CompletedProcess:
+    """Run a script in its own process and wait until it ends. `options` are those of Job."""
+    return Job(script, *args, **options).wait()
+
+
+def run_in_child(
     argv: list[str],
     cwd: Path,
     env: dict[str, str],
@@ -86,7 +90,7 @@ def run(
     n_threads: int,
     signal_at: tuple[int, signal.Signals] | None,
 ) -> None:
-    """Run a script in this process, with its output in the files `out` and `err`."""
+    """Turn this forked process into `python argv...`, with its output in {output}/out and err."""
     for descriptor, name in ((1, "out"), (2, "err")):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         os.dup2(os.open(f"{output}/{name}", flags), descriptor)
@@ -101,7 +105,7 @@ def run(
 
 
 def run_here(script: str, *args: str) -> None:
-    """Run a script in this process."""
+    """Run a script in this process, as if it had been started with these arguments."""
     path = str(ROOT / script)
     with mock.patch.object(sys, "argv", [path, *args]):
         runpy.run_path(path, run_name="__main__")
@@ -110,21 +114,22 @@ def run_here(script: str, *args: str) -> None:
 def start_on_terminal(
     prelude: str, script: str, *args: str, **options
 ) -> tuple[subprocess.Popen, int]:
-    """Start a script on a terminal, after the statements of `prelude`. Return the process, and the
-    descriptor that a user types to and reads from.
+    """Start a script on a terminal, after the Python code `prelude`. Return the process and a file
+    descriptor for the user's side of the terminal.
     """
     import pty  # not on Windows
 
-    ours, theirs = pty.openpty()
+    user_end, script_end = pty.openpty()
     program = f"import os, signal, sys; {prelude}; os.execv(sys.executable, sys.argv[1:])"
     command = [sys.executable, "-c", program, sys.executable, str(ROOT / script), *args]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, **options)
-    os.close(theirs)
-    return process, ours
+    options |= {"stdin": script_end, "stdout": script_end, "stderr": script_end}
+    process = subprocess.Popen(command, **options)
+    os.close(script_end)
+    return process, user_end
 
 
 def send_signal_at(step: int, signum: signal.Signals, pid: int) -> None:
-    """Send a process a signal when this one has logged a step."""
+    """Once this process has logged a step, send the signal to process `pid`."""
     append = JSONLinesLog.append
 
     def append_and_send(log: JSONLinesLog, *records: dict) -> None:

@@ -38,8 +38,8 @@ def steps(run) -> list[int]:
 
 
 def test_a_checkpoint_is_a_hugging_face_model(tmp_path):
-    """Stock transformers opens model and tokenizer from the folder, with equal logits, and with
-    50257 ids although the model trains with 50304.
+    """Stock transformers loads the model and tokenizer from the folder. Logits are equal, and the
+    vocabulary has 50257 ids, although the model trains with 50304.
     """
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32))
@@ -57,7 +57,7 @@ def test_a_checkpoint_is_a_hugging_face_model(tmp_path):
 
 
 def test_weights_come_back_bit_for_bit(tmp_path, tiny_model):
-    """Loading a run gives the weights of its latest checkpoint, bit for bit, with the padding."""
+    """Loading a run gives the weights of its latest checkpoint bit for bit, padding included."""
     save(tmp_path, tiny_model, 1)
     with torch.no_grad():
         tiny_model.transformer.wpe.weight += 1
@@ -68,7 +68,7 @@ def test_weights_come_back_bit_for_bit(tmp_path, tiny_model):
 
 
 def test_failing_save_loses_nothing(tmp_path, tiny_model, monkeypatch):
-    """A save that fails at any of its writes leaves the earlier checkpoint and no partial one."""
+    """If any write of a save fails, the earlier checkpoint stays and no partial one is left."""
     save(tmp_path, tiny_model, 1)
 
     def full(*_, **__):
@@ -92,9 +92,7 @@ def test_failing_save_loses_nothing(tmp_path, tiny_model, monkeypatch):
 
 
 def test_newest_and_best_are_kept(tmp_path, tiny_model):
-    """The latest `keep` checkpoints are kept, by step and not by name, and the one with the lowest
-    validation loss; a user's own copy is left alone.
-    """
+    """The `keep` latest checkpoints by step, the best one and a user's own copy are kept."""
     mine = tmp_path / "checkpoints" / "step_1_mine"
     mine.mkdir(parents=True)
     (mine / "config.json").touch()
@@ -106,8 +104,8 @@ def test_newest_and_best_are_kept(tmp_path, tiny_model):
 
 
 def test_a_damaged_checkpoint_falls_back(tmp_path, tiny_model, capsys):
-    """If a file of the latest checkpoint is cut short or lacks a part, the previous one is used,
-    and a line says so. If none can be read, that is an error, not a fresh start.
+    """If a file of the latest checkpoint is cut short or lacks a part, the previous one is used and
+    a line says so. If no checkpoint can be read, that is an error, not a fresh start.
     """
 
     def to_bytes(state) -> bytes:
@@ -139,9 +137,9 @@ def test_a_damaged_checkpoint_falls_back(tmp_path, tiny_model, capsys):
         load_latest(tmp_path)
 
 
-def test_files_and_empty_folders_are_no_checkpoints(tmp_path, tiny_model):
-    """A plain file or an empty folder with a checkpoint's name is not taken for one, and saving
-    replaces it, as it does a plain file with the name of an unfinished checkpoint.
+def test_files_and_empty_folders_are_not_checkpoints(tmp_path, tiny_model):
+    """A plain file or an empty folder does not count as a checkpoint, even if its name fits. Saving
+    replaces it. A file in the place of an unfinished checkpoint does not stop a save either.
     """
     save(tmp_path, tiny_model, 1)
     (tmp_path / "checkpoints" / "step_000098").mkdir()
@@ -156,7 +154,7 @@ def test_files_and_empty_folders_are_no_checkpoints(tmp_path, tiny_model):
 
 
 def test_a_failed_background_save_is_not_silent():
-    """The error of a background save is raised by the next call, once."""
+    """If a background save fails, the next call raises its error, once."""
     background = BackgroundSave()
     background.start(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):

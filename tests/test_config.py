@@ -1,4 +1,4 @@
-"""Flags, YAML config files and help of all commands, and the checks of TrainConfig."""
+"""Flags, YAML config files and help of all commands, and which settings are valid."""
 
 import re
 import subprocess
@@ -28,8 +28,8 @@ from sample import SampleConfig
 from share import ShareConfig
 from train_gpt2 import PretrainConfig
 
-# Settings that a resumed run may change, because its curve does not depend on them but for the
-# order of floating-point sums, or because what they lead to is compared by its hash.
+# Settings that a resumed run may change. They change at most the order of floating-point sums, or
+# they are paths, and the run compares a hash of the data or weights instead.
 FREE_TO_CHANGE = {"out_dir", "resume", "data", "data_dir", "model_name_or_path", "merge_out"}
 FREE_TO_CHANGE |= {"batch_size", "device", "compile", "parallel", "recompute", "lora_form"}
 FREE_TO_CHANGE |= {"eval_every", "sample_every", "hellaswag_every", "hellaswag_data"}
@@ -45,7 +45,7 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Base:
-    """One setting of each kind."""
+    """A config with a setting of each kind."""
 
     number: int = flag(3, "a count of 100%", group="numbers", may_change=True)
     rate: float = flag(1e-5, "a rate")
@@ -58,7 +58,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Derived(Base):
-    """Overrides defaults, in one case with another help."""
+    """Overrides defaults, and in one case the help too."""
 
     number: int = flag(5)
     rate: float = flag(2.0, "another rate")
@@ -66,12 +66,12 @@ class Derived(Base):
 
 
 def parse(config_class: type, *argv: object) -> dict:
-    """The settings that the command line gives."""
+    """Return the settings given on a command line."""
     return parse_flags(config_class, "", [str(arg) for arg in argv])[0]
 
 
 def parsing_error(capsys, config_class: type, *argv: object) -> str:
-    """The one-line error of a wrong command line, which ends the command with exit code 2."""
+    """Parse a wrong command line, which must exit with code 2. Return its one-line error."""
     with pytest.raises(SystemExit) as exit_:
         parse(config_class, *argv)
     error = capsys.readouterr().err
@@ -82,7 +82,7 @@ def parsing_error(capsys, config_class: type, *argv: object) -> str:
 
 
 def flags_of(kind: object) -> list:
-    """Every command's flags of a type, as pairs of config class and name."""
+    """Return the flags of a type in all commands, as pairs of config class and name."""
     return [
         pytest.param(config_class, f.name, id=f"{config_class.__name__}.{f.name}")
         for config_class in CONFIGS.values()
@@ -93,7 +93,7 @@ def flags_of(kind: object) -> list:
 
 @pytest.mark.parametrize(("config_class", "name"), flags_of(bool))
 def test_boolean_flags(capsys, config_class, name):
-    """A boolean is set by --x or --x true and unset by --no-x or --x false; the last one counts."""
+    """--x and --x true turn a boolean on, --no-x and --x false turn it off. The last one counts."""
     for argv, expected in (
         ([f"--{name}"], True),
         ([f"--no-{name}"], False),
@@ -110,7 +110,7 @@ def test_boolean_flags(capsys, config_class, name):
 
 @pytest.mark.parametrize(("config_class", "name"), flags_of(Literal))
 def test_choices(capsys, config_class, name):
-    """A flag with choices takes each of them, and its error for anything else lists them."""
+    """A flag with choices accepts each of them. For anything else, the error lists them."""
     kind = next(base_type(f.type) for f in fields(config_class) if f.name == name)
     choices = typing.get_args(kind)
     for choice in choices:
@@ -121,14 +121,23 @@ def test_choices(capsys, config_class, name):
 
 @pytest.mark.parametrize(("config_class", "name"), flags_of(list))
 def test_lists(config_class, name):
-    """A list takes one value or several up to the next flag."""
+    """A list takes all values up to the next flag."""
     assert parse(config_class, f"--{name}", "a") == {name: ["a"]}
     assert parse(config_class, f"--{name}", "a", "b c") == {name: ["a", "b c"]}
     assert parse(config_class, f"--{name}", "a", "b", "--debug") == {name: ["a", "b"]}
 
 
+@pytest.mark.parametrize("name", ["log", "lora_module_name"])
+def test_lists_with_spaces_or_commas(tmp_path, name):
+    """Several names mean the same with spaces, with commas, and as a YAML list."""
+    file = tmp_path / "config.yaml"
+    file.write_text(f"{name}: [a, b]\n")
+    for argv in (f"--{name} a b", f"--{name} a,b", f"--{name}=a,b", f"--config {file}"):
+        assert parse_flags(FinetuneConfig, "", argv.split())[0] == {name: "a,b"}
+
+
 def test_values_have_their_types():
-    """Numbers become the declared type, text stays as typed, and flags not given are absent."""
+    """Numbers get the declared type, text stays as typed, and flags not given are absent."""
     assert parse(Base) == {}
     values = parse(Base, "--number", "12", "--rate", "3", "--name", "12", "--optional", "null")
     assert values == {"number": 12, "rate": 3.0, "name": "12", "optional": None}
@@ -155,8 +164,8 @@ WRONG_VALUES = {
     "optional: half": "optional is half, expected an integer or null",
     "numbr: 3": "numbr is not a setting of this command, did you mean number?",
     "1: 3": "1 is not a setting of this command",
-    "- number": "holds ['number'], expected lines of NAME: VALUE",
-    "": "holds None, expected lines of NAME: VALUE",
+    "- number": "holds ['number'], expected lines NAME: VALUE",
+    "": "holds None, expected lines NAME: VALUE",
     "number: [1": "cannot be read as YAML",
     "name: !!python/object:os.system x": "cannot be read as YAML",
 }
@@ -164,7 +173,7 @@ WRONG_VALUES = {
 
 @pytest.mark.parametrize(("content", "expected"), WRONG_VALUES.items(), ids=WRONG_VALUES)
 def test_yaml_is_checked_like_flags(tmp_path, capsys, content, expected):
-    """A bad value, an unknown key or a file without settings is a one-line error with its name."""
+    """Bad values, unknown keys and files without settings are one-line errors naming the file."""
     file = tmp_path / "wrong.yaml"
     file.write_text(content)
     error = parsing_error(capsys, Base, "--config", file)
@@ -173,7 +182,7 @@ def test_yaml_is_checked_like_flags(tmp_path, capsys, content, expected):
 
 
 def test_yaml_values(tmp_path):
-    """A value that can be read as the setting's type is converted to that type."""
+    """A YAML value is converted to the type of its setting."""
     file = tmp_path / "right.yaml"
     for content, expected in {
         "rate: 1e-3": 1e-3,  # text in YAML 1.1, which wants 1.0e-3
@@ -193,7 +202,7 @@ def test_yaml_values(tmp_path):
 
 
 def test_null_is_accepted_where_none_is_a_value(tmp_path, capsys):
-    """YAML null is accepted by exactly the settings whose type or default allows None."""
+    """A setting accepts YAML null if its type or default allows None, and otherwise refuses it."""
     file = tmp_path / "null.yaml"
     for config_class in CONFIGS.values():
         for f in fields(config_class):
@@ -206,7 +215,7 @@ def test_null_is_accepted_where_none_is_a_value(tmp_path, capsys):
 
 
 def test_files_that_cannot_be_read(tmp_path, capsys):
-    """A missing file, a folder and bytes that are not UTF-8 are named."""
+    """If a file is missing, a folder or not UTF-8, the error names it and says so."""
     (tmp_path / "latin1.yaml").write_bytes("name: café".encode("latin-1"))
     for name, expected in (
         ("nothing.yaml", "No such file"),
@@ -219,20 +228,20 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
 
 
 def test_yaml_is_utf8_on_any_machine(tmp_path):
-    """A config file is read as UTF-8 whatever the encoding of the machine's locale."""
+    """A config file is read as UTF-8, whatever the machine's locale."""
     (tmp_path / "utf8.yaml").write_bytes("name: café 日本\n".encode())
     program = (
         "import sys; from engine.config import read_config_file\n"
         "print(ascii(read_config_file(sys.argv[1], None)['name']))"
     )
-    # Python warns where it would fall back on the locale's encoding.
+    # With these options, falling back on the encoding of the locale is an error.
     options = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning"]
     command = [sys.executable, *options, "-c", program, tmp_path / "utf8.yaml"]
     assert subprocess.check_output(command, cwd=ROOT, text=True).strip() == ascii("café 日本")
 
 
 def test_the_command_line_wins(tmp_path):
-    """A flag wins over --config wherever it stands, and a later file over an earlier one."""
+    """A flag overrides --config, even if it comes first. A later file overrides an earlier one."""
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("number: 1\nrate: 0.5\nname: first\n")
     second.write_text("rate: 0.25\nname: second\n")
@@ -249,7 +258,7 @@ def test_debug_is_not_a_setting():
 
 
 def test_unknown_flags_suggest_a_near_one(capsys):
-    """An unknown flag gets a suggestion; a stray word or a flag without a value is refused too."""
+    """The error for an unknown flag suggests one. Stray words and missing values are errors too."""
     for argv, expected in {
         ("--max_stepz", "3"): "unknown flag --max_stepz, did you mean --max_steps?",
         ("--max-stepz", "3"): "unknown flag --max-stepz, did you mean --max_steps?",
@@ -262,14 +271,14 @@ def test_unknown_flags_suggest_a_near_one(capsys):
 
 
 def test_flags_with_dashes():
-    """--max-steps is --max_steps, --no-use-lora is --no-use_lora; a value keeps its dashes."""
+    """--max-steps means --max_steps, and --no-use-lora --no-use_lora. Values keep their dashes."""
     values = parse(PretrainConfig, "--max-steps", "3", "--eval-every=4", "--data-dir=my-data")
     assert values == {"max_steps": 3, "eval_every": 4, "data_dir": "my-data"}
     assert parse(FinetuneConfig, "--no-use-lora") == {"use_lora": False}
 
 
 def test_whole_numbers_in_any_notation(tmp_path, capsys):
-    """1e3, 1_000 and 1000.0 are whole numbers, and large ones are exact; 1.5 is not."""
+    """1e3, 1_000 and 1000.0 are whole numbers, 1.5 is not. Large ones stay exact."""
     for text in ("1e3", "1_000", "1000.0", "1E+3"):
         assert parse(PretrainConfig, "--max_steps", text) == {"max_steps": 1000}
         (tmp_path / "a.yaml").write_text(f"max_steps: {text}\n")
@@ -283,7 +292,7 @@ def test_whole_numbers_in_any_notation(tmp_path, capsys):
 
 @pytest.mark.parametrize("config_class", CONFIGS.values())
 def test_abbreviations_are_refused(capsys, config_class):
-    """A flag without its last letter is unknown, so a new flag never changes an old script."""
+    """Abbreviated flags are unknown. Otherwise a new flag could change what an old script means."""
     names = {f.name for f in fields(config_class)}
     for short in {name[:-1] for name in names} - names:
         for value in (["1"], []):
@@ -294,12 +303,12 @@ def test_abbreviations_are_refused(capsys, config_class):
 @pytest.mark.parametrize("config_class", CONFIGS.values())
 @pytest.mark.parametrize("columns", [60, 240])
 def test_help(monkeypatch, config_class, columns):
-    """The help has each flag and description, and numeric defaults, and fits the terminal."""
+    """The help fits the terminal and has every flag, description and numeric default."""
     monkeypatch.setenv("COLUMNS", str(columns))
     text = build_parser(config_class, "What it does.").format_help()
     assert max(map(len, text.splitlines())) <= columns
     words = " ".join(text.split())
-    letters = "".join(words.split())  # a line may end after a hyphen
+    letters = "".join(words.split())  # to compare help texts, which also wrap after a hyphen
     assert all(part in words for part in ("What it does.", "--config FILE", "--debug"))
     for action in build_parser(config_class, "")._actions:
         assert len(action.help) > 5
@@ -312,7 +321,7 @@ def test_help(monkeypatch, config_class, columns):
 
 @pytest.mark.parametrize("config_class", [PretrainConfig, FinetuneConfig])
 def test_help_is_grouped(config_class):
-    """A training command's help has groups; a field that overrides a default stays in its group."""
+    """The help of a training command has groups. A flag with a new default stays in its group."""
     groups = {group.title: group for group in build_parser(config_class, "")._action_groups}
     flags = {title: {a.dest for a in group._group_actions} for title, group in groups.items()}
     own = {"data": {"data_dir"}, "model": {"init_from", "n_layer", "block_size"}}
@@ -323,9 +332,7 @@ def test_help_is_grouped(config_class):
 
 
 def test_overriding_a_default_keeps_the_rest():
-    """A field that only overrides a default keeps its help, its group and whether it may change; a
-    field with its own help declares all of these again.
-    """
+    """A field that only overrides a default keeps its help, its group and whether it may change."""
     assert fixed_settings(Base) == {"rate", "name", "names", "switch", "optional"}
     assert fixed_settings(Derived) == fixed_settings(Base)
     words = " ".join(build_parser(Derived, "").format_help().split())
@@ -339,7 +346,7 @@ def test_overriding_a_default_keeps_the_rest():
 
 
 def test_a_field_without_flag_is_refused():
-    """A config's field that has no help is an error in the program."""
+    """A config field without help raises KeyError, because that is a bug in the program."""
 
     @dataclass(frozen=True)
     class Undeclared(Base):
@@ -350,7 +357,7 @@ def test_a_field_without_flag_is_refused():
 
 
 def test_what_a_resumed_run_may_change():
-    """In both training commands, a setting may change if the curve does not depend on it."""
+    """In both training commands, exactly the settings in FREE_TO_CHANGE may change on resume."""
     free = {}
     for config_class in (TrainConfig, PretrainConfig, FinetuneConfig):
         names = {f.name for f in fields(config_class)}
@@ -376,7 +383,7 @@ def test_what_a_resumed_run_may_change():
     ],
 )
 def test_yaml_reads_back(tmp_path, config):
-    """A config written as YAML and read back by --config is the same config."""
+    """A config written as YAML and read back with --config is the same config."""
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
     values = parse(type(config), "--config", file)
@@ -385,7 +392,7 @@ def test_yaml_reads_back(tmp_path, config):
 
 
 def test_presets_are_complete_and_right():
-    """Every preset parses, and gpt2_124m is what the defaults are."""
+    """Every preset is valid, and gpt2_124m spells out the defaults, including GPTConfig's shape."""
     presets = sorted((ROOT / "configs").glob("*.yaml"))
     assert len(presets) >= 5
     for preset in presets:
@@ -418,13 +425,13 @@ WRONG_SETTINGS = [
 
 @pytest.mark.parametrize(("settings", "expected"), WRONG_SETTINGS)
 def test_impossible_settings(settings, expected):
-    """A setting out of its range, and settings that contradict each other, are refused."""
+    """A setting out of its range is an error, and so are settings that contradict each other."""
     with pytest.raises(ValueError, match=re.escape(expected)):
         PretrainConfig(**settings)
 
 
 def test_a_missing_logger_names_the_command_that_installs_it(tmp_path, monkeypatch):
-    """A missing logger is refused; a plain folder of its name does not count as its package."""
+    """A missing logger is an error with the pip command, even if a folder has the logger's name."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)

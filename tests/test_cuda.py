@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show; skipped without one. Small models, so that a minute is enough."""
+"""Tests that need a CUDA GPU; skipped without one. The models are small: all take a minute."""
 
 import copy
 import itertools
@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    CPU,
+    CPU_DIST,
     GPT2_TOKENIZER,
-    GPU,
+    GPU_DIST,
     HELLASWAG_ROWS,
     NEEDS_GPU,
     SHARED_DATA,
@@ -20,7 +20,7 @@ from conftest import (
     make_data,
     make_step,
     random_ids,
-    talkative_model,
+    small_gpt2,
     worker_env,
 )
 from torch._dynamo.utils import counters
@@ -34,37 +34,37 @@ from engine.lora import LoRAConfig, convert_linear_layer_to_lora, only_optimize_
 from engine.loss import HeadLoss, SummedLoss, compile_softmax, softmax_
 from engine.metrics import Meter
 from engine.optim import build_optimizers
-from engine.step import apply_recompute
-from engine.tasks import Task, find_task
+from engine.recompute import apply_recompute
+from engine.tasks import Task, make_task
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 
 pytestmark = NEEDS_GPU
-CUDA = GPU.device
+CUDA = GPU_DIST.device
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @pytest.fixture(autouse=True)
 def _restore_precision():
-    """Training in 16 bits sets TF32 for the whole process."""
+    """Undo what training in 16 bits does to the whole process: it allows TF32."""
     torch._dynamo.reset()
     yield
     torch.set_float32_matmul_precision("highest")
 
 
 def cuda_model(**shape: int) -> GPT:
-    """The same weights at every call."""
+    """Make a small GPT-2 with the same weights at every call."""
     torch.manual_seed(0)
     config = {"block_size": 128, "vocab_size": 1000, "n_layer": 2, "n_head": 2, "n_embd": 128}
     return GPT(GPTConfig(**config | shape)).to(CUDA)
 
 
 def cuda_step(shards, model: GPT | None = None, **options):
-    return make_step(model or cuda_model(block_size=16), shards, dist=GPU, **options)
+    return make_step(model or cuda_model(block_size=16), shards, dist=GPU_DIST, **options)
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the error over the norm of what is expected."""
+    """Return the norm of the error over the norm of `expected`."""
     return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
@@ -73,7 +73,7 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     ("dtype", "tolerance"), [(FP32, 1e-5), (FP16, 2e-3), (BF16, 1e-2)], ids=["fp32", "fp16", "bf16"]
 )
 def test_head_loss_equals_cross_entropy(dtype, tolerance, is_compiled):
-    """Loss and gradients equal float64 cross-entropy, even where the model is nearly certain."""
+    """Loss and gradients equal float64 cross-entropy, even for tokens that are nearly certain."""
     if is_compiled and dtype == FP32:
         pytest.skip("fp32 is never compiled")
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +99,7 @@ def test_head_loss_equals_cross_entropy(dtype, tolerance, is_compiled):
 @pytest.mark.parametrize("compile_step", [False, True])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_16_bit_training_follows_fp32(shards, precision, compile_step):
-    """In 16 bits, compiled or not, ten steps follow those of fp32, and the weights stay fp32."""
+    """In 16 bits, compiled or not, the losses of ten steps are close to fp32. Weights stay fp32."""
     exact, model = cuda_step(shards, max_lr=1e-3), cuda_model(block_size=16)
     options = {"precision": precision, "compile": compile_step, "max_lr": 1e-3}
     rounded = cuda_step(shards, model, **options)
@@ -108,20 +108,20 @@ def test_16_bit_training_follows_fp32(shards, precision, compile_step):
     assert {p.dtype for p in model.parameters()} == {FP32}
 
 
-def test_the_compiled_validation_loss_is_the_eager_one(shards):
-    """In bf16, evaluated by compiled code, the validation loss is that of the plain model."""
+def test_the_compiled_validation_loss_equals_the_eager_one(shards):
+    """In bf16, the validation loss of the compiled model equals that of the plain model."""
     step = cuda_step(shards, precision="bf16", compile=True)
     val = [make_data(shards).micro_batch(s, 1) for s in (1, 2)]
     token_bytes = GPT2_TOKENIZER.token_bytes
-    with eval_mode(step.model, step.config, GPU):
-        expected, _ = evaluate_loss(SummedLoss(step.model), val, token_bytes, GPU)
-    with eval_mode(step.model, step.config, GPU, compiled=True, one_shape=True):
-        found, _ = evaluate_loss(step.summed_loss, val, token_bytes, GPU)
+    with eval_mode(step.model, step.config, GPU_DIST):
+        expected, _ = evaluate_loss(SummedLoss(step.model), val, token_bytes, GPU_DIST)
+    with eval_mode(step.model, step.config, GPU_DIST, compiled=True, fixed_shape=True):
+        found, _ = evaluate_loss(step.summed_loss, val, token_bytes, GPU_DIST)
     assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_steps_on_cuda_equal_those_on_a_cpu(shards):
-    """In fp32 a GPU's steps are a CPU's, with AdamW and with Muon."""
+    """In fp32, training has the same losses on a GPU as on a CPU, with AdamW and with Muon."""
     for optimizer, tolerance in (("adamw", 1e-4), ("muon", 5e-3)):  # Muon iterates in bf16
         model = cuda_model(block_size=16)
         options = {"optimizer": optimizer, "max_lr": 1e-3}
@@ -133,8 +133,8 @@ def test_steps_on_cuda_equal_those_on_a_cpu(shards):
 
 @pytest.mark.parametrize("mode", ["none", "light", "block"])
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_recomputing_changes_nothing(mode, is_compiled):
-    """Loss and gradients are those of the plain model, whatever is recomputed or compiled."""
+def test_recompute_and_compile_do_not_change_gradients(mode, is_compiled):
+    """Gradients equal those of the plain model, whatever is recomputed or compiled."""
     idx, results = random_ids(4, 128).to(CUDA), []
     for recompute, compile_trunk in (("none", False), (mode, is_compiled)):
         model = cuda_model()
@@ -146,7 +146,7 @@ def test_recomputing_changes_nothing(mode, is_compiled):
 
 
 def test_a_step_does_not_wait_for_the_device(shards):
-    """Launching a step, its losses and its update causes no synchronization."""
+    """A training step, from forward pass to optimizer update, never waits for the GPU."""
     step = cuda_step(shards, precision="bf16")
     step(1)
     torch.cuda.set_sync_debug_mode("error")  # a synchronization raises
@@ -157,8 +157,8 @@ def test_a_step_does_not_wait_for_the_device(shards):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_snapshot_continues(shards, optimizer):
-    """A snapshot does not change while training continues; restoring it repeats the next steps."""
+def test_restoring_a_snapshot_repeats_the_next_steps(shards, optimizer):
+    """Training does not change a snapshot, and restoring it repeats the steps that followed."""
     model = cuda_model(block_size=16)
     step = cuda_step(shards, model, optimizer=optimizer)
     for s in (1, 2, 3):
@@ -174,8 +174,8 @@ def test_a_snapshot_continues(shards, optimizer):
     assert [step(s)[0].item() for s in (4, 5, 6)] == pytest.approx(expected, rel=1e-5)
 
 
-def test_lora_compiles_once_for_all_lengths():
-    """Twelve lengths need two graphs of the trunk, without a graph break."""
+def test_lora_does_not_recompile_for_every_length():
+    """Twelve lengths need only two graphs of the trunk, and there are no graph breaks."""
     model = cuda_model()
     convert_linear_layer_to_lora(model, config=LoRAConfig(lora_dim=8))
     only_optimize_lora_parameters(model)
@@ -191,39 +191,39 @@ def test_lora_compiles_once_for_all_lengths():
 
 
 def load_hellaswag() -> Task:
-    """HellaSwag's first 400 rows where they are on this machine, else the 20 of the tests."""
+    """Return HellaSwag on its first 400 rows if this machine has them, else on the tests' 20."""
     file = SHARED_DATA / "hellaswag_val_raw_400.jsonl"
-    return find_task("hellaswag", data=str(file if file.exists() else HELLASWAG_ROWS))
+    return make_task("hellaswag", data=str(file if file.exists() else HELLASWAG_ROWS))
 
 
 def test_hellaswag_predictions_equal_the_cpu():
-    """In fp32 a GPU predicts the endings that a CPU does."""
-    model, task = talkative_model(block_size=1024).eval(), load_hellaswag()
+    """In fp32, a GPU predicts the same endings as a CPU."""
+    model, task = small_gpt2(block_size=1024).eval(), load_hellaswag()
     examples = task.load(GPT2_TOKENIZER, 1024)
     predictions = []
-    for dist in (CPU, GPU):
+    for dist in (CPU_DIST, GPU_DIST):
         records = itertools.chain(*task.score_examples(model.to(dist.device), examples, dist))
         predictions.append({r["row"]: (r["pred"], r["pred_norm"]) for r in records})
     assert predictions[0] == predictions[1]
 
 
 def test_training_evaluates_hellaswag_as_the_command_does(shards):
-    """Training in bf16 allows TF32 in the whole process, but not in its evaluations."""
-    model = talkative_model(block_size=1024).to(CUDA)
+    """bf16 training allows TF32, but not in evaluations, so HellaSwag scores as in the command."""
+    model = small_gpt2(block_size=1024).to(CUDA)
     examples = load_hellaswag().load(GPT2_TOKENIZER, 1024)
     with torch.autocast("cuda", BF16):
-        expected = evaluate_task("hellaswag", model.eval(), examples, GPU)
+        expected = evaluate_task("hellaswag", model.eval(), examples, GPU_DIST)
     step = cuda_step(shards, model, precision="bf16")
     assert torch.get_float32_matmul_precision() == "high"
-    with eval_mode(model, step.config, GPU):
+    with eval_mode(model, step.config, GPU_DIST):
         assert torch.get_float32_matmul_precision() == "highest"
-        assert evaluate_task("hellaswag", model, examples, GPU) == expected
+        assert evaluate_task("hellaswag", model, examples, GPU_DIST) == expected
     assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_greedy_text_equals_the_cpu():
-    """In fp32 a GPU generates the tokens that a CPU does, past the end of the window too."""
-    model, idx = talkative_model(block_size=64).eval(), random_ids(2, 40)
+    """In fp32, a GPU generates the same tokens as a CPU, also past the end of the window."""
+    model, idx = small_gpt2(block_size=64).eval(), random_ids(2, 40)
     expected = model.generate(idx, 60, temperature=0)
     model.to(CUDA)
     for uses_graphs in (False, True):
@@ -246,16 +246,14 @@ def nccl(tmp_path):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_one_rank_over_nccl(nccl, parallel):
-    """On one rank, steps with compiled DDP or FSDP2, including the gather of Muon updates, equal
-    those of the plain model.
-    """
+    """On one rank, compiled DDP or FSDP2 with Muon takes the same steps as the plain model."""
     idx, results = random_ids(4, 128).to(CUDA), []
     batch = Batch(idx, idx.roll(1))
     config = PretrainConfig(optimizer="muon", precision="fp32", batch_size=4)
     for kind in ("plain", parallel):
         model = cuda_model()
         if kind == "fsdp":
-            shard_model(model, GPU, None, compile_blocks=True)
+            shard_model(model, GPU_DIST, None, compile_blocks=True)
         loss = SummedLoss(model, compile_trunk=kind == "ddp")
         loss = DistributedDataParallel(loss) if kind == "ddp" else loss
         optimizers = build_optimizers(model, config)
@@ -270,8 +268,8 @@ def test_one_rank_over_nccl(nccl, parallel):
 
 
 def test_resuming_is_exact_with_deterministic_kernels():
-    """With PyTorch's deterministic algorithms, a compiled run in bf16 that is stopped and resumed
-    repeats the losses of an uninterrupted one to the last bit.
+    """With deterministic kernels, a compiled bf16 run that is stopped and resumed has the same
+    losses as an uninterrupted one, bit for bit.
     """
     env = worker_env() | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     command = [sys.executable, str(WORKERS / "resume_on_cuda.py")]
@@ -281,9 +279,9 @@ def test_resuming_is_exact_with_deterministic_kernels():
     assert straight == resumed
 
 
-def test_the_time_of_a_step_does_not_count_the_next(shards):
-    """Each step logs its own time, even if its results are read while the next step runs."""
-    meter = Meter(cuda_model(), make_data(shards), GPU)
+def test_the_time_of_a_step_does_not_include_the_next(shards):
+    """Each step logs its own time, although its results are read while the next step runs."""
+    meter = Meter(cuda_model(), make_data(shards), GPU_DIST)
     records, result = [], torch.zeros((), device=CUDA)
     for step in range(1, 5):
         started = time.perf_counter()

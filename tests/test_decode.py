@@ -1,11 +1,11 @@
-"""Fast decoding gives the same text. On a CPU its linear layers equal F.linear."""
+"""Fast decoding generates the same text as ordinary decoding."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_ids, talkative_model
+from conftest import random_ids, small_gpt2
 from torch import nn
 
 from engine import decode
@@ -16,7 +16,7 @@ from engine.decode import FEW_ROWS, linear_few_rows, speed_up_decoding
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(24,), (3, 2, 24), (8, 24), (0, 24)])
 def test_few_rows_equal_linear(monkeypatch, threads, bias, shape):
-    """For every number of threads the result is that of F.linear, up to rounding."""
+    """The result equals F.linear up to rounding, whatever the number of threads."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     layer, x = nn.Linear(24, 36, bias=bias), torch.randn(shape)
     with torch.no_grad():
@@ -24,8 +24,8 @@ def test_few_rows_equal_linear(monkeypatch, threads, bias, shape):
         torch.testing.assert_close(found, F.linear(x, layer.weight, layer.bias))
 
 
-def test_other_inputs_take_linear(monkeypatch):
-    """More rows, and inputs with gradients, take F.linear itself."""
+def test_other_inputs_fall_back_to_f_linear(monkeypatch):
+    """With more than FEW_ROWS rows, or with gradients, the layer calls F.linear itself."""
     layer = nn.Linear(24, 36)
     speed_up_decoding(layer)
     monkeypatch.setattr(torch, "bmm", pytest.fail)
@@ -37,24 +37,23 @@ def test_other_inputs_take_linear(monkeypatch):
 
 
 def test_generation_takes_the_fast_path(tiny_model, monkeypatch):
-    """Every linear of a decoding step, and the head, takes the fast path; the text is the same."""
+    """When decoding, all linear layers and the head take the fast path. The text is the same."""
     calls, bmm = [], torch.bmm
     expected = tiny_model.generate(random_ids(1, 12), 20, temperature=0)
     speed_up_decoding(tiny_model)
     monkeypatch.setattr(decode.torch, "bmm", lambda *args: calls.append(1) or bmm(*args))
     found = tiny_model.generate(random_ids(1, 12), 20, temperature=0)
     assert torch.equal(found, expected)
+    # The prompt gives the first token. Its 12 rows are too many for the fast path, except in the
+    # head, which gets only the last one.
     n_linears = 4 * tiny_model.config.n_layer
-    assert len(calls) == 19 * n_linears + 20  # the prompt has 12 rows in the blocks, 1 in the head
+    assert len(calls) == 19 * n_linears + 20
 
 
 def test_a_static_cache_gives_the_same_text(monkeypatch):
-    """Tokens that follow in a cache of constant shape, by a position on the device, are those of
-    ordinary generation, past the end of the window and for batches of several sizes. Here each pass
-    runs as it is; tests/test_cuda.py replays a graph of it.
-    """
+    """A cache of constant shape gives the same tokens, also past the end of the window."""
 
-    class PlainGraph(decode.TokenGraph):
+    class PlainGraph(decode.TokenGraph):  # test_cuda.py has CUDA graphs
         def capture(self):
             self.graph = SimpleNamespace(replay=self.replay)
 
@@ -62,10 +61,10 @@ def test_a_static_cache_gives_the_same_text(monkeypatch):
             self.hidden = self.compute_hidden()
 
     monkeypatch.setattr(decode, "TokenGraph", PlainGraph)
-    model, idx = talkative_model(block_size=32).eval(), random_ids(2, 20)
+    model, idx = small_gpt2(block_size=32).eval(), random_ids(2, 20)
     expected = model.generate(idx, 40, temperature=0)
     model.last_hidden = decode.GraphedDecoder(model)
-    torch.use_deterministic_algorithms(True)  # new memory is NaN, not what was left in it
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         for rows in (slice(2), slice(1), slice(2)):
             assert torch.equal(model.generate(idx[rows], 40, temperature=0), expected[rows])

@@ -13,11 +13,11 @@ from conftest import NASTY_TEXT, TIKTOKEN, read_files
 from engine.documents import (
     Piece,
     TextFormat,
-    choose_limit,
+    choose_threshold,
     cut_documents,
-    draw_validation,
     find_files,
     hash_text,
+    mark_validation,
     open_source,
     stdlib_documents,
 )
@@ -25,11 +25,11 @@ from engine.documents import (
 NASTY_DOCUMENTS = (NASTY_TEXT * 3, "a " * 30 + "\n\n\n  b\n\n", Path(__file__).read_text())
 
 
-def cut(text: str, n_chars: int, block: int | None = None) -> list[Piece]:
-    """The pieces of a document that is read in blocks of some characters."""
-    block = block or max(1, len(text))
-    blocks = [(text[i : i + block], False) for i in range(0, len(text), block)]
-    return list(cut_documents([*blocks, ("", True)], n_chars))
+def cut(text: str, n_chars: int, chunk: int | None = None) -> list[Piece]:
+    """Cut a document into pieces, reading it in chunks of `chunk` characters (default: all)."""
+    chunk = chunk or max(1, len(text))
+    chunks = [(text[i : i + chunk], False) for i in range(0, len(text), chunk)]
+    return list(cut_documents([*chunks, ("", True)], n_chars))
 
 
 def join(pieces: list[Piece]) -> str:
@@ -42,43 +42,39 @@ def test_separators_in_a_txt(tmp_path):
     (tmp_path / "a.txt").write_text(content)
     for n_chars in (1, 5, 1000):
         pieces, _ = read_files(tmp_path / "a.txt", n_chars=n_chars)
-        marked = ("<|endoftext|>" * piece.starts + piece.text for piece in pieces)
+        marked = ("<|endoftext|>" * piece.starts_document + piece.text for piece in pieces)
         assert "".join(marked) == "<|endoftext|>" + content
 
 
 @pytest.mark.parametrize("size", [7, 50, 4000])
 def test_pieces_of_a_document_have_its_tokens(size):
-    """The tokens of a document's pieces add up to the document's, with blank runs, numbers,
-    accents, emoji and code, if each word fits a piece. Only the first piece starts a document.
-    """
+    """If every word fits into a piece, the pieces have exactly the tokens of the document."""
     encode = TIKTOKEN.encode_ordinary
     for document in NASTY_DOCUMENTS:
         longest = max(map(len, document.replace("\n", " ").split(" ")))
         pieces = cut(document, max(size, longest + 1))
         assert join(pieces) == document
-        assert [piece.starts for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+        assert [piece.starts_document for piece in pieces] == [True] + [False] * (len(pieces) - 1)
         assert [i for piece in pieces for i in encode(piece.text)] == encode(document)
         assert len(pieces) >= 2 or size == 4000
 
 
-@pytest.mark.parametrize("block", [1, 3, 64, 1000])
-def test_cuts_depend_on_the_document_alone(block):
-    """The cuts are the same whatever blocks a document is read in, with runs of spaces and newlines
-    at its ends and wherever a cut may fall. No piece is blank.
-    """
+@pytest.mark.parametrize("chunk", [1, 3, 64, 1000])
+def test_cuts_depend_on_the_document_alone(chunk):
+    """A document is cut at the same places whatever chunks it is read in. No piece is blank."""
     spaced = (" \n" * 40 + "x \n" + "\n" * 70, "\t\ta\r\n" * 40, "a\t" * 40, "一\u3000" * 40)
     for document in (*NASTY_DOCUMENTS, "x" * 99, *spaced):
         for n_chars in (1, 2, 10, 30):
             pieces = cut(document, n_chars)
-            assert cut(document, n_chars, block) == pieces
+            assert cut(document, n_chars, chunk) == pieces
             assert join(pieces) == document
             assert not any(piece.text.isspace() for piece in pieces)
             assert max(len(piece.text.strip()) for piece in pieces) <= n_chars
 
 
 def test_where_a_document_is_cut():
-    """Before the last newline after a non-space that fits, else before the last such space, else at
-    the limit. Space at the end stays with what precedes it.
+    """A piece ends before the last newline that fits and follows a non-space. If there is none, it
+    ends before the last such space, and otherwise at the limit. Trailing space stays in the piece.
     """
     for document, expected in (
         ("one two\nthree four", ["one two", "\nthree four"]),
@@ -96,40 +92,38 @@ def test_where_a_document_is_cut():
 
 
 def test_any_two_different_sections_have_both_splits():
-    """Whatever the fraction, at least one section is drawn and one is not; else about the fraction
-    is. Blank documents do not count.
-    """
+    """About `fraction` of the sections go to validation, but always at least one and never all."""
     sections = [Piece(f"section {i}") for i in range(2000)]
     for fraction in (0.0, 1e-9, 0.05, 0.5, 1.0):
         for n in (2, 3, 10, 2000):
-            pieces = [Piece(""), *sections[:n], Piece(" \n")]
-            limit = choose_limit(pieces, fraction, None)
-            drawn = [hash_text(piece.text) < limit for piece in sections[:n]]
-            assert 1 <= sum(drawn) <= n - 1
+            pieces = [Piece(""), *sections[:n], Piece(" \n")]  # blank ones do not count
+            threshold = choose_threshold(pieces, fraction, None)
+            n_val = sum(hash_text(piece.text) < threshold for piece in sections[:n])
+            assert 1 <= n_val <= n - 1
             if n == 2000 and fraction in (0.05, 0.5):
-                assert abs(sum(drawn) / n - fraction) < 0.03
+                assert abs(n_val / n - fraction) < 0.03
     for pieces in ([], [Piece("a"), Piece("\n")], [Piece("a")] * 3):
         with pytest.raises(ValueError, match="fewer than two different sections of 4000"):
-            choose_limit(pieces, 0.5, None)
+            choose_threshold(pieces, 0.5, None)
 
 
-def test_a_section_beside_the_other_split_is_separated():
-    """A separator precedes each document and each change of split; copies share a split."""
+def test_separators_at_documents_and_changes_of_split():
+    """A separator precedes each document and each change of split. Copies are in the same split."""
     sections = [Piece(str(i % 7), i % 20 == 0) for i in range(50)]
-    largest = max(hash_text(str(i)) for i in range(7))  # only its sections are not drawn
-    drawn = list(draw_validation(sections, largest))
-    assert [(piece.text, piece.starts) for piece in drawn] == [piece[:2] for piece in sections]
-    assert {piece.is_val for piece in drawn} == {True, False}
-    assert len({(piece.text, piece.is_val) for piece in drawn}) == 7
-    for before, piece in pairwise(drawn):
-        assert piece.is_separated == (piece.starts or before.is_val != piece.is_val)
+    largest = max(hash_text(str(i)) for i in range(7))
+    marked = list(mark_validation(sections, threshold=largest))  # 6 of 7 texts are for validation
+    assert [piece[:2] for piece in marked] == [piece[:2] for piece in sections]
+    assert {piece.is_val for piece in marked} == {True, False}
+    assert len({(piece.text, piece.is_val) for piece in marked}) == 7
+    for before, piece in pairwise(marked):
+        assert piece.is_separated == (piece.starts_document or before.is_val != piece.is_val)
 
 
 @pytest.mark.parametrize("before", [0, 20_000])
 @pytest.mark.parametrize("bad", [b"caf\xe9 au lait", b"cut \xe2\x82 and \xf0\x9f\x98"])
 def test_bad_bytes(tmp_path, bad, before):
-    """A file that is not UTF-8 is an error with the place of the first bad byte. With "replace" it
-    has as many U+FFFD as Python's "replace" makes, and they are counted.
+    """If a file is not UTF-8, the error has the position of the first bad byte. With "replace", bad
+    bytes become U+FFFD as in Python, and these are counted.
     """
     content = b"line 1\n" * before + b"genuine; " + bad + b" end"
     with pytest.raises(UnicodeDecodeError) as error:
@@ -147,12 +141,12 @@ def test_bad_bytes(tmp_path, bad, before):
 
 
 def test_encodings(tmp_path):
-    """A file is in UTF-8, or what its byte order mark says, or the given encoding; .jsonl too."""
+    """A byte order mark decides the encoding. Without one, it is the given encoding or UTF-8."""
     text = "naïve café, “quotes” 日本語 😀 " * 30
     for name, content in (("a.md", text), ("a.jsonl", json.dumps({"text": text}))):
         for encoding in ("utf-16", "utf-32", "utf-8-sig", "utf-8"):
             (tmp_path / name).write_bytes(content.encode(encoding))
-            given = "utf-8" if encoding == "utf-8" else "latin-1"  # which the mark overrides
+            given = "utf-8" if encoding == "utf-8" else "latin-1"  # the mark overrides it
             pieces, problems = read_files(tmp_path / name, encoding=given)
             assert (join(pieces), problems) == (text, {})
     for encoding, text in (("latin-1", "un café"), ("gbk", "一二三"), ("utf-16-le", "ab一")):
@@ -164,8 +158,8 @@ def test_encodings(tmp_path):
 
 
 def test_bad_rows(tmp_path, capsys):
-    """Bad rows are left out and counted; the first is named by its line. Byte order marks and blank
-    lines are no problem, and a lone surrogate becomes U+FFFD.
+    """Bad rows are left out and counted, and the line number of the first is printed. Byte order
+    marks and blank lines are fine, and a lone surrogate becomes U+FFFD.
     """
     rows = ['\ufeff{"text": "first"}', "", '{"text": ""}', "{broken", '{"other": 1}', '{"text": 5}']
     rows += [r'{"text": "\ud800 \ud83d\ude00 \u2028"}', '{"text": "\u2028"}']
@@ -180,7 +174,7 @@ def test_bad_rows(tmp_path, capsys):
 
 
 def test_damaged_gz_files(tmp_path, capsys):
-    """A damaged .gz is counted; what precedes the damage, and other files, are read."""
+    """A damaged .gz file is read up to the damage and counted. Other files are read as usual."""
     text = os.urandom(200_000).hex("\n", 40).replace("a", "é")
     whole = gzip.compress(text.encode())
     (tmp_path / "b.txt").write_text("good")
@@ -195,9 +189,8 @@ def test_damaged_gz_files(tmp_path, capsys):
 
 
 def test_files_folders_and_globs(tmp_path, capsys):
-    """Files are taken as they are, folders searched recursively, globs expanded, each sorted; only
-    files with known suffixes count, and a line says what a folder has besides. Hidden files and
-    folders are not searched.
+    """A path is a file, a glob or a folder. Folders are searched recursively, except for what is
+    hidden. Files with known suffixes are found, sorted within each path; a line counts the others.
     """
     (tmp_path / "deep" / "er").mkdir(parents=True)
     for name in ("b.txt", "a.parquet", "deep/c.jsonl", "deep/er/d.txt.gz", "deep/e.png", "[1].txt"):
@@ -216,7 +209,8 @@ def test_files_folders_and_globs(tmp_path, capsys):
         (tmp_path / name).touch()
     capsys.readouterr()
     assert found("deep")[2:] == ["deep/f.md", "deep/g.py", "deep/h.rst"]
-    assert "deep: 5 files are read, others are left out: " in (out := capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert "deep: reading 5 files and ignoring the others: " in out
     assert "1 .png" in out
     assert "1 without suffix" in out
     for path in ("deep/e.png", "nothing", "*.doc"):
@@ -232,16 +226,16 @@ def read_source(dataset: str, **options: int) -> list[Piece]:
 
 
 def test_max_tokens_leaves_both_splits(tmp_path):
-    """Each split gets at least one of the sections that lie within the first max_tokens."""
+    """Each split gets at least one of the sections within the first max_tokens tokens."""
     for i in range(20):
-        rows = [f"{i} document {n}" for n in range(100)]  # of 4 tokens, with its separator
+        rows = [f"{i} document {n}" for n in range(100)]  # 4 tokens with the separator
         (tmp_path / "a.txt").write_text("<|endoftext|>".join(rows))
         pieces = read_source(str(tmp_path / "a.txt"), val_tokens=2, max_tokens=20)
         assert {piece.is_val for piece in pieces[:5]} == {True, False}
 
 
 def test_identity_depends_on_the_content(tmp_path):
-    """Another byte in a file gives the source another identity."""
+    """The identity of a source changes with the content of its files, but not with their path."""
     (tmp_path / "a.txt").write_text("one")
     before = open_source([str(tmp_path)], TextFormat()).identity
     assert open_source([str(tmp_path / "a.txt")], TextFormat()).identity == before
@@ -250,11 +244,11 @@ def test_identity_depends_on_the_content(tmp_path):
 
 
 def test_wrong_parquet_files_are_named(tmp_path, write_parquet):
-    """A missing or wrong column, and a damaged file, are errors that name the file."""
+    """The error for a missing or wrong column, or a damaged file, names the file."""
     write_parquet({"body": ["x"], "n": [1]}, tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"no column 'text' of text; text_field may be body$"):
+    with pytest.raises(ValueError, match=r"no text column 'text'; expected .*: body$"):
         read_files(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a.parquet has no column 'n' of text"):
+    with pytest.raises(ValueError, match=r"a.parquet has no text column 'n'"):
         read_files(tmp_path / "a.parquet", text_field="n")
     (tmp_path / "b.parquet").write_bytes(b"PAR1?")
     with pytest.raises(ValueError, match=r"b.parquet is damaged"):
@@ -267,20 +261,20 @@ def test_wrong_parquet_files_are_named(tmp_path, write_parquet):
 
 
 def test_hub_failures_name_the_data_and_the_remedy(monkeypatch, datasets, network):
-    """Whatever the hub's libraries raise becomes one error with the reason and the remedy."""
+    """Whatever the hub's libraries raise, the error names the data, the reason and the remedy."""
     error = Exception("no\nroute.")
 
     def fail(*_, **__):
         raise error
 
-    def break_off():
+    def yield_one_row():
         yield {"text": "one"}
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(ConnectionError, match=r"/fineweb-edu: no route\. .*dataset stdlib"):
         read_source("fineweb-edu")
-    stream = datasets.IterableDataset.from_generator(break_off)
+    stream = datasets.IterableDataset.from_generator(yield_one_row)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
     pieces = open_source(["fineweb-edu"], TextFormat()).pieces(0, Counter())
     assert next(pieces) == Piece("one")
@@ -289,8 +283,8 @@ def test_hub_failures_name_the_data_and_the_remedy(monkeypatch, datasets, networ
 
 
 def test_stdlib_is_a_deterministic_corpus():
-    """Python's own documentation: no duplicates, the same order every time, about half a million
-    tokens, and neither tests nor installed packages. It is prepared alone.
+    """stdlib is Python's own documentation: about half a million tokens, in a fixed order, without
+    duplicates, tests or installed packages. It cannot be combined with other datasets.
     """
     documents = stdlib_documents()
     assert documents == sorted(set(documents), key=lambda d: hashlib.sha256(d.encode()).hexdigest())

@@ -1,4 +1,4 @@
-"""Wrong input to the commands ends in one line and exit code 2, without a traceback."""
+"""Wrong input ends a command with one line and exit code 2, without a traceback."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from conftest import GPT2_TOKENIZER
 from processes import run_here
 
 from engine.adapter import save_adapter
-from engine.errors import with_reported_errors
+from engine.errors import run_and_report_errors
 from engine.files import JSONLinesLog
 from engine.lora import convert_linear_layer_to_lora
 from engine.plots import plot_runs
@@ -23,24 +23,24 @@ from hellaswag import open_rows_log
 from model import GPT, GPTConfig
 
 NOISE = bytes(range(256)) * 4
-NEW = "--device cpu --out_dir made/out"
-# Default flags of each command; the flags of a case override them.
+NEW_OUT_DIR = "--device cpu --out_dir made/out"
+# Flags that make each command work; the flags of a case come after them and override them.
 FLAGS = {
-    "train_gpt2": f"{NEW} --data_dir few --n_layer 1 --n_head 2 --n_embd 8 --block_size 8 "
+    "train_gpt2": f"{NEW_OUT_DIR} --data_dir few --n_layer 1 --n_head 2 --n_embd 8 --block_size 8 "
     "--batch_size 1 --total_batch_size 8",
-    "finetune_lora": f"{NEW} --model_name_or_path tiny --data rows.json",
-    "hellaswag": f"{NEW} --model tiny --data row.jsonl",
+    "finetune_lora": f"{NEW_OUT_DIR} --model_name_or_path tiny --data rows.json",
+    "hellaswag": f"{NEW_OUT_DIR} --model tiny --data row.jsonl",
     "sample": "--device cpu --model tiny --prompt x",
     "fineweb": "--out_dir made/out",
     "plot": "",
     "share": "--repo_id me/x --dry_run",
 }
-# A command with the flags that a user adds, and part of the error it must print.
+# Wrong commands (FLAGS come first), and part of the error that each must print.
 WRONG = {
     "train_gpt2 --config syntax.yaml": "syntax.yaml cannot be read as YAML: ",
     "train_gpt2 --data_dir nothing": "no train shards in nothing",
     "train_gpt2 --data_dir half": "half/manifest.json is damaged",
-    "train_gpt2 --data_dir llama": "llama has tokens of llama, but its tokenizer.json is not",
+    "train_gpt2 --data_dir llama": "tokenized with llama, but its tokenizer.json is missing",
     "train_gpt2 --batch_size 1000000000000": "not a multiple of batch_size 1000000000000",
     "train_gpt2 --n_embd 7": "n_embd 7 is not a multiple of n_head 2",
     "train_gpt2 --init_from nowhere": "hub did not provide nowhere",
@@ -58,7 +58,7 @@ WRONG = {
     "hellaswag --data true.jsonl": "true.jsonl line 1: label is True, expected 0 to 1",
     "hellaswag --out_dir torn": "torn/settings.json is damaged",
     "hellaswag --out_dir file": "file: File exists; expected a folder",
-    "sample --model own_base": "own_base holds no config.json, expected a model",
+    "sample --model own_base": "own_base has no config.json; expected the folder of a model",
     "sample --model broken": "broken has weights that are not finite",
     "sample --num_return_sequences 10001": "10001, expected at least 1 and at most 10,000",
     "fineweb --dataset nothing": "nothing is neither a dataset",
@@ -89,8 +89,8 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
-    """A folder with a tiny model and all kinds of wrong input."""
+def bad_inputs(tmp_path_factory) -> Path:
+    """A folder with a tiny model and all kinds of bad input."""
     folder = tmp_path_factory.mktemp("errors")
     for name, content in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -108,11 +108,11 @@ def workplace(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("line", "expected"), WRONG.items(), ids=WRONG)
-def test_wrong_input_ends_in_one_line(workplace, monkeypatch, capsys, line, expected):
-    """One line on stderr names what is wrong, the exit code is 2, and no out_dir is made."""
+def test_wrong_input_ends_in_one_line(bad_inputs, monkeypatch, capsys, line, expected):
+    """One line on stderr says what is wrong, the exit code is 2, and no out_dir is created."""
     name, _, added = line.partition(" ")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(workplace)
+    monkeypatch.chdir(bad_inputs)
     with pytest.raises(SystemExit) as exit_:
         run_here(f"{name}.py", *f"{FLAGS[name]} {added}".split())
     error = capsys.readouterr().err
@@ -125,7 +125,7 @@ def test_wrong_input_ends_in_one_line(workplace, monkeypatch, capsys, line, expe
 
 
 def test_damaged_rows_of_an_evaluation_are_named(tmp_path):
-    """An evaluation does not resume from a damaged rows.jsonl."""
+    """If rows.jsonl is damaged, an evaluation does not resume; the error names the file."""
     (tmp_path / "settings.json").write_text("{}")
     (tmp_path / "rows.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"rows.jsonl is damaged.* choose another folder"):
@@ -133,8 +133,8 @@ def test_damaged_rows_of_an_evaluation_are_named(tmp_path):
 
 
 def test_user_errors_are_one_line_and_bugs_are_not(capsys):
-    """A system error without a file name, and running out of memory on a CPU or GPU, are one plain
-    line; a bug, and any error with --debug, keeps its traceback.
+    """A system error without a file name, or running out of memory on a CPU or GPU, gives one plain
+    line. A bug keeps its traceback, and with --debug every error does.
     """
 
     def fail(error: Exception) -> None:
@@ -147,12 +147,12 @@ def test_user_errors_are_one_line_and_bugs_are_not(capsys):
         (torch.OutOfMemoryError("CUDA out of memory."), "not enough memory: CUDA out of memory"),
     ):
         with pytest.raises(SystemExit):
-            with_reported_errors(partial(fail, error))
+            run_and_report_errors(partial(fail, error))
         assert expected in capsys.readouterr().err
         with pytest.raises(type(error)):
-            with_reported_errors(partial(fail, error), debug=True)
+            run_and_report_errors(partial(fail, error), debug=True)
     with pytest.raises(RuntimeError, match="a bug"):
-        with_reported_errors(partial(fail, RuntimeError("a bug")))
+        run_and_report_errors(partial(fail, RuntimeError("a bug")))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_user_errors_are_one_line_and_bugs_are_not(capsys):
     ],
 )
 def test_a_full_disk_is_noticed_and_named(tmp_path, monkeypatch, name, write):
-    """If only 300 bytes fit into a file, every writer fails with the file's name."""
+    """If only 300 bytes fit into a file, every writer fails with an error that names the file."""
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
     Path("run/config.yaml").write_text("seed: 1\n")

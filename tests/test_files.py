@@ -11,8 +11,8 @@ from conftest import WORKERS, worker_env
 
 from engine.files import (
     JSONLinesLog,
+    adding_path_to_errors,
     lock_folder,
-    naming_file,
     open_binary,
     read_json,
     read_lines,
@@ -25,9 +25,7 @@ from engine.files import (
 
 @pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace"])
 def test_writes_are_atomic(tmp_path, monkeypatch, failing):
-    """A write replaces the file with its parts in order and leaves no temporary file. If it fails
-    halfway, the old file stays.
-    """
+    """A write replaces the file with the given parts. If it fails halfway, the old file stays."""
     file = tmp_path / "x.bin"
     file.write_bytes(b"something longer than the new content")
     write_atomically(file, b"one ", memoryview(b"two"))
@@ -44,21 +42,22 @@ def test_writes_are_atomic(tmp_path, monkeypatch, failing):
 
 
 def test_system_errors_get_the_name_of_the_file(tmp_path):
-    """An OSError inside `naming_file` has the file's name, its number and its reason."""
-    with pytest.raises(OSError, match="No space left") as raised, naming_file(tmp_path / "x"):
+    """`adding_path_to_errors` adds the path to an OSError and keeps its number and message."""
+    full = pytest.raises(OSError, match="No space left")
+    with full as raised, adding_path_to_errors(tmp_path / "x"):
         raise OSError(28, os.strerror(28))
     assert (raised.value.errno, raised.value.filename) == (28, str(tmp_path / "x"))
 
 
 def test_hashes_are_sha256(tmp_path):
-    """Both hashes are those of hashlib, of the text as UTF-8."""
+    """sha256_text and sha256_file equal hashlib's SHA-256. Text is hashed as UTF-8."""
     expected = hashlib.sha256("naïve".encode()).hexdigest()
     (tmp_path / "x").write_bytes("naïve".encode())
     assert sha256_text("naïve") == sha256_file(tmp_path / "x") == expected
 
 
 def test_json_files(tmp_path):
-    """An object reads back as written; anything else is an error with the file and the remedy."""
+    """A JSON object reads back as written. For other content, the error has the file and remedy."""
     file = tmp_path / "x.json"
     content = {"a": [1, 2.5, None], "b": {"c": "é"}}
     write_json(file, content)
@@ -73,7 +72,7 @@ def test_json_files(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
 def test_lines_have_their_numbers(tmp_path, name):
-    """Lines that are not blank come with their number in the file, plain and compressed."""
+    """Lines that are not blank come with their line number, from plain and compressed files."""
     content = b'{"a": 1}\n\n  \t\n{"a": 2}\r\n\xff not text'
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     expected = [(1, b'{"a": 1}\n'), (4, b'{"a": 2}\r\n'), (5, b"\xff not text")]
@@ -83,7 +82,7 @@ def test_lines_have_their_numbers(tmp_path, name):
 
 
 def test_damaged_gz_is_named(tmp_path):
-    """A damaged .gz is an error with its name; an empty file has no lines."""
+    """The error for a damaged .gz file names it. An empty file has no lines."""
     intact = gzip.compress(os.urandom(99).hex("\n").encode())
     file = tmp_path / "x.gz"
     for content in (intact[:-20], intact[:-8] + bytes(8), intact[:10] + b"\xff" * 30, b"no gzip"):
@@ -95,7 +94,7 @@ def test_damaged_gz_is_named(tmp_path):
 
 
 def test_log_is_appended(tmp_path):
-    """A log can be reopened and appended to; a last line cut short by a crash is dropped."""
+    """A log can be reopened and appended to. If a crash cut the last line short, it is dropped."""
     log = JSONLinesLog(tmp_path / "log.jsonl", "row")
     assert log.records == []
     log.append({"row": 0}, {"row": 1, "text": "ä\n"})
@@ -112,7 +111,7 @@ def test_log_is_appended(tmp_path):
     "line", [b"{", b"[1]", b"3", b"{}", b'{"row": "one"}', b'{"row": null}', b"\xff", b""]
 )
 def test_damaged_log_is_named(tmp_path, line):
-    """A line without a number under the key is an error with the remedy; the file stays."""
+    """A line that is not an object with a number under the key is an error; the file is kept."""
     file = tmp_path / "log.jsonl"
     content = b'{"row": 1}\n' + line + b'\n{"row": 2}\n'
     file.write_bytes(content)
@@ -123,9 +122,7 @@ def test_damaged_log_is_named(tmp_path, line):
 
 
 def test_one_process_holds_a_folder(tmp_path):
-    """While one process holds the lock of a folder, another is refused with the remedy. Killing the
-    process or raising an exception releases the lock, and the exception reaches the caller.
-    """
+    """Only one process can lock a folder. Killing it or raising an exception releases the lock."""
     folder = tmp_path / "new" / "run"
     command = [sys.executable, str(WORKERS / "hold_folder.py"), str(folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

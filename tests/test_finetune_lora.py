@@ -1,4 +1,4 @@
-"""Fine-tuning as a user runs it: the command's main(), and processes that are killed."""
+"""Fine-tuning as a user runs it: main() of the command, or processes on ranks or killed halfway."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from conftest import (
-    CPU,
+    CPU_DIST,
     GPT2_TOKENIZER,
     as_flags,
     expect_error,
@@ -49,7 +49,7 @@ SHAPE = GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=8)
 
 @pytest.fixture
 def folder(tmp_path, no_plots, write_rows, monkeypatch) -> Path:
-    """The current directory, with a small GPT-2 and its tokenizer in base, and 40 rows."""
+    """The current directory, with a small GPT-2 and its tokenizer in base/ and 40 rows of data."""
     torch.manual_seed(0)
     save_pretrained(GPT(SHAPE), tmp_path / "base", GPT2_TOKENIZER)
     words = ROOT.joinpath("README.md").read_text().split()
@@ -65,13 +65,13 @@ def finetune(out_dir: str, **settings: object) -> Path:
 
 
 def command(out_dir: str, **settings: object) -> list[str]:
-    """The command line with the settings of `finetune`, to run it in its own process."""
+    """Return the command line for what `finetune` does, to run it in its own process."""
     return ["finetune_lora.py", *as_flags({**SETTINGS, "out_dir": out_dir, **settings})]
 
 
 def test_a_run_writes_what_is_documented(folder):
-    """A run lowers the loss and leaves an adapter that PEFT loads, a merged model that transformers
-    loads with the same logits, train_data.json with all losses, and samples with references.
+    """A run lowers the loss. It writes an adapter for PEFT and a merged model for transformers,
+    with the same logits, all losses in train_data.json, and samples next to their references.
     """
     run, flags = Path("runs/a"), command("runs/a", merge_out="merged", sample_every=4)
     out = run_script(*flags).stdout
@@ -90,24 +90,25 @@ def test_a_run_writes_what_is_documented(folder):
     assert (latest / "adapter_model.safetensors").stat().st_size < 150_000
     idx = torch.tensor([AutoTokenizer.from_pretrained("merged").encode("To be, or not")])
     stock = AutoModelForCausalLM.from_pretrained("base")
-    line = next(line for line in out.splitlines() if line.startswith("in transformers"))
-    models = [
-        load_model(run),
-        AutoModelForCausalLM.from_pretrained(line.split("'")[1]),
-        load_model("base", run),
+    # What the command prints for transformers has the path in quotes.
+    hint = next(line for line in out.splitlines() if line.startswith("in transformers"))
+    models = [load_model("base", run), GPT.from_pretrained("merged")]
+    theirs = [
+        AutoModelForCausalLM.from_pretrained(hint.split("'")[1]),
         peft.AutoPeftModelForCausalLM.from_pretrained(latest),
         AutoModelForCausalLM.from_pretrained("merged"),
-        GPT.from_pretrained("merged"),
     ]
     with torch.no_grad():
-        outs = [getattr(out, "logits", out) for out in (m.eval()(idx) for m in models)]
-        assert (outs[0] - stock(idx).logits).abs().max() > 1e-3
-    for out in outs[1:]:
-        torch.testing.assert_close(out, outs[0], atol=1e-4, rtol=0)
+        expected = load_model(run).eval()(idx)
+        found = [model.eval()(idx) for model in models]
+        found += [model.eval()(idx).logits for model in theirs]
+        assert (expected - stock(idx).logits).abs().max() > 1e-3  # training changed something
+    for logits in found:
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 def test_the_adapter_is_merged_into_the_base_it_was_trained_on(folder, monkeypatch):
-    """A base run that gains a checkpoint during training does not change what is merged."""
+    """If the base run gets a new checkpoint during training, the merge still uses the old one."""
     first, second = (Path(f"base_run/checkpoints/step_00000{n}") for n in (1, 2))
     shutil.copytree("base", first)
 
@@ -128,25 +129,23 @@ def test_the_adapter_is_merged_into_the_base_it_was_trained_on(folder, monkeypat
     [(43, 4, 4, 33, 3), (5, 1, 1, 15, 1), (640, 64, 16, 30, 3), (5000, 64, 16, 235, 10)],
 )
 def test_defaults_fit_few_examples(n_examples, per_step, batch_size, steps, warmup):
-    """A step has at most a tenth of the examples and the warmup at most a tenth of the steps, on
-    any number of ranks; given values stay.
-    """
+    """By default, a step has at most a tenth of the examples, and warmup a tenth of the steps."""
     model = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=4))
     config = FinetuneConfig(device="cpu", use_lora=False)
-    resolved = resolve_config(config, model, n_examples, CPU)
+    resolved = resolve_config(config, model, n_examples, CPU_DIST)
     assert (resolved.examples_per_step, resolved.batch_size) == (per_step, batch_size)
     assert (resolved.max_steps, resolved.warmup_steps) == (steps, warmup)
-    two = resolve_config(config, model, n_examples, replace(CPU, world_size=2))
+    two = resolve_config(config, model, n_examples, replace(CPU_DIST, world_size=2))
     assert two.examples_per_step == per_step
     assert two.batch_size == max(1, min(16, per_step // 2))
     given = replace(config, examples_per_step=32, warmup_steps=7, max_steps=9)
-    resolved = resolve_config(given, model, n_examples, CPU)
+    resolved = resolve_config(given, model, n_examples, CPU_DIST)
     assert (resolved.examples_per_step, resolved.batch_size) == (32, 16)
     assert (resolved.warmup_steps, resolved.max_steps) == (7, 9)
 
 
 def test_few_examples_resume_with_the_same_command(folder):
-    """The sizes that few examples give are those of the run when its command is given again."""
+    """Defaults that depend on the number of examples do not stop the same command from resuming."""
     defaults = {"examples_per_step": None, "batch_size": 16, "warmup_steps": None}
     finetune("runs/a", **defaults, save_every=2, max_steps=4)
     for checkpoint in list_checkpoints("runs/a")[1:]:
@@ -156,7 +155,7 @@ def test_few_examples_resume_with_the_same_command(folder):
 
 
 def test_data_may_move(folder):
-    """A run resumes with its data in another place, and is refused other data there."""
+    """A run resumes if its data file has moved. If the content differs, that is an error."""
     finetune("runs/a", max_steps=4)
     Path("rows.jsonl").rename("moved.jsonl")
     run = finetune("runs/a", max_steps=4, data="moved.jsonl")  # finished
@@ -167,9 +166,7 @@ def test_data_may_move(folder):
 
 
 def test_a_checkpoint_has_the_tokenizer_and_ordinary_permissions(folder):
-    """An adapter's folder has the tokenizer that transformers loads, and all files have the
-    permissions of new files, so that others on the machine can read them.
-    """
+    """An adapter has a tokenizer that transformers loads, and files that other users can read."""
     latest = list_checkpoints(finetune("runs/a", max_steps=1))[-1]
     assert AutoTokenizer.from_pretrained(latest).encode("To be") == [2514, 307]
     Path("new").touch()
@@ -180,8 +177,8 @@ def test_a_checkpoint_has_the_tokenizer_and_ordinary_permissions(folder):
 
 
 def test_a_finished_run_merges(folder, capsys):
-    """--merge_out on a finished run merges, into the base as it was before --base_precision; given
-    again it changes nothing. A folder with anything else in it is refused.
+    """--merge_out on a finished run merges the adapter into the full-precision base. Repeating the
+    command changes nothing. A folder with anything else in it is an error.
     """
     settings = {"base_precision": "bf16", "max_steps": 4}
     Path("other").mkdir()
@@ -189,29 +186,27 @@ def test_a_finished_run_merges(folder, capsys):
     with pytest.raises(ValueError, match="merge_out other already exists"):
         finetune("runs/a", **settings, merge_out="other")
     run = finetune("runs/a", **settings)
-    assert {t.dtype for t in read_tensors(latest_checkpoint(run) / "lora.pt").values()} == {
-        torch.float32
-    }
+    tensors = read_tensors(latest_checkpoint(run) / "lora.pt").values()
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    finetune("runs/a", **settings, merge_out="merged")
     idx = torch.arange(20)[None]
-    for time_of_file in (None, 0.0):
-        finetune("runs/a", **settings, merge_out="merged")
-        with torch.no_grad():
-            merged, expected = load_model("merged")(idx), load_model("base", run)(idx)
-        torch.testing.assert_close(merged, expected, atol=1e-5, rtol=0)
-        assert time_of_file in (None, Path("merged/model.safetensors").stat().st_mtime)
-        os.utime("merged/model.safetensors", (0, 0))
+    with torch.no_grad():
+        merged, expected = load_model("merged")(idx), load_model("base", run)(idx)
+    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=0)
+    weights = Path("merged/model.safetensors")
+    os.utime(weights, (0, 0))
+    finetune("runs/a", **settings, merge_out="merged")
+    assert weights.stat().st_mtime == 0  # not written again
     assert "already finished" in capsys.readouterr().out
-    assert (
-        Path("merged/prompt_template.json").read_text()
-        == (run / "prompt_template.json").read_text()
-    )
+    template = Path("merged/prompt_template.json").read_text()
+    assert template == (run / "prompt_template.json").read_text()
     for name in ("base", "other", "rows.jsonl"):
-        with pytest.raises(ValueError, match=f"merge_out {name} holds something else"):
+        with pytest.raises(ValueError, match=f"merge_out {name} holds something other"):
             finetune("runs/a", **settings, merge_out=name)
 
 
 def test_the_base_of_an_adapter_is_kept(folder):
-    """Pruning keeps the base of an adapter; if it is gone, the error says where its hash is."""
+    """A run keeps the base of an adapter. If it is gone anyway, the error asks for a copy."""
     first = Path("base_run/checkpoints/step_000001")
     shutil.copytree("base", first)
     (first / "progress.json").write_text('{"step": 1}')
@@ -226,29 +221,24 @@ def test_the_base_of_an_adapter_is_kept(folder):
     assert lora_linears(load_model(run))
     shutil.rmtree("base_run")
     assert hash_weights(base) in (run / "config.yaml").read_text()
-    with pytest.raises(
-        FileNotFoundError, match=r"no longer exists; .*config.yaml has its base_sha256"
-    ):
+    with pytest.raises(FileNotFoundError, match="no longer exists; pass a copy of it"):
         load_model(run)
 
 
 def test_training_all_weights(folder):
-    """--no-use_lora trains every weight, and the run's checkpoint is an ordinary model."""
+    """--no-use_lora trains every weight. The checkpoint of the run is an ordinary model."""
     run = finetune("runs/full", use_lora=False, merge_out="merged")
     base, tuned = GPT.from_pretrained("base"), load_model(run)
     assert not lora_linears(tuned)
-    assert all(
-        not torch.equal(a, b) for a, b in zip(base.parameters(), tuned.parameters(), strict=True)
-    )
+    pairs = zip(base.parameters(), tuned.parameters(), strict=True)
+    assert not any(torch.equal(before, after) for before, after in pairs)
     AutoModelForCausalLM.from_pretrained(list_checkpoints(run)[-1])
     assert torch.equal(load_model("merged").lm_head.weight, tuned.lm_head.weight)
 
 
 @pytest.mark.parametrize("use_lora", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit(folder, use_lora):
-    """After kill -9 the same command gives the losses and weights of an uninterrupted run, dropout
-    included; the optimizer has a state for each trained tensor.
-    """
+    """After kill -9, the same command ends with the losses and weights of an uninterrupted run."""
     settings = {"lora_dropout": 0.2 if use_lora else None, "use_lora": use_lora}
     whole = finetune("runs/whole", **settings)
     job = Job(*command("runs/killed", **settings), signal_at=(6, signal.SIGKILL))
@@ -258,7 +248,7 @@ def test_a_killed_run_resumes_bit_for_bit(folder, use_lora):
     a, b = load_model(killed), load_model(whole)
     assert all(map(torch.equal, a.parameters(), b.parameters()))
     state = read_state(list_checkpoints(killed)[-1])["optimizer"]["state"]
-    assert len(state) == (16 if use_lora else 28)
+    assert len(state) == (16 if use_lora else 28)  # one per trained tensor
 
 
 @pytest.mark.parametrize(
@@ -270,7 +260,7 @@ def test_a_killed_run_resumes_bit_for_bit(folder, use_lora):
     ],
 )
 def test_ranks_do_not_change_the_curve(folder, parallel, settings):
-    """Two ranks have the losses of one process, and one process resumes their run."""
+    """Two ranks have the losses of one process, and one process can resume their run."""
     settings = {"precision": "fp32", **settings}
     single = finetune("runs/single", **settings)
     result = run_script(*command("runs/two", parallel=parallel, **settings), ranks=2)
@@ -282,8 +272,8 @@ def test_ranks_do_not_change_the_curve(folder, parallel, settings):
 
 
 def test_starting_from_an_adapter(folder):
-    """--lora_load_path takes a run, a PEFT folder or a lora.pt, keeps its settings and refuses
-    others; the base stays --model_name_or_path.
+    """--lora_load_path takes a run, a PEFT folder or a lora.pt, and keeps the settings of that
+    adapter. Other settings are an error, and so is an adapter as --model_name_or_path.
     """
     first = finetune("runs/first", lora_dim=2, lora_alpha=3.0, max_steps=4)
     before = read_metrics(first)[-1]["val_loss"]
@@ -296,12 +286,12 @@ def test_starting_from_an_adapter(folder):
         assert read_run_config(second)["lora_dim"] == 2
     with pytest.raises(ValueError, match=r"lora_dim is 4, but the adapter of .* has 2"):
         finetune("runs/e", lora_load_path=str(first), lora_dim=4)
-    with pytest.raises(ValueError, match="is an adapter; give its base model"):
+    with pytest.raises(ValueError, match="is an adapter; pass its base model"):
         finetune("runs/f", model_name_or_path=str(first))
 
 
 def test_default_data_never_change_silently(folder):
-    """Without a hub the default data are an error that names --data stdlib, and no run begins."""
+    """If the hub does not answer, the error suggests stdlib, and no run starts with other data."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
     error = expect_error(*command("runs/a", data=None), **offline)
     assert "the Hugging Face hub did not provide yahma/alpaca-cleaned" in error
@@ -311,7 +301,7 @@ def test_default_data_never_change_silently(folder):
 
 
 def test_another_base_is_refused(folder):
-    """A run resumes with the base weights it started from, wherever they are, and no others."""
+    """A run resumes only with the base weights it started from, but they may have moved."""
     finetune("runs/a", max_steps=4)
     Path("base").rename("moved")
     torch.manual_seed(1)
@@ -319,17 +309,17 @@ def test_another_base_is_refused(folder):
     with pytest.raises(ValueError, match=r"base_sha256 was \w+, is \w+"):
         finetune("runs/a", max_steps=4)
     assert finetune("runs/a", model_name_or_path="moved", max_steps=4)
-    with pytest.raises(ValueError, match="has weights of sha256"):
+    with pytest.raises(ValueError, match=r"the weights of .* have sha256"):
         finetune("runs/b", base_sha256="0" * 64)
 
 
 WRONG_SETTINGS = [
     ({"lora_dim": 0}, "lora_dim is 0, expected at least 1"),
-    ({"lora_form": "summed", "lora_dropout": 0.1}, "summed, which needs lora_dropout 0.0"),
-    ({"lora_form": "summed", "parallel": "fsdp"}, "summed, which needs parallel ddp"),
-    ({"lora_form": "summed", "base_precision": "bf16"}, "summed, which needs base_precision fp32"),
-    ({"lora_form": "summed", "use_lora": False}, "lora_form is summed, which needs --use_lora"),
-    ({"base_precision": "bf16", "use_lora": False}, "bf16, which needs --use_lora"),
+    ({"lora_form": "summed", "lora_dropout": 0.1}, "summed needs lora_dropout 0.0"),
+    ({"lora_form": "summed", "parallel": "fsdp"}, "summed needs parallel ddp"),
+    ({"lora_form": "summed", "base_precision": "bf16"}, "summed needs base_precision fp32"),
+    ({"lora_form": "summed", "use_lora": False}, "lora_form is summed, but it needs --use_lora"),
+    ({"base_precision": "bf16", "use_lora": False}, "bf16, but it needs --use_lora"),
     ({"lora_module_name": "q_proj"}, "no linear layer has 'q_proj' in its name"),
     (
         {"model_name_or_path": "other_vocab"},
@@ -339,8 +329,8 @@ WRONG_SETTINGS = [
     ({"merge_out": "base"}, "merge_out base already exists"),
     ({"val_fraction": 1.0}, "val_fraction is 1.0, expected above 0 and below 1"),
     ({"lora_dropout": 1.0}, "lora_dropout is 1.0, expected at least 0 and below 1"),
-    ({"use_lora": False, "lora_load_path": "x"}, "lora_load_path is x, which needs --use_lora"),
-    ({"use_lora": False, "lora_dim": 4}, "lora_dim is 4, which needs --use_lora"),
+    ({"use_lora": False, "lora_load_path": "x"}, "lora_load_path is x, but it needs --use_lora"),
+    ({"use_lora": False, "lora_dim": 4}, "lora_dim is 4, but it needs --use_lora"),
     ({"lora_alpha": 0.0}, "lora_alpha is 0.0, expected above 0"),
     ({"examples_per_step": 0}, "examples_per_step is 0"),
 ]
@@ -348,7 +338,7 @@ WRONG_SETTINGS = [
 
 @pytest.mark.parametrize(("settings", "expected"), WRONG_SETTINGS, ids=str)
 def test_wrong_settings_are_named(folder, settings, expected):
-    """What is impossible is an error with the value, and no run begins."""
+    """The error for a wrong setting names the value, and no run starts."""
     GPT(GPTConfig(vocab_size=1000, n_layer=1, n_head=1, n_embd=8)).save_pretrained("other_vocab")
     with pytest.raises((ValueError, OSError), match=expected):
         finetune("runs/a", **settings)

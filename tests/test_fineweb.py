@@ -18,41 +18,40 @@ from fineweb import PrepareConfig, main
 
 TEXTS = (NASTY_TEXT, "One.\n", "  two  ", "Three and\n\n\nthree. " * 40, NASTY_TEXT[::-1])
 DOCUMENTS = [f"{text}{i}" for i in range(6) for text in TEXTS]
+COMPRESSION_RATIO = 3  # that documents.py assumes, to estimate the size of the text
 
 
 def all_tokens(folder: Path) -> list[int]:
+    """Read the tokens of all shards, in the order of the manifest."""
     shards = [open_shard(folder / s["name"]) for s in read_manifest(folder)["shards"]]
     return np.concatenate(shards).tolist()
 
 
 def split_tokens(folder: Path) -> tuple[list[int], list[int]]:
-    """The tokens for training and for validation."""
+    """Read the tokens for training and for validation."""
     splits = [TokenShards(folder, split) for split in ("train", "val")]
     train, val = (split.read(0, len(split)).tolist() for split in splits)
     return train, val
 
 
 def expected_split(documents: list[str], n_bytes: int) -> tuple[list[int], list[int]]:
-    """The tokens for training and for validation, if whole documents are drawn: those whose sha256
-    is among the lowest, about 100 tokens of a text with 4.4 bytes a token.
-    """
-    fraction = min(0.5, 100 / (n_bytes / 4.4))
-    hashes = [int(hashlib.sha256(d.encode()).hexdigest(), 16) / 16**64 for d in documents]
-    pairs = list(zip(documents, hashes, strict=True))
-    return (
-        expected_tokens([document for document, x in pairs if x >= fraction]),
-        expected_tokens([document for document, x in pairs if x < fraction]),
-    )
+    """Return the tokens for training and for validation, which gets documents with a low sha256."""
+    fraction = min(0.5, 100 / (n_bytes / 4.4))  # about 100 tokens, at 4.4 bytes per token
+    hashes = {d: int(hashlib.sha256(d.encode()).hexdigest(), 16) / 16**64 for d in documents}
+    train = [document for document in documents if hashes[document] >= fraction]
+    val = [document for document in documents if hashes[document] < fraction]
+    return expected_tokens(train), expected_tokens(val)
 
 
 def prepare(folder: Path, *dataset: object, **options) -> dict:
+    """Run fineweb.py. Return the manifest."""
     options = {"shard_size": 300, "val_tokens": 100, **options}
     main(PrepareConfig(dataset=[str(d) for d in dataset], out_dir=str(folder), **options))
     return read_manifest(folder)
 
 
 def prepare_documents(folder: Path, *documents: str) -> list[list[str]]:
-    """Prepare one .txt with these documents; return the texts in each split."""
+    """Prepare one .txt with these documents. Return the texts in each split."""
     folder.mkdir()
     (folder / "a.txt").write_text("<|endoftext|>".join(documents))
     prepare(folder / "out", folder / "a.txt", val_tokens=None, shard_size=10**6)
@@ -66,7 +65,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_gigatoken():
-    """Build gigatoken once for the module, because that takes longer than the tests."""
+    """Build gigatoken only once for this module, because that takes longer than the tests."""
     gigatoken = tokenizer.load_gigatoken(GPT2_TOKENIZER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "load_gigatoken", lambda _: gigatoken)
@@ -80,29 +79,30 @@ def jsonl(write_rows) -> Path:
 
 @pytest.fixture
 def stdlib(monkeypatch) -> str:
-    """Replace the stdlib corpus with DOCUMENTS. Validation takes the first tokens."""
+    """Replace the stdlib corpus with DOCUMENTS. Its first tokens go to validation."""
     monkeypatch.setattr("engine.documents.stdlib_documents", lambda: DOCUMENTS)
     return "stdlib"
 
 
 def test_every_format_gives_the_same_tokens(tmp_path, jsonl, write_parquet, monkeypatch):
-    """.jsonl, .jsonl.gz, .parquet and one .txt a document, newlines at its end included, become
-    exactly the documents' tokens, each after <|endoftext|>, in the split that its hash gives.
+    """The same documents as .jsonl, .jsonl.gz, .parquet or .txt files give the same tokens. Each
+    document follows <|endoftext|>, and its hash decides the split.
     """
     monkeypatch.setattr(fineweb, "BATCH_CHARS", 1000)  # several batches
     gz, parquet, folder = (tmp_path / name for name in ("documents.jsonl.gz", "a.parquet", "deep"))
     gz.write_bytes(gzip.compress(jsonl.read_bytes()))
     write_parquet({"text": DOCUMENTS}, parquet)
     (folder / "er").mkdir(parents=True)
-    separated = [d.replace("<|endoftext|>", "<|end|>") for d in DOCUMENTS]  # in a .txt it separates
-    separated = [document + "\n" * (i % 3) for i, document in enumerate(separated)]
-    for i, document in enumerate(separated):
+    # In a .txt, <|endoftext|> would separate documents.
+    in_txt = [document.replace("<|endoftext|>", "<|end|>") for document in DOCUMENTS]
+    in_txt = [document + "\n" * (i % 3) for i, document in enumerate(in_txt)]
+    for i, document in enumerate(in_txt):
         (folder / "er" / f"{i:03d}.txt").write_bytes(document.encode())
     for source, documents, n_bytes in (
         (jsonl, DOCUMENTS, jsonl.stat().st_size),
-        (gz, DOCUMENTS, gz.stat().st_size * 3),
-        (parquet, DOCUMENTS, parquet.stat().st_size * 3),
-        (folder, separated, len("".join(separated).encode())),
+        (gz, DOCUMENTS, gz.stat().st_size * COMPRESSION_RATIO),
+        (parquet, DOCUMENTS, parquet.stat().st_size * COMPRESSION_RATIO),
+        (folder, in_txt, len("".join(in_txt).encode())),
     ):
         out = tmp_path / f"out_{source.name}"
         manifest = prepare(out, source)
@@ -112,9 +112,7 @@ def test_every_format_gives_the_same_tokens(tmp_path, jsonl, write_parquet, monk
 
 
 def test_bad_input_is_handled_and_counted(tmp_path, capsys):
-    """Empty documents, bytes that are not UTF-8, bad rows and a truncated .gz affect nothing else
-    and are counted once in the summary; the first of a kind is named, once.
-    """
+    """Bad input leaves other documents alone. It is counted, and the first of each kind printed."""
     good = [json.dumps({"text": f"number {i} " * 50}) for i in range(20)]
     rows = [*good, '{"text": ""}', '{"text": "  \\n"}', "{broken", '{"other": 1}', '{"text": 5}']
     latin = b'\n{"text": "caf\xe9 au lait"}\n'
@@ -139,9 +137,7 @@ def test_bad_input_is_handled_and_counted(tmp_path, capsys):
 
 
 def test_validation_is_drawn_from_all_of_a_long_document(tmp_path):
-    """A long document is split into sections that add up to it. About 5%, from every quarter, goes
-    to validation. Each part starts with <|endoftext|>, and the document counts once.
-    """
+    """About 5% of a long document, from every quarter, goes to validation. Nothing is lost."""
     text = " ".join(f"word{i}" for i in range(120_000))
     train, val = prepare_documents(tmp_path / "a", text)
     assert "".join(sorted(train + val, key=text.index)) == text
@@ -151,28 +147,24 @@ def test_validation_is_drawn_from_all_of_a_long_document(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "most"),
+    ("text", "max_val_chars"),
     [
         ("".join(chr(0x4E00 + i * i % 9999) for i in range(9000)), 8500),
         ("\n" * 9000 + "a" * 4001 + "\n" * 9000, 13_000),
         ("a" * 4001, 4000),
-        (" ".join(f"word{i}" for i in range(3500)), 5000),
+        (" ".join(f"word{i}" for i in range(3500)), 5000),  # a sixth
     ],
     ids=["cjk", "space at the ends", "two sections", "30 kB"],
 )
-def test_any_text_of_two_sections_has_both_splits(tmp_path, text, most):
-    """Any text of two sections or more, even without spaces or newlines, is prepared without loss,
-    and both splits get some of it. Validation gets at most a sixth of 30 kB.
-    """
+def test_any_text_of_two_sections_has_both_splits(tmp_path, text, max_val_chars):
+    """Any text of two sections or more has both splits, and nothing is lost."""
     train, val = map("".join, prepare_documents(tmp_path / "a", text))
     assert sorted(train + val) == sorted(text)
-    assert 0 < len(val) <= most
+    assert 0 < len(val) <= max_val_chars
 
 
 def test_text_of_one_section_is_refused(tmp_path):
-    """One section cannot be split; the error says how much text is needed, and with it the same
-    command works. Nothing is written before.
-    """
+    """Text of one section cannot be split. The error asks for more text, and with more it works."""
     file = tmp_path / "a.txt"
     file.write_text("a" * 4000 + "<|endoftext|>" + "a" * 4000)
     with pytest.raises(ValueError, match=r"fewer than two different sections .*add text"):
@@ -183,7 +175,7 @@ def test_text_of_one_section_is_refused(tmp_path):
 
 
 def test_a_document_and_its_copies_are_in_one_split(tmp_path):
-    """Among copies, adding other documents before them or after them changes no split."""
+    """Repeating documents and adding others does not move a document to the other split."""
     documents = [f"document {i} " * 20 for i in range(400)]
     new = "new " * 99
     train, val = map(set, prepare_documents(tmp_path / "one", *documents))
@@ -193,8 +185,8 @@ def test_a_document_and_its_copies_are_in_one_split(tmp_path):
 
 
 def test_folders_of_earlier_versions(tmp_path, jsonl):
-    """A complete folder of files that an earlier version split in another way stays complete and as
-    it is; an incomplete one is refused, because its cuts cannot be continued.
+    """A folder that an earlier version completed, with other splits, is accepted as it is. An
+    incomplete one is an error, because this version would cut the rest differently.
     """
     manifest = prepare(tmp_path / "out", jsonl)
     del manifest["options"]["val_tokens"], manifest["options"]["section_chars"]
@@ -203,18 +195,18 @@ def test_folders_of_earlier_versions(tmp_path, jsonl):
     before = snapshot(tmp_path / "out")
     prepare(tmp_path / "out", jsonl)
     assert snapshot(tmp_path / "out") == before
-    with pytest.raises(ValueError, match=r"another .*shard_size"):
+    with pytest.raises(ValueError, match=r"other options: .*shard_size"):
         prepare(tmp_path / "out", jsonl, shard_size=400)
     (tmp_path / "out" / manifest["shards"][-1]["name"]).unlink()
     for complete in (True, False):
         write_manifest(tmp_path / "out", {**manifest, "complete": complete})
-        with pytest.raises(ValueError, match=r"another section_chars.*delete the folder"):
+        with pytest.raises(ValueError, match=r"section_chars was None, now 4000.*delete"):
             prepare(tmp_path / "out", jsonl)
 
 
 def test_files_in_other_encodings(tmp_path, capsys):
-    """A file in Latin-1 is refused by name and place before anything is written. Each remedy of the
-    error works, and is noted in the manifest if the shards depend on it.
+    """The error for a Latin-1 file has its name and the position of the bad byte, and nothing is
+    written. Each flag that the error suggests works. The manifest notes those that change shards.
     """
     (tmp_path / "text").mkdir()
     good, latin = "Grüße. " * 900, "Un café. " * 900
@@ -237,12 +229,12 @@ def test_files_in_other_encodings(tmp_path, capsys):
         assert {k: options[k] for k in ("encoding", "decode_errors") if k in options} == noted
     assert manifest["summary"]["bad files left out"] == 1
     assert "latin.txt is not UTF-8" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"another encoding .*iso8859-1.* before, .*None.* now"):
+    with pytest.raises(ValueError, match="encoding was iso8859-1, now None"):
         prepare(tmp_path / "encoding", tmp_path / "text", skip_bad_files=True)
 
 
 def test_max_tokens_and_shard_size_are_exact(tmp_path, stdlib):
-    """The first max_tokens tokens are written and no others. A document may span full shards."""
+    """Exactly the first max_tokens tokens are written. A document may span several shards."""
     manifest = prepare(tmp_path / "out", stdlib, max_tokens=1234, shard_size=77)
     assert all_tokens(tmp_path / "out") == expected_tokens(DOCUMENTS)[:1234]
     sizes = [shard["tokens"] for shard in manifest["shards"] if shard["split"] == "train"]
@@ -251,7 +243,7 @@ def test_max_tokens_and_shard_size_are_exact(tmp_path, stdlib):
         prepare(tmp_path / "out2", stdlib, max_tokens=101)
 
 
-# Runs fineweb.py and kills it at a given fsync call, before the new file gets its name.
+# Run fineweb.py, and kill it at the given call of fsync, before the new file gets its name.
 KILLED = """
 import itertools, os, signal, sys
 from fineweb import PrepareConfig, main
@@ -263,15 +255,13 @@ def kill_at_call(_):
         os.kill(os.getpid(), signal.SIGKILL)
 
 os.fsync = kill_at_call
-sys.modules["gigatoken"] = None  # tiktoken starts sooner
+sys.modules["gigatoken"] = None  # use tiktoken, which starts sooner
 main(PrepareConfig(dataset=["documents.jsonl"], out_dir="out", shard_size=300, val_tokens=100))
 """
 
 
 def test_a_killed_preparation_resumes_byte_identically(tmp_path, jsonl):
-    """After kill -9 at several points, the same command finishes with the files of an uninterrupted
-    run, even if it began with tiktoken and ends with gigatoken.
-    """
+    """After kill -9, the same command ends with exactly the files of an uninterrupted run."""
     prepare(tmp_path / "whole" / "out", jsonl)
     (tmp_path / "killed.py").write_text(KILLED)
     for call in (1, 4, 9):  # the first shard, the manifest that lists the second, a later shard
@@ -280,18 +270,17 @@ def test_a_killed_preparation_resumes_byte_identically(tmp_path, jsonl):
     manifest = read_manifest(tmp_path / "out")
     assert not manifest["complete"]
     assert manifest["shards"]
-    prepare(tmp_path / "out", jsonl)
+    prepare(tmp_path / "out", jsonl)  # with gigatoken
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole" / "out")
 
 
 @pytest.mark.parametrize("max_tokens", [None, 2500])
-@pytest.mark.parametrize("leads", [True, False])
-def test_any_shard_is_a_place_to_resume(tmp_path, jsonl, stdlib, leads, max_tokens):
+@pytest.mark.parametrize("val_comes_first", [True, False])
+def test_any_shard_is_a_place_to_resume(tmp_path, jsonl, stdlib, val_comes_first, max_tokens):
     """The same command rewrites a damaged shard and all after it, with or without max_tokens,
-    whether validation is drawn by hash or taken from the start. Cursors keep the keys of earlier
-    versions.
+    whether validation is chosen by hash or comes first. Cursors keep the keys of earlier versions.
     """
-    out, sources = tmp_path / "out", [stdlib] if leads else [jsonl, jsonl]
+    out, sources = tmp_path / "out", [stdlib] if val_comes_first else [jsonl, jsonl]
     shards = prepare(out, *sources, max_tokens=max_tokens)["shards"]
     names = {"pieces", "tokens", "documents", "empty"}
     assert all(shard["cursor"].keys() == names for shard in shards)
@@ -303,15 +292,13 @@ def test_any_shard_is_a_place_to_resume(tmp_path, jsonl, stdlib, leads, max_toke
 
 
 def test_complete_and_changed_preparations(tmp_path, jsonl, capsys):
-    """A second call reports that the folder is complete; one with other options, or while another
-    process uses the folder, is refused and changes nothing.
-    """
+    """A complete folder is left as it is. Other options, or a folder in use, are errors."""
     prepare(tmp_path / "out", jsonl)
     before = snapshot(tmp_path / "out")
     capsys.readouterr()
     prepare(tmp_path / "out", jsonl)
     assert "is complete: 30 documents" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"another shard_size: .*300.* before, .*400.* now"):
+    with pytest.raises(ValueError, match="options: shard_size was 300, now 400"):
         prepare(tmp_path / "out", jsonl, shard_size=400)
     in_use = pytest.raises(ValueError, match="out is in use by another process; wait")
     with lock_folder(tmp_path / "out"), in_use:
@@ -320,7 +307,7 @@ def test_complete_and_changed_preparations(tmp_path, jsonl, capsys):
 
 
 def test_too_little_text_is_an_error_with_a_remedy(tmp_path, stdlib):
-    """val_tokens that leave nothing for training are an error; a smaller number then works."""
+    """If val_tokens leaves nothing for training, that is an error. A smaller number then works."""
     with pytest.raises(ValueError, match="expected at least 2; lower --val_tokens"):
         prepare(tmp_path / "out", stdlib, val_tokens=10**6, shard_size=10**6)
     prepare(tmp_path / "out", stdlib)
@@ -337,8 +324,8 @@ def test_settings_are_checked():
 
 
 def test_hub_data_streams_and_resumes(tmp_path, monkeypatch, datasets, network, capsys):
-    """A hub dataset is streamed row by row, and only its text counts. If a shard is missing, the
-    command resumes at its row, even from cursors of an earlier version with one more count.
+    """A hub dataset is streamed row by row, and only its text is used. If a shard is missing, the
+    command resumes at the row where it begins, also with cursors of an earlier version.
     """
 
     def load_dataset(repo, name, split, streaming):
@@ -350,9 +337,9 @@ def test_hub_data_streams_and_resumes(tmp_path, monkeypatch, datasets, network, 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     manifest = prepare(tmp_path / "out", "fineweb-edu")
     assert all_tokens(tmp_path / "out") == expected_tokens(DOCUMENTS)
-    assert "min left" not in "".join(capsys.readouterr())  # as the size is unknown
+    assert "min left" not in "".join(capsys.readouterr())  # the size is unknown
     for shard in manifest["shards"]:
-        shard["cursor"]["undecodable"] = 0
+        shard["cursor"]["undecodable"] = 0  # a key of earlier versions
     write_manifest(tmp_path / "out", manifest)
     (tmp_path / "out" / manifest["shards"][3]["name"]).unlink()
     prepare(tmp_path / "out", "fineweb-edu")
@@ -360,8 +347,8 @@ def test_hub_data_streams_and_resumes(tmp_path, monkeypatch, datasets, network, 
 
 
 def test_ready_made_shards(tmp_path, jsonl, monkeypatch, network):
-    """Ready-made shards are downloaded until there are enough, and are read as they are. A folder
-    with shards of other text is refused. Without the hub the error names what needs no network.
+    """Ready-made shards are downloaded until there are enough tokens, and used as they are. If the
+    folder has other shards, that is an error. If the hub fails, the error suggests stdlib.
     """
 
     def hf_hub_download(repo, name, repo_type, local_dir):
@@ -379,7 +366,7 @@ def test_ready_made_shards(tmp_path, jsonl, monkeypatch, network):
         assert len(TokenShards(tmp_path / "out", "train")) == 3000
         assert len(TokenShards(tmp_path / "out", "val")) == 1000
     prepare(tmp_path / "other", jsonl)
-    with pytest.raises(ValueError, match="holds shards of other text; choose another --out_dir"):
+    with pytest.raises(ValueError, match="holds shards of another dataset; choose another"):
         prepare(tmp_path / "other", "fineweb10B-gpt2")
 
     def fail(*_, **__):
@@ -391,7 +378,7 @@ def test_ready_made_shards(tmp_path, jsonl, monkeypatch, network):
 
 
 def test_stdlib_becomes_shards(tmp_path, stdlib, capsys):
-    """stdlib needs no network; about 5% are for validation; the summary has all counts."""
+    """stdlib needs no network. About 5% go to validation. The summary has all counts."""
     main(PrepareConfig(dataset=[stdlib], out_dir=str(tmp_path / "out")))
     tokens, val = expected_tokens(DOCUMENTS), int(sum(map(len, DOCUMENTS)) / 4.4 / 20)
     assert all_tokens(tmp_path / "out") == tokens
@@ -404,7 +391,7 @@ def test_stdlib_becomes_shards(tmp_path, stdlib, capsys):
 
 
 def test_real_text_has_the_tokens_of_tiktoken(shared_data):
-    """Real web text and a play of a million characters become exactly tiktoken's tokens."""
+    """Real web text and a play of a million characters become exactly the tokens of tiktoken."""
     web, play = shared_data / "fineweb_edu_sample_docs.jsonl", shared_data / "tinyshakespeare.txt"
     pieces, _ = read_files(web, play)
     tokens = [tokens for batch in fineweb.tokenize(pieces, GPT2_TOKENIZER) for _, tokens in batch]

@@ -1,6 +1,7 @@
 """The evaluation command: its metrics, its files, and how it resumes."""
 
 import gzip
+import itertools
 import json
 import math
 import re
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, GPT2_TOKENIZER, HELLASWAG_ROWS, TIKTOKEN, as_flags, run_script, tiny_run
+from conftest import CPU_DIST, GPT2_TOKENIZER, HELLASWAG_ROWS, TIKTOKEN, as_flags, tiny_run
+from processes import run_script
 from transformers import GPT2LMHeadModel
 
 from engine import scoring
@@ -20,7 +22,7 @@ from engine.checkpoint import load_model
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora, merge_lora
 from engine.metrics import read_metrics
 from engine.scoring import encode_request, score
-from engine.tasks import TASKS, Example, Task, find_task
+from engine.tasks import TASKS, Example, Task, make_task
 from engine.tokenizer import Tokenizer
 from hellaswag import EvalConfig, main
 from model import GPT
@@ -41,7 +43,7 @@ def read_rows(out: Path) -> list[dict]:
 
 
 def save_random_adapter(model: Path, folder: Path) -> GPT:
-    """Save an adapter with dropout for the model; return the model with it."""
+    """Save an adapter with dropout for a model. Return the model with the adapter."""
     adapted = GPT.from_pretrained(model)
     convert_linear_layer_to_lora(adapted, config=LoRAConfig(lora_dim=2, lora_dropout=0.5))
     torch.manual_seed(0)
@@ -54,7 +56,7 @@ def save_random_adapter(model: Path, folder: Path) -> GPT:
 
 
 def evaluate(model: Path, out: Path | str | None = None, **options) -> EvalConfig:
-    """Run hellaswag.py, on the 20 rows of the tests unless the options name other data."""
+    """Run hellaswag.py, by default on the 20 rows of the tests. Return its config."""
     config = EvalConfig(str(model), out_dir=str(out) if out else None, **{"data": ROWS, **options})
     main(config)
     return config
@@ -62,14 +64,13 @@ def evaluate(model: Path, out: Path | str | None = None, **options) -> EvalConfi
 
 @pytest.mark.parametrize("stride", [None, 50])
 def test_perplexity_equals_transformers(gpt2_folder, tmp_path, monkeypatch, stride):
-    """Token and word perplexity and bits per byte are those of windows that slide through
-    transformers' model, where each token of the text is predicted once. On a CPU that trains in
-    bf16 evaluation is still in fp32.
+    """Token and word perplexity and bits per byte equal those of transformers' model with a sliding
+    window that predicts each token once. On any CPU, the evaluation is in fp32.
     """
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     file = tmp_path / "text.txt"
     file.write_text(TEXT, encoding="utf-8")
-    evaluate(gpt2_folder, tmp_path / "out", task="text", data=str(file), stride=stride)
+    evaluate(gpt2_folder, tmp_path / "out", task="perplexity", data=str(file), stride=stride)
     found = read_results(tmp_path / "out")
     assert found["config"]["precision"] == "fp32"
     theirs = GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()
@@ -85,19 +86,16 @@ def test_perplexity_equals_transformers(gpt2_folder, tmp_path, monkeypatch, stri
             logits = theirs(window[:, :-1]).logits.double()
         nats += F.cross_entropy(logits[0], targets[0], reduction="sum").item()
         start = end
-    assert found["token_perplexity"]["value"] == pytest.approx(
-        math.exp(nats / (len(ids) - 1)), rel=1e-5
-    )
-    words = len(re.split(r"\s+", TEXT))
-    assert found["word_perplexity"]["value"] == pytest.approx(math.exp(nats / words), rel=1e-5)
-    n_bytes = len(TEXT.encode())
+    n_tokens, n_words, n_bytes = len(ids) - 1, len(re.split(r"\s+", TEXT)), len(TEXT.encode())
+    assert found["token_perplexity"]["value"] == pytest.approx(math.exp(nats / n_tokens), rel=1e-5)
+    assert found["word_perplexity"]["value"] == pytest.approx(math.exp(nats / n_words), rel=1e-5)
     assert found["bits_per_byte"]["value"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
 
 
 def test_perplexity_of_documents(gpt2_folder, write_rows, capsys):
-    """Each document has a context of its own; a bad row is an error, unless it may be skipped."""
+    """No document sees another one. A bad row is an error, unless skip_bad_rows is set."""
     documents = [{"text": "One document."}, {"text": "Another one, a little longer."}]
-    options = {"task": "text", "data": write_rows([*documents, {}])}
+    options = {"task": "perplexity", "data": write_rows([*documents, {}])}
     with pytest.raises(ValueError, match="bad rows"):
         evaluate(gpt2_folder, **options)
     evaluate(gpt2_folder, **options, skip_bad_rows=True)
@@ -111,30 +109,30 @@ def test_perplexity_of_one_endless_word(gpt2_folder, tmp_path, capsys):
     """A perplexity too large for a float is printed as inf."""
     file = tmp_path / "word.txt"
     file.write_text("qzx" * 500)
-    evaluate(gpt2_folder, task="text", data=str(file))
+    evaluate(gpt2_folder, task="perplexity", data=str(file))
     assert re.search(r"word_perplexity +inf", capsys.readouterr().out)
 
 
 def test_adapter_is_evaluated(gpt2_folder, tmp_path):
-    """With --lora_load_path the adapter is used, without its dropout."""
+    """With --lora_load_path, the model is evaluated with the adapter and without dropout."""
     adapted = save_random_adapter(gpt2_folder, tmp_path / "adapter")
     evaluate(gpt2_folder, tmp_path / "out", lora_load_path=str(tmp_path / "adapter"))
-    examples = find_task("hellaswag", data=ROWS).load(GPT2_TOKENIZER, BLOCK_SIZE)
+    examples = make_task("hellaswag", data=ROWS).load(GPT2_TOKENIZER, BLOCK_SIZE)
     requests = [example.request for example in examples]
-    expected, plain = (
-        dict(pair for batch in score(m, requests, CPU) for pair in batch)
-        for m in (merge_lora(adapted), GPT.from_pretrained(gpt2_folder))
-    )
+
+    def compute_log_probs(model: GPT) -> list[list[float]]:
+        scores = dict(itertools.chain(*score(model, requests, CPU_DIST)))
+        return [[s.log_prob for s in scores[i]] for i in range(len(requests))]
+
+    adapter, base = map(compute_log_probs, (merge_lora(adapted), GPT.from_pretrained(gpt2_folder)))
     for i, row in enumerate(read_rows(tmp_path / "out")):
-        assert row["log_probs"] == pytest.approx(
-            [s.log_prob for s in expected[i]], abs=1e-3, rel=1e-5
-        )
-        assert row["log_probs"] != pytest.approx([s.log_prob for s in plain[i]], abs=1)
+        assert row["log_probs"] == pytest.approx(adapter[i], abs=1e-3, rel=1e-5)
+        assert row["log_probs"] != pytest.approx(base[i], abs=1)
 
 
-def test_results_are_the_counts(gpt2_folder, tmp_path, write_rows, capsys):
-    """The command prints and writes the fractions of correct predictions, the same for gzip and
-    plain files; rows with ctx alone are reported to differ from lm-eval's.
+def test_accuracies_are_fractions_of_the_predictions(gpt2_folder, tmp_path, write_rows, capsys):
+    """The command prints and writes the fraction of correct predictions, also for a .gz file. If
+    rows have no ctx_a, it warns that lm-eval would build them differently.
     """
     packed = tmp_path / "rows.jsonl.gz"
     packed.write_bytes(gzip.compress(HELLASWAG_ROWS.read_bytes()))
@@ -146,17 +144,15 @@ def test_results_are_the_counts(gpt2_folder, tmp_path, write_rows, capsys):
     )
     assert (found["acc"]["value"], found["acc_norm"]["value"]) == (acc, acc_norm)
     assert f"acc_norm         {acc_norm:.4f}" in capsys.readouterr().out
-    short = [
-        {k: json.loads(line)[k] for k in ("ctx", "endings", "label")}
-        for line in HELLASWAG_ROWS.open()
-    ]
+    full = map(json.loads, HELLASWAG_ROWS.read_text().splitlines())
+    short = [{key: row[key] for key in ("ctx", "endings", "label")} for row in full]
     evaluate(gpt2_folder, data=write_rows(short), limit=7)
     assert "7 of 7 rows have no ctx_a" in capsys.readouterr().out
 
 
 def test_killed_evaluation_resumes(gpt2_folder, tmp_path, monkeypatch):
-    """A killed evaluation keeps its rows, and ends with the results of one that was not killed."""
-    monkeypatch.setattr(scoring, "BATCH_SHAPE", {"cpu": (BATCH_TOKENS, 1)})
+    """A killed evaluation keeps its rows. Resumed, it has the results of one without a kill."""
+    monkeypatch.setattr(scoring, "BATCH_SIZES", {"cpu": (BATCH_TOKENS, 1)})
     config = evaluate(gpt2_folder, tmp_path / "whole")
     killed = replace(config, out_dir=str(tmp_path / "killed"))
     n_calls, original = 0, scoring.compute_log_probs
@@ -178,18 +174,16 @@ def test_killed_evaluation_resumes(gpt2_folder, tmp_path, monkeypatch):
     main(killed)
     assert read_rows(tmp_path / "killed") == read_rows(tmp_path / "whole")
     assert len(file.read_text().splitlines()) == 20
-    strip = [{**read_results(tmp_path / name), "config": 0} for name in ("whole", "killed")]
-    assert strip[0] == strip[1]
-    n_calls = 10
+    whole, resumed = (read_results(tmp_path / name) for name in ("whole", "killed"))
+    assert {**whole, "config": 0} == {**resumed, "config": 0}
+    calls_before = n_calls
     main(killed)  # nothing is left to compute
-    assert n_calls == 10
+    assert n_calls == calls_before
 
 
 @pytest.mark.parametrize(("ranks", "n_begun"), [(2, 7), pytest.param(3, 0, marks=pytest.mark.slow)])
 def test_ranks_split_the_rows(gpt2_folder, tmp_path, ranks, n_begun):
-    """On several ranks, rows.jsonl and the results are those of one process to the byte, with an
-    adapter, and where ranks resume what one process has begun.
-    """
+    """On several ranks, the rows and results equal those of one process, even after a resume."""
     save_random_adapter(gpt2_folder, tmp_path / "adapter")
 
     def evaluate_on(ranks: int, name: str) -> list[str]:
@@ -210,7 +204,7 @@ def test_ranks_split_the_rows(gpt2_folder, tmp_path, ranks, n_begun):
 
 
 def test_other_settings_do_not_resume(gpt2_folder, tmp_path):
-    """A folder with results of another model, other data or options is an error and untouched."""
+    """Results of another model, other data or other options are an error, and are not changed."""
     config = evaluate(gpt2_folder, tmp_path / "out")
     before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
     other = GPT.from_pretrained(gpt2_folder)
@@ -224,18 +218,18 @@ def test_other_settings_do_not_resume(gpt2_folder, tmp_path):
         ({"limit": 3}, "limit"),
         ({"precision": "bf16"}, "precision"),
     ):
-        with pytest.raises(ValueError, match=f"other {name}"):
+        with pytest.raises(ValueError, match=f"results with different .*{name}"):
             main(replace(config, **changed))
     assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == before
 
 
 def test_bad_flags_and_damaged_models_are_named(gpt2_folder, tmp_path):
-    """Flags that do not fit the task, and a model with weights that are not finite, are errors."""
+    """Flags that do not fit the task are an error, and so are weights that are not finite."""
     for wrong in ({"stride": 5}, {"task": "lambada", "text": "raw"}, {"limit": 0}):
         with pytest.raises(ValueError, match=list(wrong)[-1]):
             EvalConfig(**wrong)
-    with pytest.raises(ValueError, match="task is piqa, expected hellaswag or lambada or text"):
-        EvalConfig(task="piqa")
+    with pytest.raises(ValueError, match="task is text, expected hellaswag or lambada or perplex"):
+        EvalConfig(task="text")  # the earlier name of perplexity
     broken = GPT.from_pretrained(gpt2_folder)
     broken.transformer.wpe.weight.data[3] = torch.nan
     broken.save_pretrained(tmp_path / "broken")
@@ -244,7 +238,7 @@ def test_bad_flags_and_damaged_models_are_named(gpt2_folder, tmp_path):
 
 
 class Continue(Task):
-    """A task with the least that a task has: the log-probability of a word."""
+    """A minimal task: the log-probability of one word."""
 
     name = "continue"
 
@@ -258,7 +252,7 @@ class Continue(Task):
 
 
 def test_a_task_in_the_table_is_evaluated(gpt2_folder, tmp_path, write_rows, monkeypatch, capsys):
-    """A task that is added to the table is evaluated, with its own metrics, and resumes."""
+    """A task added to TASKS is evaluated with its own metrics, and resumes."""
     monkeypatch.setitem(TASKS, "continue", Continue)
     data = write_rows([{"start": "The cat", "word": word} for word in (" sat", " flew")])
     config = evaluate(gpt2_folder, tmp_path / "out", task="continue", data=data)
@@ -279,22 +273,22 @@ def test_a_task_in_the_table_is_evaluated(gpt2_folder, tmp_path, write_rows, mon
 
 
 @pytest.mark.slow
-def test_training_evaluates_hellaswag_on_all_ranks(workplace):
-    """Training logs its checkpoint's accuracies, on two ranks with FSDP and compiled on one."""
+def test_training_evaluates_hellaswag_on_all_ranks(workdir):
+    """Training logs the accuracies of the model it saves, on two ranks with FSDP as on one."""
     settings = {"max_steps": 4, "hellaswag_every": 2, "hellaswag_data": HELLASWAG_ROWS}
     settings |= {"sample_every": 0}
     logs = []
     for ranks, options in ((1, {"compile": True}), (2, {"parallel": "fsdp"})):
         command = tiny_run(f"hellaswag/{ranks}", **settings, **options)
-        result = run_script(*command, cwd=workplace, ranks=ranks)
+        result = run_script(*command, cwd=workdir, ranks=ranks)
         assert result.returncode == 0, result.stdout + result.stderr
-        log = read_metrics(workplace / "hellaswag" / str(ranks))
+        log = read_metrics(workdir / "hellaswag" / str(ranks))
         logs.append({r["step"]: r for r in log if "hellaswag_acc" in r})
     assert [*logs[0]] == [*logs[1]] == [2, 4]
-    model = load_model(workplace / "hellaswag" / "1")
-    task = find_task("hellaswag", data=ROWS)
+    model = load_model(workdir / "hellaswag" / "1")
+    task = make_task("hellaswag", data=ROWS)
     examples = task.load(GPT2_TOKENIZER, 32)
-    rows = [row for batch in task.score_examples(model, examples, CPU) for row in batch]
+    rows = [row for batch in task.score_examples(model, examples, CPU_DIST) for row in batch]
     assert len(rows) == 20
     for log in logs:
         for key, prediction in (("hellaswag_acc", "pred"), ("hellaswag_acc_norm", "pred_norm")):

@@ -1,4 +1,4 @@
-"""What happens where there is no network."""
+"""What happens if there is no network, and which names can be on the hub."""
 
 import time
 from types import SimpleNamespace
@@ -13,8 +13,8 @@ from engine.hub import check_hub_name, find_network_problem, reporting_hub_error
 FILES = ["mine.jsonl", "rows.json.gz", "data/deep/rows", "./x", "~/x", "a\\b", "run/lora.pt", ""]
 
 
-def test_names_of_files_are_not_asked_of_the_hub():
-    """What can only be a file is missing without a request; other names may be on the hub."""
+def test_file_names_are_not_looked_up_on_the_hub():
+    """A name that can only be a file is an error without a request. Others may be on the hub."""
     for name in FILES:
         with pytest.raises(FileNotFoundError, match=r"there is no .*; expected a file"):
             check_hub_name(name, "a file")
@@ -23,8 +23,8 @@ def test_names_of_files_are_not_asked_of_the_hub():
 
 
 def test_without_a_connection_one_request_decides(monkeypatch):
-    """The hub's libraries then only look in their cache, for this block; the error has the reason
-    of the request, and what the user can do.
+    """If one request fails, the hub's libraries only use their cache inside `reporting_hub_errors`.
+    The error says why the request failed and what the user can do.
     """
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "find_network_problem", lambda: "no route")
@@ -42,7 +42,7 @@ def test_without_a_connection_one_request_decides(monkeypatch):
 
 
 def test_one_request_finds_the_network_problem(monkeypatch):
-    """A request that is answered finds none; one that fails or hangs has a reason."""
+    """find_network_problem returns None if the hub answers, else why the request failed or hung."""
     session = SimpleNamespace(head=lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.get_session", lambda: session)
     assert find_network_problem() is None

@@ -1,4 +1,4 @@
-"""Imports point one way: commands -> engine -> model; heavy packages are imported where used."""
+"""Imports point one way: commands -> engine -> model. Slow packages are imported where used."""
 
 import ast
 import json
@@ -12,7 +12,7 @@ from conftest import WORKERS
 from processes import ROOT
 
 COMMANDS = {"train_gpt2", "finetune_lora", "hellaswag", "fineweb", "sample", "plot", "share"}
-# torch itself loads none of them.
+# Slow to import. `import torch` loads none of them.
 HEAVY = {
     "datasets",
     "pyarrow",
@@ -26,12 +26,12 @@ HEAVY = {
     "torch.distributed.tensor",
     "torch.distributed.checkpoint",
 }
-# Not needed to train, so a machine that tests a GPU may lack them.
+# Not needed for training, so a machine that only runs the GPU tests may not have them.
 OPTIONAL = {"datasets", "pyarrow", "tensorboard", "wandb", "lm_eval", "scipy"}
-# The layers inside engine/, low to high. A module imports only from lower ones.
+# The layers of engine/, from low to high. A module imports only from lower layers.
 LAYERS = [
     {"errors"},
-    {"config", "files", "hub", "tensors"},
+    {"config", "files", "hub", "recompute", "tensors"},
     {"tokenizer"},
     {"pretrained", "lora", "documents", "shards", "decode"},
     {"adapter", "data", "distributed", "rows"},
@@ -46,7 +46,7 @@ LAYERS = [
 
 
 def project_imports(module: str) -> Iterator[str]:
-    """The project modules that a module imports, even inside functions or for type checking."""
+    """Yield the project modules that a module imports, even in functions or for type checking."""
     tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -74,8 +74,8 @@ def test_every_module_is_in_the_tables():
 
 
 def test_engine_imports_point_down():
-    """A module of engine/ imports only model.py and modules of lower layers, no command and none of
-    its own layer. So there are no import cycles, type-only imports included.
+    """A module of engine/ imports only model.py and modules of lower layers: no commands, and no
+    others of its own layer. This rules out import cycles, even between type-only imports.
     """
     for level, layer in enumerate(LAYERS):
         allowed = {f"engine.{name}" for lower in LAYERS[:level] for name in lower} | {"model"}
@@ -93,10 +93,12 @@ def test_commands_and_model_import_little():
     assert {*project_imports("model")} == {"engine.pretrained"}
 
 
-def test_help_and_imports_do_nothing_else(tmp_path):
+def test_help_and_imports_have_no_side_effects(tmp_path):
     """Importing a module prints nothing, and `-h` prints the help. Neither writes a file, starts a
     process group, or loads a slow or optional package. `fineweb.py -h` needs no torch.
     """
+    # The worker runs all of them in one process and in this order, so the set of loaded modules
+    # only grows. fineweb.py comes first, because the others load torch.
     scripts = [f"{ROOT / name}.py" for name in ("fineweb", *sorted(COMMANDS - {"fineweb"}))]
     command = [sys.executable, str(WORKERS / "show_help.py"), *scripts, *sorted(MODULES)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -108,14 +110,14 @@ def test_help_and_imports_do_nothing_else(tmp_path):
         assert ("\noptions:\n" in text) if name in scripts else text == ""
         assert not HEAVY & {*loaded}
         assert ("torch" in loaded) == (name != scripts[0])
-    assert {*loaded} >= MODULES
+    assert {*loaded} >= MODULES  # after the last import, everything is loaded
     assert result.stderr == ""
     assert not list(tmp_path.iterdir())
 
 
 def test_optional_packages_are_imported_in_functions_only():
-    """A missing package skips the tests that need it; at the top of a test module, or of a
-    benchmark that one imports, it would stop all of them, with `-m cuda` as well.
+    """Without an optional package, only the tests that need it are skipped. If a test module, or a
+    benchmark that it imports, imported the package at the top, pytest would run no test at all.
     """
     for file in (*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")):
         for node in ast.parse(file.read_text()).body:
@@ -125,8 +127,8 @@ def test_optional_packages_are_imported_in_functions_only():
 
 
 def test_engine_code_does_not_load_through_model():
-    """`GPT.from_pretrained` and `GPT.save_pretrained` are for users: the engine and the commands
-    call engine/pretrained.py itself, rather than model.py, which would call it.
+    """`GPT.from_pretrained` and `GPT.save_pretrained` are for users. The engine and the commands
+    call engine.pretrained directly instead of going through model.py.
     """
     for module in [*ENGINE, *COMMANDS]:
         tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
@@ -137,10 +139,10 @@ def test_engine_code_does_not_load_through_model():
 
 
 def test_one_function_opens_a_run():
-    """Both training commands open a run with `open_run` alone, which knows in what order to lock,
-    compare, load and build; and neither main binds `config` a second time.
+    """Both training commands open a run only through `open_run`, which locks, checks, loads and
+    builds in the right order. main() assigns `config` once, so all its code sees the same settings.
     """
-    parts = {"lock_folder", "check_same_run", "load_latest", "last_usable_step"}
+    parts = {"lock_folder", "inherit_settings", "load_latest", "last_usable_step"}
     for command in ("train_gpt2", "finetune_lora"):
         tree = ast.parse((ROOT / f"{command}.py").read_text())
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

@@ -38,15 +38,15 @@ def examples(write_rows):
 
 
 def test_templates_give_the_prompts_of_training(write_rows, tmp_path):
-    """A run keeps the template of most of its rows. It is found from the run, its checkpoints and
-    their files, and gives the prompts that were trained.
+    """A run saves the template that most of its rows use. find_prompt_template finds it for the run
+    folder, a checkpoint, or a file in a checkpoint. Filled in, it gives the training prompts.
     """
     examples = read_examples(write_rows(ROWS), GPT2_TOKENIZER, 1024)
     assert examples[0].template.fill("Say hello.") == examples[0].prompt
     assert examples[1].template.fill("Translate.", "Bonjour") == examples[1].prompt
     assert examples[2].template.fill("2 + 2 =") == examples[2].prompt
     assert "{input} and {instruction}\n" in examples[0].template.fill("{input} and {instruction}")
-    with pytest.raises(ValueError, match="without inputs; omit input"):
+    with pytest.raises(ValueError, match="has no place for an input; omit input"):
         examples[2].template.fill("2 + 2 =", "x")
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000001"
     checkpoint.mkdir(parents=True)
@@ -64,7 +64,7 @@ def test_templates_give_the_prompts_of_training(write_rows, tmp_path):
 
 def test_rows_become_prompts_and_completions(write_rows):
     """Alpaca rows get Alpaca's prompt, with and without input; prompt-completion rows are used
-    unchanged. An example ends with one <|endoftext|>, which also stands for an empty prompt.
+    unchanged. Each example ends with one <|endoftext|>. An empty prompt becomes <|endoftext|>.
     """
     examples = read_examples(write_rows(ROWS), GPT2_TOKENIZER, 1024)
     texts = [TIKTOKEN.decode(e.tokens.tolist()) for e in examples]
@@ -94,12 +94,12 @@ def test_rows_fit_any_window(write_rows):
 
 
 def test_only_completions_are_targets(write_rows):
-    """Targets are the completion and its end, each predicted from the token before. Padding is
-    never a target, and `rows` lists the targets.
+    """The targets are the completion and its <|endoftext|>, each predicted from the token before
+    it. Padding is never a target. `target_positions` lists exactly the targets.
     """
     examples = read_examples(write_rows(ROWS), GPT2_TOKENIZER, 1024)
-    idx, targets, rows = pad(examples)
-    assert torch.equal(rows, (targets.flatten() != IGNORE_INDEX).nonzero().flatten())
+    idx, targets, positions = pad(examples)
+    assert torch.equal(positions, (targets.flatten() != IGNORE_INDEX).nonzero().flatten())
     assert idx.shape[1] % 8 == 0
     for row, example in enumerate(examples):
         (where,) = torch.nonzero(targets[row] != IGNORE_INDEX, as_tuple=True)
@@ -109,7 +109,7 @@ def test_only_completions_are_targets(write_rows):
 
 
 def test_examples_do_not_see_each_other(write_rows, tiny_model):
-    """An example's loss is the same alone and in a batch with others, longer ones included."""
+    """An example has the same loss alone and in a batch with others, even with longer ones."""
     examples = read_examples(write_rows(ROWS), GPT2_TOKENIZER, 1024)
     small = [PromptCompletion("", "", e.tokens % 1000, e.n_prompt) for e in examples[2:]]
     small.append(PromptCompletion("", "", np.arange(40), 3))
@@ -123,7 +123,7 @@ def test_examples_do_not_see_each_other(write_rows, tiny_model):
 
 
 def test_long_and_empty_rows(write_rows, capsys):
-    """A long completion is cut; a row without one, or with too long a prompt, is skipped."""
+    """Long completions are cut. Rows with an empty completion or too long a prompt are skipped."""
     rows = [
         {"prompt": "a b c", "completion": " d" * 100},
         {"prompt": "a", "completion": " "},
@@ -135,8 +135,8 @@ def test_long_and_empty_rows(write_rows, capsys):
     assert "skipped 2 of 4 rows" in capsys.readouterr().out
 
 
-def test_bad_rows_are_named(write_rows):
-    """A row of unknown format is an error with its line; so is a file with a single example."""
+def test_bad_rows_are_refused(write_rows):
+    """The error for a row in an unknown format has its line number. One example is too few."""
     for rows, match in (
         ([{"text": "x"}], "line 1: its keys are text; expected instruction and output"),
         ([{"prompt": 5, "completion": "x"}], "line 1: prompt is 5, expected a string"),
@@ -147,11 +147,11 @@ def test_bad_rows_are_named(write_rows):
 
 
 def test_stdlib_needs_no_network(tmp_path, monkeypatch):
-    """Without the network, prompts are the signatures of Python's own functions, and completions
-    the first paragraphs of their docstrings, 5 to 59 words long. Each appears once, always in the
-    same order.
+    """With the data "stdlib", a prompt is the signature of a function in the standard library, and
+    its completion the first paragraph of the docstring, if that has 5 to 59 words. Each prompt
+    appears once, always in the same order.
     """
-    monkeypatch.setattr("sysconfig.get_path", lambda _: tmp_path)  # all of it takes seconds to read
+    monkeypatch.setattr("sysconfig.get_path", lambda _: tmp_path)  # the library takes seconds
     monkeypatch.setattr("engine.rows.load_hub_rows", None)
     for name in ("heapq.py", "copy.py"):
         shutil.copy(heapq.__file__, tmp_path / name)
@@ -166,7 +166,7 @@ def test_stdlib_needs_no_network(tmp_path, monkeypatch):
 
 
 def test_every_example_once_an_epoch(examples):
-    """Each epoch has every example once; rank count and batch size do not change a step."""
+    """Each epoch has every example once. Ranks and batch size do not change a step's examples."""
     expected = None
     for world_size, batch_size in ((1, 10), (1, 5), (2, 5), (5, 2), (10, 1)):
         steps = []
@@ -190,22 +190,22 @@ def test_every_example_once_an_epoch(examples):
 
 
 def test_the_fingerprint_identifies_the_data(examples):
-    """Other examples, another order or another end of a prompt give another fingerprint."""
+    """The fingerprint changes with the examples, their order, and where a prompt ends."""
 
-    def data(examples: list[PromptCompletion], **sizes: int) -> InstructionData:
+    def make_data(examples: list[PromptCompletion], **sizes: int) -> InstructionData:
         sizes = {"batch_size": 1, "examples_per_step": 1, "seed": 0, **sizes}
         return InstructionData(examples, **sizes)
 
     first = examples[0]
     moved = PromptCompletion(first.prompt, first.completion, first.tokens, first.n_prompt + 1)
     variants = (examples, examples[:-1], examples[::-1], [moved, *examples[1:]])
-    assert len({data(variant).fingerprint for variant in variants}) == 4
+    assert len({make_data(variant).fingerprint for variant in variants}) == 4
     with pytest.raises(ValueError, match="examples_per_step 10 is not a multiple of batch_size 4"):
-        data(examples, batch_size=4, examples_per_step=10)
+        make_data(examples, batch_size=4, examples_per_step=10)
 
 
 def test_summary(examples):
-    """The summary names the sizes of a step and of the data."""
+    """The summary gives the sizes of a step and of the data."""
     data = InstructionData(examples, batch_size=5, examples_per_step=20, seed=0, world_size=2)
     tokens = sum(len(e.tokens) - 1 for e in examples)
     predicted = sum(len(e.tokens) - e.n_prompt for e in examples)
@@ -218,8 +218,8 @@ def test_summary(examples):
 
 
 def test_held_out(examples):
-    """The split is disjoint, complete and seeded. Evaluation covers each held-out example once over
-    all ranks, with equally many batches on each.
+    """The split is disjoint, complete and seeded. Together the ranks evaluate each held-out example
+    once, and every rank gets the same number of batches.
     """
     train, held_out = split_examples(examples, 0.2, seed=1)
     assert (len(train), len(held_out)) == (40, 10)

@@ -1,4 +1,4 @@
-"""Checkpoints in other tools: transformers, lm-eval, converters."""
+"""Checkpoints work in other tools: transformers, lm-eval, converters."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2_TOKENIZER, HELLASWAG_ROWS, talkative_model
+from conftest import GPT2_TOKENIZER, HELLASWAG_ROWS, small_gpt2
 from processes import HANG_SECONDS
 from transformers import pipeline
 
@@ -20,14 +20,14 @@ from sample import SampleConfig, Sampler
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    run, model = tmp_path_factory.mktemp("interop"), talkative_model(block_size=128)
+    run, model = tmp_path_factory.mktemp("interop"), small_gpt2(block_size=128)
     params, state = dict(model.named_parameters()), RunState({"step": 1}, {})
     save_checkpoint(run, model, GPT2_TOKENIZER, params, state, keep=1)
     return latest_checkpoint(run)
 
 
 def test_transformers_pipeline_generates_the_same_text(checkpoint, capsys):
-    """Greedy text of pipeline("text-generation") on a checkpoint equals that of sample.py."""
+    """From a checkpoint, pipeline("text-generation") and sample.py make the same greedy text."""
     prompt = "Caf\u00e9 \u2014 once upon a time"
     config = SampleConfig(temperature=0, max_new_tokens=40)
     sampler = Sampler(load_model(checkpoint), GPT2_TOKENIZER, config, torch.Generator())
@@ -39,7 +39,7 @@ def test_transformers_pipeline_generates_the_same_text(checkpoint, capsys):
 
 
 def test_checkpoints_have_the_files_that_converters_read(checkpoint):
-    """llama.cpp and litgpt read the vocabulary from vocab.json, merges.txt and tokenizer.json."""
+    """A checkpoint has the vocabulary in each file where llama.cpp and litgpt look for it."""
     vocab = json.loads((checkpoint / "vocab.json").read_text())
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
     assert len(vocab) == 50257
@@ -53,16 +53,14 @@ def test_checkpoints_have_the_files_that_converters_read(checkpoint):
 
 @pytest.mark.slow
 def test_lm_eval_gives_the_same_accuracies(checkpoint, tmp_path, capsys):
-    """lm_eval's command, with its own HellaSwag task, has the accuracies of hellaswag.py."""
+    """The lm_eval command, with its own HellaSwag task, reports the accuracies of hellaswag.py."""
     lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval")
     source = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
     task = (source / "hellaswag.yaml").read_text()
     task = task.replace("task: hellaswag", "task: local_hellaswag")
     task = task.replace("Rowan/hellaswag", "json").replace("training_split: train\n", "")
-    files = {
-        "data_files": {"validation": str(HELLASWAG_ROWS)},
-        "cache_dir": str(tmp_path / "cache"),
-    }
+    files = {"data_files": {"validation": str(HELLASWAG_ROWS)}}
+    files["cache_dir"] = str(tmp_path / "cache")
     (tmp_path / "utils.py").write_text((source / "utils.py").read_text())
     task += f"\ndataset_kwargs: {json.dumps(files)}\n"
     (tmp_path / "local_hellaswag.yaml").write_text(task)

@@ -22,18 +22,18 @@ from engine.lora import (
     cast_frozen_weights,
     convert_linear_layer_to_lora,
     get_lora_state_dict,
+    hold_summed_weights,
     lora_linears,
     merge_lora,
     only_optimize_lora_parameters,
-    summed_weights,
 )
 from engine.loss import SummedLoss
-from engine.step import apply_recompute
+from engine.recompute import apply_recompute
 from model import GPT, GPTConfig
 
 
 def randomize(model):
-    """Fill lora_A and lora_B; the latter starts at zero, which hides errors."""
+    """Fill lora_A and lora_B with random values. At its initial zero, lora_B would hide errors."""
     torch.manual_seed(0)
     for tensor in get_lora_state_dict(model).values():
         tensor.normal_(std=0.1)
@@ -47,20 +47,20 @@ def idx() -> torch.Tensor:
 
 @pytest.fixture
 def base(tiny_model, tmp_path) -> Path:
-    """The folder of a small GPT-2."""
+    """Save a small GPT-2 and return its folder."""
     tiny_model.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
 def load_with_lora(base: Path, part_module_name: str = "h.", **settings) -> GPT:
-    """The model in the folder, with random LoRA on the linears of the part."""
+    """Load a model and add random LoRA to the linear layers that `part_module_name` selects."""
     model = GPT.from_pretrained(base)
     return randomize(convert_linear_layer_to_lora(model, part_module_name, LoRAConfig(**settings)))
 
 
-def find_linears(model: GPT, form: str) -> list[LoRALinear]:
-    """The layers to pass to `summed_weights`: all LoRA layers for "summed", else none."""
-    return [*lora_linears(model).values()] if form == "summed" else []
+def layers_to_sum(model: GPT, is_summed: bool) -> list[LoRALinear]:
+    """Return the layers for `hold_summed_weights`: all that have LoRA if `is_summed`, else none."""
+    return [*lora_linears(model).values()] if is_summed else []
 
 
 def trained_parameters(model: GPT) -> list[torch.nn.Parameter]:
@@ -78,7 +78,7 @@ def logits(model, idx: torch.Tensor) -> torch.Tensor:
 
 
 def test_number_of_parameters_at_124m():
-    """GPT-2 124M has LoRA on 48 linears: 96 trained tensors, at rank 8 1,179,648 parameters."""
+    """At 124M and rank 8, LoRA on 48 linear layers trains 96 tensors with 1,179,648 parameters."""
     with torch.device("meta"):
         model = convert_linear_layer_to_lora(GPT(GPTConfig()), config=LoRAConfig(lora_dim=8))
         base_names = {name for name, _ in GPT(GPTConfig()).named_parameters()}
@@ -90,8 +90,8 @@ def test_number_of_parameters_at_124m():
     assert {n for n, _ in model.named_parameters()} == base_names | set(trained)
 
 
-def test_initialization_matches_peft():
-    """A is uniform within 1 / sqrt(in) and B is zero, so that training starts at the base model."""
+def test_training_starts_from_the_base_model():
+    """As in PEFT, A starts uniform within 1 / sqrt(in) and B at zero, so LoRA adds nothing yet."""
     model = GPT(GPTConfig(vocab_size=1000, n_layer=1))
     convert_linear_layer_to_lora(model, config=LoRAConfig(lora_dim=64))
     for name, tensor in get_lora_state_dict(model).items():
@@ -105,20 +105,19 @@ def test_initialization_matches_peft():
 
 @pytest.mark.parametrize("recompute", ["none", "light", "block"])
 @pytest.mark.parametrize(
-    ("form", "trained"),
-    [("separate", "adapter"), ("summed", "adapter"), ("summed", "everything")],
+    ("is_summed", "trained"), [(False, "adapter"), (True, "adapter"), (True, "everything")]
 )
-def test_gradients_equal_those_of_the_summed_weight(tiny_model, idx, recompute, trained, form):
-    """Loss and gradients equal those of an ordinary model whose weights are W + scaling * B A, in
-    both forms, with and without recomputation, with the base frozen or trained. No weight changes.
+def test_gradients_equal_those_of_a_summed_model(tiny_model, idx, recompute, trained, is_summed):
+    """Loss and gradients match a plain model with the weights W + scaling * B A, whether LoRA sums
+    them or not, with and without recomputation, with the base frozen or trained. No weight changes.
     """
     convert_linear_layer_to_lora(tiny_model, config=LoRAConfig(lora_dim=4, lora_alpha=6))
-    names = dict(randomize(tiny_model).named_parameters())
-    values = {n: p.detach().clone().requires_grad_() for n, p in names.items()}
+    params = dict(randomize(tiny_model).named_parameters())
+    values = {n: p.detach().clone().requires_grad_() for n, p in params.items()}
     summed = {n: v for n, v in values.items() if "lora_" not in n}
-    for linear in lora_linears(tiny_model):
-        a, b = values[f"{linear}.lora_A"], values[f"{linear}.lora_B"]
-        summed[f"{linear}.weight"] = values[f"{linear}.weight"] + 6 / 4 * b @ a
+    for name in lora_linears(tiny_model):
+        a, b = values[f"{name}.lora_A"], values[f"{name}.lora_B"]
+        summed[f"{name}.weight"] = values[f"{name}.weight"] + 6 / 4 * b @ a
     summed["lm_head.weight"] = summed["transformer.wte.weight"]
     out = torch.func.functional_call(GPT(tiny_model.config), summed, (idx,))
     expected = torch.nn.functional.cross_entropy(out.flatten(0, 1), idx.roll(1).flatten())
@@ -126,12 +125,12 @@ def test_gradients_equal_those_of_the_summed_weight(tiny_model, idx, recompute, 
     if trained == "adapter":
         only_optimize_lora_parameters(tiny_model)
     apply_recompute(tiny_model, recompute)
-    with summed_weights(find_linears(tiny_model, form), None):
+    with hold_summed_weights(layers_to_sum(tiny_model, is_summed), None):
         loss = mean_loss(tiny_model, idx)
         loss.backward()
     assert all(linear.summed_weight is None for linear in lora_linears(tiny_model).values())
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    for name, param in names.items():
+    for name, param in params.items():
         assert torch.equal(param, values[name])
         if param.requires_grad:
             scale = values[name].grad.abs().max().item()
@@ -140,20 +139,20 @@ def test_gradients_equal_those_of_the_summed_weight(tiny_model, idx, recompute, 
             assert param.grad is None
 
 
-@pytest.mark.parametrize(("form", "dropout"), [("separate", 0.0), ("summed", 0.0), ("summed", 0.5)])
-def test_gradients_of_a_layer_are_numerical_ones(monkeypatch, form, dropout):
-    """In float64, gradients match finite differences, also for rows that do not fill a chunk."""
-    monkeypatch.setattr(lora, "CPU_ROWS", 4)
+@pytest.mark.parametrize(("is_summed", "dropout"), [(False, 0.0), (True, 0.0), (True, 0.5)])
+def test_layer_gradients_pass_gradcheck(monkeypatch, is_summed, dropout):
+    """In float64, gradients match finite differences, even if the rows do not fill a chunk."""
+    monkeypatch.setattr(lora, "CPU_GRAD_ROWS", 4)
     torch.manual_seed(0)
     config = LoRAConfig(lora_dim=2, lora_alpha=3, lora_dropout=dropout)
     linear = LoRALinear(torch.nn.Linear(5, 6).double(), config).requires_grad_(False)
-    del linear.lora_A, linear.lora_B  # parameters, which `forward` replaces with its arguments
+    del linear.lora_A, linear.lora_B  # `forward` sets plain tensors under these names
 
     def forward(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         linear.lora_A, linear.lora_B = a, b
         torch.manual_seed(1)  # the same dropout in every call
-        with summed_weights([linear] if form == "summed" else [], None):
-            assert (linear.summed_weight is None) == (form == "separate" or dropout > 0)
+        with hold_summed_weights([linear] if is_summed else [], None):
+            assert (linear.summed_weight is None) == (not is_summed or dropout > 0)
             return linear(x)
 
     shapes = (3, 3, 5), (2, 5), (6, 2)
@@ -161,15 +160,15 @@ def test_gradients_of_a_layer_are_numerical_ones(monkeypatch, form, dropout):
     assert torch.autograd.gradcheck(forward, inputs)
 
 
-@pytest.mark.parametrize("form", ["separate", "summed"])
-def test_compiled_gradients(idx, form):
-    """Traced by torch.compile without a graph break, with recomputation, gradients are the same."""
+@pytest.mark.parametrize("is_summed", [False, True])
+def test_compiled_gradients(idx, is_summed):
+    """With recomputation, compiled gradients match eager ones, without a graph break."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=30, vocab_size=1000, n_layer=1, n_head=2, n_embd=16))
     only_optimize_lora_parameters(randomize(convert_linear_layer_to_lora(model)))
     apply_recompute(model, "light")
     compiled = torch.compile(model.hidden, backend="aot_eager", fullgraph=True)
-    with summed_weights(find_linears(model, form), None):
+    with hold_summed_weights(layers_to_sum(model, is_summed), None):
         eager, traced = (
             torch.autograd.grad(hidden(idx).square().mean(), trained_parameters(model))
             for hidden in (model.hidden, compiled)
@@ -178,12 +177,12 @@ def test_compiled_gradients(idx, form):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("form", ["separate", "summed"])
-def test_no_gradient_has_the_size_of_the_weight(form):
-    """The backward pass of a frozen layer allocates nothing as large as the weight."""
+@pytest.mark.parametrize("is_summed", [False, True])
+def test_no_gradient_has_the_size_of_the_weight(is_summed):
+    """The backward pass of a frozen layer allocates nothing as large as its weight."""
     linear = LoRALinear(torch.nn.Linear(256, 256).requires_grad_(False), LoRAConfig())
     x = torch.randn(4, 8, 256, requires_grad=True)
-    with summed_weights([linear] if form == "summed" else [], None):
+    with hold_summed_weights([linear] if is_summed else [], None):
         y = linear(x).sum()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
             y.backward()
@@ -198,7 +197,7 @@ def test_sums_keep_small_updates():
     linear.requires_grad_(False).weight.normal_(std=0.14)
     linear.lora_B.normal_(std=5e-4)
     update = linear.scaling * linear.lora_B @ linear.lora_A
-    with torch.autocast("cpu", torch.bfloat16), summed_weights([linear], torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), hold_summed_weights([linear], torch.bfloat16):
         difference = linear.summed_weight.float() - linear.weight
     assert (difference * update).sum() / update.square().sum() == pytest.approx(1, abs=0.1)
 
@@ -207,8 +206,8 @@ def test_sums_keep_small_updates():
     ("part", "recompute"), [("h.", "none"), ("attn.c_attn", "light"), ("attn.c_attn", "block")]
 )
 def test_frozen_weights_in_bf16(tiny_model, idx, part, recompute):
-    """Gradients and logits are those of a model in fp32 with the same, rounded, weights. Vectors,
-    positions and the adapter stay in fp32.
+    """Logits and gradients match an fp32 model whose weights were rounded to bf16. Biases,
+    LayerNorms, positions and the adapter stay in fp32.
     """
     convert_linear_layer_to_lora(tiny_model, part)
     only_optimize_lora_parameters(randomize(tiny_model))
@@ -233,7 +232,7 @@ def test_frozen_weights_in_bf16(tiny_model, idx, part, recompute):
 
 @pytest.mark.parametrize("recompute", ["light", "block"])
 def test_dropout_survives_recomputation(tiny_model, idx, recompute):
-    """Recomputation repeats the dropout of the forward pass: gradients are bit for bit equal. In
+    """Recomputation repeats the dropout of the forward pass, so gradients are bit for bit equal. In
     eval mode there is no dropout, and eval() changes no weight.
     """
     convert_linear_layer_to_lora(tiny_model, config=LoRAConfig(lora_dropout=0.5))
@@ -253,16 +252,16 @@ def test_dropout_survives_recomputation(tiny_model, idx, recompute):
 
 
 @pytest.mark.parametrize(
-    ("form", "base_dtype"), [("separate", torch.float32), ("summed", torch.bfloat16)]
+    ("is_summed", "base_dtype"), [(False, torch.float32), (True, torch.bfloat16)]
 )
-def test_autocast(tiny_model, idx, form, base_dtype):
-    """Under bf16 autocast, gradients are in fp32 and have the direction of those without it."""
+def test_autocast(tiny_model, idx, is_summed, base_dtype):
+    """Under bf16 autocast, gradients are fp32 and point almost the same way as without autocast."""
     only_optimize_lora_parameters(randomize(convert_linear_layer_to_lora(tiny_model)))
     flat = []
     for dtype in (None, torch.bfloat16):
         if dtype:
             cast_frozen_weights(tiny_model, base_dtype)
-        summing = summed_weights(find_linears(tiny_model, form), dtype)
+        summing = hold_summed_weights(layers_to_sum(tiny_model, is_summed), dtype)
         with torch.autocast("cpu", dtype, enabled=dtype is not None), summing:
             grads = torch.autograd.grad(mean_loss(tiny_model, idx), trained_parameters(tiny_model))
         assert {g.dtype for g in grads} == {torch.float32}
@@ -272,7 +271,7 @@ def test_autocast(tiny_model, idx, form, base_dtype):
 
 @pytest.mark.parametrize(("part", "count"), [("attn.c_attn,mlp", 6), ("h.1.", 4)])
 def test_adapters_load_in_peft(base, idx, tmp_path, part, count):
-    """A saved adapter loads in PEFT with the same layers and logits; its config reads back here."""
+    """A saved adapter loads in PEFT with the same layers and logits, and reads back here."""
     mine = load_with_lora(base, part, lora_dim=4, lora_alpha=6, lora_dropout=0.1)
     assert len(lora_linears(mine)) == count
     save_adapter(mine, tmp_path / "adapter", str(base))
@@ -293,8 +292,8 @@ def test_adapters_load_in_peft(base, idx, tmp_path, part, count):
         {"target_modules": ["mlp.c_proj", "h.0.attn.c_attn"], "use_rslora": True},
     ],
 )
-def test_adapters_of_peft_load_here(base, idx, tmp_path, options):
-    """Adapters that PEFT wrote have equal logits here, on our model and on transformers'."""
+def test_adapters_saved_by_peft_load_here(base, idx, tmp_path, options):
+    """An adapter saved by PEFT gives the same logits on our model and on transformers' GPT-2."""
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", fan_in_fan_out=True, **options)
     theirs = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(base), config)
@@ -310,7 +309,7 @@ def test_adapters_of_peft_load_here(base, idx, tmp_path, options):
 
 
 def test_gradients_on_transformers_model_equal_peft(idx, tmp_path):
-    """On transformers' GPT2LMHeadModel, whose weights are transposed, gradients equal PEFT's."""
+    """On transformers' GPT2LMHeadModel, which stores weights transposed, gradients match PEFT."""
     ours = convert_linear_layer_to_lora(small_transformers_gpt2())
     only_optimize_lora_parameters(randomize(ours))
     save_adapter(ours, tmp_path)
@@ -325,13 +324,12 @@ def test_gradients_on_transformers_model_equal_peft(idx, tmp_path):
 
 
 def test_merging(base, idx, tmp_path):
-    """Merging keeps the logits within 1e-5, and a merged model is saved as an ordinary checkpoint.
-    It takes no more memory than a model without LoRA. Merging or saving at the wrong time is an
-    error.
+    """Merging changes logits by at most 1e-5. A merged model saves as an ordinary checkpoint and
+    takes no more memory than one without LoRA. Saving before merging is an error.
     """
     model = load_with_lora(base, lora_dim=4)
     expected = logits(model, idx)
-    with pytest.raises(ValueError, match="call merge_lora or save_adapter first"):
+    with pytest.raises(ValueError, match="call merge_lora first, or use save_adapter"):
         model.save_pretrained(tmp_path / "merged")
     merge_lora(model)
     torch.testing.assert_close(logits(model, idx), expected, atol=1e-5, rtol=0)
@@ -358,13 +356,13 @@ def test_wrong_conversions_are_refused(tiny_model):
         convert_linear_layer_to_lora(tiny_model, config=LoRAConfig(lora_dim=65))
     assert not lora_linears(tiny_model)
     convert_linear_layer_to_lora(tiny_model)
-    with pytest.raises(ValueError, match="without LoRA are none"):
+    with pytest.raises(ValueError, match="the layers are none"):
         convert_linear_layer_to_lora(tiny_model)
 
 
 def test_lora_state_file(base, idx, tmp_path):
-    """lora.pt is the plain state dict. It loads with the adapter_config.json beside it, which wins,
-    or with the settings that are given, and not without either.
+    """lora.pt is the plain state dict. It loads with the adapter_config.json next to it, even if
+    other settings are passed in, or else with those settings. Without either, it does not load.
     """
     mine = load_with_lora(base, lora_dim=4, lora_alpha=6)
     save_adapter(mine, tmp_path / "a")
@@ -372,12 +370,12 @@ def test_lora_state_file(base, idx, tmp_path):
     assert torch.load(file, weights_only=True).keys() == get_lora_state_dict(mine).keys()
     assert torch.equal(logits(load_model(base, file), idx), logits(mine, idx))
     other = LoRAConfig(2, 1.0, 0.5, use_rslora=True)
-    described = load_adapter(GPT.from_pretrained(base), file, other)
-    assert torch.equal(logits(described, idx), logits(mine, idx))
+    with_config = load_adapter(GPT.from_pretrained(base), file, other)
+    assert torch.equal(logits(with_config, idx), logits(mine, idx))
     file = file.rename(tmp_path / "lora.pt")
-    alone = load_adapter(GPT.from_pretrained(base), file, LoRAConfig(4, 6.0))
-    assert torch.equal(logits(alone, idx), logits(mine, idx))
-    with pytest.raises(ValueError, match="holds no lora_alpha"):
+    with_settings = load_adapter(GPT.from_pretrained(base), file, LoRAConfig(4, 6.0))
+    assert torch.equal(logits(with_settings, idx), logits(mine, idx))
+    with pytest.raises(ValueError, match="does not contain lora_alpha"):
         load_model(base, file)
     with pytest.raises(ValueError, match=r"lora_A \(4, 64\), expected"):
         load_adapter(GPT.from_pretrained(base), file, LoRAConfig(8, 6.0))
@@ -398,8 +396,8 @@ def test_lora_state_file(base, idx, tmp_path):
         ({"target_modules": ["q_proj"]}, "has LoRA for none of the model's linear layers"),
     ],
 )
-def test_bad_adapter_configs_are_named(base, tmp_path, options, expected):
-    """An unsupported option or an invalid value in adapter_config.json is an error."""
+def test_bad_adapter_configs_are_refused(base, tmp_path, options, expected):
+    """An unsupported option or invalid value in adapter_config.json is an error that names it."""
     save_adapter(load_with_lora(base), tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
@@ -407,8 +405,8 @@ def test_bad_adapter_configs_are_named(base, tmp_path, options, expected):
         load_model(base, tmp_path)
 
 
-def test_bad_adapter_files_are_named(base, tmp_path):
-    """A tensor or a file that is missing, unexpected or misshapen is an error with its name."""
+def test_bad_adapter_files_are_refused(base, tmp_path):
+    """A missing, unexpected or misshapen tensor, or a missing file, is an error that names it."""
     model, folder = load_with_lora(base), tmp_path / "adapter"
     state, name = get_lora_state_dict(model), "transformer.h.0.mlp.c_fc.lora_B"
     for tensors, expected in (
@@ -431,7 +429,7 @@ def test_bad_adapter_files_are_named(base, tmp_path):
 
 
 def test_generation_uses_the_adapter(base, idx):
-    """Greedy tokens equal those of the merged model, with and without the fast decode path."""
+    """A model with LoRA generates what the merged model does, with and without fast decoding."""
     model = load_with_lora(base, lora_dim=4)
     out = model.generate(idx[:1, :5], 20, temperature=0)
     assert not torch.equal(out, GPT.from_pretrained(base).generate(idx[:1, :5], 20, temperature=0))

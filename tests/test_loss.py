@@ -13,6 +13,11 @@ from engine.loss import HeadLoss, SummedLoss, compile_softmax, softmax_
 from model import GPT, GPTConfig
 
 
+def head_loss(x, weight, targets, dtype, softmax=softmax_) -> torch.Tensor:
+    """Compute the loss, and its gradients, of hidden states `x` for a vocabulary of 1000."""
+    return HeadLoss.apply(x, weight, targets, 1000, dtype, True, softmax)  # True: with_grad
+
+
 def test_untrained_loss_is_uniform():
     """A new model predicts the uniform distribution over the real vocabulary."""
     torch.manual_seed(0)
@@ -24,15 +29,15 @@ def test_untrained_loss_is_uniform():
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("chunk_rows", [7, 1000])
 def test_loss_equals_plain_cross_entropy(tiny_model, chunk_rows, dtype, monkeypatch):
-    """Loss and gradients are those of cross-entropy in fp32 over the real vocabulary, in chunks or
-    not, also from bf16 logits. Rows without a target do not count, even if there are no others;
-    padding rows get no gradient; a second backward pass is refused.
+    """Loss and gradients match fp32 cross-entropy over the real vocabulary, even if computed in
+    chunks or from bf16 logits. Positions without a target are ignored; without any target, the loss
+    is 0. Padding rows of the head get no gradient. A second backward pass is refused.
     """
     monkeypatch.setattr(loss_module, "CPU_CHUNK_ROWS", chunk_rows)
     idx, targets = random_ids(3, 40), random_ids(3, 40).roll(1)
     targets[0, :11] = -100
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        loss, nothing = (
+        loss, empty_loss = (
             SummedLoss(tiny_model)(make_batch(idx.numpy(), t.numpy()))
             for t in (targets, torch.full_like(targets, -100))
         )
@@ -47,22 +52,22 @@ def test_loss_equals_plain_cross_entropy(tiny_model, chunk_rows, dtype, monkeypa
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 if dtype is None else 2e-2)
     assert gradients[0].shape == (1024, 64)
     assert (gradients[0][1000:] == 0).all()
-    assert nothing.item() == 0
-    assert all((gradient == 0).all() for gradient in torch.autograd.grad(nothing, params))
+    assert empty_loss.item() == 0
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(empty_loss, params))
     with pytest.raises(TypeError):
         loss.backward()
 
 
 def test_a_frozen_head_in_bf16(tiny_model, monkeypatch):
     """A bf16 head gives the loss and gradient of its fp32 copy without allocating that copy."""
-    monkeypatch.setattr(loss_module, "CAST_ROWS", 300)  # no divisor of the 1024 rows
+    monkeypatch.setattr(loss_module, "CAST_ROWS", 300)  # does not divide the 1024 rows
     monkeypatch.setattr(loss_module, "CPU_CHUNK_ROWS_NO_GRAD", 32)
     x = torch.randn(100, 64, requires_grad=True)
     targets, head = random_ids(100, 1)[:, 0], tiny_model.lm_head.weight.detach().bfloat16()
     plain = F.cross_entropy(x @ head[:1000].float().t(), targets, reduction="sum")
     (expected,) = torch.autograd.grad(plain, x)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        loss = HeadLoss.apply(x, head, targets, 1000, torch.float32, True, softmax_)
+        loss = head_loss(x, head, targets, torch.float32)
     (gradient,) = torch.autograd.grad(loss, x)
     torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
@@ -70,29 +75,29 @@ def test_a_frozen_head_in_bf16(tiny_model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance", "kind"),
+    ("dtype", "tolerance", "softmax_kind"),
     [
-        (torch.bfloat16, 3e-2, "softmax_"),
-        (torch.float16, 4e-3, "kernel's formula"),
-        pytest.param(torch.bfloat16, 3e-2, "kernel", marks=pytest.mark.slow),
+        (torch.bfloat16, 3e-2, "eager"),
+        (torch.float16, 4e-3, "uncompiled kernel"),
+        pytest.param(torch.bfloat16, 3e-2, "compiled kernel", marks=pytest.mark.slow),
     ],
 )
-def test_gradients_in_16_bits_where_the_model_is_certain(monkeypatch, dtype, tolerance, kind):
-    """Where p is 0.997, the gradient p - 1 has the precision of its 16 bits, although p in 16 bits
-    would not give it; compiled or not, the loss is that of float64.
+def test_gradients_in_16_bits_if_the_model_is_certain(monkeypatch, dtype, tolerance, softmax_kind):
+    """If p of the target is 0.997, its gradient p - 1 still has 16-bit precision, compiled or not.
+    Rounding p itself to 16 bits would lose most of it. The loss is within 1% of float64.
     """
-    if kind == "kernel" and shutil.which("gcc") is None:
+    if softmax_kind == "compiled kernel" and shutil.which("gcc") is None:
         pytest.skip("torch.compile on a CPU needs gcc")
-    if kind == "kernel's formula":
+    if softmax_kind == "uncompiled kernel":  # test its formula without compiling it
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    softmax = softmax_ if kind == "softmax_" else compile_softmax()
+    softmax = softmax_ if softmax_kind == "eager" else compile_softmax()
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 64, generator=generator) for n in (300, 1024))
     targets = torch.randint(1000, (300,), generator=generator)
     weight *= 0.1
-    x = 0.3 * x + 20 * F.normalize(weight[targets], dim=-1)  # logits of about 16 above the others
+    x = 0.3 * x + 20 * F.normalize(weight[targets], dim=-1)  # target logits 16 above others
     leaves = [t.to(dtype).float().requires_grad_() for t in (x, weight)]
-    loss = HeadLoss.apply(*leaves, targets, 1000, dtype, True, softmax)
+    loss = head_loss(*leaves, targets, dtype, softmax)
     gradients = torch.autograd.grad(loss, leaves)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     logits = exact[0] @ exact[1][:1000].t()
@@ -104,25 +109,26 @@ def test_gradients_in_16_bits_where_the_model_is_certain(monkeypatch, dtype, tol
 
 
 def test_loss_never_holds_all_logits(monkeypatch):
-    """No single allocation of a loss with its backward is as large as the (B·T, V) logits."""
+    """Neither the loss nor its backward allocates a quarter of the (B*T, V) logits at once."""
     monkeypatch.setattr(loss_module, "CPU_CHUNK_ROWS", 32)
     config = GPTConfig(block_size=64, vocab_size=8192, n_layer=1, n_head=1, n_embd=8)
     model, idx = GPT(config), random_ids(16, 64)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         SummedLoss(model)(Batch(idx, idx)).backward()
     largest = max(event.cpu_memory_usage for event in prof.events())
-    assert largest < 16 * 64 * 8192 * 4 / 4
+    logits_bytes = 16 * 64 * 8192 * 4
+    assert largest < logits_bytes / 4
 
 
-def test_products_of_the_head_have_few_shapes_in_16_bits(tiny_model):
+def test_bf16_matmuls_of_the_head_share_shapes(tiny_model):
     """In bf16 on a CPU, 1 to 64 targets share matmul shapes, so oneDNN builds few kernels."""
     shapes = []
     for n_targets in (1, 33, 64):
         x = torch.randn(n_targets, 64, requires_grad=True)
         weight, ids = tiny_model.lm_head.weight, random_ids(n_targets)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as prof:
-            HeadLoss.apply(x, weight, ids, 1000, torch.bfloat16, True, softmax_)
-        products = [event.input_shapes for event in prof.events() if event.name == "aten::mm"]
-        assert len(products) == 3  # logits, and the gradients of x and weight
-        shapes.append(products)
+            head_loss(x, weight, ids, torch.bfloat16)
+        matmuls = [event.input_shapes for event in prof.events() if event.name == "aten::mm"]
+        assert len(matmuls) == 3  # logits, and the gradients of x and weight
+        shapes.append(matmuls)
     assert shapes[0] == shapes[1] == shapes[2]

@@ -1,4 +1,4 @@
-"""Loggers that agree with metrics.jsonl."""
+"""The log of a run, the loggers that must agree with it, and the summary."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CPU, make_record
+from conftest import CPU_DIST, make_record
 
 from engine import metrics
 from engine.config import TrainConfig
@@ -16,7 +16,7 @@ SAMPLE = "</pre><script>&amp;"  # text that must not be interpreted
 
 
 def log_steps(run: Path, log: str, steps: range, start: int = 0) -> RunLogger:
-    logger = RunLogger(TrainConfig(out_dir=str(run), max_steps=20, log=log), CPU, start)
+    logger = RunLogger(TrainConfig(out_dir=str(run), max_steps=20, log=log), CPU_DIST, start)
     for step in steps:
         logger.log(make_record(step, SAMPLE))
     for each in logger.loggers.values():
@@ -39,13 +39,14 @@ def test_the_log_is_appended_and_has_each_step_once(tmp_path):
 
 @pytest.mark.parametrize("earlier_log", ["tensorboard", ""])
 def test_tensorboard_equals_metrics_jsonl(tmp_path, earlier_log):
-    """TensorBoard's own reader finds each number of metrics.jsonl once, in a run that was killed
-    and resumed from an earlier step, also if the logger is only turned on when resuming.
+    """After a run is killed and resumed from an earlier step, TensorBoard's own reader finds each
+    number in metrics.jsonl exactly once, even if TensorBoard was only turned on when resuming.
     """
     reader = "tensorboard.backend.event_processing.event_accumulator"
     reader = pytest.importorskip(reader, reason="needs tensorboard")
     log_steps(tmp_path, earlier_log, range(13))
-    log = tmp_path / "metrics.jsonl"  # killed between the logger and the log: step 12 repeats
+    # As if killed after TensorBoard got step 12, but before metrics.jsonl did: step 12 repeats.
+    log = tmp_path / "metrics.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     log_steps(tmp_path, "tensorboard", range(11, 21), start=10)
     events = reader.EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0, "tensors": 0})
@@ -65,12 +66,12 @@ def test_tensorboard_equals_metrics_jsonl(tmp_path, earlier_log):
 
 
 def read_double(tensor) -> float:
-    """The value of TensorBoard's protobuf of one double."""
+    """Read the number from a TensorBoard protobuf that holds one double."""
     return float([*tensor.double_val, *np.frombuffer(tensor.tensor_content)][0])
 
 
 def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
-    """Offline, a resumed run keeps its id."""
+    """When a run resumes, wandb continues the same run, even offline."""
     pytest.importorskip("wandb", reason="needs wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "config.yaml").write_text("max_steps: 20\n")
@@ -100,14 +101,14 @@ def test_failing_logger_is_turned_off(tmp_path, monkeypatch, capsys):
 
 def test_samples_are_shown_without_blank_lines(tmp_path, capsys):
     """The terminal collapses blank lines in a sample; the log keeps the text unchanged."""
-    logger = RunLogger(TrainConfig(out_dir=str(tmp_path), max_steps=20), CPU, 0)
+    logger = RunLogger(TrainConfig(out_dir=str(tmp_path), max_steps=20), CPU_DIST, 0)
     logger.log({"step": 0, "tokens": 0, "samples": ["a\n\n \n\n\nb\nc"]})
     assert "  sample: a\n  b\n  c\n" in capsys.readouterr().out
     assert read_metrics(tmp_path)[0]["samples"] == ["a\n\n \n\n\nb\nc"]
 
 
 def save_run(run: Path, progress: dict) -> Path:
-    """A run folder with records of the steps 0 to 20, and a checkpoint with `progress`."""
+    """Write a run folder with records of the steps 0 to 20. Return its checkpoint."""
     (run / "config.yaml").write_text("max_steps: 40\ndata_dir: none\n")
     log_steps(run, "", range(21))
     checkpoint = run / "checkpoints" / f"step_{progress['step']:06d}"
@@ -117,8 +118,8 @@ def save_run(run: Path, progress: dict) -> Path:
 
 
 def test_summary_of_a_run(tmp_path, capsys):
-    """The summary takes its figures from the log up to the checkpoint, the config and the saved
-    facts, and leaves out what was not logged. The terminal prints it at the end of a run.
+    """The summary draws on the config, the facts in the checkpoint, and the log up to that
+    checkpoint. It leaves out what was not logged. The terminal prints it at the end of a run.
     """
     checkpoint = save_run(tmp_path, {"step": 10, "facts": {"parameters": "7,000,000"}})
     summary = summarize_run(tmp_path, checkpoint)
@@ -134,7 +135,7 @@ def test_summary_of_a_run(tmp_path, capsys):
         "data": "files in none",
         "parameters": "7,000,000",
     }
-    RunLogger(TrainConfig(out_dir=str(tmp_path), max_steps=40), CPU, 10).finish()
+    RunLogger(TrainConfig(out_dir=str(tmp_path), max_steps=40), CPU_DIST, 10).finish()
     lines = dict(re.findall("^(.+?)  +(.*)$", capsys.readouterr().out, re.MULTILINE))
     assert lines.items() > summary.items()
     assert lines["sample before"] == repr(f"{SAMPLE} at 0")
@@ -148,8 +149,8 @@ def test_summary_without_facts(tmp_path):
 
 
 def test_names_of_datasets(tmp_path, monkeypatch):
-    """A dataset has the name in its manifest or on the hub. Your own files are named after their
-    folder or file, without the path.
+    """A dataset goes by the name in its manifest, or by its name on the hub. Your own files go by
+    the name of their folder or file, without the path.
     """
     monkeypatch.chdir(tmp_path)
     for name, dataset in (("a", "stdlib"), ("b", "files")):

@@ -11,7 +11,7 @@ from model import GPT, GPTConfig, KVCache, sample_next
 
 
 def test_model_py_stands_alone():
-    """Top-level imports are torch and the standard library; Block.forward has two statements."""
+    """At the top, it imports only torch and the standard library. Block.forward is two lines."""
     tree = ast.parse((ROOT / "model.py").read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     inside = {node for function in functions for node in ast.walk(function)}
@@ -33,7 +33,7 @@ def test_model_py_stands_alone():
     ],
 )
 def test_logits_equal_transformers_both_ways(options, tmp_path):
-    """Logits equal transformers' for its checkpoint opened here, and for ours opened there."""
+    """Our logits match transformers when we load its checkpoint and when it loads ours."""
     theirs = small_transformers_gpt2(**options)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(tmp_path / "theirs")
@@ -48,8 +48,8 @@ def test_logits_equal_transformers_both_ways(options, tmp_path):
 
 
 def test_initialization_matches_gpt2():
-    """Weights have std 0.02, the projections onto the residual stream 0.02 / sqrt(2 n_layer),
-    biases are 0 and LayerNorms the identity.
+    """Weights have std 0.02, but projections onto the residual stream 0.02 / sqrt(2 n_layer).
+    Biases are 0, and LayerNorm weights are 1.
     """
     model = GPT(GPTConfig(n_layer=8, n_head=4, n_embd=128, vocab_size=2000))
     for name, param in model.named_parameters():
@@ -58,12 +58,12 @@ def test_initialization_matches_gpt2():
         elif param.dim() == 2:
             assert param[:2000].std().item() == pytest.approx(0.02, rel=0.05), name
         else:
-            assert (param == float(name.endswith("weight"))).all(), name
+            assert (param == (1.0 if name.endswith("weight") else 0.0)).all(), name
 
 
 def test_cached_forward_equals_full_forward(tiny_model):
-    """With the KV cache, tokens one by one have the hidden states of a single pass. Several tokens
-    at once, after cached ones, are refused.
+    """With the KV cache, a prompt and then one token at a time give the same hidden states as one
+    full pass. Several tokens at once are refused unless the cache is empty.
     """
     idx = random_ids(2, 20)
     caches = [KVCache(48) for _ in range(2)]
@@ -77,7 +77,7 @@ def test_cached_forward_equals_full_forward(tiny_model):
 
 
 def test_greedy_generation_equals_transformers(tmp_path):
-    """Greedy tokens equal those of transformers' generate for several prompts."""
+    """Greedy tokens match transformers' generate for several prompts."""
     theirs = small_transformers_gpt2()
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(tmp_path)
@@ -87,7 +87,7 @@ def test_greedy_generation_equals_transformers(tmp_path):
 
 
 def test_generation_past_the_window(tiny_model):
-    """Past block_size the window restarts from its last half, as in a plain recomputation."""
+    """A full window restarts from its last half, as in generation without a cache."""
     expected = window = idx = random_ids(2, 45)
     for _ in range(40):
         if window.size(1) > 48:
@@ -116,7 +116,7 @@ def test_padding_ids_are_never_sampled():
 
 
 def test_eos_ends_a_row(tiny_model):
-    """A row that produced eos is filled with it; generation ends when all rows have."""
+    """A row that has produced eos is filled up with it. Generation ends once all rows have."""
     idx = random_ids(4, 5)
     generator = torch.Generator().manual_seed(0)
     free = tiny_model.generate(idx, 30, generator=generator)
@@ -130,8 +130,8 @@ def test_eos_ends_a_row(tiny_model):
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, None), (20, 0.5), (None, 1.0)])
-def test_sampling_is_over_transformers_support(top_k, top_p):
-    """top_k and top_p keep the same tokens, with the same probabilities, as transformers."""
+def test_top_k_and_top_p_match_transformers(top_k, top_p):
+    """top_k and top_p keep the same tokens as transformers, with the same probabilities."""
     logits = 2 * torch.randn(1, 50, generator=torch.Generator().manual_seed(3))
     warped = logits / 0.8
     if top_k:
@@ -146,7 +146,7 @@ def test_sampling_is_over_transformers_support(top_k, top_p):
 
 
 def test_config_errors_name_the_value():
-    """An impossible shape is refused with its value."""
+    """The error for an invalid shape names its value."""
     with pytest.raises(ValueError, match="n_embd 65 is not a multiple of n_head 4"):
         GPTConfig(n_embd=65, n_head=4)
     with pytest.raises(ValueError, match="n_layer is 0"):

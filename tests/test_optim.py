@@ -2,20 +2,20 @@ import math
 
 import pytest
 import torch
-import torch.optim._muon as torchs
-from conftest import SMALL, make_step, new_model, run_script
+import torch.optim._muon as torch_muon
+from conftest import STEP_CONFIG, make_step, new_step_model, run_script
 
 from engine import optim
 from engine.optim import Muon, build_optimizers, learning_rate, newton_schulz, parameter_groups
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 
-PYTORCHS_ITERATION = torchs._zeropower_via_newtonschulz
-SHAPES = (72, 24), (96, 24), (24, 96)  # of matrices; the first is three, like c_attn
+TORCH_NEWTON_SCHULZ = torch_muon._zeropower_via_newtonschulz
+SHAPES = (72, 24), (96, 24), (24, 96)  # the first stacks three matrices, like c_attn
 
 
 def test_schedule_equals_build_nanogpt():
-    """Step s has the rate that build-nanogpt computes for its step s - 1."""
+    """Step s has the rate of build-nanogpt at its step s - 1, because ours count from 1."""
 
     def get_lr(it, max_lr=6e-4, min_lr=6e-5, warmup_steps=715, max_steps=19073):
         if it < warmup_steps:
@@ -42,7 +42,7 @@ def test_wsd_schedule():
 
 
 def test_parameter_groups_at_124m():
-    """At 124M, 50 tensors with 124,354,560 parameters have weight decay, 98 with 121,344 do not."""
+    """At 124M, 50 tensors with 124,354,560 parameters have weight decay; 98 with 121,344 do not."""
     with torch.device("meta"):
         model = GPT(GPTConfig())
     groups = parameter_groups(model, 0.1)
@@ -51,37 +51,37 @@ def test_parameter_groups_at_124m():
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
 
 
-class Kept(torch.Tensor):
+class IgnoreBF16Cast(torch.Tensor):
     """A tensor that stays in fp32 when it is cast to bf16."""
 
     def bfloat16(self):
         return self.as_subclass(torch.Tensor).clone()
 
 
-def in_fp32(gradient: torch.Tensor, *how: object) -> torch.Tensor:
-    """PyTorch's iteration without its one cast to bf16."""
-    return PYTORCHS_ITERATION(gradient.as_subclass(Kept), *how)
+def newton_schulz_fp32(gradient: torch.Tensor, *args: object) -> torch.Tensor:
+    """Run the Newton-Schulz iteration of PyTorch without its one cast to bf16."""
+    return TORCH_NEWTON_SCHULZ(gradient.as_subclass(IgnoreBF16Cast), *args)
 
 
 @pytest.mark.parametrize(
     ("precision", "has_units", "expected"),
     [("bf16", True, torch.bfloat16), ("bf16", False, torch.float32), ("fp32", True, torch.float32)],
 )
-def test_the_iteration_on_a_cpu(monkeypatch, precision, has_units, expected):
-    """On a CPU, Muon iterates in bf16 only if training is in bf16 and the CPU has bf16 units. In
-    either dtype, the singular values stay between 0.3 and 1.3.
+def test_newton_schulz_dtype_on_a_cpu(monkeypatch, precision, has_units, expected):
+    """On a CPU, Newton-Schulz runs in bf16 only if training does and the CPU has bf16 units. In
+    either dtype, the singular values end between 0.3 and 1.3.
     """
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_units})
     config = PretrainConfig(optimizer="muon", precision=precision)
-    _, muon = build_optimizers(new_model(), config)
+    _, muon = build_optimizers(new_step_model(), config)
     assert muon.dtype == expected
     values = torch.linalg.svdvals(newton_schulz(torch.randn(3, 48, 96).to(muon.dtype)).float())
     assert 0.3 < values.min() <= values.max() < 1.3
 
 
-def test_steps_equal_pytorchs_muon(monkeypatch):
+def test_steps_equal_torch_muon(monkeypatch):
     """Five steps on matrices of all shapes equal those of torch.optim.Muon in fp32."""
-    monkeypatch.setattr(torchs, "_zeropower_via_newtonschulz", in_fp32)
+    monkeypatch.setattr(torch_muon, "_zeropower_via_newtonschulz", newton_schulz_fp32)
     torch.manual_seed(0)
     qkv, tall, wide = mine = [torch.nn.Parameter(torch.randn(s)) for s in SHAPES]
     parts = [*qkv.detach().chunk(3), tall.detach(), wide.detach()]
@@ -102,8 +102,8 @@ def test_steps_equal_pytorchs_muon(monkeypatch):
 def normuon_by_hand(
     matrix: torch.Tensor, grads: list[torch.Tensor], *, lr: float, beta2: float
 ) -> torch.Tensor:
-    """`matrix` after NorMuon's steps, as in modded-nanogpt, in fp64: normalized row by row, or
-    column by column if it is wide.
+    """Return `matrix` after NorMuon steps as in modded-nanogpt, in fp64. Updates are normalized row
+    by row, or column by column if the matrix is wide.
     """
     weights = matrix.double().clone()
     mean = torch.zeros_like(weights)
@@ -125,7 +125,7 @@ def normuon_by_hand(
 
 
 def test_normuon_equals_modded_nanogpt():
-    """Four steps of tall, square, wide and stacked matrices equal NorMuon's formula."""
+    """Four steps on tall, square, wide and stacked matrices match the NorMuon formula."""
     torch.manual_seed(0)
     start = {shape: torch.randn(shape) for shape in (*SHAPES, (24, 24))}
     grads = {shape: [torch.randn(shape) for _ in range(4)] for shape in start}
@@ -141,8 +141,8 @@ def test_normuon_equals_modded_nanogpt():
         parts = 3 if param is qkv else 1
         expected = []
         for part, matrix in enumerate(start[shape].chunk(parts)):
-            of_part = [grad.chunk(parts)[part] for grad in grads[shape]]
-            expected.append(normuon_by_hand(matrix, of_part, lr=0.02, beta2=0.95))
+            part_grads = [grad.chunk(parts)[part] for grad in grads[shape]]
+            expected.append(normuon_by_hand(matrix, part_grads, lr=0.02, beta2=0.95))
         torch.testing.assert_close(param.double(), torch.cat(expected), atol=1e-5, rtol=1e-4)
 
 
@@ -155,25 +155,25 @@ def test_a_zero_gradient_changes_nothing(beta2):
     assert torch.equal(param, before)
 
 
-def test_batches_do_not_matter(monkeypatch, shards):
-    """The number of matrices in a batch changes nothing but the order of sums."""
+def test_batching_matrices_does_not_change_muon(monkeypatch, shards):
+    """How many matrices Newton-Schulz gets at once changes nothing but the order of sums."""
     losses = []
-    for at_once in (optim.BATCH_ELEMENTS, 1):
-        monkeypatch.setattr(optim, "BATCH_ELEMENTS", at_once)
-        step = make_step(new_model(), shards, optimizer="muon")
+    for batch_elements in (optim.NS_BATCH_ELEMENTS, 1):
+        monkeypatch.setattr(optim, "NS_BATCH_ELEMENTS", batch_elements)
+        step = make_step(new_step_model(), shards, optimizer="muon")
         losses.append([step(s)[0].item() for s in range(1, 6)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_muon_gets_the_matrices(shards):
-    """Muon gets the matrices of the blocks, c_attn as three; AdamW all other parameters once."""
-    model = new_model()
-    adamw, ours = make_step(model, shards, optimizer="muon", muon_lr=0.5).optimizers
+    """Muon gets the matrices of the blocks, c_attn as three, and AdamW all other parameters."""
+    model = new_step_model()
+    adamw, muon = make_step(model, shards, optimizer="muon", muon_lr=0.5).optimizers
     names = {id(p): n for n, p in model.named_parameters()}
-    parts = {names[id(p)]: g["parts"] for g in ours.param_groups for p in g["params"]}
+    parts = {names[id(p)]: g["parts"] for g in muon.param_groups for p in g["params"]}
     expected = {
         f"transformer.h.{i}.{n}.weight": 3 if n == "attn.c_attn" else 1
-        for i in range(SMALL.n_layer)
+        for i in range(STEP_CONFIG.n_layer)
         for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
     assert parts == expected
@@ -182,35 +182,35 @@ def test_muon_gets_the_matrices(shards):
 
 
 def test_betas_are_flags(shards):
-    """AdamW gets beta1 and beta2, in pretraining and beside Muon."""
+    """beta1 and beta2 reach AdamW, both alone and together with Muon."""
     for optimizer in ("adamw", "muon"):
-        step = make_step(new_model(), shards, optimizer=optimizer, beta1=0.8, beta2=0.99)
+        step = make_step(new_step_model(), shards, optimizer=optimizer, beta1=0.8, beta2=0.99)
         assert {group["betas"] for group in step.optimizers[0].param_groups} == {(0.8, 0.99)}
 
 
 def test_rates_and_momentum_follow_the_step(shards):
-    """Muon's rate follows the schedule; its momentum rises from 0.85 to 0.95 over 300 steps."""
-    step = make_step(new_model(), shards, optimizer="muon", muon_lr=0.02)
+    """The rate of Muon follows the schedule. Its momentum rises from 0.85 to 0.95 in 300 steps."""
+    step = make_step(new_step_model(), shards, optimizer="muon", muon_lr=0.02)
     for s in (1, 2, 3, 10):
         step(s)
-        adamw, ours = step.optimizers
+        adamw, muon = step.optimizers
         assert adamw.param_groups[0]["lr"] == learning_rate(s, step.config)
-        assert ours.param_groups[0]["lr"] == pytest.approx(2 * learning_rate(s, step.config))
-        assert ours.param_groups[0]["momentum"] == pytest.approx(0.85 + 0.1 * (s - 1) / 300)
+        assert muon.param_groups[0]["lr"] == pytest.approx(2 * learning_rate(s, step.config))
+        assert muon.param_groups[0]["momentum"] == pytest.approx(0.85 + 0.1 * (s - 1) / 300)
     assert optim.muon_momentum(301) == optim.muon_momentum(9999) == 0.95
 
 
 def test_muon_needs_trainable_matrices(shards):
-    """Muon is refused with the remedy where the matrices are frozen."""
-    model = new_model()
+    """If the matrices are frozen, Muon is an error that says what to do instead."""
+    model = new_step_model()
     model.transformer.h.requires_grad_(False)
     with pytest.raises(ValueError, match="use adamw, or train all weights"):
         make_step(model, shards, optimizer="muon")
 
 
 def test_ranks_share_the_work(tmp_path):
-    """On two ranks, with replicated and sharded parameters, each rank orthogonalizes a share of the
-    matrices, and steps, one of them skipped, equal those of one process.
+    """With replicated and with sharded parameters, each of two ranks orthogonalizes a share of the
+    matrices. The steps match those of one process, even after a skipped step.
     """
     result = run_script("tests/workers/muon_ranks.py", cwd=tmp_path, ranks=2)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Models with tokenizers of their own, in each command, compared to transformers and lm-eval."""
+"""Models with their own tokenizers, in each command, compared to transformers and lm-eval."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ from sample import Continuation, SampleConfig
 from sample import main as sample
 
 TEXT = (ROOT / "tests" / "test_config.py").read_text()
-SHIFT = 7  # of ids, in a tokenizer with GPT-2's tokens under other ids
+SHIFT = 7  # how far the shifted tokenizer moves the ids of GPT-2's tokens
 BLOCK_SIZE = 128
 
 
@@ -47,8 +47,8 @@ def make_smaller() -> HFTokenizer:
     return Tokenizer.train([TEXT.splitlines()], 600, "smaller").backend
 
 
-def make_equal() -> HFTokenizer:
-    """As many tokens as GPT-2's, under other ids."""
+def make_shifted() -> HFTokenizer:
+    """Make a tokenizer with GPT-2's tokens under other ids."""
     spec = json.loads(gpt2_backend().to_str())
     vocab, (end,) = spec["model"]["vocab"], spec["added_tokens"]
     spec["model"]["vocab"] = {token: (i + SHIFT) % len(vocab) for token, i in vocab.items()}
@@ -57,7 +57,7 @@ def make_equal() -> HFTokenizer:
 
 
 def make_larger() -> HFTokenizer:
-    """GPT-2's with the tokens of a chat model, and a word that is no special token."""
+    """Add the special tokens of a chat model to GPT-2's tokenizer, and an ordinary word."""
     backend = gpt2_backend()
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     backend.add_tokens([AddedToken("covid19", normalized=False)])
@@ -67,7 +67,7 @@ def make_larger() -> HFTokenizer:
 # The tokenizer, its eos_token, and the vocab_size and eos_token_id in config.json.
 KINDS = {
     "smaller": (make_smaller, "<|endoftext|>", 600, 599),
-    "equal": (make_equal, "<|endoftext|>", 50257, SHIFT - 1),
+    "shifted": (make_shifted, "<|endoftext|>", 50257, SHIFT - 1),
     "larger": (make_larger, "<|im_end|>", 50304, 50258),
     "other_eos": (gpt2_backend, "<|endoftext|>", 50257, 198),  # a newline
 }
@@ -77,7 +77,7 @@ PROMPTS = ("The value of", "", "<|im_start|>user\nIs covid19 new?<|im_end|>\n<|e
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
-    """For each kind the folder of a small GPT-2 that transformers wrote, with its tokenizer."""
+    """By kind, the folder of a small GPT-2 and its tokenizer, as transformers saves them."""
     folders = {}
     for kind, (make, eos, vocab_size, eos_id) in KINDS.items():
         folder = folders[kind] = tmp_path_factory.mktemp(kind)
@@ -100,9 +100,9 @@ def own_tokenizer(folder: Path) -> Tokenizer:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_samples_are_the_text_of_transformers(models, kind, prompt, capsys):
-    """sample.py prints what transformers' pipeline generates: the prompt's special tokens are
-    recognized, the model's end of text ends it, and special tokens are not shown. pipeline is told
-    not to generate ids without a token.
+    """sample.py prints what transformers' pipeline generates. Special tokens in the prompt are
+    recognized, the model's end-of-text token ends the text, and special tokens are not shown.
+    pipeline would also generate ids without a token, so the test suppresses them.
     """
     options = {"max_new_tokens": 40, "temperature": 0.0, "device": "cpu"}
     sample(SampleConfig(model=str(models[kind]), prompt=prompt, **options))
@@ -120,13 +120,13 @@ def test_samples_are_the_text_of_transformers(models, kind, prompt, capsys):
 
 
 def test_ids_without_a_token_are_never_sampled(models, tmp_path, capsys):
-    """Where a model prefers an embedding that no token has, another token is sampled."""
+    """If a model prefers the ids of padding, which have no token, real tokens are sampled."""
     folder = shutil.copytree(models["larger"], tmp_path / "padded")
     model = GPT2LMHeadModel.from_pretrained(folder)
-    model.transformer.wte.weight.data[50260:] = 0
+    # The last hidden state becomes all ones, so a logit is the sum of its embedding.
     model.transformer.ln_f.weight.data.zero_()
     model.transformer.ln_f.bias.data.fill_(1)
-    model.transformer.wte.weight.data[50260:] = 9  # the most likely ids by far
+    model.transformer.wte.weight.data[50260:] = 9  # by far the most likely
     model.save_pretrained(folder)
     options = {"prompt": "a", "max_new_tokens": 20, "num_return_sequences": 3, "device": "cpu"}
     sample(SampleConfig(model=str(folder), **options))
@@ -138,7 +138,7 @@ def test_ids_without_a_token_are_never_sampled(models, tmp_path, capsys):
 
 
 def test_a_special_token_can_be_a_stop_text(models):
-    """A special token is not shown, and ends a continuation if it is one of the stop texts."""
+    """A special token is not shown. It ends a continuation if it is a stop text."""
     tokenizer = own_tokenizer(models["larger"])
     ids = tokenizer.encode("Well<|im_start|> done<|im_end|> no more")
     for stop, expected in ([], "Well done"), (["<|im_start|>", "x"], "Well"), (["ll"], "We"):
@@ -148,8 +148,8 @@ def test_a_special_token_can_be_a_stop_text(models):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_hellaswag_agrees_with_lm_eval(models, kind, tmp_path, capsys):
-    """Log-probabilities of HellaSwag's endings are lm-eval's, which loads the model's tokenizer
-    with transformers; a row with a special token in its text is mentioned.
+    """Log-probabilities of HellaSwag endings match lm-eval, which loads the tokenizer with
+    transformers. A message counts the rows whose text contains special tokens.
     """
     rows = [json.loads(line) for line in HELLASWAG_ROWS.read_text().splitlines()][:6]
     rows[1]["endings"][0] += "<|endoftext|>"
@@ -167,8 +167,8 @@ def test_hellaswag_agrees_with_lm_eval(models, kind, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_examples_have_the_tokens_of_transformers(models, kind, write_rows):
-    """A row's tokens are transformers': those of prompt and completion, then the model's end of
-    text. A completion that has it at its end already gets no second one.
+    """An example is the tokens that transformers gives for prompt and completion, then one
+    end-of-text token. A completion that already ends with that token gets no second one.
     """
     theirs, ours = AutoTokenizer.from_pretrained(models[kind]), own_tokenizer(models[kind])
     end = theirs.decode([KINDS[kind][3]])
@@ -183,7 +183,7 @@ def test_examples_have_the_tokens_of_transformers(models, kind, write_rows):
 
 
 def assert_same_tokenizer(folder: Path, model: Path, kind: str) -> None:
-    """transformers reads the same tokenizer and the same ends from both folders."""
+    """Check that transformers reads the same tokenizer and eos_token from both folders."""
     theirs, found = map(AutoTokenizer.from_pretrained, (model, folder))
     for prompt in PROMPTS:
         assert found.encode(prompt) == theirs.encode(prompt)
@@ -197,14 +197,15 @@ def assert_same_tokenizer(folder: Path, model: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", SOME_SLOW)
 def test_fine_tuning_keeps_the_tokenizer(models, kind, tmp_path, write_rows):
-    """Adapters, merged models, shared folders and fully fine-tuned checkpoints carry the base's
-    tokenizer and end of text; a resumed run continues the curve.
+    """Adapters, merged models, shared folders and fully fine-tuned checkpoints keep the tokenizer
+    and the end-of-text token of the base. A resumed run continues the curve.
     """
     rows = [{"prompt": f"{i} plus {i} is", "completion": f" {2 * i}"} for i in range(24)]
     options = {"data": write_rows(rows), "batch_size": 4, "examples_per_step": 4, "max_lr": 1e-2}
     options |= {"model_name_or_path": models[kind], "eval_every": 2, "save_every": 2}
     options |= {"device": "cpu", "precision": "fp32", "max_steps": 4, "warmup_steps": 1}
-    flags = as_flags({**options, "out_dir": "lora", "merge_out": "merged", "sample_every": 2})
+    options |= {"out_dir": "lora"}
+    flags = as_flags({**options, "merge_out": "merged", "sample_every": 2})
     result = run_script("finetune_lora.py", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     curve = read_curve(tmp_path / "lora")
@@ -213,7 +214,7 @@ def test_fine_tuning_keeps_the_tokenizer(models, kind, tmp_path, write_rows):
     assert_same_tokenizer(tmp_path / "merged", models[kind], kind)
     shutil.rmtree(checkpoint)
     (tmp_path / "lora" / "metrics.jsonl").write_text("")
-    result = run_script("finetune_lora.py", *flags[:-2], "--out_dir=lora", cwd=tmp_path)
+    result = run_script("finetune_lora.py", *as_flags(options), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert read_curve(tmp_path / "lora") == curve[-2:]
     if kind == "larger":
@@ -226,13 +227,11 @@ def test_fine_tuning_keeps_the_tokenizer(models, kind, tmp_path, write_rows):
 
 @pytest.fixture(scope="module")
 def own_data(tmp_path_factory, models) -> Path:
-    """A folder with data/own, whose tokenizer was trained on its text, and data/larger."""
+    """A folder with data/own, whose tokenizer is trained on its text, and data/larger."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "text.txt").write_text(TEXT)
-    for name, flags in {
-        "own": ["--train_tokenizer", 500],
-        "larger": ["--tokenizer", models["larger"]],
-    }.items():
+    tokenizers = {"own": ["--train_tokenizer", 500], "larger": ["--tokenizer", models["larger"]]}
+    for name, flags in tokenizers.items():
         flags += ["--dataset", "text.txt", "--val_tokens", 600, "--out_dir", f"data/{name}"]
         result = run_script("fineweb.py", *flags, cwd=folder)
         assert result.returncode == 0, result.stderr
@@ -241,8 +240,8 @@ def own_data(tmp_path_factory, models) -> Path:
 
 @pytest.mark.parametrize(("name", "vocab_size"), [("own", 500), ("larger", 50260)])
 def test_pretraining_takes_the_tokenizer_of_the_data(own_data, name, vocab_size):
-    """A model gets the vocabulary of its data, and its checkpoint the tokenizer. It resumes bit for
-    bit, and two ranks give the same curve.
+    """A model gets the vocabulary of its data, and its checkpoints the tokenizer. The run resumes
+    bit for bit, and two ranks give the same curve.
     """
     settings = {"data_dir": f"data/{name}", "max_steps": 6, "eval_every": 2, "save_every": 3}
     args = tiny_run(f"runs/{name}", **settings)
@@ -253,74 +252,72 @@ def test_pretraining_takes_the_tokenizer_of_the_data(own_data, name, vocab_size)
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["vocab_size"] == len(theirs) == vocab_size
     assert config["eos_token_id"] == theirs.eos_token_id
-    documents = [np.load(file) for file in sorted((own_data / "data" / name).glob("*.npy"))]
-    text = theirs.decode(np.concatenate(documents).tolist()).replace(theirs.eos_token, "")
+    shards = [np.load(file) for file in sorted((own_data / "data" / name).glob("*.npy"))]
+    text = theirs.decode(np.concatenate(shards).tolist()).replace(theirs.eos_token, "")
     assert sorted(text) == sorted(TEXT)
-    assert all(tokens[0] == theirs.eos_token_id for tokens in documents)
+    assert all(tokens[0] == theirs.eos_token_id for tokens in shards)
     shutil.rmtree(checkpoint)
     assert run_script(*args, cwd=own_data).returncode == 0
     assert read_curve(run) == curve
     args = tiny_run(f"runs/{name}_ranks", **settings, batch_size=1)
     assert run_script(*args, cwd=own_data, ranks=2).returncode == 0
-    losses = [[r[1] for r in c] for c in (curve, read_curve(own_data / "runs" / f"{name}_ranks"))]
-    assert losses[0][1:] == pytest.approx(losses[1][1:], rel=1e-4)
-    sampled = run_script(
-        "sample.py", "--model", f"runs/{name}", "--prompt", "def", "--device", "cpu", cwd=own_data
-    )
+    curves = curve, read_curve(own_data / "runs" / f"{name}_ranks")
+    losses, of_ranks = ([loss for _, loss, *_ in each[1:]] for each in curves)  # none at step 0
+    assert losses == pytest.approx(of_ranks, rel=1e-4)
+    flags = ("--model", f"runs/{name}", "--prompt", "def", "--device", "cpu")
+    sampled = run_script("sample.py", *flags, cwd=own_data)
     assert sampled.stdout.startswith("def")
 
 
-def test_other_weights_need_the_tokenizer_of_the_data(own_data, models, workplace):
-    """init_from continues a model on data with its own tokenizer, and refuses other data by the
-    names of both tokenizers.
+def test_init_from_needs_the_tokenizer_of_the_data(own_data, models, workdir):
+    """init_from continues a model on data with the same tokenizer. For other data, the error names
+    both tokenizers.
     """
     args = {"max_steps": 2, "init_from": str(models["larger"]), "eval_every": 2}
     args |= dict.fromkeys(("n_layer", "n_head", "n_embd", "warmup_steps"))
     result = run_script(*tiny_run("runs/from", data_dir="data/larger", **args), cwd=own_data)
     assert result.returncode == 0, result.stderr
-    assert_same_tokenizer(
-        own_data / "runs/from/checkpoints/step_000002", models["larger"], "larger"
-    )
-    for data_dir, name in (("data/own", "own"), (workplace / "data/text", "gpt2")):
+    checkpoint = own_data / "runs/from/checkpoints/step_000002"
+    assert_same_tokenizer(checkpoint, models["larger"], "larger")
+    for data_dir, name in (("data/own", "own"), (workdir / "data/text", "gpt2")):
         error = expect_error(*tiny_run("runs/no", data_dir=data_dir, **args), cwd=own_data)
-        assert f"has tokens of {name}" in error
+        assert f"tokenized with {name}" in error
         assert "tokenizer larger" in error
         assert "--tokenizer" in error
 
 
 def test_a_model_without_tokenizer_files(models, tmp_path, capsys):
-    """A model without them has GPT-2's tokenizer if it has as many tokens, and a line says so. Any
-    other needs --tokenizer, as does one whose tokenizer has more tokens than the model.
+    """A model without tokenizer files uses GPT-2's tokenizer if it has as many tokens, and says so.
+    If not, it needs --tokenizer, and one with more tokens than the model is refused.
     """
-    for kind in ("equal", "smaller"):
+    for kind in ("shifted", "smaller"):
         (tmp_path / kind).mkdir()
         for file in ("config.json", "model.safetensors"):
             shutil.copy(models[kind] / file, tmp_path / kind)
-    assert own_tokenizer(tmp_path / "equal").name == "gpt2"
+    assert own_tokenizer(tmp_path / "shifted").name == "gpt2"
     assert "no tokenizer files; using GPT-2's" in capsys.readouterr().err
     flags = ["--prompt", "a", "--max_new_tokens", 5, "--device", "cpu", "--model", "smaller"]
     error = expect_error("sample.py", *flags, cwd=tmp_path)
     assert "smaller has 600 tokens and no tokenizer files" in error
     assert "--tokenizer" in error
     error = expect_error("sample.py", *flags, "--tokenizer", "gpt2", cwd=tmp_path)
-    assert "600 tokens and the tokenizer gpt2" in error
+    assert "600 tokens, but the tokenizer gpt2" in error
     given = run_script("sample.py", *flags, "--tokenizer", models["smaller"], cwd=tmp_path)
     assert given.returncode == 0
     assert given.stdout == run_script("sample.py", *flags[:-1], models["smaller"]).stdout
 
 
 def test_a_tokenizer_is_read_again_when_preparation_resumes(tmp_path):
-    """A preparation resumes with the tokenizer in its folder, and is byte for byte what it is
-    without an interruption. Another tokenizer is refused, and a changed one.
+    """An interrupted preparation resumes with the tokenizer in its folder, and gives the same bytes
+    as without interruption. Another tokenizer, or a changed one, is refused.
     """
     (tmp_path / "text.txt").write_text(TEXT)
-    flags = ["--dataset", "text.txt", "--val_tokens", 600, "--shard_size", 1000]
-    flags += ["--train_tokenizer", 400, "--out_dir"]
+    without_tokenizer = ["--dataset", "text.txt", "--val_tokens", 600, "--shard_size", 1000]
+    flags = [*without_tokenizer, "--train_tokenizer", 400, "--out_dir"]
     for name in ("once", "twice"):
         assert run_script("fineweb.py", *flags, f"data/{name}", cwd=tmp_path).returncode == 0
-    once, twice = (
-        {f.name: f for f in (tmp_path / "data" / n).iterdir()} for n in ("once", "twice")
-    )
+    folders = tmp_path / "data" / "once", tmp_path / "data" / "twice"
+    once, twice = ({f.name: f for f in folder.iterdir()} for folder in folders)
     assert once["tokenizer.json"].read_bytes() == twice["tokenizer.json"].read_bytes()
     shards = [name for name in once if name.endswith(".npy")]
     lost = max(name for name in twice if name.endswith(".npy"))
@@ -330,43 +327,39 @@ def test_a_tokenizer_is_read_again_when_preparation_resumes(tmp_path):
     for name in shards:
         again = tmp_path / "data" / "twice" / name.replace("once", "twice")
         assert again.read_bytes() == once[name].read_bytes()
-    other = [*flags[:-3], "--out_dir", "data/once"]
-    assert "another train_tokenizer" in expect_error("fineweb.py", *other, cwd=tmp_path)
+    other = [*without_tokenizer, "--out_dir", "data/once"]
+    assert "train_tokenizer was 400" in expect_error("fineweb.py", *other, cwd=tmp_path)
     spec = once["tokenizer.json"].read_text()
     once["tokenizer.json"].write_text(spec.replace('"use_regex": true', '"use_regex": false'))
     error = expect_error("train_gpt2.py", "--data_dir", "data/once", cwd=tmp_path)
-    assert "tokenizer.json is not there or has changed" in error
+    assert "tokenizer.json is missing or has changed" in error
 
 
 def test_special_tokens_in_text_to_prepare(models, tmp_path, write_rows, capsys):
-    """In rows they are ordinary text, and counted; in a text file <|endoftext|> separates documents
-    whatever the tokenizer's end of text is.
+    """Special tokens in rows become ordinary text, and a message counts them. In a text file,
+    <|endoftext|> separates documents even if the tokenizer has another end-of-text token.
     """
-    documents = [
-        "One <|im_start|>",
-        "two<|endoftext|>s <|im_end|>",
-        *(f"{i} more" for i in range(9)),
-    ]
+    documents = ["One <|im_start|>", "two<|endoftext|>s <|im_end|>"]
+    documents += [f"{i} more" for i in range(9)]
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(documents))
-    sources = {
-        "rows": write_rows([{"text": d} for d in documents]),
-        "text": str(tmp_path / "a.txt"),
-    }
+    rows = write_rows([{"text": d} for d in documents])
+    sources = {"rows": rows, "text": str(tmp_path / "a.txt")}
     theirs = AutoTokenizer.from_pretrained(models["larger"], split_special_tokens=True)
-    for name, n in (("rows", 3), ("text", 2)):
+    for name, n_special in (("rows", 3), ("text", 2)):
         out_dir, flags = str(tmp_path / name), {"tokenizer": str(models["larger"]), "val_tokens": 9}
         prepare(PrepareConfig(dataset=[sources[name]], out_dir=out_dir, **flags))
-        assert f"{n} special tokens in the documents" in capsys.readouterr().out
-        whole = [documents[0], *documents[1].split("<|endoftext|>")] if n == 2 else documents[:2]
-        expected = [[50258, *theirs.encode(d)] for d in (*whole, *documents[2:])]
+        assert f"{n_special} special tokens in the documents" in capsys.readouterr().out
+        is_split = name == "text"  # at the <|endoftext|> within documents[1]
+        parts = documents[1].split("<|endoftext|>") if is_split else [documents[1]]
+        expected = [[50258, *theirs.encode(d)] for d in (documents[0], *parts, *documents[2:])]
         tokens = np.concatenate([np.load(file) for file in Path(out_dir).glob("*.npy")])
         starts = np.flatnonzero(tokens == 50258)
         assert sorted(d.tolist() for d in np.split(tokens, starts)[1:]) == sorted(expected)
 
 
-def test_data_have_the_end_of_text_of_the_model(models, tmp_path):
-    """Data prepared with a model's tokenizer have documents that start with the end of text of its
-    config.json, and training takes it from there.
+def test_data_has_the_end_of_text_of_the_model(models, tmp_path):
+    """With a model's tokenizer, each prepared document starts with the eos_token_id of the model's
+    config.json, and the data's tokenizer keeps that id.
     """
     (tmp_path / "a.txt").write_text(TEXT)
     options = {"out_dir": str(tmp_path / "out"), "tokenizer": str(models["other_eos"])}
@@ -376,16 +369,16 @@ def test_data_have_the_end_of_text_of_the_model(models, tmp_path):
 
 
 def test_an_evaluation_has_one_tokenizer(models, tmp_path):
-    """An evaluation is not continued with another tokenizer."""
+    """An evaluation cannot be continued with another tokenizer."""
     options = {"data": str(HELLASWAG_ROWS), "limit": 2, "out_dir": str(tmp_path), "device": "cpu"}
-    evaluate(EvalConfig(str(models["equal"]), **options))
-    with pytest.raises(ValueError, match="evaluation with other tokenizer"):
-        evaluate(EvalConfig(str(models["equal"]), tokenizer="gpt2", **options))
+    evaluate(EvalConfig(str(models["shifted"]), **options))
+    with pytest.raises(ValueError, match="results with different tokenizer"):
+        evaluate(EvalConfig(str(models["shifted"]), tokenizer="gpt2", **options))
 
 
 def test_a_tokenizer_is_trained_on_training_text_up_to_a_limit(tmp_path, write_rows, monkeypatch):
-    """Of your own files it sees the documents for training and no others, and it stops once they
-    have enough bytes, or enough different words.
+    """A tokenizer is trained on the training documents and none held out for validation, and only
+    until it has seen enough bytes, or enough different words.
     """
     documents = [f"document {i} has its own words: w{i}x, y{i}z" for i in range(60)]
     seen: list[list[str]] = []
@@ -411,7 +404,7 @@ def test_a_tokenizer_is_trained_on_training_text_up_to_a_limit(tmp_path, write_r
 
 def test_unsuitable_tokenizers_are_refused(tmp_path, monkeypatch):
     """A vocabulary that does not fit in 16 bits, a folder without a tokenizer, and flags that
-    contradict each other are errors; a text with too few pairs gives a smaller tokenizer.
+    contradict each other are errors. A text with too few pairs gives a smaller tokenizer.
     """
     backend = gpt2_backend()
     backend.add_tokens([f"word{i}" for i in range(20_000)])
@@ -421,7 +414,7 @@ def test_unsuitable_tokenizers_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flags, expected in (
         ({"tokenizer": "large"}, r"large \(70,257 tokens.*at most 65,536"),
-        ({"tokenizer": "."}, "no tokenizer.json in ., expected one"),
+        ({"tokenizer": "."}, r"\. has no tokenizer.json; pass"),
         ({"tokenizer": "large", "train_tokenizer": 300}, "train_tokenizer, not both"),
         ({"dataset": ["fineweb10B-gpt2"], "train_tokenizer": 300}, "ready-made"),
     ):
@@ -432,9 +425,7 @@ def test_unsuitable_tokenizers_are_refused(tmp_path, monkeypatch):
 
 
 def test_training_a_tokenizer_twice_gives_the_same(tmp_path):
-    """Neither hash seeds nor the number of threads change the tokenizer, and the words of the text
-    become single tokens.
-    """
+    """Neither hash seeds nor the number of threads change a trained tokenizer."""
     program = (
         "import sys; from pathlib import Path; from engine.tokenizer import Tokenizer\n"
         f"text = Path({str(ROOT / 'tests' / 'test_config.py')!r}).read_text()\n"
@@ -448,7 +439,7 @@ def test_training_a_tokenizer_twice_gives_the_same(tmp_path):
 
 
 def test_tokenizers_by_hub_name(models, tmp_path, monkeypatch):
-    """A hub name's tokenizer comes from the hub's cache, as its weights do."""
+    """A model given by its hub name gets its tokenizer from the hub's cache, like its weights."""
     monkeypatch.setattr("engine.hub.find_network_problem", lambda: "it is off")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

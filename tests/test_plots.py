@@ -1,4 +1,4 @@
-"""Curves of runs: what they show is what the runs logged."""
+"""Plots of runs show what the runs logged."""
 
 import json
 import shutil
@@ -22,32 +22,32 @@ def run(tmp_path):
 
 
 def test_curves_over_tokens_and_seconds(run):
-    """The same losses are drawn over steps, tokens, or the sum of the step times."""
+    """The x axis can be steps, tokens, or the sum of the step times. The losses stay the same."""
     for x, last in (("step", 20), ("tokens", 1280), ("seconds", 10.0)):
         line = draw_runs([run], x).axes[0].lines[0]  # the training loss
         assert line.get_xdata()[-1] == pytest.approx(last)
         assert list(line.get_ydata()) == [9.5 - s / 10 for s in range(1, 21)]
-    labels = [axes.get_ylabel() for axes in draw_runs([run], has_all_panels=True).axes]
+    labels = [axes.get_ylabel() for axes in draw_runs([run], all_panels=True).axes]
     assert labels == ["loss, nats per token", *MORE_PANELS]
 
 
 def test_the_training_loss_is_smoothed(run):
-    """Beside the training loss stands the mean of each step and those before it, 2 % of all but at
-    least 5, and the legend has the last of these means.
+    """Next to the raw training loss is its mean over the last 2% of the steps, but at least 5. The
+    legend shows the final mean.
     """
     write_log(run, ({"step": s, "tokens": 64 * s, "train_loss": s} for s in range(1, 201)))
     axes = draw_runs([run]).axes[0]
     raw, smoothed = axes.lines
     assert list(raw.get_ydata()) == list(range(1, 201))
     means = smoothed.get_ydata()
-    assert means[:5].tolist() == [1, 1.5, 2, 2.5, 3]  # of as many as there are
+    assert means[:5].tolist() == [1, 1.5, 2, 2.5, 3]  # the first means are of fewer steps
     assert means[-1] == 198  # of 196 to 200
     label = axes.get_legend().get_texts()[0].get_text()
     assert label == f"{run.name} train 198.000, mean of 5 steps"
 
 
 def test_plot_command(run, monkeypatch, capsys):
-    """--out names the image. Another suffix, or no run, is an error."""
+    """--out sets the image file. An unsupported suffix, or no run, is an error."""
     monkeypatch.chdir(run)
     run_here("plot.py", ".", "--x", "tokens", "--out", "a.svg")
     assert "<svg" in (run / "a.svg").read_text()
@@ -69,25 +69,25 @@ def test_gpt2_loss_depends_on_the_data(tmp_path):
     for dataset, loss in losses.items():
         (data / "manifest.json").write_text(json.dumps({"dataset": dataset, "shards": []}))
         labels = [line.get_label() for line in draw_runs([tmp_path]).axes[0].lines]
-        assert labels == ([f"GPT-2 124M val {loss:.3f} (quoted)"] if loss else [])
+        assert labels == ([f"GPT-2 124M val {loss:.3f} (published)"] if loss else [])
 
 
 def test_hellaswag_has_its_own_panel(run):
-    """A run that measured HellaSwag gets a second panel, with the quoted accuracies."""
+    """A run with HellaSwag gets a second panel with published accuracies of GPT-2 and GPT-3."""
     assert len(draw_runs([run]).axes) == 1
     logged = {"step": 21, "tokens": 1344, "hellaswag_acc_norm": 0.25, "hellaswag_acc": 0.25}
     write_log(run, [*read_metrics(run), logged])
     _, panel = draw_runs([run]).axes
     labels = " ".join(text.get_text() for text in panel.get_legend().get_texts())
-    for text in ("acc_norm 0.2500", "acc_norm 0.3114", "0.2955", "GPT-3 Small, token-normalised"):
+    for text in ("acc_norm 0.2500", "acc_norm 0.3114", "0.2955", "GPT-3 Small, token-normalized"):
         assert text in labels
 
 
 def test_each_run_has_its_color_in_all_panels(run, tmp_path):
-    """Several runs are drawn in the order given, each in one color, with its name in the legend."""
+    """Runs are drawn in the order given, each in one color, with its name in the legend."""
     other = tmp_path / "{other}"
     shutil.copytree(run, other)
-    panels = draw_runs([run, other], has_all_panels=True).axes
+    panels = draw_runs([run, other], all_panels=True).axes
     labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
     splits = ("train 7.700, mean of 5 steps", "val 7.000")
     assert labels == [f"{folder.name} {split}" for folder in (run, other) for split in splits]
@@ -100,7 +100,7 @@ def test_each_run_has_its_color_in_all_panels(run, tmp_path):
     ("name", "label"), [("a$b$c", r"a\$b\$c"), ("_x", " _x"), ("\u6a21", "\u6a21")]
 )
 def test_any_name_is_in_the_legend(run, name, label):
-    """Names that have a meaning for matplotlib are shown as they are."""
+    """Names with characters that are special to matplotlib are shown unchanged."""
     named = run.rename(run.with_name(name))
     legend = draw_runs([named]).axes[0].get_legend()
     assert any(text.get_text().startswith(f"{label} val ") for text in legend.get_texts())

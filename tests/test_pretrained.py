@@ -12,7 +12,7 @@ from model import GPT
 
 @pytest.fixture
 def folder(tmp_path):
-    """A small GPT-2 as transformers saves it."""
+    """The folder of a small GPT-2 as transformers saves it."""
     small_transformers_gpt2().save_pretrained(tmp_path)
     return tmp_path
 
@@ -25,7 +25,7 @@ def has_expected_logits(folder) -> bool:
 
 
 def test_old_bin_files_load(folder):
-    """GPT2Model's pytorch_model.bin loads: names without prefix, attention masks, the tied head."""
+    """An old .bin loads: its names have no prefix, and it also has masks and a tied head."""
     file = folder / "model.safetensors"
     tensors = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
     tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 48, 48) for i in range(2)}
@@ -37,7 +37,7 @@ def test_old_bin_files_load(folder):
 
 
 def test_several_files_load(folder):
-    """A checkpoint that is split over several safetensors files has the same logits."""
+    """A checkpoint loads from several safetensors files, with the same logits."""
     small_transformers_gpt2().save_pretrained(folder, max_shard_size="200KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
@@ -51,7 +51,7 @@ def test_several_files_load(folder):
         ({"lm_head.weight": torch.ones(1000, 64)}, "lm_head.weight differs from wte"),
     ],
 )
-def test_wrong_tensors_are_named(folder, tensors, expected):
+def test_wrong_tensors_are_refused(folder, tensors, expected):
     """An unexpected tensor, or an lm_head that differs from the tied wte, is an error."""
     file = folder / "model.safetensors"
     save_file(load_file(file) | tensors, file)
@@ -62,14 +62,14 @@ def test_wrong_tensors_are_named(folder, tensors, expected):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"model_type": "llama"}, "json: model_type is 'llama', this model has only 'gpt2'"),
-        ({"activation_function": "gelu"}, "json: activation_function is 'gelu', this model has"),
-        ({"scale_attn_weights": False}, "json: scale_attn_weights is False, this model has"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "json: .*_layer_idx is True, this model has"),
-        ({"reorder_and_upcast_attn": True}, "json: .*_upcast_attn is True, this model has"),
-        ({"add_cross_attention": True}, "json: add_cross_attention is True, this model has"),
-        ({"quantization_config": "awq"}, "json: quantization_config is 'awq', this model has"),
-        ({"n_inner": 100}, "json: n_inner is 100, this model has only 4"),
+        ({"model_type": "llama"}, "json: model_type is 'llama', this model supports only 'gpt2'"),
+        ({"activation_function": "gelu"}, "json: activation_function is 'gelu', this model"),
+        ({"scale_attn_weights": False}, "json: scale_attn_weights is False, this model"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "json: .*_layer_idx is True, this model"),
+        ({"reorder_and_upcast_attn": True}, "json: .*_upcast_attn is True, this model"),
+        ({"add_cross_attention": True}, "json: add_cross_attention is True, this model"),
+        ({"quantization_config": "awq"}, "json: quantization_config is 'awq', this model"),
+        ({"n_inner": 100}, "json: n_inner is 100, this model supports only 4"),
         ({"n_layer": "two"}, "json: n_layer is 'two', expected an integer"),
         ({"n_head": None}, "json: n_head is None, expected an integer"),  # it is missing
         ({"n_head": 3}, "json: n_embd 64 is not a multiple of n_head 3"),
@@ -79,9 +79,9 @@ def test_wrong_tensors_are_named(folder, tensors, expected):
         ({"n_positions": 10**12}, r"wpe.weight \(48, 64\), expected \(1000000000000, 64\)"),
     ],
 )
-def test_wrong_options_are_named(folder, options, expected):
-    """An option that would change what the model computes, or that no GPT-2 with these tensors can
-    have, is an error with the file and the value.
+def test_wrong_options_are_refused(folder, options, expected):
+    """An option that this model does not support, or that contradicts its tensors, is an error that
+    names the file and the value.
     """
     file = folder / "config.json"
     changed = json.loads(file.read_text()) | options
@@ -91,26 +91,26 @@ def test_wrong_options_are_named(folder, options, expected):
 
 
 def test_damaged_and_missing_files(folder):
-    """A damaged or missing file, and a folder that is not a model, are errors with its name."""
+    """A damaged or missing file, or a folder without a model, is an error that names it."""
     weights, config = folder / "model.safetensors", folder / "config.json"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
         GPT.from_pretrained(folder)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match="holds none of"):
+    with pytest.raises(FileNotFoundError, match="has none of"):
         GPT.from_pretrained(folder)
     config.write_text("[1")
     with pytest.raises(ValueError, match="json is damaged"):
         GPT.from_pretrained(folder)
     config.unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
         GPT.from_pretrained(folder)
 
 
 def test_unknown_name_without_a_network(monkeypatch):
-    """A name that is neither a folder nor in the cache ends in one line that says what to give."""
+    """A name that is no folder and not in the cache is a one-line error that says what to pass."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    message = r"hub did not provide nowhere: .* It is no local folder either; .* config.json"
+    message = r"hub did not provide nowhere: .* There is no local folder.* config.json"
     with pytest.raises(ConnectionError, match=message) as raised:
         GPT.from_pretrained("nowhere")
     assert "\n" not in str(raised.value)
@@ -119,11 +119,11 @@ def test_unknown_name_without_a_network(monkeypatch):
 
 
 def test_copies_of_the_parameters_are_saved(tiny_model, tmp_path):
-    """save_pretrained writes the given copies; hf_tensors are views of the parameters."""
+    """save_pretrained writes the copies it is given. hf_tensors are views of the parameters."""
     copies = {name: param.detach() + 1 for name, param in tiny_model.named_parameters()}
     save_pretrained(tiny_model, tmp_path, params=copies)
     for name, tensor in hf_tensors(tiny_model).items():
-        tensor.add_(1)
+        tensor.add_(1)  # now the parameter equals its copy, if `tensor` is a view
         assert torch.equal(load_file(tmp_path / "model.safetensors")[name], tensor), name
     for name, param in GPT.from_pretrained(tmp_path).named_parameters():
         rows = 1000 if name == "transformer.wte.weight" else None  # without padding

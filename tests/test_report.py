@@ -1,4 +1,4 @@
-"""report.html: what it shows is what the run logged."""
+"""report.html shows what the run logged."""
 
 import html.parser
 import json
@@ -11,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, make_record, write_log
+from conftest import CPU_DIST, make_record, write_log
 from processes import HANG_SECONDS
 
 from engine import report
@@ -24,8 +24,8 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 QUIET += ["--headless", "--disable-component-update", "--disable-sync"]
 FACTS = {"parameters": "7,000,000", "training data": "<b>5,000</b> examples"}
-# At a given width, puts into the title the width of the body and what breaks over two lines.
-# Chromium's windows have at least 500 pixels.
+# Sets the width of the page, then writes to its title the width of the body and the texts that
+# wrap. (A window of Chromium cannot be narrower than 500 pixels.)
 FIND_BROKEN_LINES = """<script>onload = () => {
   document.documentElement.style.width = "WIDTHpx";
   const broken = [...document.querySelectorAll("h1, h2, dt, dd, th")].filter(element => {
@@ -41,8 +41,9 @@ CONFIG = "data_dir: none\nmax_steps: 20\nout_dir: <i>x</i>\ncompile: true\n"
 
 
 def record(step: int) -> dict:
-    bits = {"val_loss": 6.5} if step == 13 else {"val_bpb": 3.0 - step / 20}
-    return make_record(step, NASTY) | bits
+    """Make a record. Step 13 has the lowest validation loss, but no bits per byte."""
+    changes = {"val_loss": 6.5} if step == 13 else {"val_bpb": 3.0 - step / 20}
+    return make_record(step, NASTY) | changes
 
 
 @pytest.fixture
@@ -87,10 +88,10 @@ class Reader(html.parser.HTMLParser):
 
 
 def test_report_is_complete_and_escaped(run):
-    """Every sample appears unchanged and escaped, nothing is loaded from elsewhere, and the tiles
-    are the lines of the run's summary.
+    """Every sample appears unchanged, with its HTML escaped. Nothing is loaded from elsewhere. The
+    tiles are the lines of the run's summary.
     """
-    write_report(run, CPU)
+    write_report(run, CPU_DIST)
     text = (run / "report.html").read_text()
     reader = Reader(text)
     assert reader.samples == [f"{NASTY} at {step}" for step in (0, 10, 20)]
@@ -107,20 +108,20 @@ def test_report_is_complete_and_escaped(run):
 
 
 def test_failure_to_write_keeps_the_earlier_report(run, monkeypatch, capsys):
-    """An error is printed in one line, and the earlier report stays."""
+    """If a report cannot be written, one line says why, and the earlier report stays."""
     (run / "report.html").write_text("earlier")
 
     def full(*_):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(report, "write_atomically", full)
-    write_report(run, CPU)
-    assert "is not written: OSError: No space left" in capsys.readouterr().out
+    write_report(run, CPU_DIST)
+    assert "report.html: OSError: No space left" in capsys.readouterr().out
     assert (run / "report.html").read_text() == "earlier"
 
 
 def open_in_browser(page: Path, *flags: str) -> subprocess.CompletedProcess:
-    """Open the page in Chromium; stdout is the DOM after its scripts have run."""
+    """Open the page in Chromium. Its stdout is the DOM after the scripts have run."""
     profile = f"--user-data-dir={page.with_name('profile')}"
     command = [CHROMIUM, *QUIET, profile, "--dump-dom", *flags, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
@@ -130,7 +131,7 @@ def open_in_browser(page: Path, *flags: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("dark", [False, True])
 def test_report_in_a_browser(run, tmp_path, dark):
     """Light or dark, a browser shows curves and samples, logs nothing and loads no other URL."""
-    write_report(run, CPU)
+    write_report(run, CPU_DIST)
     shutil.copy(run / "report.html", tmp_path / "report.html")
     flags = ["--window-size=900,1200", f"--screenshot={tmp_path / 'page.png'}"]
     flags += ["--enable-logging=stderr", f"--log-net-log={tmp_path / 'net.json'}"]
@@ -148,16 +149,16 @@ def test_report_in_a_browser(run, tmp_path, dark):
 
 @needs_chromium
 @pytest.mark.parametrize(("width", "body_width"), [(400, 400), (1200, 992)])
-def test_nothing_breaks_over_two_lines(run, tmp_path, width, body_width):
-    """On a phone and on a screen, headings, figures, their labels and names of settings are on one
-    line each, with the figures of a large run as well, and nothing is wider than the page.
+def test_no_heading_or_number_wraps(run, tmp_path, width, body_width):
+    """On a phone and on a desktop, no heading, number, label or name of a setting wraps, even with
+    the numbers of a large run. Nothing is wider than the page.
     """
     last = record(19_073) | {"val_loss": 2.9, "tokens": 9_999_974_400, "val_bpb": 0.9}
     write_log(run, [*read_metrics(run), last])
     (run / "config.yaml").write_text(f"{CONFIG}hellaswag_normalization_name: {'x' * 500}\n")
     facts = {"parameters": "1,557,611,200", "training data": "9,999,999,999 tokens"}
     save_facts(run, facts, step=19_073)
-    write_report(run, CPU)
+    write_report(run, CPU_DIST)
     text = (run / "report.html").read_text()
     policy = re.search('<meta http-equiv="Content-Security-Policy" content=".*?">', text)[0]
     page = tmp_path / "page.html"
@@ -167,8 +168,8 @@ def test_nothing_breaks_over_two_lines(run, tmp_path, width, body_width):
 
 
 def test_points_have_titles(run):
-    """A browser shows steps and values at points of the curves, the last ones included. However
-    long the run, there are at most a hundred for each curve, at the places of the drawn points.
+    """Points of a curve show their step and value on hover. However long the run, a curve has at
+    most a hundred of them, the last one included. They lie on the drawn curve.
     """
     records = [{"step": s, "tokens": 64 * s, "train_loss": s} for s in range(3001)]
     for record in records[::30]:

@@ -1,4 +1,4 @@
-"""Whether the run in a folder can be continued: with the same settings, or with more steps."""
+"""A run can be continued with the same settings, or with more steps."""
 
 from dataclasses import asdict, dataclass, replace
 
@@ -12,14 +12,14 @@ from engine.checkpoint import list_checkpoints
 from engine.config import flag
 from engine.metrics import read_metrics
 from engine.optim import learning_rate, plateau_end
-from engine.resume import check_same_run
+from engine.resume import inherit_settings
 from engine.shards import write_shard
 from train_gpt2 import PretrainConfig, main
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of which seed and max_lr are fixed; seed may be left open."""
+    """Settings of a run. seed and max_lr must not change on resume; seed may be omitted."""
 
     seed: int | None = flag(None, "seed")
     max_lr: float = flag(0.5, "rate")
@@ -34,36 +34,36 @@ def begin_run(run, config: dict) -> None:
 
 
 def test_a_run_resumes_only_as_it_was(tmp_path):
-    """Fixed settings must not change, and the error lists both values; others may."""
+    """A fixed setting must not change: the error lists both values. Other settings may change."""
     config = Settings(max_lr=1e-3, seed=1, keep=2, batch_size=4)
-    check_same_run(tmp_path, replace(config, resume="never"))
+    inherit_settings(tmp_path, replace(config, resume="never"))
     begin_run(tmp_path, {**asdict(config), "seed": 2})
     free = replace(config, seed=None, keep=9, batch_size=2)
-    assert check_same_run(tmp_path, free) == {"seed": 2}
+    assert inherit_settings(tmp_path, free) == {"seed": 2}
     with pytest.raises(ValueError, match=r"max_lr was 0.001, is 0.002; seed was 2, is 1"):
-        check_same_run(tmp_path, replace(config, max_lr=2e-3))
+        inherit_settings(tmp_path, replace(config, max_lr=2e-3))
     with pytest.raises(ValueError, match="resume is never"):
-        check_same_run(tmp_path, replace(free, resume="never"))
+        inherit_settings(tmp_path, replace(free, resume="never"))
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ValueError, match=r"config.yaml is damaged"):
-        check_same_run(tmp_path, free)
+        inherit_settings(tmp_path, free)
 
 
-def test_a_run_from_before_a_setting_has_had_its_default(tmp_path):
-    """A run whose config.yaml lacks a setting resumes with its default and with no other value; an
-    unknown setting there prevents resuming, and the error names it.
+def test_an_old_run_has_the_default_of_a_new_setting(tmp_path):
+    """If config.yaml lacks a setting, the run resumes with its default and with no other value. If
+    it has an unknown setting, the run does not resume, and the error names the setting.
     """
     begin_run(tmp_path, {"seed": 1, "batch_size": 4})
-    assert check_same_run(tmp_path, Settings(seed=1)) == {}
+    assert inherit_settings(tmp_path, Settings(seed=1)) == {}
     with pytest.raises(ValueError, match=r"max_lr was 0.5, is 0.25"):
-        check_same_run(tmp_path, Settings(seed=1, max_lr=0.25))
+        inherit_settings(tmp_path, Settings(seed=1, max_lr=0.25))
     begin_run(tmp_path, {"seed": 1, "dropout": 0.1})
     with pytest.raises(ValueError, match=r"dropout was 0.1, is None"):
-        check_same_run(tmp_path, Settings(seed=1))
+        inherit_settings(tmp_path, Settings(seed=1))
 
 
 def wsd_config(out_dir, data_dir, **options) -> PretrainConfig:
-    """A tiny run of the schedule that can be extended."""
+    """Return the config of a tiny run with the WSD schedule, the one that can be extended."""
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4}
     rates = {"schedule": "wsd", "warmup_steps": 2, "max_lr": 1e-2, "min_lr": 0.0}
     system = {"device": "cpu", "precision": "fp32", "sample_every": 0, "eval_tokens": 64}
@@ -83,29 +83,21 @@ def data_dir(tmp_path, no_plots):
 
 
 def test_plateau_end_is_the_last_step_shared_with_longer_runs():
-    """Up to plateau_end and no further, the rates equal those of any longer run; 0 for cosine."""
-    for warmup, fraction, steps in (
-        (2, 0.4, 10),
-        (2, 0.4, 11),
-        (0, 0, 10),
-        (5, 1, 10),
-        (2, 0.01, 9),
-    ):
-        config = PretrainConfig(
-            schedule="wsd", warmup_steps=warmup, decay_fraction=fraction, max_steps=steps
-        )
+    """Rates equal those of longer runs up to plateau_end and no further. It is 0 for cosine."""
+    cases = (2, 0.4, 10), (2, 0.4, 11), (0, 0, 10), (5, 1, 10), (2, 0.01, 9)
+    for warmup, fraction, steps in cases:
+        sizes = {"warmup_steps": warmup, "decay_fraction": fraction, "max_steps": steps}
+        config = PretrainConfig(schedule="wsd", **sizes)
         end = plateau_end(config)
         for longer in (replace(config, max_steps=steps + 1), replace(config, max_steps=3 * steps)):
-            same = [
-                learning_rate(s, config) == learning_rate(s, longer) for s in range(1, steps + 1)
-            ]
-            assert same == [True] * end + [False] * (steps - end)
+            rates = ((learning_rate(s, c) for c in (config, longer)) for s in range(1, steps + 1))
+            assert [a == b for a, b in rates] == [True] * end + [False] * (steps - end)
     assert plateau_end(PretrainConfig(schedule="cosine")) == 0
 
 
 def test_an_extended_run_is_the_longer_run(tmp_path, data_dir):
-    """A finished wsd run that is extended, twice, equals a run of that length to the bit: weights,
-    losses, rates. What it did in its decay stays as a run folder of its own.
+    """A finished WSD run that is extended twice equals, bit for bit, a single run of the final
+    length: weights, losses, rates. The decay it had already run is kept in its own run folder.
     """
     run, longer = tmp_path / "run", tmp_path / "longer"
     main(wsd_config(run, data_dir, max_steps=10))
@@ -113,8 +105,7 @@ def test_an_extended_run_is_the_longer_run(tmp_path, data_dir):
     for steps in (15, 20):
         main(wsd_config(run, data_dir, max_steps=steps))
     main(wsd_config(longer, data_dir, max_steps=20))
-    assert read_curve(run)[:-1] == read_curve(longer)[:-1]
-    assert read_curve(run)[-1] == read_curve(longer)[-1]
+    assert read_curve(run) == read_curve(longer)
     for name, weight in read_weights(longer).items():
         assert np.array_equal(read_weights(run)[name], weight)
     ended = run / "until_step_10"
@@ -124,7 +115,7 @@ def test_an_extended_run_is_the_longer_run(tmp_path, data_dir):
 
 
 def test_a_run_that_was_killed_in_its_decay_is_extended(tmp_path, data_dir):
-    """Without a checkpoint in the decay its logged steps are taken back all the same."""
+    """Even without a checkpoint in the decay, its steps are removed from the log and run again."""
     run, longer = tmp_path / "run", tmp_path / "longer"
     main(wsd_config(run, data_dir, max_steps=10))
     for checkpoint in list_checkpoints(run)[1:]:  # as if killed before the next save
@@ -135,12 +126,13 @@ def test_a_run_that_was_killed_in_its_decay_is_extended(tmp_path, data_dir):
 
 
 def test_runs_that_cannot_be_extended(tmp_path, data_dir):
-    """A cosine, fewer steps, a run without a checkpoint from before the decay, and one whose last
-    checkpoint is the base of adapters are refused, and nothing in them changes.
+    """A run is not extended if its schedule is cosine, if max_steps is lower, if it has no
+    checkpoint from before the decay, or if adapters were trained on its last checkpoint. The error
+    leaves the run unchanged.
     """
     cosine = wsd_config(tmp_path / "cosine", data_dir, schedule="cosine", max_steps=4)
     main(cosine)
-    with pytest.raises(ValueError, match=r"max_steps 4, on which a cosine depends.*wsd"):
+    with pytest.raises(ValueError, match=r"cosine schedule with max_steps 4.*wsd"):
         main(replace(cosine, max_steps=8))
     wsd = wsd_config(tmp_path / "wsd", data_dir, max_steps=10)
     main(wsd)
@@ -162,18 +154,18 @@ def test_runs_that_cannot_be_extended(tmp_path, data_dir):
     assert before == {f: f.read_bytes() for f in (tmp_path / "wsd").rglob("*") if f.is_file()}
     plateau, last = list_checkpoints(wsd.out_dir)
     (last / "adapter_base").write_text("x\n")
-    with pytest.raises(ValueError, match=r"adapters were trained on .*step_000010"):
+    with pytest.raises(ValueError, match=r"would move .*step_000010"):
         main(replace(wsd, max_steps=20))
     (last / "adapter_base").unlink()
     plateau.rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"no checkpoint from before the decay, of step 7 or"):
+    with pytest.raises(ValueError, match=r"no checkpoint from before the decay \(step 7 or"):
         main(replace(wsd, max_steps=20))
     assert [p.name for p in list_checkpoints(wsd.out_dir)] == ["step_000010"]
     assert not (tmp_path / "wsd" / "until_step_10").exists()
 
 
 def test_a_run_that_was_killed_before_its_first_line_starts_with_more_steps(tmp_path, data_dir):
-    """A run that has written its config.yaml and nothing else may have any max_steps."""
+    """A run that has only written its config.yaml may start with any max_steps."""
     config = wsd_config(tmp_path / "run", data_dir, schedule="cosine", max_steps=2)
     main(config)
     for name in ("checkpoints", "metrics.jsonl"):
@@ -182,9 +174,9 @@ def test_a_run_that_was_killed_before_its_first_line_starts_with_more_steps(tmp_
     assert [r["step"] for r in read_metrics(tmp_path / "run")] == [0, 1, 2, 3]
 
 
-def test_a_run_of_the_other_command_is_named(tmp_path):
-    """A fine-tuning run is not resumed by train_gpt2.py; one line names the settings it lacks."""
+def test_a_run_of_the_other_command_is_refused(tmp_path):
+    """train_gpt2.py does not resume a fine-tuning run. One line names the settings that differ."""
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "config.yaml").write_text("model_name_or_path: gpt2\nmax_lr: 1.0\n")
     with pytest.raises(ValueError, match=r"model_name_or_path was gpt2, is None.*Choose another"):
-        check_same_run(tmp_path, PretrainConfig())
+        inherit_settings(tmp_path, PretrainConfig())

@@ -1,4 +1,4 @@
-"""Rows of all forms are read by one reader, and a bad one is named."""
+"""One reader reads rows in all formats, and its errors say which row is bad."""
 
 import gzip
 import json
@@ -9,7 +9,7 @@ import pytest
 from engine.rows import check_source, convert_rows, get_text, open_rows
 
 ROWS = [{"text": "one"}, {"text": "two\u2028\u2029\x85lines"}, {"text": "three"}]
-LINES = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)  # each second is blank
+LINES = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)  # with blank lines
 
 
 def write(file: Path, text: str) -> str:
@@ -26,8 +26,8 @@ def read_texts(source: str, skip_bad_rows: bool | None = None) -> list[tuple[int
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl", "a.jsonl.gz", "a"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_files_hold_the_same_rows(tmp_path, name, mark):
-    """Lists and lines of JSON, plain and gzipped, with a byte order mark or not, hold the same
-    rows. The number is that of the line, or of the place in the list.
+    """Lists and lines of JSON give the same rows, plain or gzipped, with or without a byte order
+    mark. Each row comes with its line number, or its position in the list.
     """
     is_list = ".json" in Path(name).suffixes
     source = write(tmp_path / name, mark + (json.dumps(ROWS, indent=1) if is_list else LINES))
@@ -36,7 +36,7 @@ def test_files_hold_the_same_rows(tmp_path, name, mark):
 
 
 def test_lines_are_read_as_they_are_needed(tmp_path):
-    """The first row of a large file does not wait for the others: here the last is damaged."""
+    """The first row is read before the rest of the file, here before the damage at its end."""
     data = gzip.compress(LINES.encode())
     (tmp_path / "a.jsonl.gz").write_bytes(data[:-4])
     number, line = next(iter(open_rows(str(tmp_path / "a.jsonl.gz"))))
@@ -54,23 +54,22 @@ def test_lines_are_read_as_they_are_needed(tmp_path):
         ("a.json", json.dumps([*ROWS, {"text": 5}]), "a.json row 4: text is 5, expected a string"),
     ],
 )
-def test_bad_rows_are_named_or_skipped(tmp_path, capsys, name, text, problem):
-    """A bad row is an error with its file, number, value and a remedy, which includes a flag only
-    where the command has it; or it is skipped with a line.
+def test_bad_rows_are_refused_or_skipped(tmp_path, capsys, name, text, problem):
+    """The error for a bad row has its file, number, value and a remedy. The remedy mentions
+    skip_bad_rows only if the command has it. With skip_bad_rows, a line says that it is skipped.
     """
     source = write(tmp_path / name, text)
     with pytest.raises(ValueError, match=f"{problem}.*; repair it$"):
         read_texts(source)
     with pytest.raises(ValueError, match=f"{problem}.*; repair it, or set skip_bad_rows$"):
         read_texts(source, skip_bad_rows=False)
-    assert [text for _, text in read_texts(source, skip_bad_rows=True)] == [
-        row["text"] for row in ROWS
-    ]
+    texts = [text for _, text in read_texts(source, skip_bad_rows=True)]
+    assert texts == [row["text"] for row in ROWS]
     assert "; skipped" in capsys.readouterr().out
 
 
-def test_files_that_hold_no_rows_are_named(tmp_path):
-    """A .json file that is damaged or no list, and a file that is missing, are errors."""
+def test_files_without_rows_are_refused(tmp_path):
+    """A .json file that is damaged or not a list, or a missing file, is an error that names it."""
     with pytest.raises(ValueError, match=r"a.json is not JSON: Expecting"):
         open_rows(write(tmp_path / "a.json", "[1,"))
     (tmp_path / "latin.json").write_bytes(b'["caf\xe9"]')
@@ -83,9 +82,9 @@ def test_files_that_hold_no_rows_are_named(tmp_path):
             call("./x")
 
 
-def test_the_hub_has_rows(monkeypatch, datasets, network):
-    """A name that is not a file is a hub dataset, read with the given configuration and split.
-    Without the hub, the error has its name, the reason, and data that need no network.
+def test_rows_come_from_the_hub(monkeypatch, datasets, network):
+    """A name that is not a file is a hub dataset, read with the given configuration and split. If
+    the hub fails, the error has the name and the reason, and suggests data that works offline.
     """
     asked = []
     monkeypatch.setattr(

@@ -23,38 +23,39 @@ from sample import Continuation, SampleConfig, Sampler, main
 
 
 def add_all(tokens: list[int], stop: list[str]) -> list[str]:
+    """Return the pieces of text that are shown after each token, and at the end."""
     continuation = Continuation(GPT2_TOKENIZER, stop)
     shown = [continuation.add(token) for token in tokens] + [continuation.finish()]
     assert "".join(shown) == continuation.text
     return shown
 
 
-def random_tokens(seed: int) -> list[int]:
-    """The text byte by byte, or by tokens, or random ids whose bytes are not UTF-8."""
-    rng = random.Random(seed)
-    if seed % 3 == 0:
+def make_tokens(kind: str) -> list[int]:
+    """Encode NASTY_TEXT byte by byte or as tiktoken does, or draw ids whose bytes are not UTF-8."""
+    if kind == "bytes":
         return [TIKTOKEN.encode_single_token(bytes([b])) for b in NASTY_TEXT.encode()]
-    if seed % 3 == 1:
+    if kind == "tokens":
         return TIKTOKEN.encode(NASTY_TEXT, disallowed_special=())
+    rng = random.Random(kind)
     return [rng.randrange(50256) for _ in range(200)]
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_streamed_text_is_the_decoded_text(seed):
-    """The pieces add up to tiktoken's text; none splits a character. What the tokens decode to is
-    shown as soon as the last of them ends a character.
+@pytest.mark.parametrize("kind", ["bytes", "tokens", "random 1", "random 2"])
+def test_streamed_text_is_the_decoded_text(kind):
+    """The pieces add up to the text that tiktoken decodes, and none splits a character. A character
+    is shown as soon as its last token is there.
     """
-    tokens = random_tokens(seed)
+    tokens = make_tokens(kind)
     shown, complete = add_all(tokens, []), ""
     assert "".join(shown) == TIKTOKEN.decode(tokens)
-    for n in range(len(tokens) if seed % 3 < 2 else 0):
+    for n in range(0 if kind.startswith("random") else len(tokens)):
         with contextlib.suppress(UnicodeDecodeError):
             complete = TIKTOKEN.decode(tokens[: n + 1], errors="strict")
         assert "".join(shown[: n + 1]) == complete
 
 
-def first_complete(text: str, stop: list[str]) -> str:
-    """Character by character: cut before the stop text that is the first to be complete."""
+def cut_at_first_stop(text: str, stop: list[str]) -> str:
+    """Read `text` by characters until one completes a stop text. Return what is before it."""
     for end in range(1, len(text) + 1):
         ending = [s for s in stop if text[:end].endswith(s)]
         if ending:
@@ -70,24 +71,25 @@ def test_stop_texts_cut_exactly_and_are_never_shown():
         stop = ["".join(rng.choices("ab\né", k=rng.randrange(1, 5))) for _ in range(3)]
         stop = stop[: rng.randrange(4)]
         data, tokens = text.encode(), []
-        while data:  # any split into tokens, not only the tokenizer's
+        while data:  # split in any way, not only as the tokenizer does
             n = rng.randrange(1, 4)
             try:
                 tokens.append(TIKTOKEN.encode_single_token(data[:n]))
             except KeyError:
                 continue
             data = data[n:]
-        expected = first_complete(text, stop)
+        expected = cut_at_first_stop(text, stop)
         assert "".join(add_all(tokens, stop)) == expected
         cut += expected != text
     assert cut > 500
     assert len(TIKTOKEN.encode(" language")) == 1
     assert add_all(TIKTOKEN.encode(" language"), [" languag", "g"]) == [" lan", ""]
-    assert add_all(TIKTOKEN.encode("One. Two"), [". Three"])[0] == "One"  # as soon as certain
+    # Shown at once, because it cannot be the beginning of the stop text.
+    assert add_all(TIKTOKEN.encode("One. Two"), [". Three"])[0] == "One"
 
 
 def test_an_incomplete_last_character():
-    """It is printed as tiktoken's replacement character, and only at the end."""
+    """Half a character is printed as the replacement character, and only at the end."""
     tokens = [TIKTOKEN.encode_single_token(bytes([b])) for b in b"a\xe6\x97"]
     assert add_all(tokens, []) == ["a", "", "", TIKTOKEN.decode(tokens[1:])]
 
@@ -102,8 +104,8 @@ def test_nothing_follows_the_end_of_a_document():
     assert len(continuation.tokens) == 1
 
 
-def test_streaming_equals_generating(gpt2_folder):
-    """The streamed ids are those of generate, and no more of them are computed than are read."""
+def test_stream_equals_generate(gpt2_folder):
+    """stream() gives the ids of generate(), and computes no more of them than are read."""
     model, idx = GPT.from_pretrained(gpt2_folder).eval(), torch.tensor([[1, 2], [3, 4]])
     passes, hidden = [], model.hidden
     model.hidden = lambda *args: passes.append(torch.is_grad_enabled()) or hidden(*args)
@@ -116,8 +118,8 @@ def test_streaming_equals_generating(gpt2_folder):
 
 
 def test_generation_ends_when_all_rows_stop(gpt2_folder, capsys):
-    """Each row is what it is without stop texts, up to its first stop text. When all rows have
-    stopped no more tokens are computed. Equal seeds give equal texts, other seeds others.
+    """Stop texts change nothing in a row before its first stop text. Once all rows have stopped, no
+    more tokens are computed. Equal seeds give equal texts, different seeds different ones.
     """
     model = GPT.from_pretrained(gpt2_folder).eval()
     config = SampleConfig(num_return_sequences=3, max_new_tokens=10**6, stop=["e", "a"])
@@ -132,12 +134,12 @@ def test_generation_ends_when_all_rows_stop(gpt2_folder, capsys):
     idx = torch.tensor([TIKTOKEN.encode("Hello")] * 3)
     free = model.generate(idx, 100, top_k=50, generator=torch.Generator().manual_seed(5))
     uncut = [TIKTOKEN.decode(row[1:]) for row in free.tolist()]
-    assert rows(5) == [first_complete(text, config.stop).rstrip("\n") for text in uncut]
+    assert rows(5) == [cut_at_first_stop(text, config.stop).rstrip("\n") for text in uncut]
     assert rows(5) == rows(5) != rows(6)
 
 
 def test_stdout_is_the_text_alone(gpt2_folder, monkeypatch, capfdbinary):
-    """A piped prompt gives the text of --prompt and nothing else; bad UTF-8 is an error."""
+    """stdout holds only the text, the same for a piped prompt. Bad UTF-8 is an error."""
 
     def sample(stdin: bytes, prompt: str | None = None) -> tuple[bytes, bytes]:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
@@ -155,8 +157,8 @@ def test_stdout_is_the_text_alone(gpt2_folder, monkeypatch, capfdbinary):
 
 
 @pytest.mark.parametrize("stop", ["[5]", "5", "the"])
-def test_stop_in_a_config_file_is_a_list_of_texts(tmp_path, capsys, stop):
-    """Anything else in a YAML file is an error."""
+def test_stop_in_a_config_file_must_be_a_list_of_texts(tmp_path, capsys, stop):
+    """`stop` in a YAML file is an error unless it is a list of strings."""
     file = tmp_path / "sample.yaml"
     file.write_text(f"stop: {stop}\n")
     with pytest.raises(SystemExit):
@@ -164,8 +166,8 @@ def test_stop_in_a_config_file_is_a_list_of_texts(tmp_path, capsys, stop):
     assert f"stop is {stop}, expected a list of strings" in capsys.readouterr().err
 
 
-def test_wrong_settings_are_named():
-    """A setting out of its range is an error with its value and what is expected."""
+def test_wrong_settings_are_refused():
+    """The error for a setting out of range has its value and what is expected."""
     wrong = {"stop": [""], "num_return_sequences": 0, "max_new_tokens": 0, "temperature": -0.1}
     for name, value in (wrong | {"top_k": 0, "top_p": 1.1, "seed": 2**63}).items():
         with pytest.raises(ValueError, match=f"^{re.escape(f'{name} is {value}, expected ')}"):
@@ -174,7 +176,7 @@ def test_wrong_settings_are_named():
 
 @pytest.fixture
 def tuned(gpt2_folder, tmp_path) -> Path:
-    """The model with a template beside it, as --merge_out writes it."""
+    """A model with a prompt template, as --merge_out writes it."""
     shutil.copytree(gpt2_folder, tmp_path / "tuned")
     texts = {"without_input": "Task: {instruction}\n", "with_input": "{instruction}, {input}\n"}
     (tmp_path / "tuned" / "prompt_template.json").write_text(json.dumps(texts))
@@ -188,7 +190,7 @@ def greedy_text(folder: Path, prompt: str, n_tokens: int) -> str:
 
 
 def test_instructions_are_filled_into_the_template(tuned, gpt2_folder, capsys):
-    """The answer is what follows the prompt of the model's template, and is printed alone."""
+    """An instruction is filled into the template of the model, and only the answer is printed."""
     settings = {"model": str(tuned), "temperature": 0.0, "max_new_tokens": 9, "device": "cpu"}
     for instruction, input_text, prompt in (
         ("Say hi", None, "Task: Say hi\n"),
@@ -196,20 +198,20 @@ def test_instructions_are_filled_into_the_template(tuned, gpt2_folder, capsys):
     ):
         main(SampleConfig(**settings, instruction=instruction, input=input_text))
         assert capsys.readouterr().out == greedy_text(tuned, prompt, 9) + "\n"
-    with pytest.raises(ValueError, match=r"has no prompt_template.json .*; give .* as --prompt"):
+    with pytest.raises(ValueError, match=r"has no local prompt_template.json.*pass .* as --prompt"):
         main(SampleConfig(**{**settings, "model": str(gpt2_folder)}, instruction="Say hi"))
     for wrong in ({"prompt": "a", "instruction": "b"}, {"input": "a"}):
         with pytest.raises(ValueError, match=r"expected one of them|needs --instruction"):
             SampleConfig(**wrong)
 
 
-def test_a_long_prompt_is_cut_with_a_line(gpt2_folder, capsys):
-    """Of a prompt longer than the window its end is used, and a line says so."""
+def test_a_long_prompt_is_cut_with_a_warning(gpt2_folder, capsys):
+    """If the prompt is longer than the window, only its end is used, and a line says so."""
     block_size = load_model(gpt2_folder).config.block_size
     settings = {"model": str(gpt2_folder), "temperature": 0.0, "max_new_tokens": 5, "device": "cpu"}
     main(SampleConfig(**settings, prompt=" the" * (block_size + 7)))
     long = capsys.readouterr()
-    cut = f"the prompt has {block_size + 7} tokens, the model sees the last {block_size}\n"
+    cut = f"the prompt has {block_size + 7} tokens; the model sees only the last {block_size}\n"
     assert long.err.startswith(cut)
     main(SampleConfig(**settings, prompt=" the" * block_size))
     short = capsys.readouterr()
@@ -218,7 +220,7 @@ def test_a_long_prompt_is_cut_with_a_line(gpt2_folder, capsys):
 
 
 def test_instructions_on_a_terminal(tuned, monkeypatch, capsys):
-    """On a terminal a fine-tuned model asks for instructions and inputs, until an empty line."""
+    """On a terminal, a fine-tuned model asks for instructions and inputs until an empty line."""
     asked, typed = [], iter(["Say hi", "", "Translate", "Bonjour", ""])
     monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or next(typed))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
@@ -229,8 +231,8 @@ def test_instructions_on_a_terminal(tuned, monkeypatch, capsys):
 
 
 def test_prompts_on_a_terminal(gpt2_folder):
-    """Without a prompt it asks for one on a terminal. Ctrl-C ends the text but not the session, and
-    an empty line ends the session with exit code 0.
+    """On a terminal, sample.py asks for a prompt if there is none. Ctrl-C ends the text but not the
+    session, and an empty line ends the session with exit code 0.
     """
     # Background jobs of a shell ignore Ctrl-C; undo that.
     restore_sigint = "signal.signal(signal.SIGINT, signal.SIG_DFL)"
@@ -257,7 +259,7 @@ def test_prompts_on_a_terminal(gpt2_folder):
         wait_for(b"\nHello")
         time.sleep(0.3)  # generate for a while
         process.send_signal(signal.SIGINT)
-        # Python ignores one that arrives while an object is finalized; a user presses again.
+        # Python drops a Ctrl-C that arrives while an object is finalized. Press again, as users do.
         wait_for(b"prompt: ", retry=lambda: process.send_signal(signal.SIGINT))
         os.write(terminal, b"\x1b[A")  # the up arrow recalls the earlier prompt, to edit it
         wait_for(b"Hello")

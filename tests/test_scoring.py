@@ -1,4 +1,4 @@
-"""Packed continuations score as each does alone in transformers, on any number of ranks."""
+"""Packed continuations get the scores that transformers gives each alone, on any ranks."""
 
 import itertools
 from dataclasses import replace
@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, GPT2_TOKENIZER, TIKTOKEN, small_transformers_gpt2
+from conftest import CPU_DIST, GPT2_TOKENIZER, TIKTOKEN, small_transformers_gpt2
 from transformers import GPT2LMHeadModel
 
 from engine import scoring
@@ -29,7 +29,7 @@ BLOCK_SIZE = 128
 
 @pytest.fixture(scope="module")
 def theirs() -> GPT2LMHeadModel:
-    """A GPT-2 with weights so large that scores differ by nats; its head takes three matmuls."""
+    """A GPT-2 with large weights, so that scores differ, and a head that takes three chunks."""
     model = small_transformers_gpt2(n_positions=BLOCK_SIZE, vocab_size=5000)
     with torch.no_grad():
         for param in model.parameters():
@@ -46,7 +46,7 @@ def model(theirs, tmp_path_factory) -> GPT:
 
 
 def random_requests(n: int) -> list[Request]:
-    """Of few different tokens, so that continuations share prefixes and occur twice."""
+    """Make requests of few different tokens, so that continuations share prefixes or repeat."""
     rng = np.random.default_rng(0)
 
     def ids(high: int) -> list[int]:
@@ -55,38 +55,39 @@ def random_requests(n: int) -> list[Request]:
     return [Request(ids(BLOCK_SIZE), [ids(40) for _ in range(4)]) for _ in range(n)]
 
 
-def score_all(model: GPT, requests: list[Request], dist=CPU) -> list[tuple[int, list[Score]]]:
+def score_all(model: GPT, requests: list[Request], dist=CPU_DIST) -> list[tuple[int, list[Score]]]:
     return [pair for batch in score(model, requests, dist) for pair in batch]
 
 
 def test_a_token_attends_to_its_own_past():
-    """In a packed row a token attends to the context and the prefix of its own continuation, at
-    the positions that they have in a text of their own. Each shared prefix is stored once.
+    """In a packed row, a token attends to the context and the tokens before it in its continuation.
+    They have the positions that they would have alone. A shared prefix is stored only once.
     """
     context, continuations = [9, 8], [[1, 2, 3], [1, 2], [4], [1, 5, 6, 7], [1, 2]]
     row = pack_continuations(context, dict(enumerate(continuations)))
-    n = len(row.tokens)
-    seen = [[row.tokens[j] for j in range(i + 1) if i < row.ends[j]] for i in range(n)]
+    # Token i attends to token j if j <= i < ends[j]. seen[i] lists all such tokens.
+    indices = range(len(row.tokens))
+    seen = [[row.tokens[j] for j in range(i + 1) if i < row.ends[j]] for i in indices]
     assert sorted(seen) == [[9], [9, 8], [9, 8, 1], [9, 8, 1, 2], [9, 8, 1, 5], [9, 8, 1, 5, 6]]
     assert [len(past) - 1 for past in seen] == row.positions
-    assert sorted(row.members) == list(range(len(continuations)))
+    assert sorted(row.predictions) == list(range(len(continuations)))
     for i, ids in enumerate(continuations):
-        assert [row.targets[p] for p in row.members[i]] == ids
-        pasts = [seen[row.previous[p]] for p in row.members[i]]
+        assert [row.targets[p] for p in row.predictions[i]] == ids
+        pasts = [seen[row.sources[p]] for p in row.predictions[i]]
         assert pasts == [context + ids[:n] for n in range(len(ids))]
-    assert row.members[1] == row.members[4]
-    assert len(set(zip(row.previous, row.targets, strict=True))) == len(row.targets)
+    assert row.predictions[1] == row.predictions[4]
+    assert len(set(zip(row.sources, row.targets, strict=True))) == len(row.targets)
 
 
 @torch.no_grad()
 def test_scores_equal_transformers_one_by_one(theirs, model):
-    """Packed or truncated on the left, a continuation has the log-probability and the greediness
-    that it has alone in transformers.
+    """Packed, or truncated on the left, a continuation gets the same log-probability and `greedy`
+    flag as when transformers scores it alone.
     """
     requests = random_requests(12)
     best = theirs(torch.tensor([requests[0].context])).logits[0, -1].argmax().item()
-    requests[0].continuations[2:] = [[best], [best, 7]]  # greedy all along, and at first
-    requests[1].continuations[3] = [4999, 2047, 2048, 0]  # ends of the parts of the vocabulary
+    requests[0].continuations[2:] = [[best], [best, 7]]  # all greedy; only the first
+    requests[1].continuations[3] = [4999, 2047, 2048, 0]  # the edges of chunks of the head
     greedy = []
     for i, scores in score_all(model, requests):
         for ids, found in zip(requests[i].continuations, scores, strict=True):
@@ -101,7 +102,7 @@ def test_scores_equal_transformers_one_by_one(theirs, model):
 
 
 def test_equal_continuations_score_equally(model):
-    """To the bit, so that ties between them are ties; each of them may be the whole row."""
+    """Scores of equal continuations are equal to the bit, so that ties between them are ties."""
     ids = [[3, 4, 5], [3, 4], [3, 4, 5], [3, 9]]
     ((_, scores),) = score_all(model, [Request([1, 2], ids)])
     assert scores[0] == scores[2] != scores[1]
@@ -122,15 +123,15 @@ def test_autocast_does_not_round_logits(model):
 
 
 def test_ranks_share_the_batches(model, monkeypatch):
-    """Each request is scored once over all ranks, and all ranks call the model equally often."""
+    """The ranks together score each request once, and all call the model equally often."""
     requests = random_requests(10)
-    batches = list(score(model, requests, CPU))
+    batches = list(score(model, requests, CPU_DIST))
     world_size = len(batches) - 1  # two rounds; in the second, only rank 0 has a batch
     spy = Mock(wraps=scoring.compute_log_probs)
     monkeypatch.setattr(scoring, "compute_log_probs", spy)
     shared = []
     for rank in range(world_size):
-        shared += score_all(model, requests, replace(CPU, rank=rank, world_size=world_size))
+        shared += score_all(model, requests, replace(CPU_DIST, rank=rank, world_size=world_size))
         assert spy.call_count == 2 * (rank + 1)
     assert sorted(shared) == sorted(pair for batch in batches for pair in batch)
     assert len(shared) == 10
@@ -139,16 +140,16 @@ def test_ranks_share_the_batches(model, monkeypatch):
 def test_done_batches_are_skipped(model):
     """A batch is skipped when all its requests are done, and recomputed as a whole otherwise."""
     requests = random_requests(10)
-    batches = list(score(model, requests, CPU))
+    batches = list(score(model, requests, CPU_DIST))
     done = frozenset(i for batch in batches[:2] for i, _ in batch)
     assert len(batches) > 3
-    assert list(score(model, requests, CPU, done=done)) == batches[2:]
+    assert list(score(model, requests, CPU_DIST, done=done)) == batches[2:]
     not_quite = done - {batches[0][-1][0]}
-    assert next(score(model, requests, CPU, done=not_quite)) == batches[0]
+    assert next(score(model, requests, CPU_DIST, done=not_quite)) == batches[0]
 
 
 def test_batches_fit_and_are_sorted():
-    """Each request is in one batch, longest first; a batch of several has at most batch_tokens."""
+    """Each request is in one batch, longest first. Only a batch of one may exceed batch_tokens."""
     requests = random_requests(60)
     batches = plan_batches(requests, BLOCK_SIZE, batch_tokens=1000, multiple=16)
     assert sorted(i for batch in batches for i in batch) == list(range(60))
@@ -164,10 +165,10 @@ def test_batches_fit_and_are_sorted():
 
 
 def test_padding_changes_nothing(model, monkeypatch):
-    """Rows padded to a multiple, as on an accelerator, have the scores of rows without padding."""
+    """Padding rows to a multiple, as on a GPU, does not change their scores."""
     requests = random_requests(6)
     plain = sorted(score_all(model, requests))
-    monkeypatch.setattr(scoring, "BATCH_SHAPE", {"cpu": (4096, 32)})
+    monkeypatch.setattr(scoring, "BATCH_SIZES", {"cpu": (4096, 32)})
     padded = sorted(score_all(model, requests))
     for (i, scores), (j, same) in zip(plain, padded, strict=True):
         assert i == j
@@ -175,8 +176,8 @@ def test_padding_changes_nothing(model, monkeypatch):
 
 
 def test_request_is_the_text_split_in_two():
-    """Context and continuation together are the tokens of the joined text. Whitespace goes to the
-    continuation, and a continuation without tokens is refused.
+    """Context and continuation together are the tokens of the joined text. Whitespace between them
+    goes to the continuation. A continuation without tokens is refused.
     """
     encode = TIKTOKEN.encode
     request = encode_request(GPT2_TOKENIZER, "One two ", ["three", " four"])

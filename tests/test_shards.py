@@ -10,7 +10,7 @@ from engine.shards import ShardFile, TokenShards, open_shard, write_manifest, wr
 
 
 def test_reads_llmc_shards(tmp_path):
-    """An llm.c .bin, written here field by field, reads as its tokens; damage is reported."""
+    """An llm.c .bin, written here field by field, reads as its tokens. A damaged one is refused."""
     tokens = np.array([50256, 1, 2, 65535], dtype=np.uint16)
     header = struct.pack("<256i", 20240520, 1, 4, *[0] * 253)
     file = tmp_path / "fineweb_train_000001.bin"
@@ -26,9 +26,8 @@ def test_reads_llmc_shards(tmp_path):
 
 @pytest.mark.parametrize("n", [0, 1000])
 def test_a_shard_written_in_parts(tmp_path, n):
-    """Written in parts or at once, a shard has the bytes that np.save writes for uint16, as in
-    build-nanogpt, and its manifest entry has their sha256. The file appears only once it is
-    complete.
+    """In parts or at once, a shard is written as np.save writes uint16, as in build-nanogpt. Its
+    manifest entry has the sha256 of the file. The file appears only once it is complete.
     """
     tokens = np.arange(n)
     np.save(tmp_path / "numpy.npy", tokens.astype(np.uint16))
@@ -46,8 +45,8 @@ def test_a_shard_written_in_parts(tmp_path, n):
     )
 
 
-def test_damaged_and_missing_shards_are_named(make_shards):
-    """A truncated, replaced or missing shard ends in an error with its name and the remedy."""
+def test_damaged_and_missing_shards_are_refused(make_shards):
+    """A truncated, replaced or missing shard is an error that names it and says what to do."""
     folder = make_shards(50, 50)
     file = folder / "x_train_000001.npy"
     file.write_bytes(file.read_bytes()[:-10])
@@ -84,15 +83,15 @@ def test_every_byte_is_checked_before_a_run(make_shards):
 
 
 def test_splits_are_recognized_by_the_end_of_the_name(make_shards):
-    """The word val elsewhere in a file name does not make it validation data, with or without a
-    manifest. Without shards the error names two commands that make some.
+    """With or without a manifest, the word val elsewhere in a file name does not make a file
+    validation data. If there are no shards, the error names two commands that make some.
     """
     folder, name = make_shards(40), "my_val_set_train_000000.npy"
     (folder / "x_train_000000.npy").rename(folder / name)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][0]["name"] = name
     write_manifest(folder, manifest)
-    no_shards = r"no val shards in .*, such as X_val_0" + ".*python fineweb.py --dataset" * 2
+    no_shards = r"no val shards in .*, expected X_val_0" + ".*python fineweb.py --dataset" * 2
     for _ in range(2):
         assert len(TokenShards(folder, "train")) == 40
         with pytest.raises(FileNotFoundError, match=no_shards):
@@ -103,8 +102,8 @@ def test_splits_are_recognized_by_the_end_of_the_name(make_shards):
 
 
 def test_nanogpts_files_are_read(tmp_path):
-    """train.bin and val.bin of nanoGPT, which are uint16 without a header, are read; those of its
-    character-level examples, which have a vocabulary of their own in meta.pkl, are refused.
+    """The train.bin and val.bin of nanoGPT, uint16 without a header, are read. Those of its
+    character-level examples, with their own vocabulary in meta.pkl, are refused.
     """
     tokens = np.arange(1000, dtype="<u2")
     for split in ("train", "val"):
@@ -112,5 +111,5 @@ def test_nanogpts_files_are_read(tmp_path):
         shards = TokenShards(tmp_path, split, GPT2_TOKENIZER)
         assert shards.read(10, 990).tolist() == [*range(10, 990)]
     (tmp_path / "meta.pkl").write_bytes(b"?")
-    with pytest.raises(ValueError, match=r"train.bin has the vocabulary of the meta.pkl"):
+    with pytest.raises(ValueError, match=r"train.bin was tokenized with the vocabulary in meta"):
         TokenShards(tmp_path, "train")

@@ -1,4 +1,4 @@
-"""share.py: what it would upload opens in transformers and peft, and the card describes it."""
+"""What share.py uploads opens in transformers and peft, and the card describes it."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import GPT2_TOKENIZER, talkative_model
+from conftest import GPT2_TOKENIZER, small_gpt2
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,7 +26,7 @@ from share import ShareConfig
 def save_run(
     run: Path, model: GPT, params: dict, config: dict, fixed: list[str] | None = None
 ) -> Path:
-    """A run folder of two checkpoints, the first with the lower validation loss."""
+    """Write a run folder with two checkpoints. The first has the lower validation loss."""
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     log = JSONLinesLog(run / "metrics.jsonl", "step")
@@ -41,9 +41,9 @@ def save_run(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """The run of a full model on shards with a manifest."""
+    """A pretraining run on shards with a manifest."""
     folder = tmp_path_factory.mktemp("share")
-    model = talkative_model(block_size=128)
+    model = small_gpt2(block_size=128)
     (folder / "data").mkdir()
     shards = [
         {"name": "a_val_0.npy", "tokens": 600, "split": "val"},
@@ -62,7 +62,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(run) -> Path:
-    """The run of an adapter on that model, whose product of A and B is not zero."""
+    """A LoRA run on the model of `run`. Its product of A and B is not zero."""
     model = convert_linear_layer_to_lora(load_model(run), "h.", LoRAConfig(lora_dim=4))
     for name, tensor in get_lora_state_dict(model).items():
         tensor.data.normal_(generator=torch.Generator().manual_seed(len(name)))
@@ -77,7 +77,7 @@ def front_matter(folder: Path) -> dict:
 
 
 def test_shared_model_is_complete_and_described(run, capsys):
-    """The dry run's folder opens in transformers with the model's logits and holds no optimizer
+    """The folder of a dry run opens in transformers with the same logits and holds no optimizer
     state. Its card has the summary and the fixed settings of the checkpoint, and no local path.
     """
     config = ShareConfig(str(run), "me/my-gpt2", dry_run=True, license="mit")
@@ -113,8 +113,8 @@ def test_shared_model_is_complete_and_described(run, capsys):
 
 
 def test_shared_adapter_names_its_base_on_the_hub(run, adapter):
-    """The dry run's folder opens in peft with the adapter's logits. A base that is a local folder
-    is refused with the remedy, and the card shows no local path.
+    """The folder of a dry run opens in peft with the same logits, and the card shows no local path.
+    If the base is a local folder, the error says to pass its name on the hub.
     """
     with pytest.raises(ValueError, match=r"expected NAME or USER/NAME.*--base_model USER/NAME"):
         share.main(ShareConfig(str(adapter), "me/lora", dry_run=True))
@@ -134,14 +134,13 @@ def test_shared_adapter_names_its_base_on_the_hub(run, adapter):
         theirs = peft.PeftModel.from_pretrained(stock, folder)(idx).logits
         torch.testing.assert_close(theirs, load_model(adapter)(idx), atol=1e-2, rtol=1e-3)
     assert (theirs - bare).abs().max() > 1
-    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == (
-        "me/my-gpt2"
-    )
+    adapter_config = json.loads((folder / "adapter_config.json").read_text())
+    assert adapter_config["base_model_name_or_path"] == "me/my-gpt2"
     head = front_matter(folder)
     assert (head["library_name"], head["base_model"]) == ("peft", "me/my-gpt2")
     card = (folder / "README.md").read_text()
     assert "\n- data: mine.json\n" in card
-    # A run of an earlier version has not noted which settings are fixed: all of them are shown.
+    # Runs of earlier versions did not record which settings are fixed, so all are shown.
     assert "data: mine.json\nmax_steps: 2\nout_dir: gone\n```" in card
     assert str(run.parent) not in card
     with pytest.raises(ValueError, match="--base_model is for adapters"):
@@ -149,7 +148,7 @@ def test_shared_adapter_names_its_base_on_the_hub(run, adapter):
 
 
 class FakeHub:
-    """Stands in for HfApi: records the calls, or fails as without a network."""
+    """A stand-in for HfApi that records calls, or raises `error`."""
 
     calls: ClassVar[list] = []
     error: Exception | None = None
@@ -158,14 +157,15 @@ class FakeHub:
         if self.error:
             raise self.error
         self.calls.append((repo_id, options))
-        return type("Url", (str,), {"repo_id": repo_id})(f"https://hub/{repo_id}")
+        repo_url = type("RepoUrl", (str,), {"repo_id": repo_id})  # as huggingface_hub
+        return repo_url(f"https://hub/{repo_id}")
 
     def upload_folder(self, *, repo_id, folder_path):
         self.calls.append((repo_id, sorted(file.name for file in folder_path.iterdir())))
 
 
 def test_upload_sends_what_the_dry_run_shows(run, monkeypatch, capsys):
-    """An upload sends the dry run's files; without a login or network the error has the remedy."""
+    """An upload sends the files of the dry run. If the hub fails, the error says what to do."""
     config = ShareConfig(str(run), "me/my-gpt2", private=True)
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
     share.main(config)
@@ -181,7 +181,7 @@ def test_upload_sends_what_the_dry_run_shows(run, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["a/b/c", "a--b", "me/my gpt", "-a", "", "x.git"])
 def test_malformed_repo_ids_are_refused(name):
-    """A name that the hub would refuse is an error with its value, before anything is written."""
+    """A name that the hub would refuse is an error before anything is written."""
     with pytest.raises(ValueError, match=f"repo_id is {name or 'missing'}, expected NAME or USER/"):
         share.main(ShareConfig("runs/demo", name))
 
@@ -189,6 +189,7 @@ def test_malformed_repo_ids_are_refused(name):
 @pytest.mark.parametrize(("best", "wanted"), [(False, ""), (True, " with a validation loss")])
 def test_run_without_a_checkpoint(tmp_path, best, wanted):
     """A folder without a checkpoint is an error that names it, and nothing is written there."""
-    with pytest.raises(FileNotFoundError, match=f"holds no checkpoint{wanted}; expected an --out_"):
+    message = f"holds no checkpoint{wanted}; expected a run's out"
+    with pytest.raises(FileNotFoundError, match=message):
         share.main(ShareConfig(str(tmp_path), "me/x", best=best, dry_run=True))
     assert not list(tmp_path.iterdir())

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import CPU, GPT2_TOKENIZER, HELLASWAG_ROWS, TIKTOKEN
+from conftest import CPU_DIST, GPT2_TOKENIZER, HELLASWAG_ROWS, TIKTOKEN
 from transformers import GPT2LMHeadModel
 
 from engine.distributed import Distributed
 from engine.evaluation import evaluate_task
 from engine.scoring import Request
-from engine.tasks import Example, Task, find_task, perplexity, split_into_windows, wilson_interval
+from engine.tasks import Example, Task, make_task, perplexity, split_into_windows, wilson_interval
 from model import GPT
 
 BLOCK_SIZE = 128  # of gpt2_folder
@@ -27,7 +27,7 @@ def model(gpt2_folder) -> GPT:
 
 
 def lm_eval_samples(folder: Path, task: str, data: str) -> list[dict]:
-    """lm-eval's own results for each row of a local file, with its own task and no network."""
+    """Run a task of lm-eval on the rows of a local file, offline. Return its results by row."""
     lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -52,17 +52,17 @@ def lm_eval_samples(folder: Path, task: str, data: str) -> list[dict]:
 
 
 def score_all(task: Task, model: GPT, examples: list[Example]) -> list[dict]:
-    """The records of the examples, in their order."""
-    records = [record for batch in task.score_examples(model, examples, CPU) for record in batch]
+    """Return the records of the examples, in order."""
+    records = [r for batch in task.score_examples(model, examples, CPU_DIST) for r in batch]
     return sorted(records, key=lambda record: record["row"])
 
 
 def assert_same_as_lm_eval(folder: Path, model: GPT, data: str) -> None:
-    """Every log-probability within 1e-4, and every prediction of both metrics the same. (lm-eval
-    adds in fp32, whose last digit is worth more than that beyond 1000 nats.)
+    """Check that log-probabilities match to 1e-4 and that predictions of both metrics are equal.
+    (rtol is for sums beyond 1000 nats: lm-eval adds in fp32, which is coarser than 1e-4 there.)
     """
     samples = lm_eval_samples(folder, "hellaswag", data)
-    task = find_task("hellaswag", data=data)
+    task = make_task("hellaswag", data=data)
     records = score_all(task, model, task.load(GPT2_TOKENIZER, BLOCK_SIZE))
     for sample, record in zip(samples, records, strict=True):
         theirs = np.array([response[0] for response in sample["filtered_resps"]])
@@ -105,7 +105,8 @@ ADVERSARIAL = [
     row(activity="  ", ctx_a=" ", ctx_b=" "),
     row(activity="<|endoftext|>", ctx_a="Begins a document.", ctx_b=""),
     row(ctx_a="It goes on. " * 60),  # longer than the window: truncated on the left
-    row(ctx_a="word " * 117, endings=["a", "b c d e f g h i", "c d e", "d"], label=3),  # some are
+    # Only some of the endings make the row too long.
+    row(ctx_a="word " * 117, endings=["a", "b c d e f g h i", "c d e", "d"], label=3),
     row(ctx_a="tied " * 200, endings=["goes on", "is cut", "goes on", "is cut"], label=2),
     row(endings=["long " * 126, "short", "long " * 127, "long " * 60]),
     row(endings=["one", "two"], label=1),
@@ -115,16 +116,16 @@ ADVERSARIAL = [
 
 
 def test_agrees_with_lm_eval(gpt2_folder, model, write_rows):
-    """All predictions and log-probabilities equal those of lm-eval, on ordinary rows and on empty,
-    blank, tied, nested, truncated and foreign texts.
+    """Predictions and log-probabilities match lm-eval on ordinary rows and on empty, blank, tied,
+    nested, truncated and foreign texts.
     """
     assert_same_as_lm_eval(gpt2_folder, model, write_rows(ROWS + ADVERSARIAL))
 
 
 @pytest.mark.slow
 def test_agrees_with_lm_eval_on_real_rows(gpt2_folder, model, write_rows, shared_data):
-    """Predictions and log-probabilities on 400 real rows equal those of lm-eval."""
-    # Where ctx_a and ctx_b are missing, all of ctx becomes ctx_a.
+    """Predictions and log-probabilities match lm-eval on 400 real rows."""
+    # If a row has no ctx_a and ctx_b, all of its ctx becomes ctx_a.
     lines = (shared_data / "hellaswag_val_raw_400.jsonl").read_text().splitlines()
     rows = [row(found["ctx"], "") | found for found in map(json.loads, lines)]
     assert len(rows) == 400
@@ -133,7 +134,7 @@ def test_agrees_with_lm_eval_on_real_rows(gpt2_folder, model, write_rows, shared
 
 @torch.no_grad()
 def build_nanogpt(theirs: GPT2LMHeadModel, row: dict) -> tuple[int, int]:
-    """build-nanogpt's predictions: padded rows, loss over the endings' tokens."""
+    """Predict as build-nanogpt does: padded rows, and the loss over the tokens of the endings."""
     context = TIKTOKEN.encode(row["ctx"])
     endings = [TIKTOKEN.encode(" " + ending) for ending in row["endings"]]
     longest = max(map(len, endings))
@@ -149,9 +150,9 @@ def build_nanogpt(theirs: GPT2LMHeadModel, row: dict) -> tuple[int, int]:
 
 
 def test_raw_text_equals_build_nanogpt(gpt2_folder, model):
-    """With raw text the predictions are those of four padded rows through transformers."""
+    """With raw text, predictions match build-nanogpt, run here with transformers."""
     theirs = GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()
-    task = find_task("hellaswag", data=str(HELLASWAG_ROWS), text="raw", limit=8)
+    task = make_task("hellaswag", data=str(HELLASWAG_ROWS), text="raw", limit=8)
     records = score_all(task, model, task.load(GPT2_TOKENIZER, BLOCK_SIZE))
     for found, record in zip(ROWS[:8], records, strict=True):
         assert (record["pred"], record["pred_norm"]) == build_nanogpt(theirs, found)
@@ -172,15 +173,16 @@ LAMBADA = [
 
 
 def test_lambada_equals_lm_eval(gpt2_folder, model, write_rows):
-    """The last word's log-probability, and whether it is the most likely, are lm-eval's."""
+    """The log-probability of the last word, and whether it is the most likely, match lm-eval."""
     prompt = "Now the next word is"
     idx = model.generate(torch.tensor([TIKTOKEN.encode(prompt)]), 1, temperature=0)
     texts = [*LAMBADA, TIKTOKEN.decode(idx[0].tolist())]
     data = write_rows([{"text": text} for text in texts])
     samples = lm_eval_samples(gpt2_folder, "lambada_openai", data)
-    task = find_task("lambada", data=data)
+    task = make_task("lambada", data=data)
     records = score_all(task, model, task.load(GPT2_TOKENIZER, BLOCK_SIZE))
     for sample, record in zip(samples, records, strict=True):
+        # What lm-eval calls the perplexity of a sample is its log-probability.
         assert record["log_probs"] == pytest.approx([sample["perplexity"]], abs=1e-4)
         assert record["greedy"] == sample["acc"]
     nats = [-sample["perplexity"] for sample in samples]
@@ -192,7 +194,7 @@ def test_lambada_equals_lm_eval(gpt2_folder, model, write_rows):
 
 
 def test_windows_of_a_text_equal_lm_eval():
-    """Windows that do not overlap are those of lm-eval's rolling likelihood, for any length."""
+    """Windows without overlap match the rolling windows of lm-eval for texts of any length."""
     utils = pytest.importorskip("lm_eval.utils", reason="needs lm-eval")
     for length in (1, 127, 128, 129, 300, 1024):
         ids = list(range(length))
@@ -203,7 +205,7 @@ def test_windows_of_a_text_equal_lm_eval():
 
 
 def test_interval_satisfies_wilsons_definition():
-    """From each end p of the interval, the proportion found is 1.96 standard errors of p away."""
+    """Each end p of the interval is 1.96 standard errors, computed at p, from the proportion."""
     for correct, n in ((0, 7), (3, 10), (3127, 10_042), (20, 20)):
         low, high = wilson_interval(correct, n)
         assert low <= correct / n <= high
@@ -227,34 +229,34 @@ def test_interval_satisfies_wilsons_definition():
         ({"ctx_a": "a"}, "'ctx_b' is missing"),
     ],
 )
-def test_bad_rows_are_named_or_skipped(write_rows, capsys, changes, reason):
-    """A bad row is an error with its line number, or is skipped with a line if that is allowed."""
+def test_bad_rows_are_refused_or_skipped(write_rows, capsys, changes, reason):
+    """The error for a bad row names its line. With skip_bad_rows, it is skipped with a message."""
     good = {"ctx": "a", "endings": ["a", "b"], "label": 0}
     data = write_rows([good, good | changes, good])
     with pytest.raises(ValueError, match=f"rows.jsonl line 2: .*{reason}"):
-        find_task("hellaswag", data=data).load(GPT2_TOKENIZER, BLOCK_SIZE)
-    task = find_task("hellaswag", data=data, skip_bad_rows=True)
+        make_task("hellaswag", data=data).load(GPT2_TOKENIZER, BLOCK_SIZE)
+    task = make_task("hellaswag", data=data, skip_bad_rows=True)
     examples = task.load(GPT2_TOKENIZER, BLOCK_SIZE)
     assert [example.record["row"] for example in examples] == [1, 3]
     assert "line 2" in capsys.readouterr().out
 
 
-def test_wrong_settings_are_named(tmp_path):
-    """Empty or missing data, a stride longer than the window, a setting of another task and an
+def test_wrong_settings_are_refused(tmp_path):
+    """Empty or missing data, a stride longer than the window, a setting of another task, and an
     unknown task are errors.
     """
     empty = str(tmp_path / "empty.txt")
     Path(empty).touch()
     for name, settings, expected in (
         ("hellaswag", {"data": empty}, "contains nothing to evaluate on"),
-        ("text", {"data": empty}, "contains nothing to evaluate on"),
-        ("text", {}, "task text needs data"),
-        ("text", {"data": empty, "stride": 129}, "stride is 129, expected at most block_size 128"),
+        ("perplexity", {"data": empty}, "contains nothing to evaluate on"),
+        ("perplexity", {}, "task perplexity needs data"),
+        ("perplexity", {"data": empty, "stride": 129}, "stride is 129, expected at most block_siz"),
         ("lambada", {"stride": 3}, "stride is not a setting of task lambada; omit --stride"),
-        ("piqa", {}, "task is piqa, expected hellaswag or lambada or text"),
+        ("piqa", {}, "task is piqa, expected hellaswag or lambada or perplexity"),
     ):
         with pytest.raises(ValueError, match=expected):
-            find_task(name, **settings).load(GPT2_TOKENIZER, BLOCK_SIZE)
+            make_task(name, **settings).load(GPT2_TOKENIZER, BLOCK_SIZE)
 
 
 @pytest.mark.parametrize(
@@ -265,8 +267,8 @@ def test_wrong_settings_are_named(tmp_path):
     ],
 )
 def test_rows_of_the_hub(task, expected, monkeypatch, datasets, network):
-    """Without a file the rows are those of the hub's validation or test split; without a network
-    the error names the flags that avoid it.
+    """Without a file, rows come from the validation or test split on the hub. Without a network,
+    the error names the flags that read a file instead.
     """
     asked = []
 
@@ -277,37 +279,37 @@ def test_rows_of_the_hub(task, expected, monkeypatch, datasets, network):
         return [ROWS[0] | {"text": "The last word"}] * 2
 
     monkeypatch.setattr("datasets.load_dataset", load_once)
-    examples = find_task(task, limit=1).load(GPT2_TOKENIZER, BLOCK_SIZE)
+    examples = make_task(task, limit=1).load(GPT2_TOKENIZER, BLOCK_SIZE)
     assert [example.record["row"] for example in examples] == [1]
     assert asked == [expected]
     problem = f"{expected[0]}: no network.* data or hellaswag_data"
     with pytest.raises(ConnectionError, match=problem):
-        find_task(task).load(GPT2_TOKENIZER, BLOCK_SIZE)
+        make_task(task).load(GPT2_TOKENIZER, BLOCK_SIZE)
 
 
 def test_ranks_score_every_example_once(model, monkeypatch):
-    """The records of all ranks are those of one."""
-    task = find_task("hellaswag", data=str(HELLASWAG_ROWS))
+    """Three ranks together give the same records as a single process."""
+    task = make_task("hellaswag", data=str(HELLASWAG_ROWS))
     examples = task.load(GPT2_TOKENIZER, BLOCK_SIZE)
     expected = score_all(task, model, examples)
-    monkeypatch.setattr(Distributed, "all_gather", lambda self, value: [value])  # its own share
-    ranks = [Distributed(rank, 3, CPU.device) for rank in range(3)]
+    monkeypatch.setattr(Distributed, "all_gather", lambda self, value: [value])  # only its share
+    ranks = [Distributed(rank, 3, CPU_DIST.device) for rank in range(3)]
     found = [r for rank in ranks for b in task.score_examples(model, examples, rank) for r in b]
     assert sorted(found, key=lambda record: record["row"]) == expected
     assert len(expected) == 20
 
 
 def test_training_evaluates_a_task_by_name(model, write_rows):
-    """Its metrics are those of its records, each under the names of task and metric."""
+    """evaluate_task returns the metrics of the task, each under the key TASK_METRIC."""
     lambada = write_rows([{"text": text} for text in LAMBADA])
     for name, data, keys in (
         ("hellaswag", str(HELLASWAG_ROWS), ["hellaswag_acc", "hellaswag_acc_norm"]),
         ("lambada", lambada, ["lambada_acc", "lambada_perplexity"]),
     ):
-        task = find_task(name, data=data)
+        task = make_task(name, data=data)
         examples = task.load(GPT2_TOKENIZER, BLOCK_SIZE)
         metrics = task.compute_metrics(score_all(task, model, examples))
-        logged = evaluate_task(name, model, examples, CPU)
+        logged = evaluate_task(name, model, examples, CPU_DIST)
         assert list(logged) == keys
         assert list(logged.values()) == [metric["value"] for metric in metrics.values()]
 

@@ -7,7 +7,7 @@ from engine.tensors import copy_tensors, read_tensors
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
 def test_tensor_files(tmp_path, name):
-    """Tensors read back bit for bit from either format; a damaged file is named with the remedy."""
+    """Both formats read back bit for bit. A damaged file is an error that says what to do."""
     tensors = {"a": torch.randn(3, 4), "b": torch.tensor([1, 2], dtype=torch.int64)}
     file = tmp_path / name
     (save_file if name.endswith(".safetensors") else torch.save)(tensors, file)
@@ -22,13 +22,13 @@ def test_tensor_files(tmp_path, name):
 
 
 class Unsafe:
-    """Something whose class would have to be imported from the file."""
+    """An object that can only be unpickled by importing its class."""
 
 
 @pytest.mark.parametrize("content", [{"a": {"b": torch.ones(1)}}, [1], {"a": Unsafe()}])
 def test_files_of_anything_else_are_refused(tmp_path, content):
-    """A file by torch.save that holds more than tensors by name is refused, and loads no classes;
-    the error does not advise to load it unsafely.
+    """A file of torch.save is refused unless it holds a dict of tensors and nothing else. No class
+    is loaded, and the error does not suggest loading the file unsafely.
     """
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x\.pt is damaged") as raised:
@@ -37,15 +37,15 @@ def test_files_of_anything_else_are_refused(tmp_path, content):
 
 
 def test_copying_tensors_is_all_or_nothing():
-    """Tensors are copied by name; one that does not fit is an error, and nothing is copied."""
+    """Tensors are copied by name. If one does not fit, it is an error, and none is copied."""
     names = [f"h.{i}" for i in range(6)]
     targets = {name: torch.zeros(2, 3) for name in names}
     tensors = {name: torch.full((2, 3), i + 1.0) for i, name in enumerate(names)}
     misshapen = tensors | {"h.5": torch.ones(3, 2)}
     for wrong, expected in (
-        ({"h.0": targets["h.0"]}, r"x: 5 missing tensors, such as h\.1, h\.2, h\.3, h\.4; it"),
-        (tensors | {"more": torch.ones(1)}, "x: 1 unexpected tensors, such as more; it belongs"),
-        (misshapen, r"x: 1 misshapen tensors, such as h\.5 \(3, 2\), expected \(2, 3\)"),
+        ({"h.0": targets["h.0"]}, r"model: 5 missing tensors, such as h\.1, h\.2, h\.3, h\.4$"),
+        (tensors | {"more": torch.ones(1)}, "x belongs .*: 1 unexpected tensors, such as more$"),
+        (misshapen, r"model: 1 misshapen tensors, such as h\.5 \(3, 2\), expected \(2, 3\)"),
     ):
         with pytest.raises(ValueError, match=expected):
             copy_tensors(wrong, targets, "x")

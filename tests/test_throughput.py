@@ -1,27 +1,27 @@
-"""FLOPs, MFU's peaks, memory, and times as text."""
+"""FLOPs of a model, peak FLOPS of a GPU, peak memory, and readable times."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU_DIST
 
 from engine.throughput import flops_per_token, format_seconds, peak_flops, peak_memory
 from model import GPT, GPTConfig
 
 
-def test_peak_memory_equals_the_kernels_figure():
-    """The peak memory of this process is the kernel's figure, in bytes."""
+def test_peak_memory_matches_the_kernel():
+    """The peak memory of this process, in bytes, is what the kernel reports."""
     try:
         text = Path("/proc/self/status").read_text()
     except FileNotFoundError:
         pytest.skip("needs /proc")
     kib = int(text.split("VmHWM:")[1].split()[0])
-    assert peak_memory(CPU.device) == pytest.approx(kib * 1024, rel=0.05)
+    assert peak_memory(CPU_DIST.device) == pytest.approx(kib * 1024, rel=0.05)
 
 
 def test_flops_at_124m():
-    """6 FLOPs per token and parameter of a matrix product, plus attention, computed by hand."""
+    """By hand: 6 FLOPs per token for each parameter used in a matmul, plus attention."""
     with torch.device("meta"):
         model = GPT(GPTConfig())
     assert flops_per_token(model, 1024) == 6 * (124_475_904 - 786_432) + 12 * 12 * 768 * 1024
@@ -42,12 +42,12 @@ def test_flops_at_124m():
     ],
 )
 def test_peak_flops_belong_to_the_card(monkeypatch, name, peak):
-    """Names as drivers report them find their own card's peak, not that of a similar card."""
+    """A name as the driver reports it finds the peak of that GPU, not of a similar one."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     assert peak_flops(torch.device("cuda")) == peak
 
 
 def test_times_are_readable():
-    """A time has two digits or so, in the largest unit that fits more than once."""
+    """A time has about two digits, in the largest unit that fits more than once."""
     texts = {0.0123: "0.012 s", 59.6: "60 s", 2640: "44 minutes", 1e5: "28 hours", 1e9: "32 years"}
     assert {seconds: format_seconds(seconds) for seconds in texts} == texts

@@ -18,7 +18,7 @@ from engine.tokenizer import CHECK_EVERY, BatchEncoder, Tokenizer
 
 
 def test_known_ids():
-    """The encoding is GPT-2's: a known sentence has the ids of OpenAI's tokenizer."""
+    """A known sentence gets the ids of OpenAI's tokenizer."""
     ids = [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert GPT2_TOKENIZER.encode("Hello, I'm a language model,") == ids
     found = (GPT2_TOKENIZER.name, GPT2_TOKENIZER.vocab_size, GPT2_TOKENIZER.end_of_text)
@@ -26,8 +26,8 @@ def test_known_ids():
 
 
 def test_transformers_tokenizer_agrees(tmp_path):
-    """transformers, reading our files or OpenAI's own, gives the ids that we and tiktoken give. Our
-    merges.txt is OpenAI's file byte for byte.
+    """With our files and with OpenAI's own, transformers gives the ids that we and tiktoken give.
+    Our merges.txt is OpenAI's file byte for byte.
     """
     GPT2_TOKENIZER.save(tmp_path)
     ours = AutoTokenizer.from_pretrained(tmp_path)
@@ -44,7 +44,7 @@ def test_transformers_tokenizer_agrees(tmp_path):
     ("old", "new"), [('"!": 0, "\\"": 1,', '"!": 1, "\\"": 0,'), ("Ġ t\nĠ a\n", "Ġ a\nĠ t\n")]
 )
 def test_altered_vocabulary_is_refused(tmp_path, monkeypatch, old, new):
-    """Other ids or another order of merges than OpenAI's are an error with the files' folder."""
+    """If ids or the order of merges differ from OpenAI's, the error names the folder."""
     for name in ("encoder.json", "vocab.bpe"):
         content = (OPENAI_FILES / name).read_text(encoding="utf-8")
         (tmp_path / name).write_text(content.replace(old, new), encoding="utf-8")
@@ -64,30 +64,31 @@ HOSTILE = [
 ]
 
 
-def encode_separately(encoder: BatchEncoder, texts: list[str]) -> list[list[int]]:
+def encode_each(encoder: BatchEncoder, texts: list[str]) -> list[list[int]]:
+    """Encode a batch of texts. Return the ids of each text."""
     tokens, lengths = encoder.encode(texts)
     assert lengths.sum() == len(tokens)
     return [row.tolist() for row in np.split(tokens, np.cumsum(lengths)[:-1])]
 
 
-def test_many_texts_have_tiktokens_tokens():
-    """Each of 20,000 strings built from hostile pieces gets the tokens that tiktoken gives it."""
+def test_random_texts_match_tiktoken():
+    """Each of 20,000 texts of random hostile pieces gets the same tokens as in tiktoken."""
     rng = random.Random(0)
     texts = ["".join(rng.choices(HOSTILE, k=rng.randrange(20))) for _ in range(20_000)]
     expected = TIKTOKEN.encode_ordinary_batch(texts)
-    assert encode_separately(BatchEncoder(GPT2_TOKENIZER), texts) == expected
+    assert encode_each(BatchEncoder(GPT2_TOKENIZER), texts) == expected
 
 
-def test_long_lines_have_tiktokens_tokens():
-    """Lines of up to 3 million characters have the tokens of tiktoken, next to empty texts."""
+def test_long_lines_match_tiktoken():
+    """Lines of up to 3 million characters, next to empty texts, get the tokens of tiktoken."""
     lines = ("a" * 300_000, "ab, " * 750_000, "\0" * 300_000, "日本" * 150_000, "x" + " " * 300_000)
     texts = [text for line in lines for text in ("", line, "")]
     expected = TIKTOKEN.encode_ordinary_batch(texts)
-    assert encode_separately(BatchEncoder(GPT2_TOKENIZER), texts) == expected
+    assert encode_each(BatchEncoder(GPT2_TOKENIZER), texts) == expected
 
 
 def test_a_million_spaces_are_encoded():
-    """A text too long for tiktoken's regular expression has the tokens of gigatoken."""
+    """A run of spaces too long for the regex of tiktoken gets the tokens of gigatoken."""
     text = " " * 1_000_000 + "x"
     tokens, _ = BatchEncoder(GPT2_TOKENIZER).encode([text])
     assert TIKTOKEN.decode(tokens.tolist()) == text
@@ -96,14 +97,12 @@ def test_a_million_spaces_are_encoded():
 
 @pytest.mark.parametrize("missing", ["gigatoken", "awkward"])
 def test_without_gigatoken_tiktoken_encodes(monkeypatch, capsys, missing):
-    """Where gigatoken is missing, or a package that it needs, tiktoken gives the same tokens, and
-    one line says so.
-    """
+    """Without gigatoken, or a package it needs, tiktoken encodes, and one line says so."""
     monkeypatch.setitem(sys.modules, missing, None)
     encoder = BatchEncoder(GPT2_TOKENIZER)
     assert "falling back to tiktoken" in capsys.readouterr().out
     texts = [NASTY_TEXT, "", " ", "<|endoftext|>"]
-    assert encode_separately(encoder, texts) == TIKTOKEN.encode_ordinary_batch(texts)
+    assert encode_each(encoder, texts) == TIKTOKEN.encode_ordinary_batch(texts)
 
 
 LETTERS, NUMBERS, SPACES = "the %s's text", "1%s2", " %s %s"
@@ -112,38 +111,38 @@ LETTERS, NUMBERS, SPACES = "the %s's text", "1%s2", " %s %s"
 @pytest.mark.parametrize(
     "context", [LETTERS, *(pytest.param(c, marks=pytest.mark.slow) for c in (NUMBERS, SPACES))]
 )
-def test_all_of_unicode_has_tiktokens_tokens(context):
-    """Any character, between others, has the tokens of tiktoken, although gigatoken knows letters
-    of a newer Unicode. Texts without such characters are left to gigatoken.
+def test_all_of_unicode_matches_tiktoken(context):
+    """Any character within a text gets the tokens of tiktoken, although gigatoken has a newer
+    Unicode. gigatoken encodes all texts without characters that are unassigned in Python.
     """
     encoder = BatchEncoder(GPT2_TOKENIZER)
     characters = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000]
-    characters.sort(key=lambda c: unicodedata.category(c) == "Cn")  # apart, in texts of their own
+    characters.sort(key=lambda c: unicodedata.category(c) == "Cn")  # unassigned ones come last
     found = [context.replace("%s", c) for c in characters]
     texts = ["\n".join(found[i : i + 500]) for i in range(0, len(found), 500)]
-    assert encode_separately(encoder, texts) == TIKTOKEN.encode_ordinary_batch(texts)
+    assert encode_each(encoder, texts) == TIKTOKEN.encode_ordinary_batch(texts)
     assert not encoder.has_unassigned(texts[0] + "日本語 😀")
     assert encoder.has_unassigned("the \U000323b0's text")
 
 
-class WrongAfter:
-    """gigatoken, but with another token in the text of this number."""
+class WrongAt:
+    """Wraps gigatoken, but encodes text `number` wrongly."""
 
     def __init__(self, encoder: BatchEncoder, number: int):
-        self.gigatoken, self.left = encoder.gigatoken, number
+        self.gigatoken, self.texts_left = encoder.gigatoken, number
 
     def encode_batch(self, texts: list[str]):
-        if 0 <= self.left < len(texts):
-            texts = [*texts[: self.left], "wrong", *texts[self.left + 1 :]]
-        self.left -= len(texts)
+        if 0 <= self.texts_left < len(texts):
+            texts = [*texts[: self.texts_left], "wrong", *texts[self.texts_left + 1 :]]
+        self.texts_left -= len(texts)
         return self.gigatoken.encode_batch(texts)
 
 
 @pytest.mark.parametrize("number", [0, 7, 2 * CHECK_EVERY])
 def test_a_difference_to_tiktoken_is_an_error(number):
-    """The first texts, and one in CHECK_EVERY, are compared to tiktoken; a difference is named."""
+    """The first texts, and one in CHECK_EVERY, are compared to tiktoken. They must be equal."""
     encoder = BatchEncoder(GPT2_TOKENIZER)
-    encoder.gigatoken = WrongAfter(encoder, number)
+    encoder.gigatoken = WrongAt(encoder, number)
     texts = [f"text {i}" for i in range(3 * CHECK_EVERY)]
     batches = [texts[first : first + 300] for first in range(0, len(texts), 300)]
     problem = rf"disagree on text {number + 1}, .* 'text {number}'; .*uninstall"
@@ -152,7 +151,7 @@ def test_a_difference_to_tiktoken_is_an_error(number):
 
 
 def test_lengths_of_tokens():
-    """Together the tokens of a text have as many bytes as its UTF-8; <|endoftext|> has none."""
+    """The tokens of a text have as many bytes as the text in UTF-8. <|endoftext|> has none."""
     lengths = GPT2_TOKENIZER.token_bytes
     assert len(lengths) == 50_257
     ids = TIKTOKEN.encode_ordinary(NASTY_TEXT)
@@ -169,7 +168,7 @@ def save_trained(folder: Path) -> None:
 
 
 def save_vocabulary(folder: Path) -> None:
-    """In the files of early versions of transformers, with an added token."""
+    """Save the files of early versions of transformers, with an added token."""
     backend = ByteLevelBPETokenizer()
     backend.train_from_iterator(LINES, 500, special_tokens=["<s>", "</s>"], show_progress=False)
     backend.save_model(str(folder))
@@ -179,8 +178,8 @@ def save_vocabulary(folder: Path) -> None:
 
 
 def save_normalized(folder: Path) -> None:
-    """A BPE of bytes, but in lower case, and with a space before a text; and a class that would
-    ignore this.
+    """Save a byte-level BPE that lowercases texts and begins them with a space. The class in its
+    tokenizer_config.json would do neither.
     """
     backend = Backend(models.BPE())
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -196,7 +195,7 @@ def save_normalized(folder: Path) -> None:
 
 
 def save_unigram(folder: Path) -> None:
-    """Not of bytes; ends each text with a token of its own."""
+    """Save a tokenizer that is not byte-level and begins each text with </s>."""
     backend = Backend(models.Unigram())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     options = {"special_tokens": ["<unk>", "</s>"], "unk_token": "<unk>"}
@@ -215,9 +214,9 @@ SAVERS = {
 
 
 @pytest.mark.parametrize("save", SAVERS, ids=lambda save: save.__name__)
-def test_any_tokenizer_has_the_ids_of_transformers(tmp_path, save):
-    """A folder's tokenizer gives, before and after it is saved again, the ids and texts that
-    transformers gives. Special tokens in a text are recognized, or ordinary text if that is asked.
+def test_any_tokenizer_matches_transformers(tmp_path, save):
+    """A tokenizer gives the ids and texts that transformers gives, before and after it is saved
+    again. Special tokens in a text are recognized or, on request, encoded as ordinary text.
     """
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     save(tmp_path)
@@ -237,35 +236,34 @@ def test_any_tokenizer_has_the_ids_of_transformers(tmp_path, save):
         assert ours.encode(text) == ids
         assert ours.encode_prompt(text) == theirs.encode(text)
         expected = ordinary.encode(text, add_special_tokens=False).ids
-        assert encode_separately(encoder, [text, ""]) == [expected, []]
+        assert encode_each(encoder, [text, ""]) == [expected, []]
         assert ours.decode(ids) == theirs.decode(ids)
         assert ours.decode(ids, True) == theirs.decode(ids, skip_special_tokens=True)
     n_bytes = 0 if save is save_unigram else len(b"Hello 123")
     assert ours.token_bytes[ours.encode("Hello 123</s>")].sum() >= n_bytes
-    assert (ours.tiktoken is not None) == (save is save_trained)
+    assert (ours.tiktoken_encoding is not None) == (save is save_trained)
 
 
-def test_tiktoken_encodes_only_what_it_encodes_alike():
-    """tiktoken is used for a BPE of bytes with GPT-2's pattern whose merges follow from the ids,
-    and gives the same ids. Where merges have another order, or make a token of other parts, the
-    library tokenizers encodes.
+def test_tiktoken_encodes_only_if_it_gives_the_same_ids():
+    """tiktoken is used for a byte-level BPE with GPT-2's pattern if the merges follow from the ids.
+    If the merges have another order, or split a token differently, the tokenizers library is used.
     """
     spec = json.loads(OWN.backend.to_str())
     texts = ["".join(random.Random(i).choices(HOSTILE + LINES, k=9)) for i in range(300)]
-    merges = spec["model"]["merges"]
-    backend = Backend.from_str(json.dumps(spec))
-    spec["model"]["merges"] = merges[1:] + merges[:1]
-    moved = Backend.from_str(json.dumps(spec))
-    whole, known = ["".join(pair) for pair in merges], set(spec["model"]["vocab"])
-    i = next(i for i, t in enumerate(whole) if {t[:-1], t[-1]} <= known and t[:-1] != merges[i][0])
-    spec["model"]["merges"] = [*merges[:i], [whole[i][:-1], whole[i][-1]], *merges[i + 1 :]]
-    other_parts = Backend.from_str(json.dumps(spec))
-    for each, is_alike in ((backend, True), (moved, False), (other_parts, False)):
-        each.encode_special_tokens = True
-        expected = [each.encode(text).ids for text in texts]
-        tokenizer = Tokenizer(Backend.from_str(each.to_str()), {}, "x")
-        assert (tokenizer.tiktoken is not None) is is_alike
-        assert encode_separately(BatchEncoder(tokenizer), texts) == expected
+    merges, known = spec["model"]["merges"], set(spec["model"]["vocab"])
+    reordered = merges[1:] + merges[:1]
+    # Find a token that could also be merged from two other tokens: its last character and the rest.
+    pairs = [["".join(pair)[:-1], "".join(pair)[-1]] for pair in merges]
+    i = next(i for i, pair in enumerate(pairs) if known.issuperset(pair) and pair != merges[i])
+    split_differently = [*merges[:i], pairs[i], *merges[i + 1 :]]
+    for variant, uses_tiktoken in ((merges, True), (reordered, False), (split_differently, False)):
+        spec["model"]["merges"] = variant
+        backend = Backend.from_str(json.dumps(spec))
+        backend.encode_special_tokens = True
+        expected = [backend.encode(text).ids for text in texts]
+        tokenizer = Tokenizer(Backend.from_str(backend.to_str()), {}, "x")
+        assert (tokenizer.tiktoken_encoding is not None) is uses_tiktoken
+        assert encode_each(BatchEncoder(tokenizer), texts) == expected
         rows = [tokenizer.encode_ordinary(text).tolist() for text in texts]
         assert rows == expected
 
@@ -273,8 +271,8 @@ def test_tiktoken_encodes_only_what_it_encodes_alike():
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({"tokenizer.json": "{"}, "cannot be used: EOF"),
-        ({"tokenizer_config.json": "{}"}, "no tokenizer.json, nor vocab.json"),
+        ({"tokenizer.json": "{"}, "EOF"),
+        ({"tokenizer_config.json": "{}"}, "expected tokenizer.json, or vocab.json"),
         ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "no eos_token"),
         (
             {"tokenizer.json": OWN.backend.to_str(), "config.json": '{"eos_token_id": [1, 2]}'},
@@ -282,14 +280,12 @@ def test_tiktoken_encodes_only_what_it_encodes_alike():
         ),
     ],
 )
-def test_unusable_files_are_named(tmp_path, files, expected):
-    """Files that are damaged, of another kind or without an end of text are an error with their
-    folder; a folder without any has no tokenizer.
+def test_unusable_files_are_refused(tmp_path, files, expected):
+    """If tokenizer files are damaged, incomplete or without an end-of-text token, the error names
+    their folder. A folder without any such file has no tokenizer.
     """
     assert Tokenizer.from_folder(tmp_path) is None
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    with pytest.raises(
-        ValueError, match=f"{tmp_path} cannot be used: .*{expected.split(': ')[-1]}"
-    ):
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be used: .*{expected}"):
         Tokenizer.from_folder(tmp_path)

@@ -47,19 +47,19 @@ def new_gpt(**settings: object) -> GPT:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(workplace) -> Path:
-    """A run from start to end, and what it printed in whole.out."""
-    result = run_script(*tiny_run("runs/whole"), cwd=workplace)
+def uninterrupted(workdir) -> Path:
+    """A complete run. What it printed is in whole.out."""
+    result = run_script(*tiny_run("runs/whole"), cwd=workdir)
     assert result.returncode == 0, result.stderr
-    (workplace / "whole.out").write_text(result.stdout)
-    return workplace / "runs" / "whole"
+    (workdir / "whole.out").write_text(result.stdout)
+    return workdir / "runs" / "whole"
 
 
-def test_a_run_writes_what_is_documented(workplace, uninterrupted):
+def test_a_run_writes_what_is_documented(workdir, uninterrupted):
     """A run prints its settings and sizes, lowers the loss, logs each step once with all its keys,
     and leaves a plot, a report and a checkpoint that transformers opens.
     """
-    out = (workplace / "whole.out").read_text()
+    out = (workdir / "whole.out").read_text()
     for text in ("max_lr: 0.01", "trainable parameters: ", "grad_accum_steps 2"):
         assert text in out
     assert re.search(r"estimate: \S+ s for a step, \S+ s for the 28 left, without evaluat", out)
@@ -78,37 +78,37 @@ def test_a_run_writes_what_is_documented(workplace, uninterrupted):
     assert progress["fixed_settings"] == sorted(fixed_settings(PretrainConfig))
     line = out.splitlines()[-1]
     assert line.startswith("in transformers")
-    model = AutoModelForCausalLM.from_pretrained(workplace / line.split("'")[1])
+    model = AutoModelForCausalLM.from_pretrained(workdir / line.split("'")[1])
     assert model.config.vocab_size == 50257
 
 
-def test_a_finished_run_prints_its_results_again(workplace, uninterrupted):
+def test_a_finished_run_prints_its_results_again(workdir, uninterrupted):
     """The same command on a finished run trains nothing and prints its summary."""
     before = (uninterrupted / "metrics.jsonl").read_bytes()
-    out = run_script(*tiny_run("runs/whole"), cwd=workplace).stdout
+    out = run_script(*tiny_run("runs/whole"), cwd=workdir).stdout
     assert "already finished" in out
-    summary = (workplace / "whole.out").read_text().split("validation loss")[1]
+    summary = (workdir / "whole.out").read_text().split("validation loss")[1]
     assert out.split("validation loss")[1] == summary
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_stopped_run_resumes_bit_for_bit(workplace, uninterrupted):
-    """A run stopped twice by kill -9, then by SIGTERM and Ctrl-C, resumes to the log and weights of
-    an uninterrupted run, bit for bit. SIGTERM and Ctrl-C finish the step, save a checkpoint, print
-    a line, and exit with 128 plus the signal.
+def test_a_stopped_run_resumes_bit_for_bit(workdir, uninterrupted):
+    """A run that is stopped twice by kill -9, then by SIGTERM and Ctrl-C, ends with the log and
+    weights of an uninterrupted run, bit for bit. SIGTERM and Ctrl-C finish the step, save a
+    checkpoint, print a line, and exit with 128 plus the signal.
     """
-    run = workplace / "runs" / "stopped"
+    run = workdir / "runs" / "stopped"
     kill, stops = signal.SIGKILL, (signal.SIGTERM, signal.SIGINT)
     for step, signum in zip((7, 14, 17, 24), (kill, kill, *stops), strict=True):
-        result = Job(*tiny_run("runs/stopped"), cwd=workplace, signal_at=(step, signum)).wait()
+        result = Job(*tiny_run("runs/stopped"), cwd=workdir, signal_at=(step, signum)).wait()
         if signum in stops:
             assert result.returncode == 128 + signum
             assert "Traceback" not in result.stderr
-            assert "saved; the same command resumes" in result.stdout
+            assert "saved it; run the same command to resume" in result.stdout
             assert list_checkpoints(run)[-1].name == f"step_{step + 1:06d}"
         else:
             assert result.returncode == -signum
-    out = run_script(*tiny_run("runs/stopped"), cwd=workplace).stdout
+    out = run_script(*tiny_run("runs/stopped"), cwd=workdir).stdout
     assert "resuming from step 25" in out
     assert read_curve(run) == read_curve(uninterrupted)
     for name in ("model.safetensors", "config.json"):
@@ -120,30 +120,30 @@ def test_a_stopped_run_resumes_bit_for_bit(workplace, uninterrupted):
     ("disposition", "max_steps", "code"),
     [("SIG_DFL", 10**5, 128 + signal.SIGHUP), ("SIG_IGN", N_STEPS, 0)],
 )
-def test_a_lost_connection_saves(workplace, disposition, max_steps, code):
-    """If the terminal goes away, as a dropped ssh does, the run saves and ends with the exit code
+def test_a_run_saves_if_its_terminal_is_lost(workdir, disposition, max_steps, code):
+    """If the terminal goes away, as when ssh disconnects, the run saves and ends with the exit code
     of SIGHUP, although it can no longer print. With nohup, which ignores SIGHUP, it runs on.
     """
-    # In a session of its own, the process makes the terminal its own.
+    # The process starts a new session and makes the terminal its controlling terminal.
     prelude = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
     prelude += f"signal.signal(signal.SIGHUP, signal.{disposition})"
     command = tiny_run(f"runs/{disposition}", max_steps=max_steps, save_every=1000)
-    options = {"cwd": workplace, "start_new_session": True}
+    options = {"cwd": workdir, "start_new_session": True}
     process, terminal = start_on_terminal(prelude, *command, **options)
-    run = workplace / "runs" / disposition
+    run = workdir / "runs" / disposition
     log, deadline = run / "metrics.jsonl", time.monotonic() + HANG_SECONDS
     while not (log.exists() and log.read_bytes().count(b"\n") > 9):
         assert process.poll() is None
         assert time.monotonic() < deadline
         if select.select([terminal], [], [], 0.01)[0]:
-            os.read(terminal, 4096)  # what it prints
+            os.read(terminal, 4096)  # discard the output
     os.close(terminal)
     assert process.wait(HANG_SECONDS) == code
     assert list_checkpoints(run)[-1].name == f"step_{read_metrics(run)[-1]['step']:06d}"
 
 
-def test_an_adapter_is_no_model_to_start_from(tmp_path):
-    """--init_from an adapter, whose checkpoints nobody could read, is refused with the remedy."""
+def test_init_from_refuses_an_adapter(tmp_path):
+    """--init_from refuses an adapter and says to merge it first."""
     base = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=4))
     base.save_pretrained(tmp_path / "base")
     tuned = convert_linear_layer_to_lora(base, "h.", LoRAConfig(2, 4.0))
@@ -153,23 +153,23 @@ def test_an_adapter_is_no_model_to_start_from(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiling_without_a_compiler_ends_in_one_line(workplace, tmp_path):
-    """Without a C++ compiler, --compile ends with the flag that turns it off, and leaves no run."""
+def test_compiling_without_a_compiler_ends_in_one_line(workdir, tmp_path):
+    """Without a C++ compiler, --compile is an error that says what to do. It leaves no run."""
     environment = {"PATH": "", "CC": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     compiled = tiny_run("runs/uncompiled", max_steps=1, compile=True)
-    error = expect_error(*compiled, cwd=workplace, **environment)
+    error = expect_error(*compiled, cwd=workdir, **environment)
     assert "install a C++ compiler" in error
     assert "turn compile off" in error
-    result = run_script(*tiny_run("runs/uncompiled", max_steps=1), cwd=workplace)
+    result = run_script(*tiny_run("runs/uncompiled", max_steps=1), cwd=workdir)
     assert result.returncode == 0, result.stderr
 
 
-def test_sampling_from_a_run_a_folder_and_the_hub_cache(workplace, uninterrupted, tmp_path):
-    """sample.py takes a run, a checkpoint's folder, and a hub name from the local cache."""
+def test_sampling_from_a_run_a_folder_and_the_hub_cache(workdir, uninterrupted, tmp_path):
+    """sample.py loads a run, the folder of a checkpoint, or a hub name from the local cache."""
     options = ("--num_return_sequences", 3, "--max_new_tokens", 8, "--device", "cpu")
     options = ("sample.py", "--prompt", "import", *options)
     texts = [
-        run_script(*options, "--model", model, cwd=workplace).stdout
+        run_script(*options, "--model", model, cwd=workdir).stdout
         for model in (uninterrupted, list_checkpoints(uninterrupted)[-1])
     ]
     assert texts[0] == texts[1]
@@ -181,19 +181,19 @@ def test_sampling_from_a_run_a_folder_and_the_hub_cache(workplace, uninterrupted
     small = small_transformers_gpt2(vocab_size=50257, n_positions=64)
     small.save_pretrained(repo / "snapshots" / revision)
     offline = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    result = run_script(*options, cwd=workplace, **offline)
+    result = run_script(*options, cwd=workdir, **offline)
     assert result.stdout.count("> import") == 3, result.stderr
 
 
-def test_starting_from_other_weights(workplace, uninterrupted):
-    """--init_from a run starts from its model, if wanted with a shorter block_size."""
-    shape = dict.fromkeys(("n_layer", "n_head", "n_embd"))  # the run's
+def test_starting_from_other_weights(workdir, uninterrupted):
+    """--init_from RUN starts from the model of that run, even with a shorter block_size."""
+    shape = dict.fromkeys(("n_layer", "n_head", "n_embd"))  # None: as in the run
     options = {"block_size": 16, "max_steps": 2, "warmup_steps": 1, "max_lr": 1e-3}
     flags = tiny_run("runs/more", init_from="runs/whole", **shape, **options)
-    result = run_script(*flags, cwd=workplace)
+    result = run_script(*flags, cwd=workdir)
     assert result.returncode == 0, result.stderr
-    first, last = read_metrics(workplace / "runs" / "more")[0], read_metrics(uninterrupted)[-1]
-    assert abs(first["val_loss"] - last["val_loss"]) < 1.5  # other windows, the same weights
+    first, last = read_metrics(workdir / "runs" / "more")[0], read_metrics(uninterrupted)[-1]
+    assert abs(first["val_loss"] - last["val_loss"]) < 1.5  # the same weights, shorter windows
 
 
 @pytest.mark.parametrize("script", COMMANDS)
@@ -207,7 +207,7 @@ def test_a_wrong_flag_is_one_line(capsys, script):
 
 
 def test_a_wrong_flag_on_a_real_command_line(tmp_path):
-    """`python train_gpt2.py` with a misspelled flag names the flag it resembles, in one line."""
+    """For a misspelled flag, `python train_gpt2.py` suggests the right one, in one line."""
     command = [sys.executable, str(ROOT / "train_gpt2.py"), "--max_stepz", "3"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
@@ -215,10 +215,10 @@ def test_a_wrong_flag_on_a_real_command_line(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
-def test_truncated_shards_and_changed_settings_harm_nothing(workplace, uninterrupted):
-    """Truncated or other data and changed settings are refused by name; the run stays as it was."""
+def test_truncated_shards_and_changed_settings_harm_nothing(workdir, uninterrupted):
+    """Truncated data, other data and changed settings are errors. They do not touch the run."""
     before = {f: f.read_bytes() for f in uninterrupted.rglob("*") if f.is_file()}
-    text, torn, other = (workplace / "data" / name for name in ("text", "torn", "other"))
+    text, torn, other = (workdir / "data" / name for name in ("text", "torn", "other"))
     for folder in (torn, other):
         shutil.copytree(text, folder)
     shard = next(torn.glob("*train*"))
@@ -230,15 +230,15 @@ def test_truncated_shards_and_changed_settings_harm_nothing(workplace, uninterru
         ({"max_lr": 2e-2}, "max_lr was 0.01, is 0.02"),
         ({"data_dir": "data/other"}, "was trained on different data"),
     ):
-        assert expected in expect_error(*tiny_run("runs/whole", **changed), cwd=workplace)
+        assert expected in expect_error(*tiny_run("runs/whole", **changed), cwd=workdir)
     assert {f: f.read_bytes() for f in uninterrupted.rglob("*") if f.is_file()} == before
 
 
-def test_profiling_does_not_change_the_run(workplace, uninterrupted):
-    """--profile 2 writes a trace and the slowest operators; the curve is the same, bit for bit."""
-    run = workplace / "runs" / "profiled"
+def test_profiling_does_not_change_the_run(workdir, uninterrupted):
+    """--profile 2 writes a trace and prints the slowest operators. It does not change the run."""
+    run = workdir / "runs" / "profiled"
     flags = tiny_run("runs/profiled", profile=2)
-    out = Job(*flags, cwd=workplace, signal_at=(5, signal.SIGTERM)).wait().stdout
+    out = Job(*flags, cwd=workdir, signal_at=(5, signal.SIGTERM)).wait().stdout
     with gzip.open(run / "profile.json.gz") as file:
         events = json.load(file)["traceEvents"]
     steps = {e["name"] for e in events if e.get("name", "").startswith("ProfilerStep")}
@@ -248,19 +248,19 @@ def test_profiling_does_not_change_the_run(workplace, uninterrupted):
     assert read_curve(run) == read_curve(uninterrupted)[:7]
 
 
-def test_an_unwritable_run_folder_is_named(workplace):
-    """A run folder that cannot be made is an error with its path."""
-    (workplace / "file").write_text("not a folder")
-    assert "file/run" in expect_error(*tiny_run("file/run"), cwd=workplace)
+def test_an_unwritable_run_folder_is_an_error(workdir):
+    """If the run folder cannot be made, the error names its path."""
+    (workdir / "file").write_text("not a folder")
+    assert "file/run" in expect_error(*tiny_run("file/run"), cwd=workdir)
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    """--debug turns the line into Python's traceback."""
+    """With --debug, an error shows the full traceback instead of one line."""
     assert "Traceback" in run_script("train_gpt2.py", "--debug", cwd=tmp_path).stderr
 
 
 def test_zero_residual_blocks_add_nothing():
-    """With zero_residual a new model's blocks are the identity; all other weights are unchanged."""
+    """With zero_residual, new blocks are the identity. All other weights are unchanged."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
     zeroed, plain = (new_gpt(**sizes, zero_residual=flag) for flag in (True, False))
     x = torch.randn(1, 16, 32)
@@ -271,8 +271,8 @@ def test_zero_residual_blocks_add_nothing():
 
 
 def test_sinusoidal_positions():
-    """With sinusoidal_wpe, wpe holds the paper's sines and cosines with the given root mean square,
-    also where the width is odd; all other weights are unchanged.
+    """With sinusoidal_wpe, wpe holds the sines and cosines of the Transformer paper with the given
+    root mean square, even if the width is odd. All other weights are unchanged.
     """
     sizes = {"n_layer": 1, "n_head": 1, "block_size": 8}
     waves, plain = (new_gpt(**sizes, n_embd=15, sinusoidal_wpe=rms) for rms in (0.1, 0.0))

@@ -8,43 +8,43 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, GPT2_TOKENIZER, TIKTOKEN, make_data, make_step, new_model
+from conftest import CPU_DIST, GPT2_TOKENIZER, TIKTOKEN, make_data, make_step, new_step_model
 
 from engine.checkpoint import list_checkpoints
 from engine.data import IGNORE_INDEX, Batch, PretrainingData, validation_batches
-from engine.distributed import Distributed, open_device
+from engine.distributed import Distributed, init_device
 from engine.evaluation import Evaluation, Prompt, evaluate_loss, generate_samples
 from engine.loss import SummedLoss
 from engine.metrics import Meter
-from engine.training import announce_run, collect_facts, train, warn_of_settings
+from engine.training import announce_run, collect_facts, train, warn_about_settings
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 
 
 def validation(shards, eval_tokens: int = 100, batch_size: int = 4) -> partial:
-    """A function that gives the validation batches of the first tokens."""
+    """Return a function that yields the validation batches of the first `eval_tokens` tokens."""
     sizes = {"block_size": 16, "batch_size": batch_size, "eval_tokens": eval_tokens}
     return partial(validation_batches, shards, **sizes)
 
 
 def train_without_samples(run, shards, model: GPT, **settings) -> None:
-    """Train a model in the folder of a run, without compiling it."""
+    """Train a model in a run folder, without samples and without compiling."""
     sizes = {"batch_size": 4, "total_batch_size": 192, "warmup_steps": 3, "sample_every": 0}
     settings = {**sizes, "precision": "fp32", "compile": False, **settings}
     config = PretrainConfig(out_dir=str(run), **settings)
     data = make_data(shards, 4, config.seed)
-    train(model, GPT2_TOKENIZER, data, validation(shards), [], config, CPU)
+    train(model, GPT2_TOKENIZER, data, validation(shards), [], config, CPU_DIST)
 
 
 def read_log(run) -> list[dict]:
-    """The lines of a run's log, in which nothing is infinite or NaN."""
+    """Read the log of a run. It must not contain Infinity or NaN, which are not JSON."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line, parse_constant=pytest.fail) for line in lines]
 
 
 def test_evaluation_is_the_mean_over_tokens(shards):
-    """At every batch size the loss is the mean over all tokens, also those of a short window."""
-    model = new_model()
+    """At any batch size, the loss is the mean over all tokens, even with a short last window."""
+    model = new_step_model()
     summed_loss = SummedLoss(model)
     tokens = torch.from_numpy(shards.read(0, 501))
     total = 0.0
@@ -55,17 +55,17 @@ def test_evaluation_is_the_mean_over_tokens(shards):
             total += F.cross_entropy(logits, window[1:], reduction="sum").item()
     for batch_size in (1, 3, 8):
         batches = validation(shards, 500, batch_size)()
-        loss, _ = evaluate_loss(summed_loss, batches, GPT2_TOKENIZER.token_bytes, CPU)
+        loss, _ = evaluate_loss(summed_loss, batches, GPT2_TOKENIZER.token_bytes, CPU_DIST)
         assert loss == pytest.approx(total / 500, rel=1e-5)
 
 
 def test_bits_per_byte():
-    """Bits per byte is the summed loss of all ranks, <|endoftext|> included, in bits, divided by
-    the UTF-8 bytes of the text. Without text it is None.
+    """Bits per byte are the summed loss of all ranks in bits, including that of <|endoftext|>,
+    divided by the UTF-8 bytes of the text. Without text they are None.
     """
 
-    class Two(Distributed):
-        """This rank, and another with the same batches."""
+    class TwoEqualRanks(Distributed):
+        """Acts as if a second rank had the same batches."""
 
         def sum(self, *values):
             return [2 * value for value in values]
@@ -76,23 +76,25 @@ def test_bits_per_byte():
     targets = torch.tensor([[*ids, 50256, IGNORE_INDEX]])
     batch = Batch(torch.zeros_like(targets), targets)
     n_bytes = 5 + 1 + 3 + 1 + 3 * 3  # of UTF-8
-    for dist in (CPU, Two(0, 2, CPU.device)):
+    for dist in (CPU_DIST, TwoEqualRanks(0, 2, CPU_DIST.device)):
         loss, bpb = evaluate_loss(batches=[batch, batch], dist=dist, **options)
         assert loss == pytest.approx(6 / (len(ids) + 1))
         assert bpb == pytest.approx(6 / math.log(2) / n_bytes)
     end = Batch(targets[:, -2:-1], targets[:, -2:-1])
-    assert evaluate_loss(batches=[end], dist=CPU, **options) == (6.0, None)
+    assert evaluate_loss(batches=[end], dist=CPU_DIST, **options) == (6.0, None)
 
 
-@pytest.mark.parametrize("has_one_shape", [True, False])
-def test_what_is_compiled_and_planned_by_shape(shards, monkeypatch, has_one_shape):
-    """The validation loss runs in training's compiled model, samples do not. cuDNN may plan its
-    attention where training and validation have one shape, and never for samples.
+@pytest.mark.parametrize("has_fixed_shape", [True, False])
+def test_validation_is_compiled_and_samples_are_not(shards, monkeypatch, has_fixed_shape):
+    """Validation uses the compiled model of training; samples do not. Attention may use cuDNN if
+    training and validation have a single shape, and never for samples.
     """
-    monkeypatch.setattr(PretrainingData, "has_one_shape", has_one_shape)
-    step, calls = make_step(new_model(), shards, sample_every=1), []
+    monkeypatch.setattr(PretrainingData, "has_fixed_shape", has_fixed_shape)
+    step, calls = make_step(new_step_model(), shards, sample_every=1), []
 
-    def note(name, function):
+    def spy(name, function):
+        """Wrap `function` to note each call, and whether attention may use cuDNN."""
+
         def call(*args):
             calls.append((name, torch.backends.cuda.cudnn_sdp_enabled()))
             return function(*args)
@@ -101,34 +103,36 @@ def test_what_is_compiled_and_planned_by_shape(shards, monkeypatch, has_one_shap
 
     model, hidden = step.model, step.model.hidden
     val = validation(shards)
-    expected, bpb = evaluate_loss(SummedLoss(model), val(), GPT2_TOKENIZER.token_bytes, CPU)
-    model.hidden = note("eager", hidden)
-    step.summed_loss.hidden = torch.compile(hidden, backend=lambda graph, _: note("graph", graph))
-    open_device("cpu", 0)
+    expected, bpb = evaluate_loss(SummedLoss(model), val(), GPT2_TOKENIZER.token_bytes, CPU_DIST)
+    model.hidden = spy("eager", hidden)
+    step.summed_loss.hidden = torch.compile(hidden, backend=lambda graph, _: spy("compiled", graph))
+    options = {"summed_loss": step.summed_loss, "val": val, "hellaswag": [], "dist": CPU_DIST}
+    options |= {"prompts": [Prompt("!", max_new_tokens=3)], "has_fixed_shape": has_fixed_shape}
+    init_device("cpu", 0)  # turns cuDNN off
     try:
-        prompts = [Prompt("!", max_new_tokens=3)]
-        options = (step.config, CPU, has_one_shape)
-        evaluation = Evaluation(model, GPT2_TOKENIZER, step.summed_loss, val, prompts, [], *options)
+        evaluation = Evaluation(model, GPT2_TOKENIZER, config=step.config, **options)
         record = evaluation.evaluate_step(20)
         step(1)
-        assert not torch.backends.cuda.cudnn_sdp_enabled()  # for other commands
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
     assert record["val_loss"] == pytest.approx(expected, rel=1e-6)
     assert record["val_bpb"] == pytest.approx(bpb, rel=1e-6)
-    batches, samples, micro_batches = calls[:2], calls[2:-3], calls[-3:]
-    assert batches + micro_batches == [("graph", has_one_shape)] * 5
-    assert samples == [("eager", False)] * 3
+    # Two validation batches, the three tokens of the sample, then three micro-steps.
+    validation_calls, sample_calls, training_calls = calls[:2], calls[2:5], calls[5:]
+    assert validation_calls == [("compiled", has_fixed_shape)] * 2
+    assert sample_calls == [("eager", False)] * 3
+    assert training_calls == [("compiled", has_fixed_shape)] * 3
 
 
 @pytest.mark.parametrize("stop_at", [None, 5])
 def test_a_log_read_late_is_the_same_log(shards, tmp_path, monkeypatch, no_plots, stop_at):
-    """Reading a step's results after the next one has been launched, as on CUDA, changes nothing in
-    the log, the evaluations and the checkpoints, whether a signal stops the run or not.
+    """If the results of a step are read only after the next one was launched, as on CUDA, the log,
+    the evaluations and the checkpoints stay the same, whether a signal stops the run or not.
     """
 
     class StopAt(contextlib.AbstractContextManager):
-        """Requests a stop from a step on. It is asked once per step."""
+        """A stand-in for Interrupt that requests a stop from `step` on. It is read once a step."""
 
         def __init__(self, step):
             self.step, self.asked = step, 0
@@ -141,23 +145,24 @@ def test_a_log_read_late_is_the_same_log(shards, tmp_path, monkeypatch, no_plots
             self.asked += 1
             return signal.SIGTERM if self.step and self.asked >= self.step else None
 
-    class Late(Meter):
+    class LateMeter(Meter):
         def __init__(self, *args):
             super().__init__(*args)
             self.max_pending = 1
 
     timed = {"tokens_per_s", "step_ms", "mfu", "peak_memory_gb"}
     logs, weights = [], []
-    for name, meter in (("at_once", Meter), ("late", Late)):
+    # Both runs must stop after step 5. The late one reads the request only a step later, after step
+    # 5 was launched, so it gets the request in step 4.
+    for name, meter, delay in (("at_once", Meter, 0), ("late", LateMeter, 1)):
         monkeypatch.setattr("engine.training.Meter", meter)
-        # The request of step 4 is read when step 5 has been launched.
-        fake = StopAt(stop_at - (meter is Late) if stop_at else None)
+        fake = StopAt(stop_at - delay if stop_at else None)
         monkeypatch.setattr("engine.training.Interrupt", lambda fake=fake: fake)
         run = tmp_path / name
         run.mkdir()
         often = {"max_steps": 9, "eval_every": 3, "save_every": 100}
         with pytest.raises(SystemExit) if stop_at else contextlib.nullcontext():
-            train_without_samples(run, shards, new_model(), **often)
+            train_without_samples(run, shards, new_step_model(), **often)
         logs.append([{k: v for k, v in r.items() if k not in timed} for r in read_log(run)])
         weights.append((list_checkpoints(run)[-1] / "model.safetensors").read_bytes())
     assert logs[0] == logs[1]
@@ -166,10 +171,10 @@ def test_a_log_read_late_is_the_same_log(shards, tmp_path, monkeypatch, no_plots
 
 
 def test_training_stops_after_five_steps_that_are_not_finite(shards, tmp_path, no_plots, capsys):
-    """Each step without a finite gradient is reported, and the fifth in a row ends the run with one
-    line; the log stays valid JSON, and the last good checkpoint is untouched.
+    """Each step without a finite gradient is reported. The fifth in a row ends the run with one
+    line. The log stays valid JSON, and the last good checkpoint is untouched.
     """
-    model, calls = new_model(), []
+    model, calls = new_step_model(), []
 
     def poison(grad):
         calls.append(1)
@@ -189,7 +194,7 @@ def test_training_stops_after_five_steps_that_are_not_finite(shards, tmp_path, n
 
 def test_facts_of_a_run(shards):
     """The parameters and FLOPs of a small model with frozen embeddings, worked out by hand."""
-    model = new_model()
+    model = new_step_model()
     model.transformer.wte.weight.requires_grad_(False)
     wte, wpe, blocks, ln_f = 1024 * 32, 16 * 32, 2 * (12 * 32**2 + 13 * 32), 2 * 32
     flops_per_token = 6 * (blocks + ln_f) + 4 * wte + 12 * 2 * 32 * 16
@@ -197,39 +202,39 @@ def test_facts_of_a_run(shards):
         "parameters": f"{wte + wpe + blocks + ln_f:,}",
         "trainable parameters": f"{wpe + blocks + ln_f:,}",
         "training data": "690 tokens",
-        "epochs": "2.73",  # 10 steps of 12 windows, of which an epoch has 44
+        "epochs": "2.73",  # 10 steps of 12 windows; an epoch has 44
         "training FLOPs": f"{flops_per_token * 1920:.2e}",
     }
 
 
 def test_a_diverged_model_ends_the_run_in_one_line():
-    """Samples of weights that are not finite are an error for the user, no traceback."""
+    """Sampling with weights that are not finite is a ValueError, so a command prints one line."""
     model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8))
     model.transformer.wpe.weight.data[0] = math.nan
     with pytest.raises(ValueError, match="weights that are not finite"):
-        generate_samples(model, GPT2_TOKENIZER, [Prompt()], seed=0, device=CPU.device)
+        generate_samples(model, GPT2_TOKENIZER, [Prompt()], seed=0, device=CPU_DIST.device)
 
 
 def test_settings_and_sizes_are_printed(shards, capsys):
     """A run first prints its settings, its parameters, the sizes of a step, and the device."""
-    announce_run(new_model(), make_data(shards), PretrainConfig(), CPU)
+    announce_run(new_step_model(), make_data(shards), PretrainConfig(), CPU_DIST)
     out = capsys.readouterr().out
     for text in ("max_steps: 19073", "trainable parameters: ", "grad_accum_steps 3", "1 x cpu, "):
         assert text in out
 
 
-def test_settings_that_keep_a_run_from_learning_are_named(capsys):
-    """Too large a model for a CPU, a warmup as long as the run and steps of most of the data get a
-    line each; other settings get none.
+def test_settings_that_prevent_learning_get_a_warning(capsys):
+    """A model too large for a CPU, a warmup as long as the run, and an epoch of a few steps get a
+    line each. Other settings get none.
     """
     with torch.device("meta"):
         large = GPT(GPTConfig())
     steps = SimpleNamespace(block_size=1024, steps_per_epoch=100.0)
     steps.tokens_through = lambda step: step * 2**10
-    warn_of_settings(large, steps, PretrainConfig(), CPU)
+    warn_about_settings(large, steps, PretrainConfig(), CPU_DIST)
     assert not capsys.readouterr().out
     steps.tokens_through, steps.steps_per_epoch = lambda step: step * 2**19, 3.25
-    warn_of_settings(large, steps, PretrainConfig(warmup_steps=5, max_steps=5), CPU)
+    warn_about_settings(large, steps, PretrainConfig(warmup_steps=5, max_steps=5), CPU_DIST)
     size, warmup, epoch = capsys.readouterr().out.splitlines()
     assert "configs/demo.yaml and configs/small.yaml" in size
     assert "warmup_steps is 5 and max_steps 5, so the learning rate never reaches max_lr" in warmup

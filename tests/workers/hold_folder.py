@@ -1,4 +1,4 @@
-"""Hold the lock of the folder that is the argument, until a line arrives on stdin."""
+"""Lock the folder given as the argument until a line arrives on stdin."""
 
 import sys
 from pathlib import Path

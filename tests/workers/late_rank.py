@@ -1,4 +1,4 @@
-"""On three ranks: rank 2 misses a barrier that times out after three seconds."""
+"""On three ranks, rank 2 misses a barrier that times out after three seconds."""
 
 import time
 from datetime import timedelta

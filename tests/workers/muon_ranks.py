@@ -1,5 +1,5 @@
-"""On two ranks, check Muon and NorMuon on replicated and sharded parameters: three steps, one of
-them skipped, equal those of one process, and no rank orthogonalizes all matrices.
+"""On two ranks, check Muon and NorMuon on replicated and sharded parameters. Three steps, one of
+them skipped, give the parameters of one process, and no rank orthogonalizes all matrices.
 """
 
 import itertools
@@ -17,7 +17,7 @@ SKIPPED = (0.0, 1.0, 0.0)  # found_inf of each step
 
 
 def train_steps(beta2: float, wrap: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-    """The parameters after three steps with random gradients."""
+    """Take three steps with random gradients. Return the parameters."""
     torch.manual_seed(0)
     params = [torch.nn.Parameter(wrap(torch.randn(shape))) for shape in SHAPES]
     groups = [{"params": params[:1], "parts": 3}, {"params": params[1:]}]

@@ -1,5 +1,5 @@
-"""Train six compiled bf16 steps on a GPU with deterministic kernels, once without a stop and once
-restored from a snapshot after step 3. Print the losses of both.
+"""Train six compiled bf16 steps on a GPU with deterministic kernels: once without a stop, and once
+with a new model restored from a snapshot after step 3. Print one line of losses for each.
 """
 
 import torch
@@ -14,7 +14,7 @@ CONFIG = BenchmarkConfig(device="cuda", precision="bf16")
 
 
 def batch_of_step(_batches: RandomBatches, step: int, _micro_step: int) -> Batch:
-    """Tokens that depend on nothing but the step, as in training."""
+    """Return tokens that depend on the step alone, as in training."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(50257, (SIZE.batch_size, SIZE.T), generator=generator)
     return Batch(ids, ids)

@@ -1,4 +1,4 @@
-"""Run each script in the arguments with -h and import each module in them. Print as JSON what each
+"""Run each script named in the arguments with -h, and import each module. Print as JSON what each
 printed and which modules were loaded afterward. Fail if one starts a process group.
 """
 

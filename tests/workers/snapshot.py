@@ -1,5 +1,5 @@
-"""Under torchrun, in a folder with data/text: take a snapshot, train one more step, and fail if
-the snapshot changed. Argument: ddp or fsdp.
+"""Take a snapshot, train one more step, and fail if the snapshot changed. Runs under torchrun in a
+folder with data/text. Argument: ddp or fsdp.
 """
 
 import copy
