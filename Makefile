@@ -27,11 +27,11 @@ lint: .venv/installed-dev
 clean:
 	rm -rf .venv
 
-# Empty files that mark a complete installation; after an interrupted one, make starts again. The
-# first line stops with a message if Python is too old.
+# These empty files are made only when an installation is complete, so make repeats an interrupted
+# one. The first line stops with a message if Python is too old.
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit( \
-	    "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.11 ..." % v[:2])'
+	    "Python 3.11 or newer is required, found %d.%d; try: make PYTHON=python3.11 ..." % v[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -r requirements.txt
 	@touch $@

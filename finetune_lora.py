@@ -1,7 +1,6 @@
 """Fine-tune GPT-2 on instructions, with LoRA or all weights."""
 
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from engine.adapter import load_adapter
 from engine.checkpoint import hash_weights, latest_checkpoint, load_model, mark_base
 from engine.config import ADAPTER_HELP, MODEL_HELP, Names, TrainConfig, flag, run_command
+from engine.data import ceil_div
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
 from engine.evaluation import Prompt
 from engine.files import write_atomically
@@ -44,13 +44,13 @@ from engine.training import train
 from model import GPT
 
 LORA_SETTINGS = tuple(f.name for f in fields(LoRAConfig))
-# Settings that `lora_form: summed` needs. A summed weight W + s B A cannot apply dropout to A's
-# inputs. A sum with a bf16 W would lose small updates. And FSDP holds only a shard of W.
+# Settings that `lora_form: summed` needs. It builds the weight W + s B A. That weight cannot apply
+# dropout to the inputs of A, would lose small updates if W were in bf16, and needs W as a whole.
 SUMMED_FORM_NEEDS = {"lora_dropout": 0.0, "base_precision": "fp32", "parallel": "ddp"}
-# Defaults. With little data they shrink: a step has at most a tenth of the examples, and the warmup
-# takes at most a tenth of the steps.
+# Defaults. With little data, `resolve_config` limits them to a tenth of the examples and of the
+# steps.
 EXAMPLES_PER_STEP, WARMUP_STEPS = 64, 10
-N_ANSWERS, ANSWER_TOKENS = 3, 64  # sample so many answers, shown beside their references
+N_ANSWERS, ANSWER_TOKENS = 3, 64  # how many answers to sample, and their maximum length
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,20 @@ class FinetuneConfig(TrainConfig):
 
     model_name_or_path: str = flag(
         "gpt2", f"base model: {MODEL_HELP}", group="model", may_change=True
-    )  # on resume, the weights are compared
+    )  # on resume, base_sha256 is compared
     base_sha256: str | None = flag(None, "expected sha256 of the base model's weights")
     merge_out: str | None = flag(None, "also save the merged model in this folder", may_change=True)
 
     data: str = flag(
         DEFAULT_DATA,
-        ".json or .jsonl file, hub dataset, or stdlib (docstrings of Python). Rows: instruction, "
-        "input and output, or prompt and completion",
+        ".json or .jsonl file, hub dataset, or stdlib (Python's docstrings); rows have either "
+        "instruction, input and output, or prompt and completion",
         group="data",
-        may_change=True,  # on resume, the examples are compared
+        may_change=True,  # on resume, the hash of the examples is compared
     )
     examples_per_step: int = flag(
-        None, "examples per optimizer step over all devices (default: 64, or a tenth of the data)"
+        None,
+        "examples per optimizer step over all devices (default: 64, at most a tenth of the data)",
     )
     epochs: int = flag(3, "passes over the examples")
     val_fraction: float = flag(0.1, "fraction of examples held out", above=0, below=1)
@@ -95,12 +96,14 @@ class FinetuneConfig(TrainConfig):
         None, "scaling is lora_alpha / lora_dim (default: 2 lora_dim, or the loaded adapter's)"
     )
     lora_dropout: float = flag(
-        None, "with dropout, losses depend on batch_size (default: 0, or the loaded adapter's)"
+        None, "dropout; with it, losses depend on batch_size (default: 0, or the loaded adapter's)"
     )
     use_rslora: bool = flag(
         None, "scaling is lora_alpha / sqrt(lora_dim) (default: no, or the loaded adapter's)"
     )
-    lora_module_name: Names = flag("h.", "adapt layers with these names in theirs: attn.c_attn mlp")
+    lora_module_name: Names = flag(
+        "h.", "adapt layers whose names have any of these: attn.c_attn mlp"
+    )
     lora_load_path: str | None = flag(None, ADAPTER_HELP)
 
     lora_form: Literal["separate", "summed"] = flag(
@@ -119,8 +122,8 @@ class FinetuneConfig(TrainConfig):
                     raise ValueError(f"{name} is {value}, but it needs --use_lora")
             return
         new_lora_config(self)  # raises for bad values
-        for name, needed in SUMMED_FORM_NEEDS.items() if self.lora_form == "summed" else ():
-            if getattr(self, name) not in (None, needed):
+        for name, needed in SUMMED_FORM_NEEDS.items():
+            if self.lora_form == "summed" and getattr(self, name) not in (None, needed):
                 raise ValueError(f"lora_form summed needs {name} {needed}")
 
 
@@ -138,9 +141,9 @@ def main(given: FinetuneConfig) -> None:
     build = partial(add_adapter, base)
     resolve = partial(resolve_config, n_examples=len(examples), dist=dist)
     adapter_base = given.model_name_or_path if given.use_lora else None
-    del base  # only `build` has it now, so that open_run can free it if the run is resumed
+    del base  # only `build` has it now
     with open_run(given, dist, build, resolve, adapter_base) as (config, model, resumed):
-        del build
+        del build  # frees gigabytes if the run was resumed, so that the base is not `model`
         run = Path(config.out_dir)
         merged = Path(config.merge_out) if config.merge_out else None
         is_finished = resumed is not None and resumed.progress["step"] == config.max_steps
@@ -219,10 +222,10 @@ def resolve_config(
     """Fill in the settings that depend on the adapter, the data or the device. Raises ValueError if
     a setting differs from the adapter that was loaded.
     """
-    # A tenth, rounded down to a power of two, so that a step divides evenly into batches.
+    # A tenth, rounded down to a power of two, because it has to be a multiple of the batch size.
     most = 2 ** (max(1, n_examples // 10).bit_length() - 1)
     per_step = config.examples_per_step or min(EXAMPLES_PER_STEP, most)
-    max_steps = config.max_steps or math.ceil(config.epochs * n_examples / per_step)
+    max_steps = config.max_steps or ceil_div(config.epochs * n_examples, per_step)
     resolved: dict[str, Any] = {"examples_per_step": per_step, "max_steps": max_steps}
     resolved["batch_size"] = min(config.batch_size, max(1, per_step // dist.world_size))
     if config.warmup_steps is None:

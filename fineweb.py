@@ -48,7 +48,7 @@ HUB_SHARDS = {
 }
 DATASET_HELP = (
     f"{', '.join(HUB_TEXT)}; stdlib (the Python documentation); files, folders and globs of "
-    f"{', '.join(SUFFIXES)}; or ready-made shards, with --max_tokens as the only option: "
+    f"{', '.join(SUFFIXES)}; or ready-made shards (only --max_tokens and --out_dir apply): "
     f"{', '.join(HUB_SHARDS)}"
 )
 BATCH_CHARS = 1 << 22  # characters encoded at once
@@ -63,11 +63,11 @@ TokenizedPiece = tuple[Piece, np.ndarray]
 @dataclass(frozen=True)
 class PrepareConfig(Settings):
     dataset: list[str] = flag(["fineweb-edu"], DATASET_HELP)
-    tokenizer: str = flag(GPT2, "folder of a tokenizer, a model or data, or hub name of a model")
+    tokenizer: str = flag(GPT2, "tokenizer, model or data folder, or a model on the hub")
     train_tokenizer: int | None = flag(
         None, "train a BPE tokenizer of N tokens on the text", at_least=257, at_most=MAX_IDS
     )
-    out_dir: str = flag("", "folder for the shards (default: data/NAME, after the dataset)")
+    out_dir: str = flag("", "folder for the shards (default: data/ and the dataset's name)")
     max_tokens: int | None = flag(
         None, "tokens to write; for ready-made shards, training tokens (default: all)", at_least=4
     )
@@ -128,7 +128,7 @@ def open_tokenizer(name: str) -> Tokenizer:
     """
     tokenizer = find_tokenizer(name)
     if tokenizer is None:
-        raise ValueError(f"{name} has no tokenizer.json; pass a folder that has one")
+        raise ValueError(f"no tokenizer files in {name}; pass a folder or model that has some")
     if tokenizer.vocab_size > MAX_IDS:
         raise ValueError(f"tokenizer {tokenizer} is too large, expected at most {MAX_IDS:,} tokens")
     return tokenizer
@@ -185,9 +185,9 @@ def collect_options(source: Source, config: PrepareConfig, tokenizer: Tokenizer 
 
 
 def open_manifest(source: Source, out_dir: Path, options: dict) -> dict:
-    """Return the manifest to continue: the one in the folder if it is complete, one with the shards
-    that an interrupted run with the same options finished, or a new one. Raises ValueError if the
-    folder holds shards made with other options.
+    """Return the manifest in the folder if it is complete. Otherwise return one to continue from,
+    with the intact shards of an interrupted run, or with none. Raises ValueError if the folder
+    holds shards made with other options.
     """
     earlier = read_manifest(out_dir)
     shards, old = earlier["shards"], earlier.get("options", {})
@@ -198,8 +198,8 @@ def open_manifest(source: Source, out_dir: Path, options: dict) -> dict:
     ignored = {"val_tokens", "val_fraction", "section_chars"} if is_older else set()
     if shards and earlier["complete"] and intact == shards and changed <= ignored:
         return earlier
-    # Shards of one split alone come from a run that stopped too early to be of use. If options have
-    # changed since, that is not an error: we start over.
+    # If the folder has shards of one split only, the earlier run had barely begun. Then other
+    # options are no error: we start over.
     if changed and {shard["split"] for shard in shards} == {"train", "val"}:
         changes = [f"{k} was {old.get(k)}, now {options.get(k)}" for k in sorted(changed)]
         raise ValueError(
@@ -215,12 +215,13 @@ def open_manifest(source: Source, out_dir: Path, options: dict) -> dict:
 
 
 def find_intact_shards(out_dir: Path, shards: list[dict]) -> list[dict]:
-    """Return the shards before the first one that is missing or damaged."""
+    """Return the shards up to the last place before a missing or damaged one to resume from."""
     files = {out_dir / shard["name"]: shard for shard in shards}
     damaged = [s for f, s in files.items() if not f.exists() or sha256_file(f) != s["sha256"]]
     # Shards with the same cursor were finished together. We can resume only after all of them.
-    damaged_cursors = [shard["cursor"] for shard in damaged]
-    return list(takewhile(lambda shard: shard["cursor"] not in damaged_cursors, shards))
+    # Downloaded shards have no cursor.
+    damaged_cursors = [shard.get("cursor") for shard in damaged]
+    return list(takewhile(lambda shard: shard.get("cursor") not in damaged_cursors, shards))
 
 
 def prepare(source: Source, tokenizer: Tokenizer, out_dir: Path, manifest: dict) -> None:
@@ -279,7 +280,7 @@ def batch_pieces(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 def tokenize_pieces(encoder: BatchEncoder, pieces: list[Piece]) -> list[TokenizedPiece]:
     """Pair each piece with its tokens as uint16. If the piece is separated from the one before it,
-    its first token is <|endoftext|>. Blank pieces have no tokens.
+    its first token is the end of text. Blank pieces have no tokens.
     """
     texts = ["" if piece.text.isspace() else piece.text for piece in pieces]
     tokens, lengths = encoder.encode(texts)  # the tokens of all pieces in one array
@@ -293,7 +294,7 @@ def tokenize_pieces(encoder: BatchEncoder, pieces: list[Piece]) -> list[Tokenize
 
 
 def finish_manifest(manifest: dict, out_dir: Path, cursor: dict, problems: Counter) -> None:
-    """Mark the manifest as complete and print a summary. Raises ValueError if a split is empty."""
+    """Mark the manifest as complete and print a summary. Raises ValueError for tiny splits."""
     counts = {split: count_tokens(manifest, split) for split in ("val", "train")}
     if min(counts.values()) < MIN_TOKENS:
         raise ValueError(
@@ -327,7 +328,7 @@ def download_shards(dataset: str, out_dir: Path, max_tokens: int | None) -> None
     if earlier["shards"] and earlier.get("dataset") != dataset:
         raise ValueError(f"{out_dir} holds shards of another dataset; choose another --out_dir")
     manifest = {"name": out_dir.name, "dataset": dataset, "tokenizer": GPT2, "complete": False}
-    # Earlier shards stay listed. The loop checks them again, but does not download intact ones.
+    # Earlier shards stay listed. hf_hub_download returns files that it has downloaded before.
     shards: dict[str, dict] = {shard["name"]: shard for shard in earlier["shards"]}
     names = [("val", f"{prefix}_val_000000.bin")]
     names += [("train", f"{prefix}_train_{i:06d}.bin") for i in range(1, n_train + 1)]

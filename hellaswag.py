@@ -26,7 +26,9 @@ BAR_SECONDS = 1.0  # between updates of the metric shown beside a progress bar
 @dataclass(frozen=True)
 class EvalConfig(ModelSettings):
     task: str = flag("hellaswag", ", ".join(TASKS))
-    text: HellaSwagText = flag("lm-eval", "hellaswag: cleaned text, or raw as in build-nanogpt")
+    text: HellaSwagText = flag(
+        "lm-eval", "hellaswag: cleaned as in lm-eval, or raw as in build-nanogpt"
+    )
     data: str | None = flag(
         None, ".json(l) file or hub dataset (default: the task's own); perplexity: text files"
     )
@@ -35,7 +37,9 @@ class EvalConfig(ModelSettings):
     skip_bad_rows: bool = flag(False, "skip bad rows instead of stopping")
     out_dir: str = flag("", "folder for the results; rerun the command to resume (default: none)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    precision: Precision = flag(None, "fp32, or autocast to bf16 or fp16 (default: fp32 on CPUs)")
+    precision: Precision = flag(
+        None, "fp32, or autocast (default: fp32 on CPUs, bf16 or fp16 on GPUs)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,7 +47,8 @@ class EvalConfig(ModelSettings):
 
     def make_task(self) -> Task:
         """Return the task. Raises ValueError if it is unknown or a flag belongs to another task."""
-        # Pass these two only if they were set: each belongs to one task, and the others refuse it.
+        # `text` and `stride` belong to one task each, and other tasks refuse them. So pass them
+        # only if they are not the default.
         changed = [k for k in ("text", "stride") if getattr(self, k) != getattr(EvalConfig, k)]
         names = ("data", "limit", "skip_bad_rows", *changed)
         return make_task(self.task, **{name: getattr(self, name) for name in names})
@@ -56,7 +61,7 @@ def collect_settings(config: EvalConfig, task: Task, model: GPT, tokenizer: Toke
     hashes = " ".join(map(sha256_file, task.find_files()))
     settings["data"] = hashes or f"{task.source} {task.hub.config} {task.hub.split}"
     settings["weights"] = hash_weights(model)
-    if not tokenizer.is_gpt2:  # earlier versions, which had no other tokenizer, did not write it
+    if not tokenizer.is_gpt2:  # as in settings.json of earlier versions
         settings["tokenizer"] = tokenizer.sha256
     return settings
 
@@ -82,7 +87,7 @@ def score_examples(
     rank 0 has a log; the other ranks get what it holds.
     """
     logged = {record["row"]: record for record in log.records} if log else {}
-    records = dist.all_gather(logged)[0]  # of rank 0
+    records = dist.all_gather(logged)[0]  # those of rank 0
     done = frozenset(i for i, e in enumerate(examples) if e.record["row"] in records)
     disable = None if dist.is_main else True  # None: shown if stderr is a terminal
     bar = tqdm(total=len(examples), initial=len(done), unit=" rows", disable=disable)
@@ -101,7 +106,7 @@ def score_examples(
                 metrics = task.compute_metrics(list(records.values()))
                 name, metric = next(iter(metrics.items()))  # the first one is enough here
                 bar.set_postfix_str(f"{name} {metric['value']:.4f}")
-                if bar.disable:  # a line instead
+                if bar.disable:  # there is no terminal
                     print(f"{len(records)}/{len(examples)} rows, {bar.postfix}", flush=True)
     return [records[e.record["row"]] for e in examples]
 
@@ -123,7 +128,7 @@ def main(config: EvalConfig) -> None:
 
 
 def evaluate(config: EvalConfig, dist: Distributed) -> None:
-    if config.precision is None:  # on a CPU fp32, for exact results, even if training uses bf16
+    if config.precision is None:  # exact results on a CPU, even if it trains in bf16
         is_cpu = dist.device.type == "cpu"
         config = replace(config, precision="fp32" if is_cpu else default_precision(dist.device))
     task = config.make_task()

@@ -191,7 +191,7 @@ class GPT(nn.Module):
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the final hidden states (B, T, C) for token ids (B, T). `logits` takes them.
+        """Return the final hidden states (B, T, C) for token ids (B, T). Pass them to `logits`.
 
         With `caches`, one per layer, `idx` continues the cached tokens. The first call may pass any
         number of tokens, later calls one token each.

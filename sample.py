@@ -195,8 +195,8 @@ def main(config: SampleConfig) -> None:
     if config.instruction is not None:
         if template is None:
             raise ValueError(
-                f"{config.lora_load_path or config.model} has no local {TEMPLATE_FILE}, as "
-                "fine-tuned models do; pass the full text as --prompt"
+                f"{config.lora_load_path or config.model} has no local {TEMPLATE_FILE} "
+                "(models that are fine-tuned here do); pass the full text as --prompt"
             )
         prompt = template.fill(config.instruction, config.input or "")
     elif prompt is None and not sys.stdin.isatty():  # piped text; `echo` adds a newline

@@ -23,7 +23,7 @@ NOT_UPLOADED = ("state.pt", "progress.json", LORA_STATE_FILE, BASE_MARK)
 class ShareConfig(Settings):
     run: str = flag("", "run folder whose checkpoint or adapter is uploaded")
     repo_id: str = flag("", "repository on the hub: NAME or USER/NAME")
-    base_model: str | None = flag(None, "hub name of an adapter's base (default: as trained)")
+    base_model: str | None = flag(None, "hub name of an adapter's base (default: the one it has)")
     best: bool = flag(False, "upload the checkpoint with the lowest validation loss")
     license: str | None = flag(None, "license identifier for the model card, such as mit")
     private: bool = flag(False, "make a new repository private")
@@ -84,7 +84,7 @@ def build_upload_folder(config: ShareConfig) -> Path:
     """Make RUN/share, the folder to upload. An earlier one is replaced."""
     run = Path(config.run)
     checkpoint = best_checkpoint(run) if config.best else latest_checkpoint(run)
-    if checkpoint is None or checkpoint == run:  # there is none
+    if checkpoint is None or checkpoint == run:  # `run` itself: no checkpoint
         wanted = " with a validation loss" if config.best else ""
         raise FileNotFoundError(f"{run} holds no checkpoint{wanted}; expected a run's out_dir")
     base = find_base(checkpoint, config.base_model)

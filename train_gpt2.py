@@ -28,9 +28,9 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 class PretrainConfig(TrainConfig):
     data_dir: str = flag(
         "data/fineweb-edu", "token shards, made by fineweb.py", group="data", may_change=True
-    )  # on resume, the tokens are compared
+    )  # on resume, the shards are compared
     total_batch_size: int = flag(524_288, "tokens per optimizer step over all devices")
-    eval_tokens: int = flag(10_485_760, "validation tokens per evaluation, always the first ones")
+    eval_tokens: int = flag(10_485_760, "validation tokens per evaluation, the first of the split")
 
     init_from: str = flag("scratch", f"scratch, or a {MODEL_HELP}", group="model")
     zero_residual: bool = flag(False, "scratch only: initialize c_proj weights with zeros")
@@ -46,7 +46,7 @@ class PretrainConfig(TrainConfig):
             if getattr(self, name) and self.init_from != "scratch":
                 raise ValueError(f"{name} does not work with init_from {self.init_from}")
         if self.tokenizer and self.init_from == "scratch":
-            raise ValueError("tokenizer needs init_from; a new model uses that of its data")
+            raise ValueError("tokenizer needs init_from; a new model takes it from the data")
 
 
 def main(given: PretrainConfig) -> None:
@@ -71,13 +71,13 @@ def main(given: PretrainConfig) -> None:
 
 
 def resolve_config(config: PretrainConfig, model: GPT, dist: Distributed) -> PretrainConfig:
-    """Fill in the shape of the model. A given block_size stays, because it may be shorter."""
+    """Fill in the shape of the model. But keep a block_size that is shorter than the model's."""
     shape = {name: getattr(model.config, name) for name in SHAPE} | given_shape(config)
     return resolve_device_settings(replace(config, **shape), dist)
 
 
 def given_shape(config: PretrainConfig) -> dict[str, Any]:
-    """Return the settings of the shape that were given."""
+    """Return the shape settings that were given."""
     return {name: getattr(config, name) for name in SHAPE if getattr(config, name) is not None}
 
 
@@ -92,7 +92,7 @@ def build_model(tokenizer: Tokenizer, config: PretrainConfig) -> GPT:
     if lora_linears(model):
         raise ValueError(
             f"init_from {config.init_from} is an adapter, expected a full model; merge it first: "
-            "run the finetune_lora.py command that trained it again, with --merge_out FOLDER"
+            "rerun the finetune_lora.py command that trained it, with --merge_out FOLDER"
         )
     model_tokenizer = load_tokenizer(model, config.tokenizer)
     if model_tokenizer.sha256 != tokenizer.sha256:

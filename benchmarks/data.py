@@ -5,9 +5,9 @@
 
 Two programs turn JSON lines into shards on disk, on all cores: fineweb.py and
 benchmarks/tiktoken_peer.py. They take turns, and we time each from start to exit. fineweb.py also
-checks the text and hashes the shards. Both must tokenize the same number of bytes. Repeated text
-flatters fineweb.py, because gigatoken caches words; --copies 1 avoids that. Then the loader reads
-batches of random tokens from the page cache, on one core.
+checks the text and hashes the shards. Both must tokenize the same number of bytes. Repeating the
+text favors fineweb.py, because its tokenizer (gigatoken) caches words; --copies 1 avoids that. Then
+the loader reads batches of random tokens from the page cache, on one core.
 """
 
 import json
@@ -41,16 +41,16 @@ BATCH_SIZE, BLOCK_SIZE = 64, 1024  # the batches that the loader reads
 
 @dataclass(frozen=True)
 class DataBenchmarkConfig:
-    data: list[str] = flag(["stdlib"], "files, folders or globs of text, or stdlib")
+    data: list[str] = flag(["stdlib"], "text files, folders or globs; stdlib is Python's docs")
     copies: int = flag(8, "times to repeat the text, so that startup matters less")
     rounds: int = flag(3, "turns of each contender")
-    tokens: int = flag(50_000_000, "tokens that the loader reads")
+    tokens: int = flag(50_000_000, "tokens for the loader to read")
 
 
 def read_documents(data: list[str]) -> list[str]:
     documents: list[str] = []
     pieces = open_source(data, TextFormat()).pieces
-    for piece in pieces(0, Counter()):  # from the first piece; problems with the text are ignored
+    for piece in pieces(0, Counter()):  # all pieces; nobody reads the counts of problems
         if piece.starts_document:
             documents.append("")
         documents[-1] += piece.text
@@ -64,8 +64,8 @@ def run_process(arguments: list[str], folder: Path, turn: int) -> harness.Result
     command, peak = [sys.executable, *arguments, str(out_dir)], 0
     with subprocess.Popen(command, cwd=harness.ROOT, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            with suppress(StopIteration, OSError):  # the process has just ended
-                peak = harness.read_memory("VmHWM", process.pid)  # not of its children
+            with suppress(StopIteration, OSError):  # it has just ended, so there is no VmHWM
+                peak = harness.read_memory("VmHWM", process.pid)  # not counting its workers
             time.sleep(POLL_SECONDS)
     if process.returncode:
         raise ValueError(f"{' '.join(command)} failed, see above")
@@ -73,16 +73,14 @@ def run_process(arguments: list[str], folder: Path, turn: int) -> harness.Result
 
 
 def read_tokens(out_dir: Path) -> np.ndarray:
-    # The peer writes no manifest, so its names are empty.
+    # The peer writes no manifest, so `names` is empty and we look for its files instead.
     names = [shard["name"] for shard in read_manifest(out_dir)["shards"]]
     files = [out_dir / name for name in names] or sorted(out_dir.glob("*.npy"))
     return np.concatenate([np.load(file) for file in files])
 
 
 def count_bytes(tokens: np.ndarray) -> int:
-    """Count the bytes of the text. Tokens cannot be compared themselves: fineweb.py holds out
-    documents and sections of long ones for validation, so it has another order and more separators.
-    """
+    """Count the bytes of the text. Tokens differ, because fineweb.py holds out validation text."""
     return int(Tokenizer.gpt2().token_bytes[tokens].sum())
 
 
@@ -107,7 +105,7 @@ def compare_preparation(documents: list[str], config: DataBenchmarkConfig) -> No
             rows.append([name, f"{seconds:.2f}", f"{peak:.0f}", f"{ratio:.3f}"])
         print(f"{file.stat().st_size / 1e6:.0f} MB of JSON lines, {os.cpu_count()} cores")
         print(f"{len(documents) * config.copies:,} documents, {len(tokens):,} tokens")
-        harness.print_table(["text to shards", "s", "peak MB", "our time / this"], rows)
+        harness.print_table(["text to shards", "s", "peak MB", "fineweb.py's s / s"], rows)
 
 
 def measure_loading(folder: Path, config: DataBenchmarkConfig) -> None:

@@ -2,9 +2,10 @@
 
     python benchmarks/faults.py --kills 30   # 20 minutes, Linux only
 
-A tiny GPT-2 starts to train, is stopped by a signal, disturbed, and finished with the same command.
-The run survives if its losses, gradient norms and samples are bit-identical to an undisturbed run.
-A command that could not resume exactly must refuse with one line, and change nothing in the run.
+For each fault, we train a tiny GPT-2, stop it with a signal, resume it with the fault, and run the
+same command again until training ends. The run survives if its losses, gradient norms and samples
+are bit-identical to an undisturbed run. If an exact resume is impossible, the command must print a
+one-line error and leave the files of the run unchanged.
 """
 
 import os
@@ -40,8 +41,8 @@ FLAGS = (
     "--eval_tokens 256 --sample_every 50 --save_every 4 --device cpu"
 )
 COMPARED = ("step", "train_loss", "val_loss", "grad_norm", "samples")  # keys of the log's records
-EXIT_CODES = {"KILL": -9, "TERM": 143, "INT": 130}  # by the signal that stops a run
-MAX_FILE_BYTES = 8 << 20  # the optimizer state of a checkpoint is larger
+EXIT_CODES = {"KILL": -9, "TERM": 143, "INT": 130}  # the exit code of a run that this signal stops
+MAX_FILE_BYTES = 8 << 20  # smaller than the optimizer state of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -51,28 +52,27 @@ class FaultsBenchmarkConfig:
 
 class Fault(NamedTuple):
     name: str
-    exit_code: int  # expected from the disturbed command
-    message: str  # it must print this
-    disturb: Callable[[Path], CompletedProcess]  # resumes the stopped run, with the fault
-    stop_signal: str = "TERM"  # stops the run before that
+    exit_code: int  # expected from the command that resumes with the fault
+    message: str  # expected in its output
+    resume: Callable[[Path], CompletedProcess]  # resumes the stopped run, with the fault
+    stop_signal: str = "TERM"  # stops the first command
     n_exact: int = MAX_STEPS + 1  # number of log records that must equal the undisturbed run
 
 
-def run_training(folder: Path, flags: str = "", disturbance: str = "") -> CompletedProcess:
-    """Start or resume a run. `disturbance` is the arguments of `train`, as Python source."""
-    program = f"from benchmarks import faults; faults.train({disturbance})"
+def run_training(folder: Path, flags: str = "", train_args: str = "") -> CompletedProcess:
+    """Start or resume a run. `train_args` are arguments of `train`, as Python source code."""
+    program = f"from benchmarks import faults; faults.train({train_args})"
     paths = ["--data_dir", str(folder.parent / "data"), "--out_dir", str(folder)]
     command = [sys.executable, "-c", program, *paths, *FLAGS.split(), *flags.split()]
     return run(command, cwd=harness.ROOT, capture_output=True, text=True, check=False)
 
 
 def train(stop_signal: str = "", poisoned: Collection[int] = (), max_bytes: int = -1) -> None:
-    """Run train_gpt2.py. Send it a signal at a random moment after STOP_AT, put NaN into the
-    gradients of the `poisoned` steps, or limit the size of files to `max_bytes`, so that a save
-    fails halfway, as on a full disk.
+    """Run train_gpt2.py with a signal at a random moment after STOP_AT, with NaN gradients in the
+    `poisoned` steps, or with files of at most `max_bytes`, so that a save fails as on a full disk.
     """
 
-    class DisturbedStep(TrainingStep):
+    class FaultyStep(TrainingStep):
         def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
             if step == STOP_AT and stop_signal:
                 kill = f"sleep {random.uniform(0, 0.3)}; kill -{stop_signal} {os.getpid()}"
@@ -82,8 +82,8 @@ def train(stop_signal: str = "", poisoned: Collection[int] = (), max_bytes: int 
                 return super().__call__(step)
 
     if stop_signal or poisoned:
-        engine.training.TrainingStep = DisturbedStep  # type: ignore[misc]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes))
+        engine.training.TrainingStep = FaultyStep  # type: ignore[misc]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes))  # -1: unlimited
     run_command(train_gpt2.main, train_gpt2.PretrainConfig, "")
 
 
@@ -124,53 +124,54 @@ def flip_bit(shard: bytes) -> bytes:
     return shard[:-1] + bytes([shard[-1] ^ 1])
 
 
-RESUMES, FALLS_BACK = "resuming from step", "falling back to the one before"
-FULL_DISK = partial(run_training, disturbance=f"max_bytes={MAX_FILE_BYTES}")
-ONE_NAN = partial(run_training, disturbance=f"poisoned=[{NAN_AT}]")
-ALL_NAN = partial(run_training, disturbance=f"poisoned=range({NAN_AT}, {MAX_STEPS})")
+RESUMES, FALLS_BACK = "resuming from step", "falling back to the one before"  # messages
+full_disk = partial(run_training, train_args=f"max_bytes={MAX_FILE_BYTES}")
+one_nan = partial(run_training, train_args=f"poisoned=[{NAN_AT}]")
+nans = partial(run_training, train_args=f"poisoned=range({NAN_AT}, {MAX_STEPS})")
 KILL = Fault("kill -9", 0, RESUMES, run_training, "KILL")
 FAULTS = [
     Fault("SIGTERM", 0, RESUMES, run_training),
     Fault("Ctrl-C", 0, RESUMES, run_training, "INT"),
-    Fault("disk full during a save", 2, "could not be saved", FULL_DISK),
+    Fault("disk full during a save", 2, "could not be saved", full_disk),
     Fault("model.safetensors cut short", 0, FALLS_BACK, partial(cut_file, "model.safetensors")),
     Fault("state.pt cut short", 0, FALLS_BACK, partial(cut_file, "state.pt")),
-    Fault("NaN gradients in one step", 0, f"step {NAN_AT} skipped", ONE_NAN, n_exact=NAN_AT),
-    Fault("NaN gradients in many steps", 2, "not finite in 5 consecutive", ALL_NAN, n_exact=NAN_AT),
+    Fault("NaN gradients in one step", 0, f"step {NAN_AT} skipped", one_nan, n_exact=NAN_AT),
+    Fault("NaN gradients in many steps", 2, "not finite in 5 consecutive", nans, n_exact=NAN_AT),
 ]
-REFUSED = [  # with one line on stderr, and without changing any file
+REFUSED = [  # faults that must give a one-line error and leave all files unchanged
     Fault("a second process on the run", 2, "in use by another", resume_locked),
     Fault("shard truncated", 2, "is truncated", partial(change_shard, lambda shard: shard[:-64])),
     Fault("bit of a shard flipped", 2, "has changed since", partial(change_shard, flip_bit)),
-    Fault("shard deleted", 2, "is missing", partial(change_shard, lambda _: b"")),
+    Fault("shard deleted", 2, "No such file", partial(change_shard, lambda _: b"")),
     Fault("settings changed", 2, "was 0.01, is 0.02", partial(run_training, flags="--max_lr 0.02")),
     Fault("model of another shape", 2, "was 2, is 3", partial(run_training, flags="--n_layer 3")),
 ]
 
 
 def try_fault(fault: Fault, folder: Path, curve: list) -> Counter:
-    """Stop a new run, disturb it, finish it, and compare it with the undisturbed curve."""
-    stopped = run_training(folder, disturbance=f"stop_signal={fault.stop_signal!r}")
-    is_in_save = any(folder.glob("checkpoints/*.tmp"))  # left by a save that was interrupted
-    before, disturbed, after = read_files(folder), fault.disturb(folder), read_files(folder)
-    finished = run_training(folder)
+    """Stop a new run, resume it with the fault, finish it, and compare it with the exact curve."""
+    stopped = run_training(folder, train_args=f"stop_signal={fault.stop_signal!r}")
+    was_saving = any(folder.glob("checkpoints/*.tmp"))  # left by a save that was interrupted
+    before = read_files(folder)
+    resumed = fault.resume(folder)
+    after, finished = read_files(folder), run_training(folder)
     checks = [
         stopped.returncode == EXIT_CODES[fault.stop_signal],
-        disturbed.returncode == fault.exit_code,
-        fault.message in disturbed.stdout + disturbed.stderr,
-        FALLS_BACK not in finished.stdout,  # the disturbed command left no damaged checkpoint
+        resumed.returncode == fault.exit_code,
+        fault.message in resumed.stdout + resumed.stderr,
+        FALLS_BACK not in finished.stdout,  # the fault left no damaged checkpoint
         read_curve(folder)[: fault.n_exact] == curve[: fault.n_exact],
     ]
     if fault in REFUSED:
-        checks += [disturbed.stderr.count("\n") == 1, after == before]
-    return Counter(tried=1, survived=all(checks), in_save=is_in_save)
+        checks += [resumed.stderr.count("\n") == 1, after == before]
+    return Counter(tried=1, survived=all(checks), in_save=was_saving)
 
 
 def main(config: FaultsBenchmarkConfig) -> None:
     rows: dict[str, Counter] = defaultdict(Counter)
     with tempfile.TemporaryDirectory(prefix="faults_") as name:
         folder = Path(name)
-        flags = ["--dataset", "engine", "--val_tokens", "500", "--out_dir", str(folder / "data")]
+        flags = ["--dataset", "engine/", "--val_tokens", "500", "--out_dir", str(folder / "data")]
         run([sys.executable, "fineweb.py", *flags], cwd=harness.ROOT, check=True)
         run_training(folder / "undisturbed")
         curve = read_curve(folder / "undisturbed")
@@ -179,7 +180,7 @@ def main(config: FaultsBenchmarkConfig) -> None:
     cells = [[fault, row["tried"], row["survived"], row["in_save"]] for fault, row in rows.items()]
     harness.print_table(["fault", "tried", "survived", "during a save"], cells)
     if any(row["survived"] < row["tried"] for row in rows.values()):
-        raise ValueError("not every fault was survived")
+        raise ValueError("some faults were not survived, see the table")
 
 
 if __name__ == "__main__":

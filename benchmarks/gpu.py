@@ -5,9 +5,9 @@
     python benchmarks/gpu.py --dry_run      # on a CPU: 1 minute
 
 Each part is one of the other benchmarks, in its own process. Compiling takes most of the time, so
-all parts that compile first run for one round, at the same time. The measured runs then find the
-compiled code in PyTorch's cache. Tables go to OUT_DIR/results.md. Measurements go to
-OUT_DIR/results.jsonl after each contender, so stopping a part loses only the one that is running.
+we first run one round of every part that compiles, all in parallel, to fill PyTorch's cache of
+compiled code. Tables go to OUT_DIR/results.md. Measurements go to OUT_DIR/results.jsonl after each
+contender, so stopping a part loses only the contender being measured.
 """
 
 import shlex
@@ -28,12 +28,13 @@ from engine.config import flag, run_command
 
 ROOT = Path(__file__).parents[1]
 PART_SECONDS = 240  # a part that takes longer is stopped
-LORA = "'full none' 'lora light' 'summed light' 'autograd none' 'peft none'"
+LORA_NAMES = "'full none' 'lora light' 'summed light' 'autograd none' 'peft none'"
 ON_GPU = "--device cuda --precision bf16 --compile"
+# train_step.py and hellaswag.py take pieces of names as --contenders; lora.py takes entire names.
 PARTS = {
     "train_step_16": f"train_step.py --sizes 12x768:16x1024 {ON_GPU}",
     "train_step_64": f"train_step.py --sizes 12x768:64x1024 {ON_GPU} --contenders project compiled",
-    "lora": f"lora.py --size 12x768:16x512 {ON_GPU} --contenders {LORA} 'peft compiled'",
+    "lora": f"lora.py --size 12x768:16x512 {ON_GPU} --contenders {LORA_NAMES} 'peft compiled'",
     "hellaswag": "hellaswag.py --rows 500 --rounds 2 --device cuda --precision bf16",
     "generate": "generate.py --rounds 3 --device cuda --compile",
 }
@@ -41,7 +42,7 @@ PARTS = {
 DRY_RUN_FLAGS = "--device cpu --precision fp32 --one_by_one --rounds 1"
 DRY_RUN_FLAGS_OF_SCRIPT = {
     "train_step.py": "--no-compile --sizes 1x64:2x32",
-    "lora.py": f"--no-compile --size 1x64:2x32 --contenders {LORA}",
+    "lora.py": f"--no-compile --size 1x64:2x32 --contenders {LORA_NAMES}",
     "hellaswag.py": "--rows 4 --n_layer 1 --contenders project loop",
     "generate.py": "--no-compile --new_tokens 3 --n_layer 1",
 }
@@ -51,9 +52,9 @@ DRY_RUN_FLAGS_OF_SCRIPT = {
 class GPUBenchmarkConfig:
     parts: list[str] = flag(list(PARTS), "what to measure: " + ", ".join(PARTS))
     out_dir: str = flag("results", "folder to write to; earlier results in it are kept")
-    peer: str | None = flag(None, "folder of nanoGPT, for the training step")
+    peer: str | None = flag(None, "checkout of nanoGPT, to compare training steps with")
     data: str | None = flag(None, "HellaSwag rows, .jsonl or .jsonl.gz (default: from the hub)")
-    dry_run: bool = flag(False, "tiny sizes on a CPU, to try that everything works")
+    dry_run: bool = flag(False, "tiny sizes on a CPU, to check that everything works")
 
 
 def make_command(part: str, config: GPUBenchmarkConfig) -> list[str]:
@@ -98,7 +99,7 @@ def main(config: GPUBenchmarkConfig) -> None:
     with (out_dir / "results.md").open("a") as file:
         print(f"# {time.strftime('%Y-%m-%d %H:%M')}", file=file)
         if not config.peer:
-            print("\nnanoGPT is missing: give its folder as --peer", file=file)
+            print("\nnanoGPT is missing: pass a checkout as --peer", file=file)
         for part, command in commands.items():
             print(f"\n## {part}\n\n```sh\npython {shlex.join(command)}\n```", file=file, flush=True)
             result = run([*command, "--json_file", str(out_dir / "results.jsonl")], file)

@@ -1,7 +1,7 @@
 """What the benchmarks share: contenders that take turns, worker processes, tables, random data.
 
-In every round each contender takes one turn, so a slow minute of the machine slows all of them. We
-compare medians over the rounds, and ratios of these medians.
+In every round, each contender takes one turn. So if the machine is slow for a minute, that affects
+all of them. We compare medians over the rounds, and ratios of these medians.
 """
 
 import functools
@@ -36,7 +36,7 @@ from model import GPT, GPTConfig
 
 ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
 HEAD_SIZE = 64  # in every GPT-2
-VOCAB_SIZE = GPTConfig().padded_vocab_size  # peers use it too, so that all models are equally large
+PADDED_VOCAB_SIZE = GPTConfig().padded_vocab_size  # for peers too, so all models have one size
 
 Result = dict[str, Any]  # the measurements of one turn, by name
 Results = dict[str, list[Result]]  # the turns of each contender, by its name
@@ -51,9 +51,9 @@ class BenchmarkConfig:
     rounds: int = flag(5, "measured turns of each contender, after the warmup")
     threads: int = flag(2, "CPU threads of each contender")
     device: str = flag("cpu", "cpu or cuda")
-    precision: Precision = flag("fp32", "bf16 and fp16: autocast")
+    precision: Precision = flag("fp32", "fp32, or bf16 or fp16 autocast")
     contenders: list[str] = flag([], "only contenders whose name contains one of these")
-    one_by_one: bool = flag(False, "one contender at a time, in one process; always so on CUDA")
+    one_by_one: bool = flag(False, "one contender at a time, in one process; always on for CUDA")
     json_file: str | None = flag(None, "file to append medians to: a JSON object per contender")
 
     def init_device(self) -> torch.device:
@@ -117,12 +117,12 @@ def measure(
 ) -> Results:
     """Make the contenders, run `config.rounds` turns of each, and return their measurements.
 
-    These include `seconds` and `peak_bytes`: on CUDA the peak of the allocator, on a CPU the peak
+    Every turn has `seconds` and `peak_bytes`: on CUDA, the allocator's peak; on a CPU, the peak
     resident memory of the process minus what is resident after a tiny step.
 
-    On a CPU, contenders take turns, each in its own process. On CUDA each needs the entire GPU, so
-    they run one after another in this process, as with `one_by_one`. There, a contender that runs
-    out of memory or lacks its package is reported and left out.
+    On a CPU, contenders take turns, each in its own process. On CUDA or with `one_by_one`, they run
+    one after another in this process, so that each has the entire GPU. In this mode, a contender
+    that runs out of memory or lacks its package is reported and left out.
     """
     torch.set_num_threads(config.threads)
     wanted = config.contenders or [""]  # "" is part of every name
@@ -151,25 +151,26 @@ def measure(
 
 def make_measured(make: Maker, name: str, size: Size, config: BenchmarkConfig) -> Contender:
     """Make a contender that also measures the `seconds` and `peak_bytes` of its turns."""
-    device, before = config.init_device(), 0
+    device, baseline_bytes = config.init_device(), 0
     if device.type == "cuda":
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        # A tiny step first, so that code loaded at first use does not count as memory of the step.
+        # Take a tiny step first, so that code loaded at first use is not counted.
         make(name, TINY, config)(0)
         gc.collect()
-        before = read_memory("VmRSS")
+        baseline_bytes = read_memory("VmRSS")
     torch.manual_seed(0)
     contender = make(name, size, config)
 
     def take_turn(i: int) -> Result:
-        started = read_clock(device)
-        measurements = contender(i) | {"seconds": read_clock(device) - started}
+        started = wait_and_read_clock(device)
+        # This replaces the `seconds` of `take_turns`, which include sending the turn to a worker.
+        measurements = contender(i) | {"seconds": wait_and_read_clock(device) - started}
         peak = peak_memory(device) if device.type == "cuda" else read_memory("VmHWM")
-        return measurements | {"peak_bytes": peak - before}
+        return measurements | {"peak_bytes": peak - baseline_bytes}
 
     return take_turn
 
@@ -178,8 +179,8 @@ def append_medians(name: str, turns: list[Result], size: Size, config: Benchmark
     """Append the medians of a contender's measurements to `config.json_file`, if it is given."""
     if config.json_file is None:
         return
-    numbers = [key for key, value in turns[0].items() if isinstance(value, int | float)]
-    medians = {key: median(turns, key) for key in numbers}
+    numeric_keys = [key for key, value in turns[0].items() if isinstance(value, int | float)]
+    medians = {key: median(turns, key) for key in numeric_keys}
     benchmark = Path(sys.argv[0]).stem
     record = {**asdict(config), "benchmark": benchmark, "size": str(size), "contender": name}
     with Path(config.json_file).open("a") as file:
@@ -189,7 +190,7 @@ def append_medians(name: str, turns: list[Result], size: Size, config: Benchmark
 def measure_in_workers(
     make: Maker, names: list[str], size: Size, config: BenchmarkConfig, warmup: int
 ) -> Results:
-    """Measure contenders that take turns, each in its own worker process."""
+    """Measure contenders that take turns. Each is made and kept in its own worker process."""
     for variable in [variable for variable in os.environ if variable.startswith("OMP_")]:
         del os.environ[variable]  # config.threads decides, not the shell
     context, contenders = multiprocessing.get_context("spawn"), {}
@@ -221,7 +222,7 @@ def contender_of_worker(pickled: bytes) -> Contender:
     return make_measured(make, name, size, config)
 
 
-def read_clock(device: torch.device) -> float:
+def wait_and_read_clock(device: torch.device) -> float:
     """Wait until the device has done all its work. Return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -291,26 +292,26 @@ class RandomBatches:
 def random_training_step(
     model: GPT, size: Size, config: BenchmarkConfig, step_class: Any = TrainingStep, **settings: Any
 ) -> Any:
-    """Return the step that training runs, on random tokens, as an instance of `step_class`."""
+    """Return a real training step, an instance of `step_class`, that trains on random tokens."""
     dist = Distributed(rank=0, world_size=1, device=config.init_device())
-    shared = {"batch_size": size.batch_size, "precision": config.precision, "compile": False}
-    train_config = TrainConfig(**(shared | settings))
+    defaults = {"batch_size": size.batch_size, "precision": config.precision, "compile": False}
+    train_config = TrainConfig(**(defaults | settings))
     data: Any = RandomBatches(size)
     return step_class(model.to(dist.device), data, train_config, dist)
 
 
 def transformers_gpt2(config: GPTConfig) -> Any:
-    """Return the GPT-2 of transformers in this shape, with random weights and without dropout."""
+    """Return a Hugging Face GPT-2 of the same shape, with random weights and without dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     options: dict[str, Any] = {"n_layer": config.n_layer, "n_head": config.n_head}
     options |= {"n_embd": config.n_embd, "n_positions": config.block_size, "use_cache": False}
     options |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, **options))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=PADDED_VOCAB_SIZE, **options))
 
 
 def transformers_copy(model: GPT) -> Any:
-    """Return the GPT-2 of transformers with the weights of `model`, in eval mode."""
+    """Return a Hugging Face GPT-2 with the weights of `model`, in eval mode."""
     from transformers import GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar
 

@@ -3,8 +3,8 @@
     python benchmarks/hellaswag.py --data hellaswag_val.jsonl   # fp32 on a CPU thread: 12 minutes
     python benchmarks/hellaswag.py --data FILE --rows 500 --device cuda --precision bf16
 
-All have the same random weights and take turns on the same new rows, including tokenization. We
-compare their predictions. The loop of build-nanogpt runs the GPT-2 of transformers.
+All have the same random weights. Each round has new rows, the same for all, and its time includes
+tokenization. We also compare the predictions. build-nanogpt's loop uses the Hugging Face GPT-2.
 """
 
 import json
@@ -34,9 +34,9 @@ from engine.tasks import make_task, predict
 from engine.tokenizer import Tokenizer
 from model import GPT
 
-Predictions = list[tuple[int, int]]  # likeliest ending by log-likelihood: summed, per length
+Predictions = list[tuple[int, int]]  # for each row, the ending with the best sum, and the best mean
 OURS, OURS_RAW = "this project", "this project, raw text"
-LM_EVAL, LOOP = "lm-eval, batch", "build-nanogpt's loop"
+LM_EVAL_PREFIX, LOOP = "lm-eval, batch", "build-nanogpt's loop"
 BLOCK_SIZE = 1024
 LM_EVAL_BATCH_SIZES = {"cpu": (1, 16), "cuda": (16, 64)}
 
@@ -44,14 +44,14 @@ LM_EVAL_BATCH_SIZES = {"cpu": (1, 16), "cuda": (16, 64)}
 @dataclass(frozen=True)
 class HellaSwagBenchmarkConfig(BenchmarkConfig):
     data: str | None = flag(None, "HellaSwag rows, .jsonl or .jsonl.gz (default: from the hub)")
-    rounds: int = flag(3, "measured rounds, after one of warmup")
+    rounds: int = flag(3, "measured rounds, after one warmup round")
     rows: int = flag(30, "examples per round")
     n_layer: int = flag(12, "blocks of the model; its width is 768")
     threads: int = flag(1, "CPU threads of each contender")
 
 
-def predict_with_ours(model: GPT, device: torch.device, form: str, file: Path) -> Predictions:
-    task = make_task("hellaswag", data=str(file), text=form)
+def predict_with_ours(model: GPT, device: torch.device, text: str, file: Path) -> Predictions:
+    task = make_task("hellaswag", data=str(file), text=text)
     examples = task.load(Tokenizer.gpt2(), model.config.block_size)
     batches = task.score_examples(model, examples, Distributed(0, 1, device))
     records = {record["row"]: record for batch in batches for record in batch}
@@ -71,12 +71,13 @@ def predict_with_lm_eval(lm: Any, file: Path) -> Predictions:
         requests += [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
         lengths.append([len(choice) for choice in choices])
     answers = lm.loglikelihood(requests, disable_tqdm=True)
-    log_probs = iter([log_prob for log_prob, _is_greedy in answers])  # of the endings of all rows
-    return [predict(list(islice(log_probs, len(of_row))), of_row) for of_row in lengths]
+    log_probs = iter([log_prob for log_prob, _is_greedy in answers])
+    # Each row takes the log-probabilities of its own endings from the iterator.
+    return [predict(list(islice(log_probs, len(n_chars))), n_chars) for n_chars in lengths]
 
 
 def predict_with_loop(peer: Any, file: Path) -> Predictions:
-    """Predict like build-nanogpt: one example at a time, padded rows, logits of all positions."""
+    """Predict like build-nanogpt: one example at a time, padded, with logits at all positions."""
     predictions, encode = [], Tokenizer.gpt2().encode
     for row in map(json.loads, file.read_text().splitlines()):
         context, endings = encode(row["ctx"]), [encode(" " + e) for e in row["endings"]]
@@ -100,20 +101,20 @@ def make_contender(
     """Make a contender that predicts the endings of the rows in `files[i]` in round i."""
     model, device = GPT(size.gpt_config(BLOCK_SIZE)).eval(), config.init_device()
     predict_file: Callable[[Path], Predictions]
-    if name.startswith(LM_EVAL):
+    if name.startswith(LM_EVAL_PREFIX):
         os.environ["HF_HUB_OFFLINE"] = "1"  # lm-eval finds all it needs in the folder
         from lm_eval.models.huggingface import HFLM
 
         with tempfile.TemporaryDirectory() as folder:
             save_pretrained(model, Path(folder), Tokenizer.gpt2())
-            batch_size = int(name.removeprefix(LM_EVAL))
+            batch_size = int(name.removeprefix(LM_EVAL_PREFIX))
             lm = HFLM(pretrained=folder, device=str(device), batch_size=batch_size)
         predict_file = partial(predict_with_lm_eval, lm)
     elif name == LOOP:
         predict_file = partial(predict_with_loop, harness.transformers_copy(model).to(device))
     else:
-        form = "raw" if name == OURS_RAW else "lm-eval"
-        predict_file = partial(predict_with_ours, model.to(device), device, form)
+        text = "raw" if name == OURS_RAW else "lm-eval"
+        predict_file = partial(predict_with_ours, model.to(device), device, text)
 
     @torch.no_grad()
     def step(i: int) -> Result:
@@ -149,7 +150,7 @@ def list_cells(name: str, results: Results, n_rows: int) -> list[str]:
 
 
 def main(config: HellaSwagBenchmarkConfig) -> None:
-    lm_eval = [f"{LM_EVAL} {n}" for n in LM_EVAL_BATCH_SIZES[config.init_device().type]]
+    lm_eval = [f"{LM_EVAL_PREFIX} {n}" for n in LM_EVAL_BATCH_SIZES[config.init_device().type]]
     names = OURS, *lm_eval, OURS_RAW, LOOP
     with tempfile.TemporaryDirectory() as folder:
         files = write_rounds(config, folder)

@@ -4,13 +4,13 @@
     python benchmarks/lora.py --size 12x768:2x512 --contenders "full none" "summed light 64"
     python benchmarks/lora.py --device cuda --precision bf16 --compile --size 12x768:16x1024
 
-A contender is METHOD RECOMPUTE [RANK]. RECOMPUTE is none, light or block; the default rank is 8.
-`full` trains all weights. `lora` computes x W' + s (x A') B'. `summed` computes x (W + s B A)',
-building the sum once per step. `autograd` leaves that to autograd, which builds the sum and its
-gradient at every call. `bf16` is `lora` with the base in bf16. `frozen` trains only wpe. `peft`
-(LoRA) and `transformers` (all weights) recompute nothing: here RECOMPUTE is none or compiled.
---compile compiles all others. Compare the sum of forward and backward, because our loss computes
-its gradient in the forward pass.
+A contender is METHOD RECOMPUTE [RANK]. RECOMPUTE is none, light (LayerNorm and GELU) or block; the
+default rank is 8. `full` trains all weights. `lora` computes x W.T + s (x A.T) B.T. `summed`
+computes x (W + s B A).T and builds the sum once per step. `autograd` builds it in every forward
+pass and lets autograd differentiate it. `bf16` is `lora` with the base in bf16. `frozen` trains
+only wpe. `peft` (LoRA) and `transformers` (all weights) cannot recompute; for them, RECOMPUTE is
+none or compiled. --compile compiles the others. Compare the sum of forward and backward, because
+our loss computes its gradient in the forward pass.
 """
 
 import itertools
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
 from benchmarks.harness import BenchmarkConfig, Contender, Result, Size
-from benchmarks.train_step import LoopStep, TimedStep, time_parts
+from benchmarks.train_step import HookedStep, PeerStep, time_parts
 from engine import lora
 from engine.config import flag, run_command
 from model import GPT
@@ -48,13 +48,13 @@ class LoRABenchmarkConfig(BenchmarkConfig):
         [BASELINE, "lora none", "lora light", "peft none"], "each METHOD RECOMPUTE [RANK]"
     )
     size: str = flag("12x768:4x128", "LAYERSxWIDTH:BATCHxTOKENS")
-    rounds: int = flag(3, "measured steps of each contender, after one of warmup")
+    rounds: int = flag(3, "measured steps of each contender, after one warmup step")
     threads: int = flag(1, "CPU threads of each contender")
     compile: bool = flag(False, "torch.compile this project's contenders")
 
 
 class AutogradLoRA(lora.LoRALinear):
-    """Computes x (W + s B A)' and leaves the gradients to autograd, including that of the sum."""
+    """Computes x (W + s B A).T and lets autograd differentiate through the sum."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self._matrix() + self.scaling * self.lora_B @ self.lora_A
@@ -62,9 +62,7 @@ class AutogradLoRA(lora.LoRALinear):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live tensors, as the allocator does on CUDA: the `existing` tensors, and
-    those that operations make while the mode is active.
-    """
+    """Counts the bytes of live tensors: the `existing` ones, and those made while it is active."""
 
     def __init__(self, existing: Iterable[torch.Tensor]):
         super().__init__()
@@ -93,7 +91,7 @@ def make_model(method: str, size: Size, rank: int) -> GPT:
     lora_config = lora.LoRAConfig(lora_dim=rank, lora_alpha=2 * rank)
     lora.convert_linear_layer_to_lora(model, config=lora_config)
     lora.only_optimize_lora_parameters(model)
-    if method == "frozen":  # training wpe makes gradients flow through all blocks
+    if method == "frozen":  # LoRA only froze the weights; for wpe, gradients go through all blocks
         lora.merge_lora(model)
         model.transformer.wpe.weight.requires_grad_()
     if method == "bf16":
@@ -119,30 +117,30 @@ def make_peer(method: str, size: Size, rank: int) -> Any:
 def make_contender(name: str, size: Size, config: LoRABenchmarkConfig) -> Contender:
     if not (match := NAME.fullmatch(name)):
         expected = "METHOD RECOMPUTE [RANK], such as lora light 16"
-        raise ValueError(f"a contender is {name}, expected {expected} (-h lists the methods)")
+        raise ValueError(f"contender is {name}, expected {expected} (-h lists the methods)")
     method, recompute, given_rank = match.groups()
     rank = min(int(given_rank or RANK), size.n_embd)  # harness.TINY is narrower than most ranks
     if method in ("transformers", "peft"):
         peer = make_peer(method, size, rank)
         forward: Any = torch.compile(peer) if recompute == "compiled" else peer
-        step = LoopStep(peer, lambda idx: forward(idx, labels=idx).loss, size, config)
+        step = PeerStep(peer, lambda idx: forward(idx, labels=idx).loss, size, config)
     else:
         settings = {"recompute": recompute, "compile": config.compile}
         model = make_model(method, size, rank)
-        step = harness.random_training_step(model, size, config, TimedStep, **settings)
+        step = harness.random_training_step(model, size, config, HookedStep, **settings)
     memory = measure_memory(step, size.tokens, config.init_device())
-    time_step = time_parts(step, config)
+    take_timed_turn = time_parts(step, config)
 
     def take_turn(i: int) -> Result:
-        seconds = time_step(i)
+        seconds = take_timed_turn(i)
         return {**seconds, "sum": seconds["forward"] + seconds["backward"], **memory}
 
     return take_turn
 
 
-def measure_memory(step: TimedStep | LoopStep, n_tokens: int, device: torch.device) -> Result:
-    """Return the `peak` of a step in GB, and how much its forward pass over `n_tokens` has `kept`
-    for the backward pass, in kB per token.
+def measure_memory(step: HookedStep | PeerStep, n_tokens: int, device: torch.device) -> Result:
+    """Return {"peak": the peak memory of a step in GB, "kept": the kB per token that its forward
+    pass over `n_tokens` tokens keeps for the backward pass}.
     """
     step(1)  # creates the state of the optimizer
     live: list[int] = []  # bytes at each boundary between the parts of the step

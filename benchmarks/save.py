@@ -1,5 +1,5 @@
-"""How long a checkpoint of GPT-2 124M interrupts training: if a thread writes it in the background,
-so that training waits only for a snapshot, and if training waits until all is saved.
+"""How long a checkpoint of GPT-2 124M blocks training: with a thread that writes it in the
+background, so that training waits only for a snapshot, and without one, until all is written.
 
     python benchmarks/save.py   # 1 minute
 """
@@ -32,20 +32,20 @@ def main(config: SaveBenchmarkConfig) -> None:
     training_step(1)  # creates the state of the optimizer
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
 
-        def take_snapshot(i: int) -> None:
+        def start_save(i: int) -> None:
             params, tensors = training_step.snapshot()
             state = RunState({"step": i + 1, "val_loss": None}, tensors)
             run = Path(folder)
             background.start(partial(save_checkpoint, run, model, tokenizer, params, state, keep=1))
 
         def save_and_wait(i: int) -> None:
-            take_snapshot(i)
+            start_save(i)
             background.wait()
 
         contenders = {
             "save": save_and_wait,
-            "snapshot": take_snapshot,
-            "rest": lambda _: background.wait(),  # not a contender: the next turn starts idle
+            "snapshot": start_save,
+            "rest": lambda _: background.wait(),  # not reported: finish before the next turn
         }
         results = harness.take_turns(contenders, config.rounds)
     rows = [

@@ -24,8 +24,8 @@ MODELS = {
     "774M": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
     "1.5B": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
 }
-# Bytes of memory, peak FLOP/s, and bytes/s that a GPU can send to the other GPUs of its node: by
-# PCIe 4.0 x16 for the RTX 4090, by NVLink, in one direction, for the others (NVIDIA's data sheets).
+# Bytes of memory, peak FLOP/s, and bytes/s to other GPUs of the node, from NVIDIA's data sheets.
+# Bytes/s are for one direction: PCIe 4.0 x16 for the RTX 4090, NVLink for the others.
 CARDS = {
     "24 GB (RTX 4090)": (24e9, 165.2e12, 25e9),
     "40 GB (A100)": (40e9, 312e12, 300e9),
@@ -34,7 +34,7 @@ CARDS = {
 USABLE = 0.92  # of a GPU's memory; the CUDA context and fragmentation take the rest
 MFU = 0.4  # what llm.c reaches on an H100 at 124M
 WORLD_SIZE, TOTAL_BATCH_SIZE = 8, 524_288
-MAX_BATCH_SIZE = 512  # larger batches bring nothing
+MAX_BATCH_SIZE = 512  # larger batches don't help
 FP32, BITS16 = 4, 2  # bytes per element
 
 
@@ -51,7 +51,7 @@ class Setup(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes on a device at the end of a forward pass. Gradients of earlier micro-steps exist."""
+    """Bytes on a device at the end of a forward pass, not the first one of a training step."""
 
     weights: float
     gradients: float
@@ -76,9 +76,9 @@ def predict_memory(config: GPTConfig, batch_size: int, setup: Setup) -> Memory:
         weights += BITS16 * P
     gradients = FP32 * P  # on all ranks, even with FSDP, until they are reduced once per step
     optimizer = 2 * FP32 * P / setup.ranks  # two moments
-    # What a block stores per token, in multiples of C. In fp32: its input 1, the residual after
-    # attention 1. In 16 bits: outputs of both LayerNorms 2, q k v 3, output of attention 1, MLP
-    # before and after GELU 8. With recomputation, one block at a time stores what is in 16 bits.
+    # A block stores, per token and in multiples of C: in fp32, its input (1) and the residual after
+    # attention (1); in 16 bits, LayerNorm outputs (2), q, k, v (3), attention output (1), and MLP
+    # before and after GELU (8). With recomputation, one block at a time stores the 16-bit values.
     residuals = 2 * FP32 * C
     block = residuals + (2 + 3 + 1 + 8) * BITS16 * C
     activations = tokens * (L * residuals + block if setup.recompute else L * block)
@@ -121,7 +121,7 @@ def print_memory() -> None:
 
 
 def print_cards() -> None:
-    """Print the largest batch that fits, and what a step on WORLD_SIZE GPUs sends and takes."""
+    """Print the largest batch that fits, and the GB and seconds of a step on WORLD_SIZE GPUs."""
     setups = {
         "DDP": Setup(),
         "DDP, recompute": Setup(recompute=True),

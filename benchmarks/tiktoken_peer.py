@@ -1,5 +1,5 @@
-"""Tokenize JSON lines into shards like build-nanogpt's fineweb.py: a pool of processes, which get
-documents in chunks of 16. benchmarks/data.py runs this.
+"""Tokenize JSON lines into shards like build-nanogpt's fineweb.py, with a pool of processes that
+get documents in chunks of 16. benchmarks/data.py runs this.
 
 python benchmarks/tiktoken_peer.py DOCUMENTS.jsonl OUT_DIR
 """

@@ -5,8 +5,8 @@
     python benchmarks/time_to_loss.py --data data/mine --recipes fast --sweep sinusoidal_wpe=0.1
     python benchmarks/time_to_loss.py --redraw docs/time_to_loss.jsonl --plot docs/time_to_loss.png
 
-Learning-rate schedules depend on the length of a run, so each length of a recipe needs its own run.
-`--jobs` runs train at once, with one thread each. Finished runs are kept in OUT_DIR/runs.jsonl, and
+Learning-rate schedules depend on the length of a run, so we train a separate run for each length.
+Up to `--jobs` runs train in parallel, one thread each. Finished runs stay in OUT_DIR/runs.jsonl, so
 a repeated command trains only what is missing. Then we time steps, with the recipes taking turns.
 The vocabulary is cut to the most frequent tokens of the text, and all others become one token, so
 that a small model does not spend all its time in the head.
@@ -62,7 +62,7 @@ RECIPES: dict[str, Settings] = {
     FORMER: {**MUON, "zero_residual": True},  # the fast recipe before FAST_CHANGES and sinusoids
     FAST: {**MUON, "zero_residual": True, **FAST_CHANGES, "sinusoidal_wpe": 0.2},
 }
-LENGTHS = {FAST: (0.25, 0.5, 0.85, 1.0)}  # of the runs, as fractions of --steps; others have only 1
+LENGTHS = {FAST: (0.25, 0.5, 0.85, 1.0)}  # as fractions of --steps; all others run only at 1.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class TimeToLossConfig:
     sweep: list[str] = flag([], "SETTING=VALUE: also run each recipe with this one change")
     out_dir: str = flag("runs/time_to_loss", "folder for the finished runs, runs.jsonl")
     plot: str = flag("", "figure to write")
-    redraw: str = flag("", "a runs.jsonl to plot without training (only the runs on one text)")
+    redraw: str = flag("", "a runs.jsonl to plot without training (only runs on one text)")
     device: str = flag("cpu", "cpu or cuda")
     jobs: int = flag(os.cpu_count() or 1, "runs to train at once")
 
@@ -93,7 +93,7 @@ class Run:
     seed: int
 
     def matches(self, record: Record) -> bool:
-        return record | asdict(self) == record
+        return all(record.get(key) == value for key, value in asdict(self).items())
 
 
 def make_step(run: Run, folder: Path, device: torch.device) -> TrainingStep:
@@ -115,18 +115,19 @@ def make_step(run: Run, folder: Path, device: torch.device) -> TrainingStep:
 
 
 def train_run(run: Run, folder: Path, device: str) -> Record:
-    """Train and evaluate in this process, which does nothing else."""
+    """Train and evaluate one run in a worker process. Return its record."""
     torch.set_num_threads(1)
     step = make_step(run, folder, init_device(device, local_rank=0))
     size, val, curve = harness.Size.parse(run.size), TokenShards(folder, "val"), []
-    sizes: dict[str, Any] = {"block_size": size.T, "batch_size": size.batch_size}
+    shape: dict[str, Any] = {"block_size": size.T, "batch_size": size.batch_size}
+    no_bytes = np.zeros(VOCAB_SIZE)  # bytes per token matter only for bits per byte, unused here
     eval_steps = {math.ceil(run.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
     for i in range(1, run.steps + 1):
         step(i)
         if i in eval_steps:
             with eval_mode(step.model, step.config, step.dist):
-                batches = validation_batches(val, eval_tokens=EVAL_TOKENS, **sizes)
-                loss, _ = evaluate_loss(step.summed_loss, batches, np.zeros(VOCAB_SIZE), step.dist)
+                batches = validation_batches(val, eval_tokens=EVAL_TOKENS, **shape)
+                loss, _ = evaluate_loss(step.summed_loss, batches, no_bytes, step.dist)
                 curve.append((i, loss))
     return {**asdict(run), "curve": curve, "loss": curve[-1][1]}
 
@@ -149,12 +150,12 @@ def train_missing(runs: list[Run], config: TimeToLossConfig, folder: Path) -> li
 
 
 def read_finished(config: TimeToLossConfig) -> list[Record]:
-    """Return the records in the file `redraw` that match the flags and the data of the first."""
+    """Return the records in the file `redraw` that match the flags and its first record's data."""
     records = JSONLinesLog.read(Path(config.redraw), key="loss")
     runs = plan_runs(config, records[0]["data"], records[0]["precision"]) if records else []
     found = [record for run in runs for record in records if run.matches(record)]
     if not found:
-        raise ValueError(f"{config.redraw} has no runs with these flags; pass those of its runs")
+        raise ValueError(f"{config.redraw} has no runs with these flags; pass its runs' flags")
     return found
 
 
@@ -162,13 +163,13 @@ def plan_runs(config: TimeToLossConfig, data: str, precision: Precision) -> list
     recipes = {name: RECIPES[name] for name in config.recipes}
     for name in config.recipes:
         for change in config.sweep:
-            settings, _debug = parse_flags(PretrainConfig, doc="", argv=[f"--{change}"])
-            ((setting, value),) = settings.items()
+            changes, _debug = parse_flags(PretrainConfig, doc="", argv=[f"--{change}"])
+            ((setting, value),) = changes.items()
             recipes[f"{name}, {setting} {value}"] = {**RECIPES[name], setting: value}
     return [
-        Run(data, config.size, precision, name, recipe, round(length * config.steps), seed)
+        Run(data, config.size, precision, name, settings, round(length * config.steps), seed)
         for seed in range(FIRST_SEED, FIRST_SEED + config.seeds)
-        for name, recipe in recipes.items()
+        for name, settings in recipes.items()
         for length in LENGTHS.get(name, (1.0,))
     ]
 
@@ -180,23 +181,23 @@ def measure_steps(runs: list[Run], folder: Path, config: TimeToLossConfig) -> di
 
     def do_step(step: TrainingStep, i: int) -> None:
         step(i + 1)
-        harness.read_clock(device)
+        harness.wait_and_read_clock(device)
 
-    recipes = {run.recipe: run for run in runs}
-    steps = {name: make_step(run, folder, device) for name, run in recipes.items()}
-    contenders = {name: partial(do_step, step) for name, step in steps.items()}
+    any_run = {run.recipe: run for run in runs}  # the steps of a recipe are alike in all runs
+    training_steps = {name: make_step(run, folder, device) for name, run in any_run.items()}
+    contenders = {name: partial(do_step, step) for name, step in training_steps.items()}
     turns = harness.take_turns(contenders, TIMED_STEPS, warmup=3)
     return {name: harness.median(results) for name, results in turns.items()}
 
 
 def steps_to(target: float, losses: dict[int, float]) -> float:
     """Return the length in steps of a run that ends at the loss `target`. `losses` has the final
-    loss of each length; between two lengths it is taken as linear in log(steps). Return inf if even
-    the longest run ends above the target, -inf if even the shortest ends below it.
+    loss of each length; in between, we interpolate linearly in log(steps). Return inf if even the
+    longest run ends above the target, -inf if even the shortest ends below it.
     """
     for (short, high), (long, low) in itertools.pairwise(sorted(losses.items())):
         if low <= target <= high:
-            fraction = (high - target) / (high - low or 1)  # of the way; avoid 0 / 0
+            fraction = (high - target) / (high - low or 1)  # from short to long; avoid 0 / 0
             return short * (long / short) ** fraction
     return math.inf if target < min(losses.values()) else -math.inf
 
@@ -206,7 +207,7 @@ def cut_vocabulary(source: Path, target: Path) -> str:
     as the last id. Return the fingerprint of the train split.
     """
     shards = {split: TokenShards(source, split) for split in ("train", "val")}
-    tokens = {split: of_split.read(0, len(of_split)) for split, of_split in shards.items()}
+    tokens = {split: stored.read(0, len(stored)) for split, stored in shards.items()}
     counts = np.bincount(tokens["train"], minlength=GPTConfig.vocab_size)
     frequent = np.argsort(-counts, kind="stable")[: VOCAB_SIZE - 1]
     new_id = np.full(len(counts), VOCAB_SIZE - 1)
@@ -233,11 +234,11 @@ def mean_losses(by_steps: dict[int, list[float]]) -> dict[int, float]:
 
 
 def find_shares(losses: Losses) -> dict[str, tuple[float, list[float]]]:
-    """For each other recipe, return what share of its tokens the fast recipe needs to reach its
-    final loss: for the mean losses over the seeds, and for each seed.
+    """For each recipe except the fast one, return the share of its tokens that the fast one needs
+    to reach the same final loss: for the mean loss over the seeds, and for each seed.
     """
     fast = losses[FAST]
-    # From {steps: loss of each seed} to a {steps: loss} for each seed.
+    # Turn {steps: [loss of each seed]} into a list with one {steps: loss} per seed.
     by_seed = [dict(zip(fast, final, strict=True)) for final in zip(*fast.values(), strict=True)]
     shares = {}
     for name in [name for name in losses if name != FAST]:
@@ -259,13 +260,11 @@ def print_losses(losses: Losses, seconds: dict[str, float]) -> None:
 
 
 def print_ratios(losses: Losses, seconds: dict[str, float]) -> None:
-    """Print what share of the tokens and seconds of each recipe the fast one needs to reach its
-    loss: for the mean losses over the seeds, and the least and the most tokens of a single seed.
-    """
+    """Print the shares of tokens from `find_shares` (mean, lowest and highest), and of seconds."""
     rows = []
     for name, (share, by_seed) in find_shares(losses).items():
         ((steps, _),) = losses[name].items()
-        out_of_range = {
+        out_of_range = {  # if the loss is not between those of the shortest and longest fast run
             math.inf: f"above {max(losses[FAST]) / steps:.2f}",
             -math.inf: f"below {min(losses[FAST]) / steps:.2f}",
         }
@@ -301,8 +300,8 @@ def draw_curves(records: list[Record]) -> Figure:
 
 
 def draw_shares(axes: Axes, losses: Losses, colors: dict[str, str], step_tokens: int) -> None:
-    """Draw the final loss of the fast recipe over the length of its run, and from the end of every
-    other recipe an arrow to it, labeled with the share of tokens.
+    """Draw the fast recipe's final loss against the length of the run. Draw an arrow to that line
+    from the end of every other curve, labeled with the share of tokens.
     """
     means = mean_losses(losses[FAST])
     lengths = np.geomspace(min(means), max(means), 100)

@@ -8,7 +8,7 @@ This project runs its real training step, with the allocator settings of train_g
 run build-nanogpt's loop: forward, backward, clipping, fused AdamW. Our loss computes its gradient
 in the forward pass, so compare the sum of forward and backward. Clipping counts as "optimizer".
 --compile compiles this project and the peer, and transformers runs both compiled and uncompiled.
-Peak FLOP/s are those of the GPU's data sheet.
+Peak FLOP/s come from the GPU's data sheet.
 """
 
 import itertools
@@ -34,7 +34,7 @@ from engine.step import TrainingStep
 from engine.throughput import flops_per_token, peak_flops
 from model import GPT, GPTConfig
 
-LossFunction = Callable[[torch.Tensor], torch.Tensor]  # of idx, as both inputs and targets
+LossFunction = Callable[[torch.Tensor], torch.Tensor]  # from idx (inputs and targets) to loss
 PARTS = ("forward", "backward", "optimizer")
 OURS, BASELINE = "this project", "transformers"
 COMPILED = ", compiled"  # suffix of the names of compiled peers
@@ -44,13 +44,13 @@ STEPS_PER_TURN = {"cpu": 1, "cuda": 5}  # on CUDA, steps overlap: one is launche
 
 @dataclass(frozen=True)
 class StepBenchmarkConfig(BenchmarkConfig):
-    rounds: int = flag(7, "measured steps of each contender, after two of warmup")
+    rounds: int = flag(7, "measured turns of each contender, after two for warmup")
     sizes: list[str] = flag(["12x768:2x512", "6x384:8x256"], "each LAYERSxWIDTH:BATCHxTOKENS")
-    peer: str | None = flag(None, "folder of nanoGPT")
+    peer: str | None = flag(None, "checkout of nanoGPT")
     compile: bool = flag(False, "compile all contenders; transformers also runs uncompiled")
 
 
-class TimedStep(TrainingStep):
+class HookedStep(TrainingStep):
     """The real training step. Calls `on_boundary` before and after forward, and after backward."""
 
     def __init__(self, *args: Any):
@@ -64,8 +64,8 @@ class TimedStep(TrainingStep):
         return super()._clip_gradients()
 
 
-class LoopStep:
-    """The training step of build-nanogpt. Calls `on_boundary` at the same points as `TimedStep`."""
+class PeerStep:
+    """The training step of build-nanogpt. Calls `on_boundary` where `HookedStep` does."""
 
     def __init__(self, model: Any, loss: LossFunction, size: Size, config: BenchmarkConfig):
         self.model, self.loss, self.size, self.config = model, loss, size, config
@@ -91,9 +91,10 @@ class LoopStep:
         optimizer.step()
 
 
-def time_parts(training_step: TimedStep | LoopStep, config: BenchmarkConfig) -> Contender:
+def time_parts(training_step: HookedStep | PeerStep, config: BenchmarkConfig) -> Contender:
     """Make a contender that returns the seconds of each of PARTS in the last step of a turn."""
-    device, times = config.init_device(), list[Any]()
+    device = config.init_device()
+    times: list[Any] = []  # floats on a CPU, events on CUDA
     n_steps = STEPS_PER_TURN[device.type]
 
     def record_time() -> None:
@@ -109,7 +110,7 @@ def time_parts(training_step: TimedStep | LoopStep, config: BenchmarkConfig) -> 
             times.clear()
             training_step(step + 1)  # records three times
             record_time()  # after the optimizer
-        harness.read_clock(device)  # waits for the last event
+        harness.wait_and_read_clock(device)  # until the last event has happened
         seconds = [
             end - start if device.type == "cpu" else start.elapsed_time(end) / 1e3
             for start, end in itertools.pairwise(times)
@@ -125,7 +126,7 @@ def make_contender(name: str, size: Size, config: StepBenchmarkConfig) -> Conten
     if name == OURS:
         keep_freed_memory(Distributed(rank=0, world_size=1, device=config.init_device()))
         model = GPT(gpt_config)
-        step = harness.random_training_step(model, size, config, TimedStep, compile=config.compile)
+        step = harness.random_training_step(model, size, config, HookedStep, compile=config.compile)
         return time_parts(step, config)
     is_hf = name.startswith(BASELINE)
     peer = harness.transformers_gpt2(gpt_config) if is_hf else make_peer(gpt_config, config)
@@ -134,17 +135,17 @@ def make_contender(name: str, size: Size, config: StepBenchmarkConfig) -> Conten
     def loss(idx: torch.Tensor) -> torch.Tensor:
         return forward(idx, labels=idx).loss if is_hf else forward(idx, idx)[1]
 
-    return time_parts(LoopStep(peer, loss, size, config), config)
+    return time_parts(PeerStep(peer, loss, size, config), config)
 
 
 def make_peer(gpt_config: GPTConfig, config: StepBenchmarkConfig) -> Any:
-    """Load nanoGPT's GPT from the folder `peer`. It returns logits and loss."""
+    """Make a model with the GPT class in the checkout `peer`. It returns (logits, loss)."""
     loader = SourceFileLoader("peer_model", str(Path(config.peer or "") / "model.py"))
     module: Any = ModuleType(loader.name)
     sys.modules[loader.name] = module  # @dataclass looks its module up there
     loader.exec_module(module)
     shape = {name: getattr(gpt_config, name) for name in SHAPE}
-    return module.GPT(module.GPTConfig(vocab_size=harness.VOCAB_SIZE, **shape))  # no dropout
+    return module.GPT(module.GPTConfig(vocab_size=harness.PADDED_VOCAB_SIZE, **shape))  # no dropout
 
 
 def list_contenders(config: StepBenchmarkConfig) -> list[str]:
@@ -172,10 +173,10 @@ def list_cells(name: str, results: Results, size: Size, device: torch.device) ->
 
 def main(config: StepBenchmarkConfig) -> None:
     names, device = list_contenders(config), config.init_device()
-    columns = ["tokens/s", f"/ {BASELINE}'", *(f"{part} ms" for part in PARTS)]
-    columns += ["peak MB", f"/ {BASELINE}'", "of peak FLOP/s"]
+    columns = ["tokens/s", f"/ {BASELINE}", *(f"{part} ms" for part in PARTS)]
+    columns += ["peak MB", f"/ {BASELINE}", "of peak FLOP/s"]
     for size in map(Size.parse, config.sizes):
-        # Two rounds of warmup, because the first one compiles.
+        # Two warmup rounds, because the first one compiles.
         results = harness.measure(make_contender, names, size, config, warmup=2)
         rows = [list_cells(name, results, size, device) for name in results]
         harness.print_table([str(size), *columns], rows)

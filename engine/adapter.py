@@ -105,7 +105,7 @@ def read_adapter_config(folder: Path | str) -> AdapterConfig:
             raise ValueError(
                 f"{path}: {option} {value!r} is not supported; use PEFT to merge the adapter"
             )
-    # The first two are required. If one is missing, convert_setting() raises ValueError for None.
+    # r and lora_alpha are required: if one is missing, convert_setting() refuses the None.
     values = {"lora_dim": options.get("r"), "lora_alpha": options.get("lora_alpha")}
     values |= {key: options[key] for key in ("lora_dropout", "use_rslora") if key in options}
     try:
@@ -146,8 +146,8 @@ def load_adapter(model: Model, path: Path | str, config: LoRAConfig | None = Non
         name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor
         for name, tensor in read_tensors(file).items()
     }
-    # Without adapter_config.json, the names of the lora_A tensors say which layers have LoRA. Those
-    # of the lora_B tensors match no layer.
+    # Without adapter_config.json, the names of the lora_A tensors say which layers have LoRA. (The
+    # list also has the names of the lora_B tensors, but they match no layer.)
     targets = adapter.target_modules if adapter else [n.removesuffix(".lora_A") for n in tensors]
     chosen = match_targets(convertible_linears(model), targets)
     if not chosen:

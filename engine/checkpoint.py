@@ -4,9 +4,9 @@ RUN/config.yaml                    the settings of the run
 RUN/metrics.jsonl                  one line per step
 RUN/loss.png, report.html          plots of metrics.jsonl
 RUN/checkpoints/step_000500/       a Hugging Face model and tokenizer, or a PEFT adapter, plus:
-    progress.json                  step, losses and fingerprint of the data
+    progress.json                  step, validation loss, hash of the data, facts
     state.pt                       optimizer, gradient scaler and random number generators
-    adapter_base                   marks the base of an adapter: a checkpoint never to delete
+    adapter_base                   marks the base of an adapter, so that it is never deleted
 """
 
 import hashlib
@@ -128,7 +128,7 @@ def load_latest(
         try:
             model = load_model(base, folder) if base else load_model(folder)
             state = RunState(read_progress(folder), read_state(folder))
-            _ = state.progress["data"]  # KeyError if it is missing; it is in TORCH_LOAD_ERRORS
+            _ = state.progress["data"]  # if it is missing: KeyError, caught below
         except (OSError, ValueError, *TORCH_LOAD_ERRORS) as error:
             print(f"{folder} is damaged ({error}); falling back to the one before")
         else:
@@ -150,8 +150,8 @@ def save_checkpoint(
     keep: int,
     kept_step: int = 0,
 ) -> None:
-    """Save a checkpoint with the weights in `params`: the model's parameters, or copies of them, by
-    name. With LoRA, save the adapter only. Raises OSError if there is no space.
+    """Save a checkpoint. `params` has the weights by name: the model's parameters, or copies of
+    them. With LoRA, save the adapter only. Raises OSError if there is no space.
 
     Then delete old checkpoints, but keep the last `keep`, the best one, the one at `kept_step`, and
     those that adapters were trained on.

@@ -49,9 +49,9 @@ def flag(
 
         Literal["a", "b"]        one of these choices
         list[str], Names         one or more values
-        bool                     nothing: it becomes --x / --no-x
-        x: int = flag(None)      None is the default, and is replaced before x is used
-        x: int | None            None ("null") is a value as well
+        bool                     true, false or nothing: --x, --no-x
+        x: int = flag(None)      None means "not set": the command fills it in
+        x: int | None            None ("null") is a value that may stay
 
     `group` starts a new section of the help. `may_change` lets a resumed run have another value.
     `limits` are bounds, such as at_least=1 (see LIMITS; default: DEFAULT_LIMITS). A field without
@@ -71,7 +71,7 @@ class Settings:
         for f in fields(self):
             value, limits = getattr(self, f.name), find_metadata(type(self), f.name)["limits"]
             limits = limits or DEFAULT_LIMITS.get(base_type(f.type), {})
-            if value == "" and f.default:  # a text that has a default cannot be left empty
+            if value == "" and f.default:  # text that has a default may not be empty
                 raise ValueError(f"{f.name} is empty, expected text")
             if value is not None and not all(LIMITS[k](value, n) for k, n in limits.items()):
                 expected = (f"{k.replace('_', ' ')} {n:,}" for k, n in limits.items())
@@ -94,7 +94,9 @@ class TrainConfig(Settings):
     out_dir: str = flag("runs/gpt2_124m", "run folder", group="run", may_change=True)
     resume: Literal["auto", "never"] = flag("auto", "resume the run in out_dir", may_change=True)
     seed: int = flag(1337, "seed of weights, data order and samples", at_least=0, at_most=MAX_SEED)
-    tokenizer: str | None = flag(None, TOKENIZER_HELP, may_change=True)  # tokens are compared
+    tokenizer: str | None = flag(
+        None, TOKENIZER_HELP, may_change=True
+    )  # on resume, tokens are compared
 
     batch_size: int = flag(
         64, "sequences per device and micro-step", group="optimization", may_change=True
@@ -168,8 +170,8 @@ class TrainConfig(Settings):
 
 
 def run_command(main: Callable[[Config], None], config_class: type[Config], doc: str) -> None:
-    """Call `main` with a `config_class` built from the command line. If that fails with a usage
-    error, a ValueError or an OSError, print one line and exit with code 2.
+    """Call `main` with a `config_class` built from the command line. Report usage errors, a
+    ValueError or an OSError in one line, and exit with code 2.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show every sample
@@ -310,28 +312,31 @@ def convert_setting(value: Any, config_class: type, name: str) -> Any:
 
 def convert_value(value: Any, kind: Any) -> Any:
     """Convert `value` to `kind`. Raises ValueError or OverflowError if it cannot be converted."""
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
     is_number = isinstance(value, str | int | float) and not isinstance(value, bool)
-    if kind is bool:
-        if str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
-    elif kind in (int, float) and is_number:
-        if kind is int and not isinstance(value, float):
-            with suppress(ValueError):
-                return int(value)  # exact, however large
-        number = float(value)
-        if math.isfinite(number) and (kind is float or number.is_integer()):  # 1e3 is an int
-            return kind(number)
-    elif kind is Names and isinstance(value, list):
-        return ",".join(map(str, value))
-    elif kind in (str, Names):
-        if isinstance(value, str):
-            return value
-    elif typing.get_origin(kind) is Literal:
-        if value in typing.get_args(kind):
-            return value
-    elif isinstance(value, list) and all(isinstance(item, str) for item in value):  # list[str]
+    if kind in (int, float) and is_number:
+        return convert_number(value, kind)
+    if kind is Names and isinstance(value, list):
+        return ",".join(str(item).strip(",") for item in value)
+    if kind in (str, Names) and isinstance(value, str):
+        return value
+    if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
+        return value
+    is_list = typing.get_origin(kind) is list and isinstance(value, list)
+    if is_list and all(isinstance(item, str) for item in value):
         return value
     raise ValueError(f"{value!r} is not {describe_type(kind)}")
+
+
+def convert_number(value: str | float, kind: Any) -> Any:
+    if kind is int and not isinstance(value, float):
+        with suppress(ValueError):
+            return int(value)  # exact, however large
+    number = float(value)
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):  # 1e3 is an int
+        raise ValueError(f"{value!r} is not {describe_type(kind)}")
+    return kind(number)
 
 
 def describe_type(kind: Any) -> str:

@@ -138,7 +138,7 @@ class TrainingData(ABC):
         return self.read_batch(self.row_ids(step)[first : first + self.batch_size])
 
     def summary(self) -> str:
-        """Describe the sizes that follow from the config, for the user."""
+        """Return a text for the user: tokens, micro-steps and steps per epoch."""
         return (
             f"{self.tokens_through(1):,} tokens in the first step: {self.batch_size} rows of up to "
             f"{self.block_size} tokens x {self.world_size} ranks x grad_accum_steps "

@@ -33,9 +33,9 @@ def linear_few_rows(
 ) -> torch.Tensor:
     """F.linear, but faster for at most FEW_ROWS rows on a CPU without gradients.
 
-    For one row, MKL reads the weight on a single thread. For two to eight rows, it stays below the
-    memory speed too. We split the weight into one block of outputs per thread and multiply all
-    blocks in one batched matmul. That reads the weight at full memory speed.
+    For one row, MKL reads the weight on a single thread. For two to eight rows, it is also slower
+    than the memory. We split the weight into one block of outputs per thread and multiply all
+    blocks in one batched matmul. That reads the weight at the full speed of the memory.
     """
     threads, (out_features, in_features) = torch.get_num_threads(), weight.size()
     rows = x.numel() // in_features
@@ -110,9 +110,10 @@ class TokenGraph:
 
 
 class GraphedDecoder:
-    """Replaces `GPT.last_hidden`. The prompt runs through the ordinary forward pass, and so does
-    the last half of the window whenever the caches are full. Every other token replays a CUDA
-    graph, because launching its kernels one by one takes longer than running them.
+    """Replaces `GPT.last_hidden`, with the same `caches`. A prompt runs through the ordinary
+    forward pass. So does the half of the window that `GPT.last_hidden` computes again when the
+    caches are full. Every other token replays a CUDA graph, because launching its kernels one by
+    one takes longer than running them.
     """
 
     def __init__(self, model: GPT):

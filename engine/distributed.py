@@ -176,9 +176,8 @@ def shard_model(
             block.compile()
         fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
     fsdp.fully_shard(model, mesh=mesh, mp_policy=policy)
-    # Training, evaluation and generation all call `hidden`, not `forward`. With this, a call of
-    # `hidden` gathers the parameters outside the blocks. They stay gathered until backward, so the
-    # head can use them too.
+    # Training, evaluation and generation call `hidden`, not `forward`. Make that call gather the
+    # parameters outside the blocks. They stay gathered until backward, so the head can use them.
     fsdp.register_fsdp_forward_method(model, "hidden")
 
 
@@ -217,5 +216,7 @@ def keep_freed_memory(dist: Distributed) -> None:
     mallopt = ctypes.CDLL(None).mallopt
     kept = mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, MAX_C_INT)
     if dist.is_main:
-        done = "keeps freed memory, to save page faults" if kept else "refused to keep freed memory"
+        done = (
+            "keeps freed memory, to avoid page faults" if kept else "refused to keep freed memory"
+        )
         print(f"allocator: glibc {done} (mallopt)", flush=True)

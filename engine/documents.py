@@ -43,12 +43,12 @@ HUB_VAL_TOKENS = 10_485_760  # the validation set of 124M speedruns on FineWeb (
 VAL_FRACTION, MAX_VAL_FRACTION = 0.05, 0.5  # default and limit, for text that is not from the hub
 # Your own files are cut into sections of about 1,024 tokens, the context of GPT-2. The hash of a
 # section's text decides whether it goes to train or to val.
-#   - They are small because val gets at least one. For a text of 30 kB, that is 1/8 of it.
+#   - They are small, because val gets at least one: for a text of 30 kB, only 1/8 of it.
 #   - Their size is fixed, so that copies of a document are cut the same way in any corpus.
 # Neighbors in the same split are written without a separator, so a long document is broken only
 # where the split changes.
 SECTION_CHARS = 4000
-MAX_PIECE_CHARS = 1 << 24  # for callers that want whole documents
+MAX_PIECE_CHARS = 1 << 24  # practically no limit: documents stay whole
 NON_SPACE = re.compile(r"\S")
 # Where a piece may end, best place first: before the last newline that follows a non-space, before
 # the last space that follows a non-space, or anywhere. No token of GPT-2 has a newline or space
@@ -111,7 +111,7 @@ def open_source(
 ) -> Source:
     """Open a source of documents: "stdlib", a key of HUB_TEXT, or files, folders and globs.
 
-    `val_tokens` is the number of validation tokens (None: a default share of the text).
+    `val_tokens` is the number of validation tokens (None: a default number or share).
     `max_tokens` is the total number of tokens that will be written (None: all).
     """
     if len(dataset) > 1 and (known := {"stdlib", *HUB_TEXT} & set(dataset)):
@@ -134,7 +134,7 @@ def open_files(
 ) -> Source:
     """Open text files as a source whose pieces are sections, some of them for validation."""
     # With skip_bad_files, the identity covers only the files that can be decoded, so we decode them
-    # now. Otherwise pieces() checks that all can be decoded, so complete shards need no check.
+    # now. Otherwise pieces() checks the files. It is not called if the shards are complete.
     files = select_decodable(found, text_format) if text_format.skip_bad_files else found
     sizes = {file: file.stat().st_size for file in files}
     sha256 = sha256_text(" ".join(map(sha256_file, files)))
@@ -162,8 +162,8 @@ def open_files(
 
 
 def select_decodable(files: list[Path], text_format: TextFormat) -> list[Path]:
-    """Return the files that can be decoded. If skip_bad_files is set, print the errors of the
-    others. Raises ValueError otherwise.
+    """Return the files that can be decoded. With skip_bad_files, print why the others cannot.
+    Without, raise ValueError for the first one.
     """
     selected = []
     for file in files:
@@ -217,7 +217,7 @@ def stdlib_definitions() -> Iterator[tuple[ast.AST, str]]:
 def find_files(paths: list[str]) -> list[Path]:
     """Return the text files that `paths` stand for, sorted within each path. A path is a file, a
     glob or a folder. Folders are searched recursively, except for hidden files and folders. If a
-    folder has files that are not text, prints how many of each suffix.
+    folder has files that are not text, prints how many of each suffix it leaves out.
     """
     files = []
     for path in paths:
@@ -272,14 +272,18 @@ def decode_lines(file: Path, text_format: TextFormat, problems: Problems) -> Ite
             lines = io.TextIOWrapper(stream, encoding, errors, newline="\n")
             for line in lines:
                 if errors == "replace" and (n := line.count("\ufffd")):
-                    note_problem(problems, "replaced characters", f"{file} has U+FFFD", n)
+                    note_problem(
+                        problems, "replaced characters", f"{file} has U+FFFD characters", n
+                    )
                 yield line
         except DAMAGED_GZIP:
             message = f"{file} is truncated or damaged; only the text before the damage is used"
             note_problem(problems, "truncated files", message)
         except UnicodeError as error:
             place = ""
-            if isinstance(error, UnicodeDecodeError):  # error.start counts from the last chunk read
+            if isinstance(
+                error, UnicodeDecodeError
+            ):  # error.start counts within error.object, which was read last
                 place = f" at byte {stream.tell() - len(error.object) + error.start}"
             raise UnicodeError(f"{file} is not {encoding.upper()}{place}") from error
 
@@ -363,11 +367,11 @@ def hash_text(text: str) -> int:
 
 def choose_threshold(sections: Iterable[Piece], fraction: float, max_tokens: int | None) -> int:
     """Choose the threshold for `mark_validation`, so that about `fraction` of the sections have a
-    hash below it. Each split gets at least one of the sections that begin before `max_tokens`.
-    Raises ValueError if no two sections differ.
+    hash below it, and each split gets at least one. Raises ValueError if no two sections differ.
 
     We start with fraction * 2**64, because hashes are uniform, and read sections until both splits
-    have one. If all hashes are on one side of the threshold, we move it:
+    have one, or until max_tokens bytes, because later sections may never be written. If all hashes
+    are on one side of the threshold, we move it:
 
         hashes          s  x x   x  l
         threshold    |                   all are in train; s + 1 puts s into val
@@ -377,9 +381,7 @@ def choose_threshold(sections: Iterable[Piece], fraction: float, max_tokens: int
     smallest, largest = 2**64, -1  # hashes so far
     for text, *_ in sections:
         has_both_sides = smallest < threshold <= largest
-        # A token has at least one byte, so the sections in the first max_tokens bytes all begin
-        # within the first max_tokens tokens.
-        reached_max_tokens = max_tokens is not None and n_bytes >= max_tokens
+        reached_max_tokens = max_tokens is not None and n_bytes >= max_tokens  # a token has a byte
         if has_both_sides or (reached_max_tokens and smallest < largest):
             break
         n_bytes += len(text.encode())

@@ -23,8 +23,8 @@ REMEDIES = {
 
 
 def run_and_report_errors(call: Callable[[], None], debug: bool = False) -> None:
-    """Run `call`. Turn errors that a user can fix into one line and exit code 2, unless `debug`:
-    then raise them as they are.
+    """Run `call`. Report errors that a user can fix in one line, and exit with code 2. With
+    `debug`, raise them as they are.
     """
     try:
         call()

@@ -18,7 +18,7 @@ from engine.tasks import Example, make_task
 from engine.tokenizer import Tokenizer
 from model import GPT
 
-ValidationBatches = Callable[[], Iterable[Batch]]  # yields this rank's share anew at every call
+ValidationBatches = Callable[[], Iterable[Batch]]  # each call returns this rank's batches
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Evaluation:
                 record["samples"] = generate_samples(
                     model, self.tokenizer, self.prompts, seed=seed, device=dist.device
                 )
-            if is_due(config.hellaswag_every, step, config) and step:  # at step 0, it is at chance
+            if is_due(config.hellaswag_every, step, config) and step:  # not at step 0
                 record |= evaluate_task("hellaswag", model, self.hellaswag, dist)
         return record
 
@@ -121,9 +121,9 @@ def evaluate_loss(
         targets = batch.targets[batch.targets != IGNORE_INDEX]
         n_targets += len(targets)
         n_bytes += int(lengths[targets].sum())
-    nats, targets_sum, bytes_sum = dist.sum(loss_sum, n_targets, n_bytes)
-    bits_per_byte = nats / math.log(2) / bytes_sum if bytes_sum else None
-    return nats / targets_sum, bits_per_byte
+    nats, all_targets, all_bytes = dist.sum(loss_sum, n_targets, n_bytes)
+    bits_per_byte = nats / math.log(2) / all_bytes if all_bytes else None
+    return nats / all_targets, bits_per_byte
 
 
 def evaluate_task(
@@ -142,14 +142,14 @@ def generate_samples(
     """Return each prompt with the model's continuation, and with its reference if it has one."""
     if not has_finite_weights(model):
         raise ValueError(
-            "the model has weights that are not finite, so it generates no samples; lower "
-            "max_lr, or start from another model, in another out_dir"
+            "the model has weights that are not finite, so it cannot generate samples; start again "
+            "in another out_dir, with a lower max_lr or from another model"
         )
     samples, unused = [], tokenizer.unused_ids(model.config.vocab_size)
     for prompt in prompts:
         ids = tokenizer.encode_prompt(prompt.text)
-        # With a reference, the sample is an answer and ends with it. Without one, the sample also
-        # shows what the model writes after an end of text.
+        # If there is a reference, the sample is an answer: stop at the end of text. Otherwise show
+        # what the model writes after it, too.
         has_reference = prompt.reference is not None
         end = tokenizer.end_of_text if has_reference else None
         out = model.generate(

@@ -25,7 +25,7 @@ def adding_path_to_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, *content: bytes | memoryview) -> None:
-    """Write the parts of a file. If that fails or is interrupted, the old file stays as it was."""
+    """Write `content` to a file. If that fails or is interrupted, the old file stays as it was."""
     temporary = path.with_name(path.name + ".tmp")
     with adding_path_to_errors(path), temporary.open("wb") as file:
         file.writelines(content)
@@ -39,7 +39,7 @@ def drop_lost_terminal() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # stdout and stderr
         try:
-            os.write(stream, b"\n")
+            os.write(stream, b"\n")  # fails if the terminal has gone
         except OSError:
             os.dup2(null, stream)
     os.close(null)
@@ -82,8 +82,8 @@ def open_binary(path: Path) -> IO[bytes]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, line) for each line of a plain or .gz file that is not blank. Lines count from
-    1. Raises ValueError if the file is damaged.
+    """Yield (line number, line) for each nonblank line of a plain or .gz file, counting from 1.
+    Raises ValueError if the file is damaged.
     """
     try:
         with open_binary(path) as file:
@@ -127,8 +127,9 @@ class JSONLinesLog:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Create a folder and lock it, so that no other process writes into it. The lock ends with the
-    process. If a new folder ends up empty, it is removed, with any parents created for it.
+    """Create a folder and lock it, so that no other process writes into it. The lock is released
+    on exit, even if the process is killed. If a new folder ends up empty, it is removed, with any
+    parents created for it.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,9 +28,9 @@ def check_hub_name(name: str, expected: str) -> None:
 
 @contextmanager
 def reporting_hub_errors(what: str, remedy: str) -> Iterator[None]:
-    """Use the hub inside this context to get `what`. Any error becomes a ConnectionError with the
-    remedy. Without a network, the context uses only the local cache, because huggingface_hub would
-    retry for half a minute.
+    """Turn any error inside this context into a ConnectionError that names `what` and the remedy.
+    If the hub cannot be reached, use only the local cache, because huggingface_hub would retry for
+    half a minute.
     """
     from huggingface_hub import constants
 

@@ -20,8 +20,8 @@ PAD_MULTIPLE = 8  # tensor cores need sizes that are multiples of 8
 
 
 class PromptTemplate(NamedTuple):
-    """Two texts that turn an instruction into a prompt: for an instruction alone, and for one with
-    an input. `with_input` is None if there are no inputs.
+    """Two prompt templates, for instructions without and with an input. `with_input` is None if
+    there are no inputs.
     """
 
     without_input: str
@@ -69,7 +69,7 @@ def read_examples(name: str, tokenizer: Tokenizer, block_size: int) -> list[Prom
     are skipped and counted. Raises ValueError if a row lacks the keys that `parse_row` needs.
     """
     examples, skipped = [], []
-    # `pad` rounds lengths up to a multiple, and the result has to fit.
+    # Round down to a multiple of PAD_MULTIPLE, because `pad` rounds up, and rows have to fit.
     block_size = max(1, block_size // PAD_MULTIPLE) * PAD_MULTIPLE
     rows = convert_rows(name, open_rows(name), parse_row)
     for number, (prompt, completion, row_template) in rows:
@@ -81,13 +81,14 @@ def read_examples(name: str, tokenizer: Tokenizer, block_size: int) -> list[Prom
             skipped.append(number)
             continue
         tokens = np.array(ids[: block_size + 1])
-        # Prompts of stdlib end with a newline already. A prompt that a user types does not.
+        # Rows of stdlib end their prompts with a newline. For what a user types when sampling, the
+        # template has to add it.
         template = STDLIB_TEMPLATE if name == STDLIB else row_template
         examples.append(PromptCompletion(prompt, completion, tokens, len(prompt_ids), template))
     if skipped:
         print(
-            f"{name}: skipped {len(skipped)} of {len(skipped) + len(examples)} rows without a "
-            f"completion, or with a prompt of over {block_size} tokens; first: row {skipped[0]}"
+            f"{name}: skipped {len(skipped)} of {len(skipped) + len(examples)} rows "
+            f"(no completion, or a prompt of over {block_size} tokens); first: row {skipped[0]}"
         )
     if len(examples) < 2:
         raise ValueError(f"{name} has {len(examples)} usable examples, expected at least 2")
@@ -110,7 +111,7 @@ def parse_row(row: dict) -> tuple[str, str, PromptTemplate]:
 
 def save_prompt_template(examples: list[PromptCompletion], folder: Path) -> None:
     """Write prompt_template.json with the most common template of the examples."""
-    ((template, _),) = Counter(example.template for example in examples).most_common(1)
+    template, _ = Counter(example.template for example in examples).most_common(1)[0]
     write_json(folder / TEMPLATE_FILE, template._asdict())
 
 
@@ -126,7 +127,7 @@ def find_prompt_template(path: Path) -> PromptTemplate | None:
     template = PromptTemplate(values.get("without_input", ""), values.get("with_input"))
     if not all(isinstance(text, str | None) for text in template) or not template.without_input:
         raise ValueError(
-            f"{file} is damaged, expected texts without_input and with_input; delete it"
+            f"{file} is damaged, expected strings without_input and with_input; delete it"
         )
     return template
 

@@ -18,7 +18,7 @@ from engine.config import Settings, flag
 from engine.tensors import matmul_dtype
 from model import GPT
 
-CPU_GRAD_ROWS = 128  # take so many rows of a gradient at a time: 1.5 MB at 124M fit the cache
+CPU_GRAD_ROWS = 128  # take this many rows of a gradient at a time: 1.5 MB at 124M, in the cache
 Model = TypeVar("Model", bound=nn.Module)
 Tensors = dict[str, torch.Tensor]
 
@@ -36,7 +36,7 @@ class LoRAConfig(Settings):
 
 
 class LoRAFunction(torch.autograd.Function):
-    """The autograd of a LoRALinear. With s for the scaling, W (out, in), A (r, in) and B (out, r):
+    """A LoRALinear for autograd. s is the scaling, W is (out, in), A is (r, in), B is (out, r):
 
         y = x W' + b + s (x A') B'      x W' is added by the caller, see `LoRALinear.forward`
 
@@ -76,7 +76,8 @@ class LoRAFunction(torch.autograd.Function):
         d_x = d_y @ weight.to(d_y.dtype) if needs_d_x else None
         d_xA, d_scaled_B = low_rank_gradients(d_y, xA, scaled_B)
         d_A = d_xA.t() @ (x if dropped is None else dropped)
-        # With dropout, the gradient through A goes to x after dropout. With S, d_x includes it.
+        # A's part of the input gradient belongs to `dropped`, if there is dropout, and to x if not.
+        # With S, it is in d_y S already.
         d_dropped = d_xA @ A if needs_d_dropped else None
         if d_x is not None and dropped is None and not ctx.is_summed:
             d_x.addmm_(d_xA, A)
@@ -168,7 +169,7 @@ def lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
 
 @contextmanager
 def hold_summed_weights(linears: list[LoRALinear], dtype: torch.dtype | None) -> Iterator[None]:
-    """Build W + scaling * B A of each layer in `dtype` (default: fp32), and use it until the
+    """Build W + scaling * B A of each layer in `dtype` (default: that of A), and use it until the
     context ends. Layers with dropout or a trained W are left alone: a summed weight cannot apply
     dropout to A's inputs, and W would get no gradient.
     """
@@ -183,9 +184,8 @@ def hold_summed_weights(linears: list[LoRALinear], dtype: torch.dtype | None) ->
 
 
 def cast_frozen_weights(model: GPT, dtype: torch.dtype) -> None:
-    """Store the frozen embedding, head and linear weights in `dtype`, and cast them to the dtype of
-    the input whenever they are used. Biases, LayerNorms and wpe, under 1% of the model, stay in
-    fp32.
+    """Store the frozen embedding, head and linear weights in `dtype`. Layers cast their weight to
+    the dtype of their input. Biases, LayerNorms and wpe, under 1% of the model, stay in fp32.
     """
     for module in model.modules():
         is_embedding = module is model.transformer.wte

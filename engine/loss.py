@@ -12,12 +12,12 @@ from engine.data import Batch
 from engine.tensors import matmul_dtype
 from model import GPT
 
-# How many rows of logits to compute at a time. On a CPU, 512 rows take 100 MB. With smaller chunks,
-# d_W would be read and written too often; without d_W, they are better for the cache. Elsewhere, a
-# chunk has to keep the device busy.
-CPU_CHUNK_ROWS, CPU_CHUNK_ROWS_NO_GRAD = 512, 256
+# How many rows of logits to compute at a time. On a CPU, 512 rows take 100 MB. Smaller chunks fit
+# the cache better, but add to the gradient of the head more often. So we use them if that is not
+# computed. Elsewhere, a chunk has to keep the device busy.
+CPU_CHUNK_ROWS, CPU_SMALL_CHUNK_ROWS = 512, 256
 DEFAULT_CHUNK_ROWS = 4096
-# If the head has fewer bits than the matmuls, cast this many of its rows at a time: 25 MB at 124M.
+# A head stored in fewer bits than matmuls use is cast this many rows at a time: 25 MB at 124M.
 CAST_ROWS = 8192
 # For 16-bit matmuls on a CPU, oneDNN builds and keeps kernels for each number of rows, and this
 # number varies in batches of completions. So we pad it to a multiple, with rows of zeros.
@@ -55,7 +55,7 @@ def compile_softmax() -> Softmax:
     compiled = torch.compile(normalize_, options={"coordinate_descent_tuning": True})
 
     def softmax(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        # Not in the compiled function: there a gather would split it into two kernels.
+        # Gather outside the compiled function: inside, this would split it into two kernels.
         target_logits = logits.gather(1, ids).float()
         return target_logits - compiled(logits, vocab_size)
 
@@ -103,7 +103,9 @@ class HeadLoss(torch.autograd.Function):
         d_weight = None
 
         with torch.autocast(x.device.type, enabled=False):
-            for start in range(0, max(1, len(x)), chunk_rows):  # once even if there are no rows
+            for start in range(
+                0, max(1, len(x)), chunk_rows
+            ):  # without rows once, for zero gradients
                 rows = slice(start, start + chunk_rows)
                 x_chunk, ids = x[rows].to(dtype), targets[rows, None]
                 logits = buffer[: len(x_chunk)]
@@ -135,7 +137,7 @@ def choose_chunk_rows(x: torch.Tensor, needs_d_weight: bool) -> int:
     """Return how many rows of x (n, C) to process at a time."""
     n_rows = DEFAULT_CHUNK_ROWS
     if x.device.type == "cpu":
-        n_rows = CPU_CHUNK_ROWS if needs_d_weight else CPU_CHUNK_ROWS_NO_GRAD
+        n_rows = CPU_CHUNK_ROWS if needs_d_weight else CPU_SMALL_CHUNK_ROWS
     return max(1, min(n_rows, len(x)))
 
 
@@ -188,9 +190,9 @@ class SummedLoss(nn.Module):
     def __init__(self, model: GPT, *, compile_trunk: bool = False, compile_head: bool = False):
         super().__init__()
         self.model = model
-        # torch.compile assumes static shapes. When it sees a second length, it makes it dynamic.
+        # torch.compile assumes a static length, and recompiles with a dynamic one if it changes.
         self.hidden = torch.compile(model.hidden) if compile_trunk else model.hidden
-        self.softmax_in_16_bits = compile_softmax() if compile_head else softmax_
+        self.softmax_for_16_bits = compile_softmax() if compile_head else softmax_
 
     def forward(self, batch: Batch) -> torch.Tensor:
         x = self.hidden(batch.idx).flatten(0, 1)  # (B*T, C)
@@ -198,7 +200,7 @@ class SummedLoss(nn.Module):
         if batch.target_positions is not None:  # skip the head for rows without a target
             x, targets = x[batch.target_positions], targets[batch.target_positions]
         dtype = matmul_dtype(x)
-        softmax = softmax_ if dtype == torch.float32 else self.softmax_in_16_bits
+        softmax = softmax_ if dtype == torch.float32 else self.softmax_for_16_bits
         weight, vocab_size = self.model.lm_head.weight, self.model.config.vocab_size
         with_grad = torch.is_grad_enabled()
         return HeadLoss.apply(x, weight, targets, vocab_size, dtype, with_grad, softmax)

@@ -26,7 +26,7 @@ from engine.throughput import flops_per_token, format_seconds, peak_flops, peak_
 from model import GPT
 
 PROGRESS_SECONDS = 10.0  # between two lines of progress if there is no terminal
-ESTIMATE_STEPS = 2  # print a time estimate after so many steps; the first includes compilation
+ESTIMATE_STEPS = 2  # print a time estimate after this many steps; the first may compile
 SUMMARY_COLUMN = 26  # where the values of the summary start
 # Lines of the summary: label -> key in the log, and a function that shows its logged values.
 SUMMARY_METRICS: dict[str, tuple[str, Callable[[list], str]]] = {
@@ -106,7 +106,7 @@ class Meter:
         loss, n_stopping, norm = step.results.tolist()
         self.stop_requested |= n_stopping > 0
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
-        # If a step was launched while the previous one was running, count from the end of that.
+        # If the previous step was still running when this one was launched, measure from its end.
         now = time.perf_counter()
         seconds = now - max(step.started, self.last_read)
         self.last_read = now
@@ -130,7 +130,7 @@ def read_metrics(run: Path | str) -> list[dict]:
 
 
 class TensorBoardLogger:
-    """Event files in RUN/tensorboard. Steps that are only in metrics.jsonl are copied first."""
+    """Logs to RUN/tensorboard. If it has no events yet, earlier steps are written first."""
 
     def __init__(self, run: Path, earlier: list[dict]):
         from torch.utils.tensorboard import SummaryWriter
@@ -175,7 +175,7 @@ class WandbLogger:
             name=run.name,
             resume="allow",
             config=read_run_config(run),
-            settings=wandb.Settings(console="off"),  # it would capture stdout and the progress bar
+            settings=wandb.Settings(console="off"),  # do not capture stdout and the progress bar
         )
 
     def write(self, record: dict) -> None:
@@ -196,8 +196,8 @@ LOGGER_CLASSES: dict[str, type[Logger]] = {"tensorboard": TensorBoardLogger, "wa
 
 
 class RunLogger:
-    """Logs a run from rank 0: to metrics.jsonl, the other loggers, and stdout (a progress bar in a
-    terminal, else a line now and then).
+    """Logs a run from rank 0: to metrics.jsonl, the other loggers, and the terminal (a progress
+    bar on stderr, or a line on stdout now and then).
     """
 
     def __init__(self, config: TrainConfig, dist: Distributed, start: int):
@@ -345,7 +345,7 @@ def read_fixed_settings(run: Path, checkpoint: Path) -> dict[str, Any]:
 
 def name_dataset(run: Path) -> str:
     """Return the name of the dataset of a run. For your own text, it is "files in" the name of the
-    shard folder. For rows, it is the name of the file.
+    shard folder. For rows, it is that of the file or dataset.
     """
     config = read_run_config(run)
     if "data_dir" not in config:  # a run of finetune_lora.py

@@ -50,8 +50,8 @@ def plateau_end(config: TrainConfig) -> int:
     if config.schedule != "wsd":
         return 0
     decay_steps = max(1.0, config.decay_fraction * config.max_steps)
-    # The last step for which max_steps - (step - 1) >= decay_steps, see `learning_rate`. A warmup
-    # that is longer hides the beginning of the decay.
+    # The last step for which max_steps - (step - 1) >= decay_steps, see `learning_rate`. If the
+    # warmup is longer, the decay starts where it ends.
     last_at_max = math.floor(config.max_steps - decay_steps) + 1
     return min(config.max_steps, max(config.warmup_steps, last_at_max))
 
@@ -75,8 +75,8 @@ def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, config: Tra
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
-    """The trainable parameters in two groups: with weight decay for tensors of two or more
-    dimensions, without for all others.
+    """Return the trainable parameters in two groups: tensors of two or more dimensions, which get
+    weight decay, and all others, which do not.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -173,7 +173,7 @@ class Muon(torch.optim.Optimizer):
         updates = distributed_newton_schulz(stacked.to(self.dtype)).to(stacked.dtype)
         if self.beta2:
             updates = self._normalize(params, updates, keep * (1 - self.beta2))
-        # Jordan's factor: a tall matrix changes the outputs of its layer as much as a square one.
+        # With Jordan's factor, a tall matrix changes its outputs as much as a square one.
         updates = updates * (keep * (-lr * max(1.0, rows / cols) ** 0.5))
         torch._foreach_mul_(params, 1 - keep * (lr * group["weight_decay"]))
         changes = zip(params, updates.view(-1, *shape).unbind(), strict=True)
@@ -188,7 +188,9 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[param]:
                 self.state[param]["momentum_buffer"] = torch.zeros_like(grad)
         means = [self.state[param]["momentum_buffer"] for param in params]
-        if self.found_inf is not None:  # a skipped step averages each mean with itself
+        if (
+            self.found_inf is not None
+        ):  # in a skipped step, use the mean for the gradient: no change
             skip = self.found_inf.bool()
             grads = [torch.where(skip, m, g) for m, g in zip(means, grads, strict=True)]
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
@@ -203,7 +205,9 @@ class Muon(torch.optim.Optimizer):
         had. `new_share` is the share of the new squares in the running mean, 0 in a skipped step.
         """
         is_wide = updates.size(1) < updates.size(2)
-        squares = updates.square().mean(1 if is_wide else 2, keepdim=True)  # one number per row
+        squares = updates.square().mean(
+            1 if is_wide else 2, keepdim=True
+        )  # one number per row (or column)
         for param in params:
             if "second_moment" not in self.state[param]:
                 zeros = squares.new_zeros(squares.numel() // len(params))
@@ -212,7 +216,7 @@ class Muon(torch.optim.Optimizer):
         means = torch.stack(moments).view_as(squares).lerp(squares, new_share)
         torch._foreach_copy_(moments, list(means.view(len(params), -1).unbind()))
         scales = means.clamp(min=MIN_SECOND_MOMENT).rsqrt()
-        # The squared norm of a matrix before and after, both divided by the length of a row.
+        # The squared norm of a matrix before and after, both divided by the length of its rows.
         before = squares.sum((1, 2), keepdim=True)
         after = (squares * scales.square()).sum((1, 2), keepdim=True)
         return updates * scales * (before / after.clamp(min=MIN_SECOND_MOMENT)).sqrt()
@@ -221,7 +225,7 @@ class Muon(torch.optim.Optimizer):
 def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     """Replace the singular values of each matrix (n, rows, cols) with values near 1, using Jordan's
     quintic Newton-Schulz iteration. Singular values of at least 0.002 times the Frobenius norm end
-    up between 0.7 and 1.2; smaller ones end up below 0.7. The dtype stays the same.
+    up between about 0.7 and 1.2; much smaller ones stay smaller. The dtype stays the same.
     """
     a, b, c = NS_COEFFICIENTS
     is_tall = matrices.size(1) > matrices.size(2)

@@ -30,7 +30,7 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {
     "val_loss": ("{} val {:.3f}", {"marker": "o", "markersize": 4, "linestyle": "--"}),
     "hellaswag_acc_norm": ("{}, lm-eval acc_norm {:.4f}", {"marker": "o"}),
 }
-# Window of the running mean of the training loss: a fraction of its steps, and the least steps.
+# Window of the running mean of the training loss: a fraction of its steps, but at least so many.
 SMOOTHED_FRACTION, MIN_SMOOTHED_STEPS = 0.02, 5
 X_AXES = ("step", "tokens", "seconds")
 # Panels, and the keys of the log that they show.
@@ -56,7 +56,7 @@ def curve_points(records: list[dict], key: str, x: str) -> tuple[list[float], li
 
 
 def plot_runs(runs: list[Path], path: Path, x: str = "step") -> None:
-    """Draw the runs and save the image in the format that the suffix of `path` names."""
+    """Draw the runs and save the image. The suffix of `path` sets the format."""
     figure = draw_runs(runs, x)
     with adding_path_to_errors(path):
         figure.savefig(path, dpi=150)
@@ -96,7 +96,7 @@ def draw_runs(runs: list[Path], x: str = "step", *, all_panels: bool = False) ->
 
 
 def escape_label(name: str) -> str:
-    """Change a name so that matplotlib shows it as it is in a legend."""
+    """Escape a name so that matplotlib shows it unchanged in a legend."""
     label = name.replace("$", r"\$")  # text between dollars would be a formula
     return f" {label}" if label.startswith("_") else label  # a leading _ would hide it
 

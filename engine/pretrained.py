@@ -120,7 +120,9 @@ def read_config(path: Path) -> GPTConfig:
     for option, (default, accepted) in OPTIONS.items():
         if (value := hf.get(option, default)) not in accepted:
             expected = " or ".join(map(repr, accepted))
-            raise ValueError(f"{path}: {option} is {value!r}, this model supports only {expected}")
+            raise ValueError(
+                f"{path}: {option} is {value!r}, but model.py supports only {expected}"
+            )
     keys = {field: key for field, key in CONFIG_KEYS.items() if key in hf or key in REQUIRED_KEYS}
     values: dict[str, Any] = {field: hf.get(key) for field, key in keys.items()}
     for field, value in values.items():
@@ -128,7 +130,9 @@ def read_config(path: Path) -> GPTConfig:
         if type(value) is not kind:
             raise ValueError(f"{path}: {CONFIG_KEYS[field]} is {value!r}, expected {expected}")
     if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
-        raise ValueError(f"{path}: n_inner is {hf['n_inner']}, this model supports only 4 * n_embd")
+        raise ValueError(
+            f"{path}: n_inner is {hf['n_inner']}, but model.py supports only 4 * n_embd"
+        )
     try:
         return GPTConfig(**values)
     except ValueError as error:
@@ -155,7 +159,7 @@ def read_weights(folder: Path) -> Tensors:
 def hf_tensors(model: GPT, params: Tensors | None = None) -> Tensors:
     """Return views of the model's parameters, by name, in Hugging Face's layout: the linear layers
     in the blocks are transposed (Conv1D), and the vocabulary is not padded. If `params` is given,
-    return views of those tensors instead (by name, such as averaged or gathered parameters).
+    a dict of other tensors by name, return views of these instead.
     """
     tensors = {}
     for name, param in model.named_parameters():
@@ -187,7 +191,9 @@ def save_pretrained(
         **{CONFIG_KEYS[field]: value for field, value in asdict(config).items()},
         "n_ctx": config.block_size,
         "n_inner": None,
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),  # trained without
+        **dict.fromkeys(
+            ("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0
+        ),  # models here have no dropout
         "bos_token_id": tokenizer.start_of_text if tokenizer else gpt2_end,
         "eos_token_id": tokenizer.end_of_text if tokenizer else gpt2_end,
         "dtype": "float32",

@@ -40,11 +40,11 @@ def open_run(
 ) -> Iterator[tuple[Config, GPT, RunState | None]]:
     """Lock the run folder. Yield the complete config, the model, and the state to resume from.
 
-    `given` is the config of the command line. A new run has no state, and `build_model` makes its
+    `given` is the config from the command line. A new run has no state, and `build_model` makes its
     model. `resolve` fills in the settings that depend on the model, the data or the device. `base`
     is the name of the base model, needed to resume a run that trains an adapter.
 
-    Nothing is written yet. `train` calls `extend_run` and writes config.yaml once it can start.
+    Only the lock is written. `train` calls `extend_run` and writes config.yaml once it is set up.
     """
     run = Path(given.out_dir)
     with lock_folder(run) if dist.is_main else nullcontext():
@@ -52,7 +52,7 @@ def open_run(
             config = replace(given, **inherit_settings(run, given))
             latest = load_latest(run, base, last_step=last_usable_step(run, config))
             model, resumed = latest or (build_model(config), None)
-        del build_model  # it may hold a base model of gigabytes
+        del build_model  # it may keep a base model of several gigabytes
         yield resolve(config, model), model, resumed
 
 
@@ -65,16 +65,16 @@ def inherit_settings(run: Path, config: TrainConfig) -> dict:
         return {}
     now = asdict(config)
     if now["resume"] == "never":
-        raise ValueError(f"{run} already holds a run and resume is never; choose another out_dir")
+        raise ValueError(f"{run} holds a run already, but resume is never; choose another out_dir")
     # Settings that did not exist yet when the run was made had their defaults.
     earlier = {f.name: f.default for f in fields(config)} | read_run_config(run)
-    names = fixed_settings(type(config))
-    inherited = {name: earlier[name] for name in names if now[name] is None}
+    fixed = fixed_settings(type(config))
+    inherited = {name: earlier[name] for name in fixed if now[name] is None}
+    # If only the run has a setting, another version or another command made it.
+    compared = (fixed - inherited.keys()) | (earlier.keys() - now.keys())
     differences = [
         Difference(name, earlier[name], now.get(name))
-        # Also compare settings that only the run has: it is of another version or command.
-        for name in sorted((names - inherited.keys()) | (earlier.keys() - now.keys()))
-        if earlier[name] != now.get(name)
+        for name in sorted(name for name in compared if earlier[name] != now.get(name))
     ]
     if refused := [difference for difference in differences if not difference.is_extension]:
         raise ValueError(
@@ -87,14 +87,14 @@ def inherit_settings(run: Path, config: TrainConfig) -> dict:
 
 
 def last_usable_step(run: Path, config: TrainConfig) -> int | None:
-    """Return the last step from which the existing run can continue to config.max_steps: the last
-    one before its decay if `config` extends the run. None if it can continue from any step.
+    """If `config` extends the existing run, return the last step before the decay of that run: it
+    must continue from there, or from before. Otherwise return None: it can continue from any step.
     """
     has_config = (run / "config.yaml").is_file()
-    max_steps = read_run_config(run).get("max_steps") if has_config else None
-    if max_steps is None or config.max_steps is None or max_steps >= config.max_steps:
+    earlier = read_run_config(run).get("max_steps") if has_config else None
+    if earlier is None or config.max_steps is None or config.max_steps <= earlier:
         return None
-    return plateau_end(replace(config, max_steps=max_steps))
+    return plateau_end(replace(config, max_steps=earlier))
 
 
 def check_extension(run: Path, config: TrainConfig, earlier_max_steps: int) -> None:
@@ -121,17 +121,19 @@ def check_extension(run: Path, config: TrainConfig, earlier_max_steps: int) -> N
 
 def extend_run(run: Path, config: TrainConfig) -> None:
     """If `config` has more steps than the existing run, take the run back to the last step before
-    its decay. Everything after that step moves to RUN/until_step_N, a run folder like any other.
+    its decay. Its log and checkpoints after that step move to RUN/until_step_N, a run folder too.
 
         steps          1 ........ end ...... N             max_steps
         existing run   |--plateau--|--decay--|    the decay moves to until_step_N
         longer run     |------------plateau---------|--decay--|
 
-    The caller must then write the new config.yaml. Until it does, this can be called again, also
-    after the process was killed halfway.
+    The caller must then write the new config.yaml. Until then it is safe to call this again, even
+    if the process was killed halfway.
     """
     end = last_usable_step(run, config)
-    if end is None or not (run / "metrics.jsonl").exists():  # not longer, or not begun
+    if (
+        end is None or not (run / "metrics.jsonl").exists()
+    ):  # `config` is not longer, or the run has not begun
         return
     max_steps = read_run_config(run)["max_steps"]
     later = list_checkpoints(run, after=end)
@@ -141,7 +143,8 @@ def extend_run(run: Path, config: TrainConfig) -> None:
         return
     archive = run / f"until_step_{max_steps}"
     (archive / "checkpoints").mkdir(parents=True, exist_ok=True)
-    # Do not copy a file twice: a call that was killed may have shortened metrics.jsonl since.
+    # Keep what is in the archive: an earlier call that was killed may have copied metrics.jsonl
+    # there and then shortened it here.
     for file in run.iterdir():
         if file.is_file() and file.name != "lock" and not (archive / file.name).exists():
             write_atomically(archive / file.name, file.read_bytes())

@@ -26,7 +26,7 @@ def open_rows(
     source: str, config: str | None = None, split: str = "train"
 ) -> Iterable[tuple[int, Any]]:
     """Return the rows of a file, a hub dataset (with its configuration and split) or STDLIB, as
-    pairs (number, row) that count from 1. The rows of a .jsonl file are its lines as bytes, read
+    pairs (number, row), numbered from 1. The rows of a .jsonl file are its lines as bytes, read
     one at a time. `convert_rows` parses them, so that it can skip bad lines.
     """
     check_source(source)
@@ -53,7 +53,7 @@ def convert_rows(
     """Yield each row's number and `convert(row)`.
 
     A row is bad if it is not a JSON object, or if `convert` raises ValueError or KeyError. Raises
-    ValueError at the first bad row, unless `skip_bad_rows`: then bad rows are printed and skipped.
+    ValueError at the first bad row. With `skip_bad_rows`, print and skip bad rows instead.
     Pass None if the command has no such flag, so that the error does not suggest it.
     """
     for number, row in rows:

@@ -1,17 +1,17 @@
 """Score continuations by their log-likelihood. The continuations of a context are packed into one
 row, so that prefixes they share are computed once.
 
-The continuations form a tree below the context. The row has it in depth-first order: the
+The continuations form a tree below the context. The row lists its tokens in depth-first order: the
 descendants of token j are at indices j + 1 to ends[j] - 1. So token i attends to its ancestors and
-itself: to token j if j <= i < ends[j]. For example, the context "The cat" with the continuations
-" sat down now", " sat up straight" and " ran off":
+itself: to token j if j <= i < ends[j]. Take the context "The cat" and the continuations " sat up
+straight", " sat down now" and " ran off":
 
-    The - cat -+- sat -+- down
-               |       +- up             The last token of each continuation is a target, but never
+    The - cat -+- sat -+- up
+               |       +- down           The last token of each continuation is a target, but never
                +- ran                    an input, so it is not in the row.
 
     index         0    1    2    3    4    5
-    token        The  cat  sat  down  up  ran
+    token        The  cat  sat  up  down  ran
     position      0    1    2    3    3    2
     ends          6    6    5    4    5    6
 """
@@ -28,12 +28,12 @@ from engine.tokenizer import Tokenizer
 from model import GPT
 
 # The most tokens in a batch, and the multiple to which rows are padded. On a CPU, matmuls reach
-# full speed at 480 tokens. On a GPU, a batch is 32 rows of 1024, padded to have few shapes.
-BATCH_SIZES = {"cpu": (480, 1)}
-DEFAULT_BATCH_SIZE = (32_768, 32)
+# full speed at 480 tokens. On a GPU, padding limits the number of different shapes.
+BATCH_LIMITS = {"cpu": (480, 1)}
+DEFAULT_BATCH_LIMITS = (32_768, 32)  # 32 rows of 1024
 VOCAB_CHUNK = 2048  # compute this many columns of the logits at a time: they fit a CPU's cache
 
-ByIndex = dict[int, Sequence[int]]  # some continuations, by their index in the request
+ContinuationsByIndex = dict[int, Sequence[int]]  # some of a request, by their index in it
 
 
 class Request(NamedTuple):
@@ -53,15 +53,13 @@ class Score(NamedTuple):
 def encode_request(tokenizer: Tokenizer, context: str, continuations: list[str]) -> Request:
     """Split the tokens of context + continuation as lm-eval does (`_encode_pair` and
     `loglikelihood` of 0.4.13). Whitespace at the end of the context moves to the continuation. An
-    empty context is replaced by the token that starts a text. Raises ValueError if a continuation
-    adds no tokens.
+    empty context is replaced by the BOS token. Raises ValueError if a continuation adds no tokens.
     """
-    stripped = context.rstrip()
-    space = context[len(stripped) :]
-    context_ids, bos = tokenizer.encode(stripped), [tokenizer.start_of_text]
+    bos = [tokenizer.start_of_text]
+    context_ids = tokenizer.encode(context.rstrip())
     request = Request(context_ids or bos, [])
     for continuation in continuations:
-        ids = tokenizer.encode(stripped + space + continuation)
+        ids = tokenizer.encode(context + continuation)
         if not context_ids and ids[:1] != bos:  # the text may begin with this token already
             ids = bos + ids
         if len(ids) <= len(request.context):
@@ -125,52 +123,56 @@ def compute_log_probs(model: GPT, batch: PackedBatch) -> tuple[torch.Tensor, tor
     return target_logits - log_sum[batch.inverse], target_logits == maximum[batch.inverse]
 
 
-def pack_continuations(context: Sequence[int], continuations: ByIndex) -> PackedRow:
+def pack_continuations(context: Sequence[int], continuations: ContinuationsByIndex) -> PackedRow:
     """Pack a context and its continuations into one row, as in the drawing at the top. Equal
     continuations share their predictions, so their scores are exactly equal.
     """
     n_context = len(context)
-    tokens, positions, ends = list(context), list(range(n_context)), [0] * n_context
-    # An edge of the tree is (index of the parent, token id). Each edge is one prediction, numbered
-    # in the order in which they appear. All but the last of a continuation lead to a token.
-    index_of: dict[tuple[int, int], int] = {}  # the index of that token in the row
-    number_of: dict[tuple[int, int], int] = {}
+    tokens, positions = list(context), list(range(n_context))
+    parents = list(range(-1, n_context - 1))  # for each token of the row, the index of its parent
+    sources: list[int] = []
+    targets: list[int] = []
     predictions: dict[int, list[int]] = {i: [] for i in continuations}
-    # In sorted order, each continuation shares its longest prefix with the one before it. So new
-    # tokens are always appended, and the row is in depth-first order.
+    # An edge of the tree is (index of the parent, token id).
+    prediction_of: dict[tuple[int, int], int] = {}
+    child_of: dict[tuple[int, int], int] = {}  # the index of that token
+    # In sorted order, continuations with a common prefix follow each other, so appending each new
+    # token to the row gives depth-first order.
     for i, ids in sorted(continuations.items(), key=lambda item: list(item[1])):
-        parent, path = n_context - 1, []
-        for depth, token in enumerate(ids, start=1):
+        parent = n_context - 1
+        for depth, token in enumerate(ids):
             edge = (parent, token)
-            predictions[i].append(number_of.setdefault(edge, len(number_of)))
-            if depth == len(ids):
+            if edge not in prediction_of:
+                prediction_of[edge] = len(targets)
+                sources.append(parent)
+                targets.append(token)
+            predictions[i].append(prediction_of[edge])
+            if depth == len(ids) - 1:  # the last token is never an input
                 break
-            if edge not in index_of:
-                index_of[edge] = len(tokens)
+            if edge not in child_of:
+                child_of[edge] = len(tokens)
                 tokens.append(token)
-                positions.append(n_context + depth - 1)
-                ends.append(0)
-            parent = index_of[edge]
-            path.append(parent)
-        for index in path:  # the tokens just appended are descendants of the whole path
-            ends[index] = len(tokens)
-    ends[:n_context] = [len(tokens)] * n_context
-    sources, targets = [list(column) for column in zip(*number_of, strict=True)]
+                positions.append(n_context + depth)
+                parents.append(parent)
+            parent = child_of[edge]
+    ends = list(range(1, len(tokens) + 1))
+    for index in reversed(range(1, len(tokens))):  # children before their parents
+        ends[parents[index]] = max(ends[parents[index]], ends[index])
     return PackedRow(tokens, positions, ends, sources, targets, predictions)
 
 
 def pack_request(request: Request, block_size: int) -> list[PackedRow]:
-    """Pack a request into rows: one for each length to which its context must be truncated."""
+    """Pack a request into rows: one, unless long continuations truncate the context."""
     groups = group_by_context_length(request, block_size)
     return [pack_continuations(request.context[-n:], group) for n, group in groups.items()]
 
 
-def group_by_context_length(request: Request, block_size: int) -> dict[int, ByIndex]:
+def group_by_context_length(request: Request, block_size: int) -> dict[int, ContinuationsByIndex]:
     """Group the continuations by how many tokens of the context fit in front of them. The context
     is truncated on the left. As in lm-eval, the last token of a continuation needs no space in
     block_size, because it is never an input.
     """
-    groups: dict[int, ByIndex] = {}
+    groups: dict[int, ContinuationsByIndex] = {}
     for i, ids in enumerate(request.continuations):
         groups.setdefault(min(len(request.context), block_size + 1 - len(ids)), {})[i] = ids
     return groups
@@ -180,7 +182,8 @@ def plan_batches(
     requests: list[Request], block_size: int, batch_tokens: int, multiple: int
 ) -> list[list[int]]:
     """Group the indices of the requests into batches, longest first. A batch has at most
-    `batch_tokens` tokens with padding, or a single request. The plan is the same on every rank.
+    `batch_tokens` tokens, including padding, unless it is a single longer request. The plan is the
+    same on every rank.
     """
     sizes = []  # for each request: its number of rows, and an upper bound on their length
     for request in requests:
@@ -207,8 +210,8 @@ def collate(rows: list[PackedRow], multiple: int) -> PackedBatch:
     """Build a batch of CPU tensors. Rows are padded to a multiple of `multiple` tokens."""
     B, T = len(rows), round_up(max(len(row.tokens) for row in rows), multiple)
     idx, positions, ends = np.zeros((3, B, T), dtype=np.int64)
-    # Padding attends to earlier padding, so that no softmax is empty. Tokens come before it, so
-    # they never see it.
+    # Padding attends to padding, because a fully masked row would give NaN. Tokens come before the
+    # padding, so they do not attend to it.
     ends[:] = T
     for b, row in enumerate(rows):
         n = len(row.tokens)
@@ -223,19 +226,20 @@ def collate(rows: list[PackedRow], multiple: int) -> PackedBatch:
 def score_batch(
     model: GPT, requests: list[Request], device: torch.device, multiple: int
 ) -> list[list[Score]]:
-    """Score the continuations of each request, with one call of the model."""
+    """Score the continuations of each request, in one forward pass."""
     block_size = model.config.block_size
     packed = [(n, row) for n, r in enumerate(requests) for row in pack_request(r, block_size)]
-    rows = [row for _, row in packed]
-    batch = PackedBatch(*(tensor.to(device) for tensor in collate(rows, multiple)))
+    batch = collate([row for _, row in packed], multiple)
+    batch = PackedBatch(*(tensor.to(device) for tensor in batch))
     log_probs, greedy = (tensor.cpu().numpy() for tensor in compute_log_probs(model, batch))
-    splits = np.cumsum([len(row.targets) for row in rows])[:-1]
     scores: list[dict[int, Score]] = [{} for _ in requests]
-    parts = zip(packed, np.split(log_probs, splits), np.split(greedy, splits), strict=True)
-    for (n, row), row_log_probs, row_greedy in parts:
+    first = 0  # the first prediction of the row in the batch
+    for n, row in packed:
         for i, numbers in row.predictions.items():
-            log_prob = float(row_log_probs[numbers].sum(dtype=float))
-            scores[n][i] = Score(log_prob, bool(row_greedy[numbers].all()))
+            found = first + np.array(numbers)
+            log_prob = float(log_probs[found].sum(dtype=float))
+            scores[n][i] = Score(log_prob, bool(greedy[found].all()))
+        first += len(row.targets)
     return [[by_index[i] for i in sorted(by_index)] for by_index in scores]
 
 
@@ -245,11 +249,11 @@ def score(
     """Yield the scores of this rank's share of the requests, with their indices, a batch at a time.
     Skip batches whose requests are all `done`.
 
-    Every rank calls the model equally often, because a sharded model needs all ranks in each
-    forward pass. In the last round, a rank that has no batch left computes the first one of the
-    round again, and yields an empty list.
+    Every rank runs the same number of forward passes, because a sharded model needs all ranks in
+    each. In the last round, a rank with no batch left computes another rank's batch again, and
+    yields an empty list.
     """
-    batch_tokens, multiple = BATCH_SIZES.get(dist.device.type, DEFAULT_BATCH_SIZE)
+    batch_tokens, multiple = BATCH_LIMITS.get(dist.device.type, DEFAULT_BATCH_LIMITS)
     batches = plan_batches(requests, model.config.block_size, batch_tokens, multiple)
     batches = [batch for batch in batches if any(i not in done for i in batch)]
     for first in range(0, len(batches), dist.world_size):

@@ -54,8 +54,8 @@ class ShardFile:
 
 class ShardWriter:
     """Writes a stream of tokenized pieces as shards. A piece is a document or part of one. If the
-    options have section_chars, each piece says which split it belongs to. Otherwise the first
-    val_tokens tokens of the stream are for validation.
+    text was cut into sections (section_chars is in the options of the manifest), each piece says
+    which split it belongs to. Otherwise the first val_tokens tokens are for validation.
 
     `cursor` says how much of the source has been written. The manifest stores it with each finished
     shard, so that an interrupted run can resume there. That works only if the shards of both splits
@@ -151,14 +151,14 @@ def read_manifest(folder: Path) -> dict:
 
 
 def load_data_tokenizer(folder: Path | str) -> Tokenizer:
-    """Load the tokenizer named in the manifest of a data folder, by default GPT-2's. Raises
-    ValueError if it is another one and its tokenizer.json is missing or has changed.
+    """Load the tokenizer that the text in a data folder was tokenized with: GPT-2's, unless the
+    manifest names another one. Raises ValueError if the file of that one is missing or has changed.
     """
     entry = read_manifest(Path(folder)).get("tokenizer", GPT2)
     if entry == GPT2:
         return Tokenizer.gpt2()
-    # Other programs may write a name instead of a dict. Without a sha256 we can't check the file,
-    # so we raise the error below.
+    # Other programs may write a name instead of a dict. Then there is no sha256 to compare, and the
+    # check below fails.
     entry = entry if isinstance(entry, dict) else {"name": entry}
     tokenizer = Tokenizer.from_folder(Path(folder), entry.get("name"), entry.get("end_of_text"))
     if not tokenizer or tokenizer.sha256 != entry.get("sha256"):
@@ -186,7 +186,7 @@ def open_shard(path: Path) -> np.ndarray:
             raise ValueError(f"{path} is truncated or not .npy ({error}); {remedy}") from error
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(
-                f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected one dimension of "
+                f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected a 1-D array of "
                 f"uint16; {remedy}"
             )
         return np.asarray(tokens)
@@ -211,9 +211,8 @@ class TokenShards:
     """All tokens of a split ("train" or "val") of a data folder, as one memory-mapped stream.
     `fingerprint` identifies the data.
 
-    Without `check_with`, the shards are opened unchecked. With a tokenizer as `check_with`, all of
-    them are read (about 1 GB/s): their sha256 must be the one in the manifest, and all ids must be
-    below the tokenizer's vocab_size.
+    With a tokenizer as `check_with`, all shards are read (about 1 GB/s): their sha256 must be the
+    one in the manifest, if there is one, and all ids must be below the tokenizer's vocab_size.
     """
 
     def __init__(self, folder: Path | str, split: str, check_with: Tokenizer | None = None):

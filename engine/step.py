@@ -61,13 +61,14 @@ class TrainingStep:
         norm is not finite, nothing is updated.
         """
         # The loss of a step is the mean over its targets on all ranks. The loss of a micro-batch is
-        # a sum. Divided by the number of targets in the step, its gradients add up to the mean's.
+        # a sum, so we divide it by the number of targets in the whole step. Then the gradients of
+        # all micro-batches add up to those of the mean.
         n_targets = self.data.targets_in_step(step)
         n_micro_steps = self.data.grad_accum_steps
         mean_loss = torch.zeros((), device=self.dist.device)
 
-        # Until this block ends, autocast keeps its 16-bit copies of the weights, and LoRA layers in
-        # the summed form keep W + scaling * B A. So it spans all micro-steps.
+        # Autocast keeps its 16-bit copies of the weights until the `with` block ends, and LoRA
+        # layers in the summed form keep W + scaling * B A. So one block spans all micro-steps.
         autocasting = autocast(self.dist.device, self.config.precision)
         with autocasting, hold_summed_weights(self.summed_linears, self.dtype):
             for micro_step in range(1, n_micro_steps + 1):
@@ -85,8 +86,8 @@ class TrainingStep:
             self.scaler.unscale_(optimizer)
         grad_norm = self._clip_gradients()
 
-        # In place of scaler.step(): it reads `found_inf` on the CPU to decide whether to skip, and
-        # that would wait for the device. Fused AdamW and our Muon read it on the device.
+        # If the norm is not finite, fused AdamW and our Muon skip the step on the device, because
+        # they read `found_inf` there. An `if` here, or in scaler.step(), would wait for the device.
         found_inf = (~grad_norm.isfinite()).float()
         for optimizer in self.optimizers:
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # GradScaler sets it too
@@ -101,8 +102,8 @@ class TrainingStep:
         return self.optimizers[0].param_groups[0]["lr"]
 
     def _seed_dropout(self, step: int, micro_step: int) -> None:
-        """Seed dropout by seed, step, micro-step and rank, so that a resumed run repeats it."""
-        # Steps are 2**24 apart and streams 2**8, so they differ for up to 2**16 streams in a step.
+        """Seed dropout so that a resumed run draws the same masks."""
+        # No two of a run are equal: a step adds 2**24, and each micro-step and rank 2**8.
         stream = micro_step * self.dist.world_size + self.dist.rank
         torch.manual_seed((self.config.seed + (step << 24) + (stream << 8)) % 2**63)
 
@@ -116,7 +117,7 @@ class TrainingStep:
 
     def _backward(self, loss: torch.Tensor) -> None:
         """Run backward for this rank's share of the loss. Gradients add up in param.grad."""
-        # PyTorch advises to leave autocast for backward.
+        # PyTorch recommends running backward outside autocast.
         with torch.autocast(self.dist.device.type, enabled=False):
             # DDP and FSDP average gradients over ranks, but shares of a mean must be summed.
             self.scaler.scale(loss * self.dist.world_size).backward()

@@ -56,7 +56,7 @@ class Task:
 
     data: str | None = None  # a file or a hub dataset; None stands for `hub`
     limit: int | None = None  # evaluate only the first rows or documents
-    skip_bad_rows: bool | None = None  # None if the command has no such flag to suggest
+    skip_bad_rows: bool | None = None  # None if the command has no such flag
 
     name: ClassVar[str]
     hub: ClassVar[HubSplit] = HubSplit("", None, "")  # the task's own dataset, if it has one
@@ -85,8 +85,8 @@ class Task:
         return [Path(self.source)] if Path(self.source).exists() else []
 
     def load(self, tokenizer: Tokenizer, block_size: int) -> list[Example]:
-        """Return all examples. Raises ValueError at the first bad row, unless `skip_bad_rows`: then
-        bad rows are printed and skipped.
+        """Return all examples. Raises ValueError at the first bad row. With
+        `skip_bad_rows`, print and skip bad rows instead.
         """
         numbered = self.read_examples(tokenizer, block_size)
         examples = [e._replace(record={"row": n, **e.record}) for n, e in numbered]
@@ -140,7 +140,7 @@ class HellaSwag(Task):
     hub = HubSplit("Rowan/hellaswag", None, "validation")
 
     def make_example(self, row: dict, tokenizer: Tokenizer) -> Example:
-        """Convert an original row, or one with nothing but ctx, endings and label."""
+        """Convert a row of the HellaSwag dataset, or one with only ctx, endings and label."""
         endings, label = row["endings"], row["label"]
         is_list = isinstance(endings, list) and all(isinstance(ending, str) for ending in endings)
         if not is_list or len(endings) < 2:
@@ -199,7 +199,7 @@ def predict(log_probs: list[float], lengths: list[int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Lambada(Task):
-    """Predict the last word (all after the last space), as in lambada_openai of lm-eval."""
+    """Predict the last word, after the last space, as lambada_openai in lm-eval does."""
 
     name = "lambada"
     hub = HubSplit("EleutherAI/lambada_openai", "default", "test")
@@ -258,8 +258,8 @@ class TextPerplexity(Task):
                 sizes, remarks = {}, ()  # for the document's other windows
 
     def read_documents(self) -> list[str]:
-        """Return all documents. Raises ValueError if rows are bad or a file is damaged, unless
-        `skip_bad_rows`: then these parts are left out.
+        """Return all documents. Raises ValueError if rows are bad or a file is damaged. With
+        `skip_bad_rows`, leave these parts out instead.
         """
         documents: list[str] = []
         problems: Counter = Counter()
@@ -338,5 +338,5 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 
 
 def perplexity(nats: float, n: int = 1) -> float:
-    """Return the perplexity of n tokens with `nats` in total, inf if it overflows a float."""
+    """Return exp(nats / n), the perplexity of n tokens or words; inf if it overflows a float."""
     return math.exp(nats / n) if nats < MAX_EXPONENT * n else math.inf

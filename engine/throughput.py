@@ -49,7 +49,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of CUDA tensors, or else of this process (0 on Windows)."""
+    """Return peak memory in bytes: that of CUDA tensors, or else of the process (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -1,7 +1,7 @@
-"""Tokenizers: the built-in one of GPT-2, or any that the `tokenizers` library can load.
+"""Tokenizers: the built-in GPT-2 tokenizer, or any that the `tokenizers` library can load.
 
-We save a tokenizer's files with the shards that it encoded and the weights trained on them. They
-have the format of transformers' `AutoTokenizer`.
+The files of a tokenizer are saved with the weights of a model, and with the shards that it encoded
+(except GPT-2's), in the format of transformers' `AutoTokenizer`.
 """
 
 import hashlib
@@ -198,7 +198,7 @@ class Tokenizer:
             encode = partial(self.tiktoken_encoding.encode_to_numpy, disallowed_special=())
             # The pattern has a group, so split() returns the long runs too.
             return np.concatenate([*map(encode, LONG_SPACE.split(text))])
-        return self.encode_batch([text])[0]  # does not call this method if there is no tiktoken
+        return self.encode_batch([text])[0]  # without tiktoken, it does not call this method
 
     def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encode each text like `encode_ordinary`. Return the ids of all texts, concatenated, and
@@ -300,11 +300,11 @@ def is_gpt2_style(spec: dict) -> bool:
     """
     model = spec["model"]
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
-    pattern = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    gpt2_pre_tokenizer = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return (
         model["type"] == "BPE"
         and spec["normalizer"] is None
-        and read_pre_tokenizer(spec) == pattern
+        and read_pre_tokenizer(spec) == gpt2_pre_tokenizer
         and not any(model[option] for option in options)
         and all(token["special"] for token in spec["added_tokens"])
     )
@@ -320,7 +320,7 @@ def byte_alphabet() -> dict[str, int]:
 
 def build_mergeable_ranks(spec: dict, is_gpt2: bool) -> dict[bytes, int] | None:
     """Convert a tokenizer.json to tiktoken's mergeable_ranks: a dict from the bytes of each token,
-    except added tokens, to its id. Return None if tiktoken would encode some text differently.
+    except added tokens, to its id. Return None unless tiktoken is sure to encode all text alike.
 
     tiktoken has no list of merges. It repeatedly merges the adjacent pair that makes the token with
     the lowest id.
@@ -339,9 +339,9 @@ def build_mergeable_ranks(spec: dict, is_gpt2: bool) -> dict[bytes, int] | None:
 
 
 def find_last_merge(token: str, ids: dict[str, int]) -> tuple[str, ...]:
-    """Return the two parts that tiktoken merges last to make a token, or more than two parts if no
-    merge of them has a lower id than the token. The merges are sorted by id, so the tokenizer does
-    not make the token from such parts.
+    """Merge the characters of a token as tiktoken does, always the pair with the lowest id. Return
+    the last two parts. If there are more than two parts, but no pair with a lower id than the token
+    itself, return all parts.
     """
     parts = [*token]
     while len(parts) > 2:
@@ -357,9 +357,9 @@ class BatchEncoder:
     """Encodes many texts. Uses gigatoken if possible, because it is faster than tiktoken.
 
     gigatoken is young, so we compare some of its results with tiktoken's. The two also have
-    different versions of Unicode, so they may split text with new characters differently. Python's
-    version is older than both: gigatoken gets the texts whose characters Python knows, and tiktoken
-    the others.
+    different versions of Unicode, so they may split text with new characters differently. Python
+    has an older version than both. So if all characters of a text are assigned in Python, both know
+    them, and gigatoken encodes the text. Otherwise tiktoken does.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -398,7 +398,7 @@ class BatchEncoder:
         return np.concatenate(rows), np.array([len(row) for row in rows])
 
     def check(self, text: str, number: int, tokens: np.ndarray) -> None:
-        """Raise ValueError if tiktoken gives other tokens for text `number`, counted from 0."""
+        """Raise ValueError if tiktoken encodes text `number` (from 0) differently."""
         if not np.array_equal(tokens, self.tokenizer.encode_ordinary(text)):
             raise ValueError(
                 f"gigatoken and tiktoken disagree on text {number + 1}, which begins with "
@@ -411,7 +411,7 @@ class BatchEncoder:
         if text.isascii():
             return False
         code_points = np.frombuffer(text.encode("utf-32-le"), "<u4")
-        code_points = code_points[code_points >= FIRST_UNASSIGNED]  # in most texts, only a few
+        code_points = code_points[code_points >= FIRST_UNASSIGNED]  # usually only a few are left
         return bool(self.is_unassigned[code_points].any())
 
 

@@ -48,7 +48,7 @@ def train(
     """
     if resumed and resumed.progress["data"] != data.fingerprint:
         raise ValueError(
-            f"the run in {config.out_dir} was trained on different data; resume with that"
+            f"the run in {config.out_dir} was trained on different data; resume it with its own"
         )
     start = resumed.progress["step"] if resumed else 0
     hellaswag: list[Example] = []
@@ -64,8 +64,8 @@ def train(
         if resumed:
             training_step.restore(resumed.tensors)
             resumed.tensors.clear()  # frees gigabytes
-        # Nothing is written before this line, so that settings, data or a state that are refused
-        # leave the run as it was.
+        # Nothing above writes to the run: if the settings, the data or the checkpoint are refused,
+        # it stays as it was.
         if dist.is_main:
             extend_run(Path(config.out_dir), config)  # if the folder holds a shorter run
             write_atomically(Path(config.out_dir) / "config.yaml", to_yaml(config).encode())
@@ -102,8 +102,8 @@ def train_steps(
         meter.add(record, started, loss, grad_norm, stop=interrupt.signum is not None)
 
         # On CUDA, the meter returns the record of a step only after the next step was launched, so
-        # the GPU never waits for Python. If this step has to be evaluated or saved, wait for it:
-        # then its record is the last one in this loop.
+        # the GPU never waits for Python. If this step has to be evaluated or saved, wait for its
+        # record: `read` then returns it last.
         is_save_due = is_due(config.save_every, step, config) or step == plateau_end(config)
         evaluated: dict[str, Any] = {}
         for finished in meter.read(wait=is_save_due or evaluation.is_any_due(step)):
@@ -204,7 +204,7 @@ def start_save(
 
 
 def collect_facts(model: GPT, data: TrainingData, step: int) -> dict[str, str]:
-    """Return the lines of the run's summary that follow neither from its log nor its settings."""
+    """Return the lines of a run's summary that are neither in its log nor in its settings."""
     params = list(model.parameters())
     flops = flops_per_token(model, data.block_size) * data.tokens_through(step)
     return {
@@ -217,8 +217,8 @@ def collect_facts(model: GPT, data: TrainingData, step: int) -> dict[str, str]:
 
 
 def profile_steps(config: TrainConfig, dist: Distributed) -> AbstractContextManager:
-    """On rank 0, a profiler that skips two steps, then records `profile` steps; elsewhere, and
-    without `profile`, one that does nothing. The loop must call its `step()`. If the run ends
+    """Return a profiler that skips two steps and then records config.profile steps. On other ranks,
+    and if config.profile is 0, it does nothing. The loop must call its `step()`. If the run ends
     early, the trace has fewer steps.
     """
 
@@ -261,5 +261,5 @@ class Interrupt:
         elif self.signum is not None:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
-        text = f"\n{name}: will save and stop after this step (repeat it to stop at once)\n"
+        text = f"\n{name}: will save and stop after this step (interrupt again to stop at once)\n"
         os.write(2, text.encode())  # print must not interrupt another print

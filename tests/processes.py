@@ -1,4 +1,4 @@
-"""Run commands in processes forked from one that has imported torch, because that takes seconds."""
+"""Run commands in processes forked from one with torch imported, as importing takes seconds."""
 
 import multiprocessing
 import os
@@ -114,8 +114,8 @@ def run_here(script: str, *args: str) -> None:
 def start_on_terminal(
     prelude: str, script: str, *args: str, **options
 ) -> tuple[subprocess.Popen, int]:
-    """Start a script on a terminal, after the Python code `prelude`. Return the process and a file
-    descriptor for the user's side of the terminal.
+    """Start a script on a pseudo-terminal. Its process runs the Python code `prelude` first. Return
+    the process and a file descriptor for the user's side of the terminal.
     """
     import pty  # not on Windows
 
@@ -129,7 +129,7 @@ def start_on_terminal(
 
 
 def send_signal_at(step: int, signum: signal.Signals, pid: int) -> None:
-    """Once this process has logged a step, send the signal to process `pid`."""
+    """Patch the log to send the signal to process `pid` once this process has logged `step`."""
     append = JSONLinesLog.append
 
     def append_and_send(log: JSONLinesLog, *records: dict) -> None:

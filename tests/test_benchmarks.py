@@ -28,8 +28,8 @@ def test_a_dry_run_of_the_gpu_benchmark(tmp_path, part):
     table = [line for line in lines if line.startswith("| ")]
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     names = [record["contender"] for record in records]
-    headers = len({record["size"] for record in records})
-    assert len(names) == len(table) - headers
+    n_tables = len({record["size"] for record in records})  # one header row per table
+    assert len(names) == len(table) - n_tables
     assert all(any(row.startswith(f"| {name} |") for row in table) for name in names)
     assert all(record["seconds"] > 0 for record in records)
 
@@ -55,7 +55,7 @@ def test_a_failing_contender_does_not_stop_the_others(tmp_path, capsys):
 
 
 def test_contenders_are_chosen_by_name():
-    """`contenders` picks those whose names contain one of its texts. No match is an error."""
+    """--contenders picks those whose names contain any of its strings. No match is an error."""
     names = ["full none", "lora none", "peft"]
 
     def measure(**flags):
@@ -87,10 +87,10 @@ def test_invalid_names_of_lora_contenders(name):
 
 
 def test_a_sweep_changes_one_setting_of_each_recipe():
-    """A sweep adds one run per recipe and setting, at one length and under a name of its own."""
+    """A sweep adds one full-length run per recipe and setting, under a name of its own."""
     config = TimeToLossConfig(recipes=[FAST], sweep=["muon_lr=0.04", "beta1=0.9"], seeds=1)
     runs = time_to_loss.plan_runs(config, "data", "fp32")
-    assert [run.recipe for run in runs[:-2]] == [FAST] * 4
+    assert [run.recipe for run in runs[:-2]] == [FAST] * 4  # its four lengths
     assert [(run.recipe, run.settings, run.steps) for run in runs[-2:]] == [
         ("fast, muon_lr 0.04", {**RECIPES[FAST], "muon_lr": 0.04}, 600),
         ("fast, beta1 0.9", {**RECIPES[FAST], "beta1": 0.9}, 600),
@@ -108,12 +108,12 @@ def test_steps_to_a_loss():
 
 
 def test_ratios_of_time_to_loss(capsys):
-    """The share of tokens comes from mean losses. A single seed may never reach the loss."""
+    """Token ratios come from mean losses. A single seed may never reach the loss."""
     losses = {TUNED: {400: [3.5, 3.1]}, FAST: {100: [4.0, 4.2], 400: [3.0, 3.2]}}
     time_to_loss.print_ratios(losses, {TUNED: 1.0, FAST: 2.0})
     row = capsys.readouterr().out.splitlines()[-1]
     tokens = 0.25 * 4**0.8  # from 4.1 to 3.1, with 3.3 at 0.8 of the way
-    # One seed takes 200 of 400 steps. The other does not reach the loss in 400.
+    # One seed takes 200 of 400 steps, the other more than 400. A step takes twice the time.
     cells = [TUNED, f"{tokens:.2f}", "0.50", "above 1.00", f"{2 * tokens:.2f}"]
     assert [cell.strip() for cell in row.strip("| ").split("|")] == cells
 

@@ -28,8 +28,8 @@ from sample import SampleConfig
 from share import ShareConfig
 from train_gpt2 import PretrainConfig
 
-# Settings that a resumed run may change. They change at most the order of floating-point sums, or
-# they are paths, and the run compares a hash of the data or weights instead.
+# Settings that a resumed run may change. They affect at most rounding, logging and saving, or they
+# are paths: a run compares hashes of its data and weights, not their paths.
 FREE_TO_CHANGE = {"out_dir", "resume", "data", "data_dir", "model_name_or_path", "merge_out"}
 FREE_TO_CHANGE |= {"batch_size", "device", "compile", "parallel", "recompute", "lora_form"}
 FREE_TO_CHANGE |= {"eval_every", "sample_every", "hellaswag_every", "hellaswag_data"}
@@ -93,7 +93,7 @@ def flags_of(kind: object) -> list:
 
 @pytest.mark.parametrize(("config_class", "name"), flags_of(bool))
 def test_boolean_flags(capsys, config_class, name):
-    """--x and --x true turn a boolean on, --no-x and --x false turn it off. The last one counts."""
+    """`--x` and `--x true` turn a boolean on; `--no-x` and `--x false` turn it off. Last wins."""
     for argv, expected in (
         ([f"--{name}"], True),
         ([f"--no-{name}"], False),
@@ -150,6 +150,7 @@ WRONG_VALUES = {
     "number: 1.5": "number is 1.5, expected an integer",
     "number: true": "number is true, expected an integer",
     "number: [1]": "number is [1], expected an integer",
+    "number: ['1']": "number is ['1'], expected an integer",
     "number: ''": "number is '', expected an integer",
     "rate: fast": "rate is fast, expected a number",
     "rate: .nan": "rate is nan, expected a number",
@@ -215,7 +216,7 @@ def test_null_is_accepted_where_none_is_a_value(tmp_path, capsys):
 
 
 def test_files_that_cannot_be_read(tmp_path, capsys):
-    """If a file is missing, a folder or not UTF-8, the error names it and says so."""
+    """If a file does not exist, is a folder or is not UTF-8, the error names it and says so."""
     (tmp_path / "latin1.yaml").write_bytes("name: café".encode("latin-1"))
     for name, expected in (
         ("nothing.yaml", "No such file"),
@@ -258,7 +259,7 @@ def test_debug_is_not_a_setting():
 
 
 def test_unknown_flags_suggest_a_near_one(capsys):
-    """The error for an unknown flag suggests one. Stray words and missing values are errors too."""
+    """The error for an unknown flag suggests a similar one. Stray words are errors, too."""
     for argv, expected in {
         ("--max_stepz", "3"): "unknown flag --max_stepz, did you mean --max_steps?",
         ("--max-stepz", "3"): "unknown flag --max-stepz, did you mean --max_steps?",
@@ -271,14 +272,14 @@ def test_unknown_flags_suggest_a_near_one(capsys):
 
 
 def test_flags_with_dashes():
-    """--max-steps means --max_steps, and --no-use-lora --no-use_lora. Values keep their dashes."""
+    """`--max-steps` means `--max_steps`; `--no-use-lora` works, too. Values keep their dashes."""
     values = parse(PretrainConfig, "--max-steps", "3", "--eval-every=4", "--data-dir=my-data")
     assert values == {"max_steps": 3, "eval_every": 4, "data_dir": "my-data"}
     assert parse(FinetuneConfig, "--no-use-lora") == {"use_lora": False}
 
 
 def test_whole_numbers_in_any_notation(tmp_path, capsys):
-    """1e3, 1_000 and 1000.0 are whole numbers, 1.5 is not. Large ones stay exact."""
+    """1e3, 1_000 and 1000.0 are accepted as integers, but 1.5 is not. Large ones stay exact."""
     for text in ("1e3", "1_000", "1000.0", "1E+3"):
         assert parse(PretrainConfig, "--max_steps", text) == {"max_steps": 1000}
         (tmp_path / "a.yaml").write_text(f"max_steps: {text}\n")
@@ -308,11 +309,11 @@ def test_help(monkeypatch, config_class, columns):
     text = build_parser(config_class, "What it does.").format_help()
     assert max(map(len, text.splitlines())) <= columns
     words = " ".join(text.split())
-    letters = "".join(words.split())  # to compare help texts, which also wrap after a hyphen
+    no_spaces = "".join(words.split())  # for help texts, because argparse wraps after a hyphen
     assert all(part in words for part in ("What it does.", "--config FILE", "--debug"))
     for action in build_parser(config_class, "")._actions:
         assert len(action.help) > 5
-        assert "".join(action.help.replace("%%", "%").split()) in letters
+        assert "".join(action.help.replace("%%", "%").split()) in no_spaces
     for f in fields(config_class):
         assert re.search(rf"--{f.name}\b", words)
         if isinstance(f.default, (int, float)) and not isinstance(f.default, bool):
@@ -391,8 +392,8 @@ def test_yaml_reads_back(tmp_path, config):
     assert values.keys() == {f.name for f in fields(config)}
 
 
-def test_presets_are_complete_and_right():
-    """Every preset is valid, and gpt2_124m spells out the defaults, including GPTConfig's shape."""
+def test_presets_are_valid():
+    """Every preset is valid, and gpt2_124m equals the defaults, with GPTConfig's default shape."""
     presets = sorted((ROOT / "configs").glob("*.yaml"))
     assert len(presets) >= 5
     for preset in presets:

@@ -1,4 +1,4 @@
-"""Tests that need a CUDA GPU; skipped without one. The models are small: all take a minute."""
+"""Tests that need a CUDA GPU; skipped without one. The whole file takes a minute."""
 
 import copy
 import itertools
@@ -81,7 +81,7 @@ def test_head_loss_equals_cross_entropy(dtype, tolerance, is_compiled):
     x = torch.randn(n, C, generator=generator).to(CUDA)
     weight = 0.02 * torch.randn(50304, C, generator=generator).to(CUDA)
     targets = torch.randint(vocab_size, (n,), generator=generator).to(CUDA)
-    x[: n // 2] += 40 * weight[targets[: n // 2]]  # logits of about 12 above the others
+    x[: n // 2] += 40 * weight[targets[: n // 2]]  # these logits are about 12 above the others
     leaves = [t.clone().requires_grad_() for t in (x, weight)]
     softmax = compile_softmax() if is_compiled else softmax_
     loss = HeadLoss.apply(*leaves, targets, vocab_size, dtype, True, softmax)
@@ -100,11 +100,11 @@ def test_head_loss_equals_cross_entropy(dtype, tolerance, is_compiled):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_16_bit_training_follows_fp32(shards, precision, compile_step):
     """In 16 bits, compiled or not, the losses of ten steps are close to fp32. Weights stay fp32."""
-    exact, model = cuda_step(shards, max_lr=1e-3), cuda_model(block_size=16)
+    step_fp32, model = cuda_step(shards, max_lr=1e-3), cuda_model(block_size=16)
     options = {"precision": precision, "compile": compile_step, "max_lr": 1e-3}
-    rounded = cuda_step(shards, model, **options)
+    step_16_bit = cuda_step(shards, model, **options)
     for s in range(1, 11):
-        assert rounded(s)[0].item() == pytest.approx(exact(s)[0].item(), rel=5e-3)
+        assert step_16_bit(s)[0].item() == pytest.approx(step_fp32(s)[0].item(), rel=5e-3)
     assert {p.dtype for p in model.parameters()} == {FP32}
 
 
@@ -208,7 +208,7 @@ def test_hellaswag_predictions_equal_the_cpu():
 
 
 def test_training_evaluates_hellaswag_as_the_command_does(shards):
-    """bf16 training allows TF32, but not in evaluations, so HellaSwag scores as in the command."""
+    """bf16 training uses TF32, but evaluations turn it off, so results equal hellaswag.py's."""
     model = small_gpt2(block_size=1024).to(CUDA)
     examples = load_hellaswag().load(GPT2_TOKENIZER, 1024)
     with torch.autocast("cuda", BF16):
@@ -222,14 +222,14 @@ def test_training_evaluates_hellaswag_as_the_command_does(shards):
 
 
 def test_greedy_text_equals_the_cpu():
-    """In fp32, a GPU generates the same tokens as a CPU, also past the end of the window."""
+    """In fp32, a GPU generates the same tokens as a CPU, even past the end of the context."""
     model, idx = small_gpt2(block_size=64).eval(), random_ids(2, 40)
     expected = model.generate(idx, 60, temperature=0)
     model.to(CUDA)
     for uses_graphs in (False, True):
         if uses_graphs:
             speed_up_decoding(model)
-        for rows in (slice(2), slice(1), slice(2)):
+        for rows in (slice(2), slice(1), slice(2)):  # other batch sizes need other graphs
             found = model.generate(idx[rows].to(CUDA), 60, temperature=0)
             assert torch.equal(found.cpu(), expected[rows])
 

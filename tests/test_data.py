@@ -50,7 +50,7 @@ def test_targets_follow_their_inputs(make_shards):
         assert data.targets_in_step(step) == len(collect_targets(batches))
 
 
-def test_global_step_does_not_depend_on_the_machine(make_shards):
+def test_a_step_does_not_depend_on_ranks_or_batch_size(make_shards):
     """A step has the same windows in the same order on 1 to 4 ranks and at every batch_size."""
     shards = TokenShards(make_shards(400, 601), "train")
     seen = set()
@@ -89,8 +89,8 @@ def test_a_data_set_smaller_than_a_batch(make_shards):
 
 
 @pytest.mark.parametrize("eval_tokens", [1, 50, 64, 199, 10_000])
-def test_evaluation_is_the_same_tokens_on_any_machine(make_shards, eval_tokens):
-    """Any number of ranks predict each eval token once, and all get equally many batches."""
+def test_ranks_evaluate_each_token_once(make_shards, eval_tokens):
+    """Together, ranks predict each eval token once. All have the same number of batches."""
     shards = TokenShards(make_shards(200), "train")
     for world_size, batch_size in itertools.product((1, 2, 3), (1, 4, 7)):
         sizes = {"block_size": 8, "batch_size": batch_size, "eval_tokens": eval_tokens}
@@ -102,8 +102,8 @@ def test_evaluation_is_the_same_tokens_on_any_machine(make_shards, eval_tokens):
 
 
 def test_batch_sizes_that_do_not_divide(make_shards):
-    """If the sizes do not divide evenly, the error has the next smaller batch_size that fits and
-    says that the curve stays the same. If none fits, it has a total_batch_size.
+    """If the sizes do not divide evenly, the error suggests the next smaller batch_size that
+    fits and says that the curve stays the same. If none fits, it suggests a total_batch_size.
     """
     shards = TokenShards(make_shards(100), "train")
     with pytest.raises(ValueError, match=r"use batch_size 5, .* same loss curve"):
@@ -128,10 +128,10 @@ def test_a_small_evaluation_is_not_padded(make_shards):
 
 @on_cpu_and_gpu
 def test_prefetched_batches_are_the_ones_asked_for(shards, dist):
-    """The prefetcher returns the batch asked for, on the device, in any order and also if asked
-    twice. A background thread prepares it, and errors in the data reach the caller.
+    """The prefetcher returns the requested batch, on the device, whatever the order of requests and
+    even if one is repeated. A background thread prepares batches. Errors reach the caller.
     """
-    calls = []  # of micro_batch: step, micro-step, thread
+    calls = []  # (step, micro_step, thread) of each call to `micro_batch`
 
     class Watched(PretrainingData):
         def micro_batch(self, step, micro_step):

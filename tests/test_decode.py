@@ -51,7 +51,7 @@ def test_generation_takes_the_fast_path(tiny_model, monkeypatch):
 
 
 def test_a_static_cache_gives_the_same_text(monkeypatch):
-    """A cache of constant shape gives the same tokens, also past the end of the window."""
+    """A cache of constant shape gives the same tokens, even past the end of the context."""
 
     class PlainGraph(decode.TokenGraph):  # test_cuda.py has CUDA graphs
         def capture(self):
@@ -66,7 +66,7 @@ def test_a_static_cache_gives_the_same_text(monkeypatch):
     model.last_hidden = decode.GraphedDecoder(model)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
-        for rows in (slice(2), slice(1), slice(2)):
+        for rows in (slice(2), slice(1), slice(2)):  # change the batch size and back
             assert torch.equal(model.generate(idx[rows], 40, temperature=0), expected[rows])
     finally:
         torch.use_deterministic_algorithms(False)

@@ -87,7 +87,7 @@ def test_every_flag_exists():
     known = {f.name for config in CONFIGS.values() for f in dataclasses.fields(config)}
     known |= {f"no-{name}" for name in known} | OTHER_FLAGS
     for page in PAGES:
-        # Benchmarks have flags of their own.
+        # Benchmarks have flags of their own: skip `python benchmarks/x.py --a`, `--b`.
         text = re.sub(r"python benchmarks/[^`]*`((;|,| or) `--\w+`?)?", "", page.read_text())
         unknown = set(re.findall(r"(?<![\w-])--(\w[\w-]*)", text)) - known
         assert not unknown, f"{page.name}: {unknown}"
@@ -135,7 +135,7 @@ def docs_workdir(tmp_path_factory) -> Path:
         train_gpt2.main(train_gpt2.PretrainConfig(**settings))
     for name in ("a", "b"):
         shutil.copytree(folder / "runs" / "demo", folder / "runs" / name)
-    trained = folder / "runs" / "demo" / "checkpoints"  # the demo has 500 steps
+    trained = folder / "runs" / "demo" / "checkpoints"  # in the docs, the demo has 500 steps
     shutil.copytree(trained / "step_000002", trained / "step_000500")
     return folder
 
@@ -258,7 +258,7 @@ def mean_loss(series: Series, seeds: Iterable[int]) -> float:
 
 
 def share_of_tokens(series: Series) -> float:
-    """Return the share of the tokens that the fast recipe needs for the mean loss of a series."""
+    """Return the share of a series' tokens that the fast recipe needs to reach its mean loss."""
     seeds = LOSSES[series].keys()
     fast_losses = {
         other.steps: mean_loss(other, seeds)
@@ -283,15 +283,15 @@ def test_shares_of_tokens():
     """Shares of tokens in docs/results.md follow from the runs. recipe.md and README quote them."""
     shares: dict[str, float] = {}  # the largest, by recipe
     cells = defaultdict(set)  # of results.md, by text, model, steps and recipe
-    for row in read_table("results.md", "baseline | its steps"):
-        steps = int(row["its steps"].replace(",", ""))
+    for row in read_table("results.md", "baseline | steps"):
+        steps = int(row["steps"].replace(",", ""))
         series = Series(f"{row['text']}, {row['model']}", row["baseline"], steps)
         share = share_of_tokens(series)
         assert row["token ratio"] == (f"{share:.2f}" if share > 0 else "below 0.25"), row
         assert int(row["seeds"]) == len(LOSSES[series]), row
         recipe = series.recipe.split(",")[0]  # without its changes
         shares[recipe] = max(share, shares.get(recipe, share))
-        cells[row["text"], row["model"], row["its steps"], recipe].add(row["token ratio"])
+        cells[row["text"], row["model"], row["steps"], recipe].add(row["token ratio"])
     for row in read_table("recipe.md", "text | model | steps"):
         for recipe in (BASELINE, TUNED, FORMER):
             expected = cells[row["text"], row["model"], row["steps"], recipe]

@@ -29,7 +29,7 @@ def cut(text: str, n_chars: int, chunk: int | None = None) -> list[Piece]:
     """Cut a document into pieces, reading it in chunks of `chunk` characters (default: all)."""
     chunk = chunk or max(1, len(text))
     chunks = [(text[i : i + chunk], False) for i in range(0, len(text), chunk)]
-    return list(cut_documents([*chunks, ("", True)], n_chars))
+    return list(cut_documents([*chunks, ("", True)], n_chars))  # True: the document ends
 
 
 def join(pieces: list[Piece]) -> str:
@@ -73,8 +73,8 @@ def test_cuts_depend_on_the_document_alone(chunk):
 
 
 def test_where_a_document_is_cut():
-    """A piece ends before the last newline that fits and follows a non-space. If there is none, it
-    ends before the last such space, and otherwise at the limit. Trailing space stays in the piece.
+    """A piece ends before the last newline that follows a non-space, or else before the last space
+    that does, or else at the limit. Trailing space stays in the piece.
     """
     for document, expected in (
         ("one two\nthree four", ["one two", "\nthree four"]),
@@ -189,8 +189,8 @@ def test_damaged_gz_files(tmp_path, capsys):
 
 
 def test_files_folders_and_globs(tmp_path, capsys):
-    """A path is a file, a glob or a folder. Folders are searched recursively, except for what is
-    hidden. Files with known suffixes are found, sorted within each path; a line counts the others.
+    """A path is a file, a glob or a folder. Folders are searched recursively for files with
+    known suffixes, except hidden ones, and sorted. A message says how many others there are.
     """
     (tmp_path / "deep" / "er").mkdir(parents=True)
     for name in ("b.txt", "a.parquet", "deep/c.jsonl", "deep/er/d.txt.gz", "deep/e.png", "[1].txt"):

@@ -124,7 +124,7 @@ def test_wrong_input_ends_in_one_line(bad_inputs, monkeypatch, capsys, line, exp
     assert not Path("made").exists()
 
 
-def test_damaged_rows_of_an_evaluation_are_named(tmp_path):
+def test_an_evaluation_with_damaged_rows_does_not_resume(tmp_path):
     """If rows.jsonl is damaged, an evaluation does not resume; the error names the file."""
     (tmp_path / "settings.json").write_text("{}")
     (tmp_path / "rows.jsonl").write_text("{}\n")

@@ -43,8 +43,8 @@ def test_writes_are_atomic(tmp_path, monkeypatch, failing):
 
 def test_system_errors_get_the_name_of_the_file(tmp_path):
     """`adding_path_to_errors` adds the path to an OSError and keeps its number and message."""
-    full = pytest.raises(OSError, match="No space left")
-    with full as raised, adding_path_to_errors(tmp_path / "x"):
+    no_space = pytest.raises(OSError, match="No space left")
+    with no_space as raised, adding_path_to_errors(tmp_path / "x"):
         raise OSError(28, os.strerror(28))
     assert (raised.value.errno, raised.value.filename) == (28, str(tmp_path / "x"))
 
@@ -57,7 +57,7 @@ def test_hashes_are_sha256(tmp_path):
 
 
 def test_json_files(tmp_path):
-    """A JSON object reads back as written. For other content, the error has the file and remedy."""
+    """A JSON object reads back as written. The error for other content has the file and remedy."""
     file = tmp_path / "x.json"
     content = {"a": [1, 2.5, None], "b": {"c": "é"}}
     write_json(file, content)

@@ -1,4 +1,4 @@
-"""Fine-tuning as a user runs it: main() of the command, or processes on ranks or killed halfway."""
+"""finetune_lora.py from end to end: in this process, in another, on several ranks, and killed."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_a_run_writes_what_is_documented(folder):
     assert (latest / "adapter_model.safetensors").stat().st_size < 150_000
     idx = torch.tensor([AutoTokenizer.from_pretrained("merged").encode("To be, or not")])
     stock = AutoModelForCausalLM.from_pretrained("base")
-    # What the command prints for transformers has the path in quotes.
+    # The command prints how to load the model in transformers, with its path in quotes.
     hint = next(line for line in out.splitlines() if line.startswith("in transformers"))
     models = [load_model("base", run), GPT.from_pretrained("merged")]
     theirs = [
@@ -206,7 +206,7 @@ def test_a_finished_run_merges(folder, capsys):
 
 
 def test_the_base_of_an_adapter_is_kept(folder):
-    """A run keeps the base of an adapter. If it is gone anyway, the error asks for a copy."""
+    """A run never deletes an adapter's base. If it is gone anyway, the error asks for a copy."""
     first = Path("base_run/checkpoints/step_000001")
     shutil.copytree("base", first)
     (first / "progress.json").write_text('{"step": 1}')

@@ -18,7 +18,7 @@ from fineweb import PrepareConfig, main
 
 TEXTS = (NASTY_TEXT, "One.\n", "  two  ", "Three and\n\n\nthree. " * 40, NASTY_TEXT[::-1])
 DOCUMENTS = [f"{text}{i}" for i in range(6) for text in TEXTS]
-COMPRESSION_RATIO = 3  # that documents.py assumes, to estimate the size of the text
+COMPRESSION_RATIO = 3  # what documents.py assumes to estimate the size of the text
 
 
 def all_tokens(folder: Path) -> list[int]:
@@ -65,7 +65,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_gigatoken():
-    """Build gigatoken only once for this module, because that takes longer than the tests."""
+    """Build the gigatoken encoder once for all tests here, because that takes seconds."""
     gigatoken = tokenizer.load_gigatoken(GPT2_TOKENIZER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "load_gigatoken", lambda _: gigatoken)
@@ -112,7 +112,7 @@ def test_every_format_gives_the_same_tokens(tmp_path, jsonl, write_parquet, monk
 
 
 def test_bad_input_is_handled_and_counted(tmp_path, capsys):
-    """Bad input leaves other documents alone. It is counted, and the first of each kind printed."""
+    """Bad input does not affect other documents. It is counted, and each kind is printed once."""
     good = [json.dumps({"text": f"number {i} " * 50}) for i in range(20)]
     rows = [*good, '{"text": ""}', '{"text": "  \\n"}', "{broken", '{"other": 1}', '{"text": 5}']
     latin = b'\n{"text": "caf\xe9 au lait"}\n'
@@ -132,7 +132,12 @@ def test_bad_input_is_handled_and_counted(tmp_path, capsys):
         "bad files left out": 0,
     }
     out = capsys.readouterr().out
-    for problem in ("a.jsonl line 23", "a.jsonl has U+FFFD", "b.txt.gz is truncated", "3 bad rows"):
+    for problem in (
+        "a.jsonl line 23",
+        "a.jsonl has U+FFFD",
+        "b.txt.gz is truncated",
+        "3 bad rows",
+    ):
         assert out.count(problem) == 1
 
 
@@ -152,12 +157,12 @@ def test_validation_is_drawn_from_all_of_a_long_document(tmp_path):
         ("".join(chr(0x4E00 + i * i % 9999) for i in range(9000)), 8500),
         ("\n" * 9000 + "a" * 4001 + "\n" * 9000, 13_000),
         ("a" * 4001, 4000),
-        (" ".join(f"word{i}" for i in range(3500)), 5000),  # a sixth
+        (" ".join(f"word{i}" for i in range(3500)), 5000),  # a sixth of the text
     ],
     ids=["cjk", "space at the ends", "two sections", "30 kB"],
 )
 def test_any_text_of_two_sections_has_both_splits(tmp_path, text, max_val_chars):
-    """Any text of two sections or more has both splits, and nothing is lost."""
+    """Text of two or more sections gives two nonempty splits, and nothing is lost."""
     train, val = map("".join, prepare_documents(tmp_path / "a", text))
     assert sorted(train + val) == sorted(text)
     assert 0 < len(val) <= max_val_chars
@@ -198,7 +203,7 @@ def test_folders_of_earlier_versions(tmp_path, jsonl):
     with pytest.raises(ValueError, match=r"other options: .*shard_size"):
         prepare(tmp_path / "out", jsonl, shard_size=400)
     (tmp_path / "out" / manifest["shards"][-1]["name"]).unlink()
-    for complete in (True, False):
+    for complete in (True, False):  # with a shard missing, neither is complete
         write_manifest(tmp_path / "out", {**manifest, "complete": complete})
         with pytest.raises(ValueError, match=r"section_chars was None, now 4000.*delete"):
             prepare(tmp_path / "out", jsonl)
@@ -206,7 +211,7 @@ def test_folders_of_earlier_versions(tmp_path, jsonl):
 
 def test_files_in_other_encodings(tmp_path, capsys):
     """The error for a Latin-1 file has its name and the position of the bad byte, and nothing is
-    written. Each flag that the error suggests works. The manifest notes those that change shards.
+    written. Each flag that the error suggests works, and is in the manifest if it changes shards.
     """
     (tmp_path / "text").mkdir()
     good, latin = "Grüße. " * 900, "Un café. " * 900
@@ -325,7 +330,7 @@ def test_settings_are_checked():
 
 def test_hub_data_streams_and_resumes(tmp_path, monkeypatch, datasets, network, capsys):
     """A hub dataset is streamed row by row, and only its text is used. If a shard is missing, the
-    command resumes at the row where it begins, also with cursors of an earlier version.
+    command resumes at the shard's first row, even with cursors of an earlier version.
     """
 
     def load_dataset(repo, name, split, streaming):
@@ -365,6 +370,8 @@ def test_ready_made_shards(tmp_path, jsonl, monkeypatch, network):
         prepare(tmp_path / "out", "fineweb10B-gpt2", max_tokens=2500)
         assert len(TokenShards(tmp_path / "out", "train")) == 3000
         assert len(TokenShards(tmp_path / "out", "val")) == 1000
+    with pytest.raises(ValueError, match="out holds shards made with other options"):
+        prepare(tmp_path / "out", jsonl)
     prepare(tmp_path / "other", jsonl)
     with pytest.raises(ValueError, match="holds shards of another dataset; choose another"):
         prepare(tmp_path / "other", "fineweb10B-gpt2")

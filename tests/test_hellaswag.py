@@ -64,8 +64,8 @@ def evaluate(model: Path, out: Path | str | None = None, **options) -> EvalConfi
 
 @pytest.mark.parametrize("stride", [None, 50])
 def test_perplexity_equals_transformers(gpt2_folder, tmp_path, monkeypatch, stride):
-    """Token and word perplexity and bits per byte equal those of transformers' model with a sliding
-    window that predicts each token once. On any CPU, the evaluation is in fp32.
+    """Perplexities and bits per byte equal those of transformers with a sliding window, in which
+    each token is predicted once. On any CPU, the evaluation is in fp32.
     """
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     file = tmp_path / "text.txt"
@@ -77,7 +77,7 @@ def test_perplexity_equals_transformers(gpt2_folder, tmp_path, monkeypatch, stri
     ids = [50256, *TIKTOKEN.encode(TEXT)]
     step = stride or BLOCK_SIZE
     nats, start = 0.0, 1
-    while start < len(ids):
+    while start < len(ids):  # score ids[start:end], with at most BLOCK_SIZE tokens as input
         end = min(len(ids), start + (BLOCK_SIZE if start == 1 else step))
         window = torch.tensor([ids[max(0, end - BLOCK_SIZE - 1) : end]])
         targets = window[:, 1:].clone()
@@ -93,7 +93,7 @@ def test_perplexity_equals_transformers(gpt2_folder, tmp_path, monkeypatch, stri
 
 
 def test_perplexity_of_documents(gpt2_folder, write_rows, capsys):
-    """No document sees another one. A bad row is an error, unless skip_bad_rows is set."""
+    """All tokens of each document count. A bad row is an error, unless skip_bad_rows is set."""
     documents = [{"text": "One document."}, {"text": "Another one, a little longer."}]
     options = {"task": "perplexity", "data": write_rows([*documents, {}])}
     with pytest.raises(ValueError, match="bad rows"):
@@ -130,9 +130,9 @@ def test_adapter_is_evaluated(gpt2_folder, tmp_path):
         assert row["log_probs"] != pytest.approx(base[i], abs=1)
 
 
-def test_accuracies_are_fractions_of_the_predictions(gpt2_folder, tmp_path, write_rows, capsys):
-    """The command prints and writes the fraction of correct predictions, also for a .gz file. If
-    rows have no ctx_a, it warns that lm-eval would build them differently.
+def test_accuracy_is_the_fraction_of_correct_predictions(gpt2_folder, tmp_path, write_rows, capsys):
+    """The command prints and writes the fraction of correct predictions, even for a .gz file. If
+    rows have no ctx_a, it warns that lm-eval would build their prompts differently.
     """
     packed = tmp_path / "rows.jsonl.gz"
     packed.write_bytes(gzip.compress(HELLASWAG_ROWS.read_bytes()))
@@ -151,8 +151,8 @@ def test_accuracies_are_fractions_of_the_predictions(gpt2_folder, tmp_path, writ
 
 
 def test_killed_evaluation_resumes(gpt2_folder, tmp_path, monkeypatch):
-    """A killed evaluation keeps its rows. Resumed, it has the results of one without a kill."""
-    monkeypatch.setattr(scoring, "BATCH_SIZES", {"cpu": (BATCH_TOKENS, 1)})
+    """A killed evaluation keeps its rows. When resumed, it ends with the same results."""
+    monkeypatch.setattr(scoring, "BATCH_LIMITS", {"cpu": (BATCH_TOKENS, 1)})
     config = evaluate(gpt2_folder, tmp_path / "whole")
     killed = replace(config, out_dir=str(tmp_path / "killed"))
     n_calls, original = 0, scoring.compute_log_probs
@@ -204,7 +204,7 @@ def test_ranks_split_the_rows(gpt2_folder, tmp_path, ranks, n_begun):
 
 
 def test_other_settings_do_not_resume(gpt2_folder, tmp_path):
-    """Results of another model, other data or other options are an error, and are not changed."""
+    """If out_dir has results of another model, data or options, that is an error; they are kept."""
     config = evaluate(gpt2_folder, tmp_path / "out")
     before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
     other = GPT.from_pretrained(gpt2_folder)

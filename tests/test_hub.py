@@ -23,7 +23,7 @@ def test_file_names_are_not_looked_up_on_the_hub():
 
 
 def test_without_a_connection_one_request_decides(monkeypatch):
-    """If one request fails, the hub's libraries only use their cache inside `reporting_hub_errors`.
+    """If one request fails, the hub's libraries use only their cache in `reporting_hub_errors`.
     The error says why the request failed and what the user can do.
     """
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

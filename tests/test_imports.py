@@ -105,7 +105,7 @@ def test_help_and_imports_have_no_side_effects(tmp_path):
     result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    printed = json.loads(result.stdout)
+    printed = json.loads(result.stdout)  # script or module -> (its output, modules loaded so far)
     for name, (text, loaded) in printed.items():
         assert ("\noptions:\n" in text) if name in scripts else text == ""
         assert not HEAVY & {*loaded}
@@ -140,14 +140,14 @@ def test_engine_code_does_not_load_through_model():
 
 def test_one_function_opens_a_run():
     """Both training commands open a run only through `open_run`, which locks, checks, loads and
-    builds in the right order. main() assigns `config` once, so all its code sees the same settings.
+    builds in the right order. main(given) assigns `config` once, so all its code sees one config.
     """
-    parts = {"lock_folder", "inherit_settings", "load_latest", "last_usable_step"}
+    only_in_open_run = {"lock_folder", "inherit_settings", "load_latest", "last_usable_step"}
     for command in ("train_gpt2", "finetune_lora"):
         tree = ast.parse((ROOT / f"{command}.py").read_text())
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         assert "open_run" in names
-        assert not names & parts
+        assert not names & only_in_open_run
         (main,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
         assert [arg.arg for arg in main.args.args] == ["given"]
         nodes = [node for node in ast.walk(main) if isinstance(node, ast.Name)]

@@ -37,7 +37,7 @@ def examples(write_rows):
     return read_examples(write_rows(rows), GPT2_TOKENIZER, 1024)
 
 
-def test_templates_give_the_prompts_of_training(write_rows, tmp_path):
+def test_filled_templates_equal_training_prompts(write_rows, tmp_path):
     """A run saves the template that most of its rows use. find_prompt_template finds it for the run
     folder, a checkpoint, or a file in a checkpoint. Filled in, it gives the training prompts.
     """
@@ -136,7 +136,7 @@ def test_long_and_empty_rows(write_rows, capsys):
 
 
 def test_bad_rows_are_refused(write_rows):
-    """The error for a row in an unknown format has its line number. One example is too few."""
+    """The error for a malformed row has its line number. A single example is also an error."""
     for rows, match in (
         ([{"text": "x"}], "line 1: its keys are text; expected instruction and output"),
         ([{"prompt": 5, "completion": "x"}], "line 1: prompt is 5, expected a string"),
@@ -146,12 +146,12 @@ def test_bad_rows_are_refused(write_rows):
             read_examples(write_rows(rows), GPT2_TOKENIZER, 1024)
 
 
-def test_stdlib_needs_no_network(tmp_path, monkeypatch):
-    """With the data "stdlib", a prompt is the signature of a function in the standard library, and
-    its completion the first paragraph of the docstring, if that has 5 to 59 words. Each prompt
-    appears once, always in the same order.
+def test_stdlib_examples_are_signatures_and_docstrings(tmp_path, monkeypatch):
+    """With the data "stdlib", each prompt is the signature of a standard library function, and its
+    completion is the first paragraph of the docstring. Only paragraphs of 5 to 59 words are used.
+    Each prompt appears once, always in the same order.
     """
-    monkeypatch.setattr("sysconfig.get_path", lambda _: tmp_path)  # the library takes seconds
+    monkeypatch.setattr("sysconfig.get_path", lambda _: tmp_path)  # the real one takes seconds
     monkeypatch.setattr("engine.rows.load_hub_rows", None)
     for name in ("heapq.py", "copy.py"):
         shutil.copy(heapq.__file__, tmp_path / name)
@@ -171,15 +171,15 @@ def test_every_example_once_an_epoch(examples):
     for world_size, batch_size in ((1, 10), (1, 5), (2, 5), (5, 2), (10, 1)):
         steps = []
         for step in range(1, 11):  # two epochs
-            rows = []
+            n_targets = []  # of each example; the examples have different lengths
             for rank in range(world_size):
                 sizes = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
                 data = InstructionData(examples, examples_per_step=10, seed=3, **sizes)
                 for micro_step in range(1, data.grad_accum_steps + 1):
                     targets = data.micro_batch(step, micro_step).targets
-                    rows += [int((row != IGNORE_INDEX).sum()) for row in targets]
-            assert sum(rows) == data.targets_in_step(step)
-            steps.append(sorted(rows))
+                    n_targets += [int((row != IGNORE_INDEX).sum()) for row in targets]
+            assert sum(n_targets) == data.targets_in_step(step)
+            steps.append(sorted(n_targets))
         assert expected in (None, steps)
         expected = steps
     lengths = sorted(len(e.tokens) - e.n_prompt for e in examples)

@@ -33,7 +33,7 @@ from model import GPT, GPTConfig
 
 
 def randomize(model):
-    """Fill lora_A and lora_B with random values. At its initial zero, lora_B would hide errors."""
+    """Fill lora_A and lora_B with random values. The initial zeros of lora_B would hide errors."""
     torch.manual_seed(0)
     for tensor in get_lora_state_dict(model).values():
         tensor.normal_(std=0.1)
@@ -107,9 +107,9 @@ def test_training_starts_from_the_base_model():
 @pytest.mark.parametrize(
     ("is_summed", "trained"), [(False, "adapter"), (True, "adapter"), (True, "everything")]
 )
-def test_gradients_equal_those_of_a_summed_model(tiny_model, idx, recompute, trained, is_summed):
-    """Loss and gradients match a plain model with the weights W + scaling * B A, whether LoRA sums
-    them or not, with and without recomputation, with the base frozen or trained. No weight changes.
+def test_gradients_equal_those_of_a_plain_model(tiny_model, idx, recompute, trained, is_summed):
+    """Loss and gradients match a plain model with the weights W + scaling * B A, summed by LoRA
+    or not, with and without recomputation, with the base frozen or trained. No weight changes.
     """
     convert_linear_layer_to_lora(tiny_model, config=LoRAConfig(lora_dim=4, lora_alpha=6))
     params = dict(randomize(tiny_model).named_parameters())
@@ -361,8 +361,8 @@ def test_wrong_conversions_are_refused(tiny_model):
 
 
 def test_lora_state_file(base, idx, tmp_path):
-    """lora.pt is the plain state dict. It loads with the adapter_config.json next to it, even if
-    other settings are passed in, or else with those settings. Without either, it does not load.
+    """lora.pt is the plain state dict. Its settings come from the adapter_config.json next to it,
+    even if others are passed in. Without that file, they must be passed in, or it does not load.
     """
     mine = load_with_lora(base, lora_dim=4, lora_alpha=6)
     save_adapter(mine, tmp_path / "a")

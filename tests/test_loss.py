@@ -18,7 +18,7 @@ def head_loss(x, weight, targets, dtype, softmax=softmax_) -> torch.Tensor:
     return HeadLoss.apply(x, weight, targets, 1000, dtype, True, softmax)  # True: with_grad
 
 
-def test_untrained_loss_is_uniform():
+def test_untrained_loss_is_log_vocab_size():
     """A new model predicts the uniform distribution over the real vocabulary."""
     torch.manual_seed(0)
     model, idx = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=64)), random_ids(4, 64, vocab_size=50257)
@@ -61,7 +61,7 @@ def test_loss_equals_plain_cross_entropy(tiny_model, chunk_rows, dtype, monkeypa
 def test_a_frozen_head_in_bf16(tiny_model, monkeypatch):
     """A bf16 head gives the loss and gradient of its fp32 copy without allocating that copy."""
     monkeypatch.setattr(loss_module, "CAST_ROWS", 300)  # does not divide the 1024 rows
-    monkeypatch.setattr(loss_module, "CPU_CHUNK_ROWS_NO_GRAD", 32)
+    monkeypatch.setattr(loss_module, "CPU_SMALL_CHUNK_ROWS", 32)
     x = torch.randn(100, 64, requires_grad=True)
     targets, head = random_ids(100, 1)[:, 0], tiny_model.lm_head.weight.detach().bfloat16()
     plain = F.cross_entropy(x @ head[:1000].float().t(), targets, reduction="sum")
@@ -83,7 +83,7 @@ def test_a_frozen_head_in_bf16(tiny_model, monkeypatch):
     ],
 )
 def test_gradients_in_16_bits_if_the_model_is_certain(monkeypatch, dtype, tolerance, softmax_kind):
-    """If p of the target is 0.997, its gradient p - 1 still has 16-bit precision, compiled or not.
+    """For a target with p = 0.997, the gradient p - 1 has 16-bit precision, compiled or not.
     Rounding p itself to 16 bits would lose most of it. The loss is within 1% of float64.
     """
     if softmax_kind == "compiled kernel" and shutil.which("gcc") is None:

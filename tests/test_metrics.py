@@ -119,7 +119,7 @@ def save_run(run: Path, progress: dict) -> Path:
 
 def test_summary_of_a_run(tmp_path, capsys):
     """The summary draws on the config, the facts in the checkpoint, and the log up to that
-    checkpoint. It leaves out what was not logged. The terminal prints it at the end of a run.
+    checkpoint. It leaves out what was not logged. It is printed at the end of a run.
     """
     checkpoint = save_run(tmp_path, {"step": 10, "facts": {"parameters": "7,000,000"}})
     summary = summarize_run(tmp_path, checkpoint)
@@ -144,7 +144,7 @@ def test_summary_of_a_run(tmp_path, capsys):
 
 
 def test_summary_without_facts(tmp_path):
-    """A checkpoint of an earlier version has no facts, so its summary leaves those lines out."""
+    """A checkpoint of an earlier version has no facts, so its summary has none after "data"."""
     assert list(summarize_run(tmp_path, save_run(tmp_path, {"step": 20})))[-1] == "data"
 
 

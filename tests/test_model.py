@@ -11,7 +11,7 @@ from model import GPT, GPTConfig, KVCache, sample_next
 
 
 def test_model_py_stands_alone():
-    """At the top, it imports only torch and the standard library. Block.forward is two lines."""
+    """Outside functions, model.py imports only torch and stdlib. Block.forward has two lines."""
     tree = ast.parse((ROOT / "model.py").read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     inside = {node for function in functions for node in ast.walk(function)}
@@ -48,7 +48,7 @@ def test_logits_equal_transformers_both_ways(options, tmp_path):
 
 
 def test_initialization_matches_gpt2():
-    """Weights have std 0.02, but projections onto the residual stream 0.02 / sqrt(2 n_layer).
+    """Weights have std 0.02, except projections into the residual stream: 0.02 / sqrt(2 n_layer).
     Biases are 0, and LayerNorm weights are 1.
     """
     model = GPT(GPTConfig(n_layer=8, n_head=4, n_embd=128, vocab_size=2000))
@@ -116,7 +116,7 @@ def test_padding_ids_are_never_sampled():
 
 
 def test_eos_ends_a_row(tiny_model):
-    """A row that has produced eos is filled up with it. Generation ends once all rows have."""
+    """A row that has produced eos is padded with it. Generation ends once all rows have eos."""
     idx = random_ids(4, 5)
     generator = torch.Generator().manual_seed(0)
     free = tiny_model.generate(idx, 30, generator=generator)

@@ -15,7 +15,7 @@ SHAPES = (72, 24), (96, 24), (24, 96)  # the first stacks three matrices, like c
 
 
 def test_schedule_equals_build_nanogpt():
-    """Step s has the rate of build-nanogpt at its step s - 1, because ours count from 1."""
+    """The rate at step s equals build-nanogpt's at step s - 1, because our steps count from 1."""
 
     def get_lr(it, max_lr=6e-4, min_lr=6e-5, warmup_steps=715, max_steps=19073):
         if it < warmup_steps:
@@ -166,7 +166,7 @@ def test_batching_matrices_does_not_change_muon(monkeypatch, shards):
 
 
 def test_muon_gets_the_matrices(shards):
-    """Muon gets the matrices of the blocks, c_attn as three, and AdamW all other parameters."""
+    """Muon gets the blocks' matrices (c_attn counts as three). AdamW gets all other parameters."""
     model = new_step_model()
     adamw, muon = make_step(model, shards, optimizer="muon", muon_lr=0.5).optimizers
     names = {id(p): n for n, p in model.named_parameters()}
@@ -201,7 +201,7 @@ def test_rates_and_momentum_follow_the_step(shards):
 
 
 def test_muon_needs_trainable_matrices(shards):
-    """If the matrices are frozen, Muon is an error that says what to do instead."""
+    """If the matrices are frozen, choosing Muon is an error that says what to do instead."""
     model = new_step_model()
     model.transformer.h.requires_grad_(False)
     with pytest.raises(ValueError, match="use adamw, or train all weights"):

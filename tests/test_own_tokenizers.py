@@ -77,7 +77,7 @@ PROMPTS = ("The value of", "", "<|im_start|>user\nIs covid19 new?<|im_end|>\n<|e
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
-    """By kind, the folder of a small GPT-2 and its tokenizer, as transformers saves them."""
+    """For each kind, a folder where transformers saved a small GPT-2 and its tokenizer."""
     folders = {}
     for kind, (make, eos, vocab_size, eos_id) in KINDS.items():
         folder = folders[kind] = tmp_path_factory.mktemp(kind)
@@ -99,7 +99,7 @@ def own_tokenizer(folder: Path) -> Tokenizer:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_samples_are_the_text_of_transformers(models, kind, prompt, capsys):
+def test_samples_match_the_pipeline_of_transformers(models, kind, prompt, capsys):
     """sample.py prints what transformers' pipeline generates. Special tokens in the prompt are
     recognized, the model's end-of-text token ends the text, and special tokens are not shown.
     pipeline would also generate ids without a token, so the test suppresses them.
@@ -166,7 +166,7 @@ def test_hellaswag_agrees_with_lm_eval(models, kind, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_examples_have_the_tokens_of_transformers(models, kind, write_rows):
+def test_tokens_of_examples_match_transformers(models, kind, write_rows):
     """An example is the tokens that transformers gives for prompt and completion, then one
     end-of-text token. A completion that already ends with that token gets no second one.
     """
@@ -240,7 +240,7 @@ def own_data(tmp_path_factory, models) -> Path:
 
 @pytest.mark.parametrize(("name", "vocab_size"), [("own", 500), ("larger", 50260)])
 def test_pretraining_takes_the_tokenizer_of_the_data(own_data, name, vocab_size):
-    """A model gets the vocabulary of its data, and its checkpoints the tokenizer. The run resumes
+    """A model has the vocabulary of its data, and its checkpoints the same tokenizer. A run resumes
     bit for bit, and two ranks give the same curve.
     """
     settings = {"data_dir": f"data/{name}", "max_steps": 6, "eval_every": 2, "save_every": 3}
@@ -254,7 +254,7 @@ def test_pretraining_takes_the_tokenizer_of_the_data(own_data, name, vocab_size)
     assert config["eos_token_id"] == theirs.eos_token_id
     shards = [np.load(file) for file in sorted((own_data / "data" / name).glob("*.npy"))]
     text = theirs.decode(np.concatenate(shards).tolist()).replace(theirs.eos_token, "")
-    assert sorted(text) == sorted(TEXT)
+    assert sorted(text) == sorted(TEXT)  # the splits change the order
     assert all(tokens[0] == theirs.eos_token_id for tokens in shards)
     shutil.rmtree(checkpoint)
     assert run_script(*args, cwd=own_data).returncode == 0
@@ -262,8 +262,8 @@ def test_pretraining_takes_the_tokenizer_of_the_data(own_data, name, vocab_size)
     args = tiny_run(f"runs/{name}_ranks", **settings, batch_size=1)
     assert run_script(*args, cwd=own_data, ranks=2).returncode == 0
     curves = curve, read_curve(own_data / "runs" / f"{name}_ranks")
-    losses, of_ranks = ([loss for _, loss, *_ in each[1:]] for each in curves)  # none at step 0
-    assert losses == pytest.approx(of_ranks, rel=1e-4)
+    one, two = ([loss for _, loss, *_ in each[1:]] for each in curves)  # step 0 has no train_loss
+    assert one == pytest.approx(two, rel=1e-4)
     flags = ("--model", f"runs/{name}", "--prompt", "def", "--device", "cpu")
     sampled = run_script("sample.py", *flags, cwd=own_data)
     assert sampled.stdout.startswith("def")
@@ -287,8 +287,8 @@ def test_init_from_needs_the_tokenizer_of_the_data(own_data, models, workdir):
 
 
 def test_a_model_without_tokenizer_files(models, tmp_path, capsys):
-    """A model without tokenizer files uses GPT-2's tokenizer if it has as many tokens, and says so.
-    If not, it needs --tokenizer, and one with more tokens than the model is refused.
+    """A model without tokenizer files uses GPT-2's if its vocab_size is 50257, and says so. Other
+    sizes need --tokenizer, with no more tokens than the model has.
     """
     for kind in ("shifted", "smaller"):
         (tmp_path / kind).mkdir()
@@ -414,7 +414,7 @@ def test_unsuitable_tokenizers_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flags, expected in (
         ({"tokenizer": "large"}, r"large \(70,257 tokens.*at most 65,536"),
-        ({"tokenizer": "."}, r"\. has no tokenizer.json; pass"),
+        ({"tokenizer": "."}, r"no tokenizer files in \.; pass"),
         ({"tokenizer": "large", "train_tokenizer": 300}, "train_tokenizer, not both"),
         ({"dataset": ["fineweb10B-gpt2"], "train_tokenizer": 300}, "ready-made"),
     ):
@@ -424,7 +424,7 @@ def test_unsuitable_tokenizers_are_refused(tmp_path, monkeypatch):
     assert 257 <= find_tokenizer("out").vocab_size < 300
 
 
-def test_training_a_tokenizer_twice_gives_the_same(tmp_path):
+def test_training_a_tokenizer_is_deterministic(tmp_path):
     """Neither hash seeds nor the number of threads change a trained tokenizer."""
     program = (
         "import sys; from pathlib import Path; from engine.tokenizer import Tokenizer\n"

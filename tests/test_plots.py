@@ -32,8 +32,8 @@ def test_curves_over_tokens_and_seconds(run):
 
 
 def test_the_training_loss_is_smoothed(run):
-    """Next to the raw training loss is its mean over the last 2% of the steps, but at least 5. The
-    legend shows the final mean.
+    """The plot has the raw training loss and its moving average over 2% of the steps (at least 5).
+    The legend shows the final average.
     """
     write_log(run, ({"step": s, "tokens": 64 * s, "train_loss": s} for s in range(1, 201)))
     axes = draw_runs([run]).axes[0]

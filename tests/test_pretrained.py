@@ -62,14 +62,14 @@ def test_wrong_tensors_are_refused(folder, tensors, expected):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"model_type": "llama"}, "json: model_type is 'llama', this model supports only 'gpt2'"),
-        ({"activation_function": "gelu"}, "json: activation_function is 'gelu', this model"),
-        ({"scale_attn_weights": False}, "json: scale_attn_weights is False, this model"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "json: .*_layer_idx is True, this model"),
-        ({"reorder_and_upcast_attn": True}, "json: .*_upcast_attn is True, this model"),
-        ({"add_cross_attention": True}, "json: add_cross_attention is True, this model"),
-        ({"quantization_config": "awq"}, "json: quantization_config is 'awq', this model"),
-        ({"n_inner": 100}, "json: n_inner is 100, this model supports only 4"),
+        ({"model_type": "llama"}, "json: model_type is 'llama', but model.py supports only 'gpt2'"),
+        ({"activation_function": "gelu"}, "json: activation_function is 'gelu', but model.py"),
+        ({"scale_attn_weights": False}, "json: scale_attn_weights is False, but model.py"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "json: .*_layer_idx is True, but model.py"),
+        ({"reorder_and_upcast_attn": True}, "json: .*_upcast_attn is True, but model.py"),
+        ({"add_cross_attention": True}, "json: add_cross_attention is True, but model.py"),
+        ({"quantization_config": "awq"}, "json: quantization_config is 'awq', but model.py"),
+        ({"n_inner": 100}, "json: n_inner is 100, but model.py supports only 4"),
         ({"n_layer": "two"}, "json: n_layer is 'two', expected an integer"),
         ({"n_head": None}, "json: n_head is None, expected an integer"),  # it is missing
         ({"n_head": 3}, "json: n_embd 64 is not a multiple of n_head 3"),
@@ -108,7 +108,7 @@ def test_damaged_and_missing_files(folder):
 
 
 def test_unknown_name_without_a_network(monkeypatch):
-    """A name that is no folder and not in the cache is a one-line error that says what to pass."""
+    """A name that is neither a folder nor cached gives a one-line error that says what to pass."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     message = r"hub did not provide nowhere: .* There is no local folder.* config.json"
     with pytest.raises(ConnectionError, match=message) as raised:

@@ -25,7 +25,7 @@ from model import GPT, GPTConfig
 
 @pytest.mark.parametrize("recompute", ["light", "block"])
 def test_recomputing_changes_nothing(tiny_model, recompute):
-    """Loss and gradients are the same, bit for bit, if activations are stored or recomputed."""
+    """Loss and gradients are the same, bit for bit, whether activations are stored or not."""
     idx, results = random_ids(2, 40), []
     for mode in ("none", recompute):
         apply_recompute(tiny_model, mode)
@@ -109,7 +109,7 @@ def stored_activations(model: GPT, idx: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_recomputing_stores_less():
-    """Blocks with "light" store what they do with "none", except the outputs of LayerNorm and GELU.
+    """With "light", blocks store the same as with "none", minus the outputs of LayerNorm and GELU.
     With "block", they store only the inputs of attention and MLP.
     """
     torch.manual_seed(0)
@@ -186,8 +186,8 @@ def compile_and_count(model: GPT, idx: torch.Tensor) -> tuple[int, int]:
 
 @pytest.mark.parametrize("is_lora", [False, True])
 def test_compiled_light_recomputes_no_large_matmul(one_layer, is_lora):
-    """Compiled, "light" stores less than "none". Its backward pass repeats no matmul but one small
-    one of LoRA per block.
+    """When compiled, "light" stores less than "none". Its backward pass recomputes no matmuls,
+    except a small one of LoRA in each block.
     """
     stored, n_matmuls = {}, {}
     for mode in ("none", "light"):

@@ -38,15 +38,15 @@ def test_a_run_resumes_only_as_it_was(tmp_path):
     config = Settings(max_lr=1e-3, seed=1, keep=2, batch_size=4)
     inherit_settings(tmp_path, replace(config, resume="never"))
     begin_run(tmp_path, {**asdict(config), "seed": 2})
-    free = replace(config, seed=None, keep=9, batch_size=2)
-    assert inherit_settings(tmp_path, free) == {"seed": 2}
+    allowed = replace(config, seed=None, keep=9, batch_size=2)
+    assert inherit_settings(tmp_path, allowed) == {"seed": 2}
     with pytest.raises(ValueError, match=r"max_lr was 0.001, is 0.002; seed was 2, is 1"):
         inherit_settings(tmp_path, replace(config, max_lr=2e-3))
     with pytest.raises(ValueError, match="resume is never"):
-        inherit_settings(tmp_path, replace(free, resume="never"))
+        inherit_settings(tmp_path, replace(allowed, resume="never"))
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ValueError, match=r"config.yaml is damaged"):
-        inherit_settings(tmp_path, free)
+        inherit_settings(tmp_path, allowed)
 
 
 def test_an_old_run_has_the_default_of_a_new_setting(tmp_path):
@@ -95,9 +95,9 @@ def test_plateau_end_is_the_last_step_shared_with_longer_runs():
     assert plateau_end(PretrainConfig(schedule="cosine")) == 0
 
 
-def test_an_extended_run_is_the_longer_run(tmp_path, data_dir):
+def test_an_extended_run_equals_one_long_run(tmp_path, data_dir):
     """A finished WSD run that is extended twice equals, bit for bit, a single run of the final
-    length: weights, losses, rates. The decay it had already run is kept in its own run folder.
+    length: weights, losses, rates. The steps of the first decay are kept in until_step_10.
     """
     run, longer = tmp_path / "run", tmp_path / "longer"
     main(wsd_config(run, data_dir, max_steps=10))
@@ -115,7 +115,7 @@ def test_an_extended_run_is_the_longer_run(tmp_path, data_dir):
 
 
 def test_a_run_that_was_killed_in_its_decay_is_extended(tmp_path, data_dir):
-    """Even without a checkpoint in the decay, its steps are removed from the log and run again."""
+    """The steps of the decay run again, even without a checkpoint in it. All are logged once."""
     run, longer = tmp_path / "run", tmp_path / "longer"
     main(wsd_config(run, data_dir, max_steps=10))
     for checkpoint in list_checkpoints(run)[1:]:  # as if killed before the next save
@@ -164,7 +164,7 @@ def test_runs_that_cannot_be_extended(tmp_path, data_dir):
     assert not (tmp_path / "wsd" / "until_step_10").exists()
 
 
-def test_a_run_that_was_killed_before_its_first_line_starts_with_more_steps(tmp_path, data_dir):
+def test_a_run_that_was_killed_before_it_logged_may_change_max_steps(tmp_path, data_dir):
     """A run that has only written its config.yaml may start with any max_steps."""
     config = wsd_config(tmp_path / "run", data_dir, schedule="cosine", max_steps=2)
     main(config)

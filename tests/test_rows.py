@@ -24,13 +24,13 @@ def read_texts(source: str, skip_bad_rows: bool | None = None) -> list[tuple[int
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl", "a.jsonl.gz", "a"])
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_files_hold_the_same_rows(tmp_path, name, mark):
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_files_hold_the_same_rows(tmp_path, name, bom):
     """Lists and lines of JSON give the same rows, plain or gzipped, with or without a byte order
     mark. Each row comes with its line number, or its position in the list.
     """
     is_list = ".json" in Path(name).suffixes
-    source = write(tmp_path / name, mark + (json.dumps(ROWS, indent=1) if is_list else LINES))
+    source = write(tmp_path / name, bom + (json.dumps(ROWS, indent=1) if is_list else LINES))
     texts = [row["text"] for row in ROWS]
     assert read_texts(source) == list(zip([1, 2, 3] if is_list else [1, 3, 5], texts, strict=True))
 
@@ -55,8 +55,8 @@ def test_lines_are_read_as_they_are_needed(tmp_path):
     ],
 )
 def test_bad_rows_are_refused_or_skipped(tmp_path, capsys, name, text, problem):
-    """The error for a bad row has its file, number, value and a remedy. The remedy mentions
-    skip_bad_rows only if the command has it. With skip_bad_rows, a line says that it is skipped.
+    """The error for a bad row gives the file, row number, value and remedy. The remedy mentions
+    skip_bad_rows only if the command has it. With it, the row is skipped with a message.
     """
     source = write(tmp_path / name, text)
     with pytest.raises(ValueError, match=f"{problem}.*; repair it$"):

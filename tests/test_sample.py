@@ -46,7 +46,7 @@ def test_streamed_text_is_the_decoded_text(kind):
     is shown as soon as its last token is there.
     """
     tokens = make_tokens(kind)
-    shown, complete = add_all(tokens, []), ""
+    shown, complete = add_all(tokens, []), ""  # complete: the longest valid UTF-8 so far
     assert "".join(shown) == TIKTOKEN.decode(tokens)
     for n in range(0 if kind.startswith("random") else len(tokens)):
         with contextlib.suppress(UnicodeDecodeError):
@@ -105,7 +105,7 @@ def test_nothing_follows_the_end_of_a_document():
 
 
 def test_stream_equals_generate(gpt2_folder):
-    """stream() gives the ids of generate(), and computes no more of them than are read."""
+    """stream() yields the ids of generate(), and computes each only when it is requested."""
     model, idx = GPT.from_pretrained(gpt2_folder).eval(), torch.tensor([[1, 2], [3, 4]])
     passes, hidden = [], model.hidden
     model.hidden = lambda *args: passes.append(torch.is_grad_enabled()) or hidden(*args)
@@ -139,7 +139,7 @@ def test_generation_ends_when_all_rows_stop(gpt2_folder, capsys):
 
 
 def test_stdout_is_the_text_alone(gpt2_folder, monkeypatch, capfdbinary):
-    """stdout holds only the text, the same for a piped prompt. Bad UTF-8 is an error."""
+    """stdout has only the text. A piped prompt gives the same text. Bad UTF-8 is an error."""
 
     def sample(stdin: bytes, prompt: str | None = None) -> tuple[bytes, bytes]:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
@@ -167,7 +167,7 @@ def test_stop_in_a_config_file_must_be_a_list_of_texts(tmp_path, capsys, stop):
 
 
 def test_wrong_settings_are_refused():
-    """The error for a setting out of range has its value and what is expected."""
+    """The error for a setting out of range gives its value and the expected range."""
     wrong = {"stop": [""], "num_return_sequences": 0, "max_new_tokens": 0, "temperature": -0.1}
     for name, value in (wrong | {"top_k": 0, "top_p": 1.1, "seed": 2**63}).items():
         with pytest.raises(ValueError, match=f"^{re.escape(f'{name} is {value}, expected ')}"):

@@ -1,4 +1,4 @@
-"""Packed continuations get the scores that transformers gives each alone, on any ranks."""
+"""Packed continuations score as they do alone in transformers, on any number of ranks."""
 
 import itertools
 from dataclasses import replace
@@ -61,7 +61,7 @@ def score_all(model: GPT, requests: list[Request], dist=CPU_DIST) -> list[tuple[
 
 def test_a_token_attends_to_its_own_past():
     """In a packed row, a token attends to the context and the tokens before it in its continuation.
-    They have the positions that they would have alone. A shared prefix is stored only once.
+    Each has the position that it would have alone. A shared prefix is stored only once.
     """
     context, continuations = [9, 8], [[1, 2, 3], [1, 2], [4], [1, 5, 6, 7], [1, 2]]
     row = pack_continuations(context, dict(enumerate(continuations)))
@@ -73,7 +73,7 @@ def test_a_token_attends_to_its_own_past():
     assert sorted(row.predictions) == list(range(len(continuations)))
     for i, ids in enumerate(continuations):
         assert [row.targets[p] for p in row.predictions[i]] == ids
-        pasts = [seen[row.sources[p]] for p in row.predictions[i]]
+        pasts = [seen[row.sources[p]] for p in row.predictions[i]]  # what p is predicted from
         assert pasts == [context + ids[:n] for n in range(len(ids))]
     assert row.predictions[1] == row.predictions[4]
     assert len(set(zip(row.sources, row.targets, strict=True))) == len(row.targets)
@@ -86,7 +86,7 @@ def test_scores_equal_transformers_one_by_one(theirs, model):
     """
     requests = random_requests(12)
     best = theirs(torch.tensor([requests[0].context])).logits[0, -1].argmax().item()
-    requests[0].continuations[2:] = [[best], [best, 7]]  # all greedy; only the first
+    requests[0].continuations[2:] = [[best], [best, 7]]  # the first is all greedy
     requests[1].continuations[3] = [4999, 2047, 2048, 0]  # the edges of chunks of the head
     greedy = []
     for i, scores in score_all(model, requests):
@@ -160,7 +160,7 @@ def test_batches_fit_and_are_sorted():
         assert len(batch) == 1 or idx.numel() <= 1000
         lengths.append(idx.size(1))
     assert lengths[0] > 2 * lengths[-1]
-    # Lengths are planned before shared prefixes are merged; random texts have short ones.
+    # Batches are planned before shared prefixes, here short ones, are merged: allow 16 tokens.
     assert all(a >= b - 16 for a, b in itertools.pairwise(lengths))
 
 
@@ -168,7 +168,7 @@ def test_padding_changes_nothing(model, monkeypatch):
     """Padding rows to a multiple, as on a GPU, does not change their scores."""
     requests = random_requests(6)
     plain = sorted(score_all(model, requests))
-    monkeypatch.setattr(scoring, "BATCH_SIZES", {"cpu": (4096, 32)})
+    monkeypatch.setattr(scoring, "BATCH_LIMITS", {"cpu": (4096, 32)})
     padded = sorted(score_all(model, requests))
     for (i, scores), (j, same) in zip(plain, padded, strict=True):
         assert i == j

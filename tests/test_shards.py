@@ -10,7 +10,7 @@ from engine.shards import ShardFile, TokenShards, open_shard, write_manifest, wr
 
 
 def test_reads_llmc_shards(tmp_path):
-    """An llm.c .bin, written here field by field, reads as its tokens. A damaged one is refused."""
+    """open_shard reads an llm.c .bin, written here field by field. It refuses a damaged one."""
     tokens = np.array([50256, 1, 2, 65535], dtype=np.uint16)
     header = struct.pack("<256i", 20240520, 1, 4, *[0] * 253)
     file = tmp_path / "fineweb_train_000001.bin"
@@ -26,7 +26,7 @@ def test_reads_llmc_shards(tmp_path):
 
 @pytest.mark.parametrize("n", [0, 1000])
 def test_a_shard_written_in_parts(tmp_path, n):
-    """In parts or at once, a shard is written as np.save writes uint16, as in build-nanogpt. Its
+    """Written in parts or at once, a shard is the file that np.save writes for uint16. Its
     manifest entry has the sha256 of the file. The file appears only once it is complete.
     """
     tokens = np.arange(n)
@@ -53,7 +53,7 @@ def test_damaged_and_missing_shards_are_refused(make_shards):
     with pytest.raises(ValueError, match=r"x_train_000001.npy is truncated.*prepare the data agai"):
         TokenShards(folder, "train")
     np.save(file, np.zeros(50, dtype=np.int64))
-    with pytest.raises(ValueError, match="expected one dimension of uint16"):
+    with pytest.raises(ValueError, match="expected a 1-D array of uint16"):
         TokenShards(folder, "train")
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"No such file.*x_train_000001\.npy"):

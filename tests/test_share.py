@@ -157,7 +157,7 @@ class FakeHub:
         if self.error:
             raise self.error
         self.calls.append((repo_id, options))
-        repo_url = type("RepoUrl", (str,), {"repo_id": repo_id})  # as huggingface_hub
+        repo_url = type("RepoUrl", (str,), {"repo_id": repo_id})  # like huggingface_hub's
         return repo_url(f"https://hub/{repo_id}")
 
     def upload_folder(self, *, repo_id, folder_path):

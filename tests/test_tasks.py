@@ -133,7 +133,7 @@ def test_agrees_with_lm_eval_on_real_rows(gpt2_folder, model, write_rows, shared
 
 
 @torch.no_grad()
-def build_nanogpt(theirs: GPT2LMHeadModel, row: dict) -> tuple[int, int]:
+def predict_like_build_nanogpt(theirs: GPT2LMHeadModel, row: dict) -> tuple[int, int]:
     """Predict as build-nanogpt does: padded rows, and the loss over the tokens of the endings."""
     context = TIKTOKEN.encode(row["ctx"])
     endings = [TIKTOKEN.encode(" " + ending) for ending in row["endings"]]
@@ -155,7 +155,7 @@ def test_raw_text_equals_build_nanogpt(gpt2_folder, model):
     task = make_task("hellaswag", data=str(HELLASWAG_ROWS), text="raw", limit=8)
     records = score_all(task, model, task.load(GPT2_TOKENIZER, BLOCK_SIZE))
     for found, record in zip(ROWS[:8], records, strict=True):
-        assert (record["pred"], record["pred_norm"]) == build_nanogpt(theirs, found)
+        assert (record["pred"], record["pred_norm"]) == predict_like_build_nanogpt(theirs, found)
     assert list(task.compute_metrics(records)) == ["acc_raw", "acc_token_norm"]
 
 
@@ -189,8 +189,8 @@ def test_lambada_equals_lm_eval(gpt2_folder, model, write_rows):
     error = 1.959964 * np.std(nats, ddof=1) / len(nats) ** 0.5
     metrics = task.compute_metrics(records)
     assert metrics["acc"]["value"] == np.mean([sample["acc"] for sample in samples]) > 0
-    for key, expected in (("value", 0), ("low", -error), ("high", error)):
-        assert metrics["perplexity"][key] == pytest.approx(np.exp(np.mean(nats) + expected), 1e-4)
+    for key, offset in (("value", 0), ("low", -error), ("high", error)):
+        assert metrics["perplexity"][key] == pytest.approx(np.exp(np.mean(nats) + offset), 1e-4)
 
 
 def test_windows_of_a_text_equal_lm_eval():
@@ -266,7 +266,7 @@ def test_wrong_settings_are_refused(tmp_path):
         ("lambada", ("EleutherAI/lambada_openai", "default", "test")),
     ],
 )
-def test_rows_of_the_hub(task, expected, monkeypatch, datasets, network):
+def test_default_rows_come_from_the_hub(task, expected, monkeypatch, datasets, network):
     """Without a file, rows come from the validation or test split on the hub. Without a network,
     the error names the flags that read a file instead.
     """

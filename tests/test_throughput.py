@@ -42,7 +42,7 @@ def test_flops_at_124m():
     ],
 )
 def test_peak_flops_belong_to_the_card(monkeypatch, name, peak):
-    """A name as the driver reports it finds the peak of that GPU, not of a similar one."""
+    """The driver's name of a GPU gives the peak of that GPU, not of one with a similar name."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     assert peak_flops(torch.device("cuda")) == peak
 

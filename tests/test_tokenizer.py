@@ -88,7 +88,7 @@ def test_long_lines_match_tiktoken():
 
 
 def test_a_million_spaces_are_encoded():
-    """A run of spaces too long for the regex of tiktoken gets the tokens of gigatoken."""
+    """A run of spaces too long for tiktoken's regex is encoded by gigatoken, the fast encoder."""
     text = " " * 1_000_000 + "x"
     tokens, _ = BatchEncoder(GPT2_TOKENIZER).encode([text])
     assert TIKTOKEN.decode(tokens.tolist()) == text
@@ -112,8 +112,8 @@ LETTERS, NUMBERS, SPACES = "the %s's text", "1%s2", " %s %s"
     "context", [LETTERS, *(pytest.param(c, marks=pytest.mark.slow) for c in (NUMBERS, SPACES))]
 )
 def test_all_of_unicode_matches_tiktoken(context):
-    """Any character within a text gets the tokens of tiktoken, although gigatoken has a newer
-    Unicode. gigatoken encodes all texts without characters that are unassigned in Python.
+    """Text with any character gets the same tokens as in tiktoken, although gigatoken uses a newer
+    Unicode version. gigatoken encodes a text if Python knows all of its characters.
     """
     encoder = BatchEncoder(GPT2_TOKENIZER)
     characters = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000]
@@ -139,7 +139,7 @@ class WrongAt:
 
 
 @pytest.mark.parametrize("number", [0, 7, 2 * CHECK_EVERY])
-def test_a_difference_to_tiktoken_is_an_error(number):
+def test_a_mismatch_with_tiktoken_is_an_error(number):
     """The first texts, and one in CHECK_EVERY, are compared to tiktoken. They must be equal."""
     encoder = BatchEncoder(GPT2_TOKENIZER)
     encoder.gigatoken = WrongAt(encoder, number)
@@ -205,7 +205,7 @@ def save_unigram(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, **roles).save_pretrained(folder)
 
 
-SAVERS = {
+SAVERS = {  # (eos_token, vocab_size) of what each function saves
     save_trained: ("<|endoftext|>", 600),
     save_vocabulary: ("</s>", 501),
     save_normalized: ("<s>", 500),
@@ -245,7 +245,7 @@ def test_any_tokenizer_matches_transformers(tmp_path, save):
 
 
 def test_tiktoken_encodes_only_if_it_gives_the_same_ids():
-    """tiktoken is used for a byte-level BPE with GPT-2's pattern if the merges follow from the ids.
+    """tiktoken is used for a byte-level BPE with GPT-2's pattern if it merges in order of the ids.
     If the merges have another order, or split a token differently, the tokenizers library is used.
     """
     spec = json.loads(OWN.backend.to_str())

@@ -197,7 +197,7 @@ def test_starting_from_other_weights(workdir, uninterrupted):
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_a_wrong_flag_is_one_line(capsys, script):
+def test_an_unknown_flag_gives_one_line(capsys, script):
     """Every command refuses an unknown flag with one line and exit code 2."""
     with pytest.raises(SystemExit) as exit_:
         run_here(script, "--no_such_flag", "3")

@@ -126,13 +126,13 @@ def test_validation_is_compiled_and_samples_are_not(shards, monkeypatch, has_fix
 
 
 @pytest.mark.parametrize("stop_at", [None, 5])
-def test_a_log_read_late_is_the_same_log(shards, tmp_path, monkeypatch, no_plots, stop_at):
+def test_reading_results_late_changes_nothing(shards, tmp_path, monkeypatch, no_plots, stop_at):
     """If the results of a step are read only after the next one was launched, as on CUDA, the log,
     the evaluations and the checkpoints stay the same, whether a signal stops the run or not.
     """
 
     class StopAt(contextlib.AbstractContextManager):
-        """A stand-in for Interrupt that requests a stop from `step` on. It is read once a step."""
+        """An Interrupt that requests a stop from `step` on. `train` reads it once a step."""
 
         def __init__(self, step):
             self.step, self.asked = step, 0
@@ -229,12 +229,12 @@ def test_settings_that_prevent_learning_get_a_warning(capsys):
     """
     with torch.device("meta"):
         large = GPT(GPTConfig())
-    steps = SimpleNamespace(block_size=1024, steps_per_epoch=100.0)
-    steps.tokens_through = lambda step: step * 2**10
-    warn_about_settings(large, steps, PretrainConfig(), CPU_DIST)
+    data = SimpleNamespace(block_size=1024, steps_per_epoch=100.0)
+    data.tokens_through = lambda step: step * 2**10
+    warn_about_settings(large, data, PretrainConfig(), CPU_DIST)
     assert not capsys.readouterr().out
-    steps.tokens_through, steps.steps_per_epoch = lambda step: step * 2**19, 3.25
-    warn_about_settings(large, steps, PretrainConfig(warmup_steps=5, max_steps=5), CPU_DIST)
+    data.tokens_through, data.steps_per_epoch = lambda step: step * 2**19, 3.25
+    warn_about_settings(large, data, PretrainConfig(warmup_steps=5, max_steps=5), CPU_DIST)
     size, warmup, epoch = capsys.readouterr().out.splitlines()
     assert "configs/demo.yaml and configs/small.yaml" in size
     assert "warmup_steps is 5 and max_steps 5, so the learning rate never reaches max_lr" in warmup

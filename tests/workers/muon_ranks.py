@@ -1,5 +1,5 @@
-"""On two ranks, check Muon and NorMuon on replicated and sharded parameters. Three steps, one of
-them skipped, give the parameters of one process, and no rank orthogonalizes all matrices.
+"""On two ranks, check Muon and NorMuon on replicated and sharded parameters. After three
+steps, one of them skipped, parameters equal one process's; no rank orthogonalizes all matrices.
 """
 
 import itertools
