@@ -63,7 +63,7 @@ TokenizedPiece = tuple[Piece, np.ndarray]
 @dataclass(frozen=True)
 class PrepareConfig(Settings):
     dataset: list[str] = flag(["fineweb-edu"], DATASET_HELP)
-    tokenizer: str = flag(GPT2, "tokenizer, model or data folder, or a model on the hub")
+    tokenizer: str = flag(GPT2, "folder of a tokenizer, model or dataset, or a hub name")
     train_tokenizer: int | None = flag(
         None, "train a BPE tokenizer of N tokens on the text", at_least=257, at_most=MAX_IDS
     )
@@ -185,21 +185,21 @@ def collect_options(source: Source, config: PrepareConfig, tokenizer: Tokenizer 
 
 
 def open_manifest(source: Source, out_dir: Path, options: dict) -> dict:
-    """Return the manifest in the folder if it is complete. Otherwise return one to continue from,
-    with the intact shards of an interrupted run, or with none. Raises ValueError if the folder
-    holds shards made with other options.
+    """Return the manifest in the folder if it is complete. Otherwise return an incomplete one, with
+    the intact shards of an interrupted run, if there are any. Raises ValueError if the folder holds
+    shards made with other options.
     """
     earlier = read_manifest(out_dir)
     shards, old = earlier["shards"], earlier.get("options", {})
     changed = {key for key in {**options, **old} if old.get(key) != options.get(key)}
     intact = find_intact_shards(out_dir, shards)
-    # Older versions chose validation in other ways. Their complete shards are still good.
+    # Older versions chose the validation text in other ways. Accept their complete shards.
     is_older = "section_chars" in options and "section_chars" not in old
     ignored = {"val_tokens", "val_fraction", "section_chars"} if is_older else set()
     if shards and earlier["complete"] and intact == shards and changed <= ignored:
         return earlier
-    # If the folder has shards of one split only, the earlier run had barely begun. Then other
-    # options are no error: we start over.
+    # If the folder has shards of one split only, the earlier run had barely begun. In that case,
+    # start over instead of raising an error.
     if changed and {shard["split"] for shard in shards} == {"train", "val"}:
         changes = [f"{k} was {old.get(k)}, now {options.get(k)}" for k in sorted(changed)]
         raise ValueError(
@@ -215,11 +215,11 @@ def open_manifest(source: Source, out_dir: Path, options: dict) -> dict:
 
 
 def find_intact_shards(out_dir: Path, shards: list[dict]) -> list[dict]:
-    """Return the shards up to the last place before a missing or damaged one to resume from."""
+    """Return the shards that were finished before any missing or damaged one."""
     files = {out_dir / shard["name"]: shard for shard in shards}
     damaged = [s for f, s in files.items() if not f.exists() or sha256_file(f) != s["sha256"]]
     # Shards with the same cursor were finished together. We can resume only after all of them.
-    # Downloaded shards have no cursor.
+    # Downloaded shards have no cursor, so all are lost if one is.
     damaged_cursors = [shard.get("cursor") for shard in damaged]
     return list(takewhile(lambda shard: shard.get("cursor") not in damaged_cursors, shards))
 
@@ -279,8 +279,8 @@ def batch_pieces(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def tokenize_pieces(encoder: BatchEncoder, pieces: list[Piece]) -> list[TokenizedPiece]:
-    """Pair each piece with its tokens as uint16. If the piece is separated from the one before it,
-    its first token is the end of text. Blank pieces have no tokens.
+    """Pair each piece with its tokens as uint16. If `is_separated`, the first one is the
+    end-of-text token. Blank pieces have no tokens.
     """
     texts = ["" if piece.text.isspace() else piece.text for piece in pieces]
     tokens, lengths = encoder.encode(texts)  # the tokens of all pieces in one array
@@ -328,7 +328,7 @@ def download_shards(dataset: str, out_dir: Path, max_tokens: int | None) -> None
     if earlier["shards"] and earlier.get("dataset") != dataset:
         raise ValueError(f"{out_dir} holds shards of another dataset; choose another --out_dir")
     manifest = {"name": out_dir.name, "dataset": dataset, "tokenizer": GPT2, "complete": False}
-    # Earlier shards stay listed. hf_hub_download returns files that it has downloaded before.
+    # Earlier shards stay listed. hf_hub_download does not download existing files again.
     shards: dict[str, dict] = {shard["name"]: shard for shard in earlier["shards"]}
     names = [("val", f"{prefix}_val_000000.bin")]
     names += [("train", f"{prefix}_train_{i:06d}.bin") for i in range(1, n_train + 1)]

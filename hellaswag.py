@@ -30,16 +30,15 @@ class EvalConfig(ModelSettings):
         "lm-eval", "hellaswag: cleaned as in lm-eval, or raw as in build-nanogpt"
     )
     data: str | None = flag(
-        None, ".json(l) file or hub dataset (default: the task's own); perplexity: text files"
+        None,
+        ".json(l) file or hub dataset (default: the task's); perplexity: text files, folder, glob",
     )
     limit: int | None = flag(None, "evaluate only the first N rows or documents")
     stride: int | None = flag(None, "perplexity: window step in tokens (default: block_size)")
     skip_bad_rows: bool = flag(False, "skip bad rows instead of stopping")
     out_dir: str = flag("", "folder for the results; rerun the command to resume (default: none)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    precision: Precision = flag(
-        None, "fp32, or autocast (default: fp32 on CPUs, bf16 or fp16 on GPUs)"
-    )
+    precision: Precision = flag(None, "fp32, or autocast (default: fp32; on CUDA, bf16 or fp16)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +71,7 @@ def open_rows_log(folder: Path, settings: dict) -> JSONLinesLog:
     remedy = "choose another --out_dir"
     if not settings_file.exists() and not rows_file.exists():
         write_json(settings_file, settings)
-    # If there is a rows.jsonl without a settings.json, every setting counts as changed.
+    # If there is a rows.jsonl without a settings.json, this finds changes too.
     earlier = read_json(settings_file, remedy) if settings_file.exists() else {}
     changed = sorted(k for k in {*earlier, *settings} if earlier.get(k) != settings.get(k))
     if changed:

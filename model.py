@@ -262,7 +262,7 @@ class GPT(nn.Module):
 
             [0 1 2 3 4 5]        one pass over the prompt, or over its last block_size tokens
             [0 1 2 3 4 5] 6 7    one pass per new token, until the caches are full
-                     [5 6 7 8]   one pass over the last half, now at positions 0 to 3
+                      [5  6 7 8] one pass over the last half, now at positions 0 to 3
         """
         block_size = self.config.block_size
         if caches and caches[0].length < block_size:

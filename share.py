@@ -42,7 +42,7 @@ def main(config: ShareConfig) -> None:
         print(f"dry run: {folder} holds what would be uploaded to {config.repo_id}")
         return
     try:
-        # private=None leaves the choice to the account's settings.
+        # private=None means public, unless an organization's default is private.
         url = HfApi().create_repo(config.repo_id, private=config.private or None, exist_ok=True)
         HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder)  # one commit
     except (HTTPError, OSError) as error:

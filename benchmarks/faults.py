@@ -4,8 +4,8 @@
 
 For each fault, we train a tiny GPT-2, stop it with a signal, resume it with the fault, and run the
 same command again until training ends. The run survives if its losses, gradient norms and samples
-are bit-identical to an undisturbed run. If an exact resume is impossible, the command must print a
-one-line error and leave the files of the run unchanged.
+equal those of an undisturbed run bit for bit (up to the first NaN). If an exact resume is
+impossible, the command must print a one-line error and leave the files of the run unchanged.
 """
 
 import os

@@ -156,7 +156,7 @@ def main(config: HellaSwagBenchmarkConfig) -> None:
         files = write_rounds(config, folder)
         size = Size(config.n_layer, 768, batch_size=1, T=BLOCK_SIZE)
         results = harness.measure(partial(make_contender, files), names, size, config)
-    columns = "examples/s", "ours is faster by", "equal (summed)", "equal (normalized)"
+    columns = "examples/s", "ours / this", "equal (summed)", "equal (normalized)"
     rows = [list_cells(name, results, config.rows) for name in results]
     harness.print_table(["contender", *columns], rows)
 

@@ -94,9 +94,8 @@ class TrainConfig(Settings):
     out_dir: str = flag("runs/gpt2_124m", "run folder", group="run", may_change=True)
     resume: Literal["auto", "never"] = flag("auto", "resume the run in out_dir", may_change=True)
     seed: int = flag(1337, "seed of weights, data order and samples", at_least=0, at_most=MAX_SEED)
-    tokenizer: str | None = flag(
-        None, TOKENIZER_HELP, may_change=True
-    )  # on resume, tokens are compared
+    # May change, because a resumed run compares the tokens of its data.
+    tokenizer: str | None = flag(None, TOKENIZER_HELP, may_change=True)
 
     batch_size: int = flag(
         64, "sequences per device and micro-step", group="optimization", may_change=True

@@ -110,10 +110,10 @@ class TokenGraph:
 
 
 class GraphedDecoder:
-    """Replaces `GPT.last_hidden`, with the same `caches`. A prompt runs through the ordinary
-    forward pass. So does the half of the window that `GPT.last_hidden` computes again when the
-    caches are full. Every other token replays a CUDA graph, because launching its kernels one by
-    one takes longer than running them.
+    """Replaces `GPT.last_hidden`. Of its `caches`, only the lengths stay current. A prompt runs
+    through the ordinary forward pass. So does the half of the window that is computed again when
+    the caches are full. Every other token replays a CUDA graph, because launching its kernels one
+    by one takes longer than running them.
     """
 
     def __init__(self, model: GPT):

@@ -281,9 +281,8 @@ def decode_lines(file: Path, text_format: TextFormat, problems: Problems) -> Ite
             note_problem(problems, "truncated files", message)
         except UnicodeError as error:
             place = ""
-            if isinstance(
-                error, UnicodeDecodeError
-            ):  # error.start counts within error.object, which was read last
+            if isinstance(error, UnicodeDecodeError):
+                # error.object was read last, and error.start counts within it.
                 place = f" at byte {stream.tell() - len(error.object) + error.start}"
             raise UnicodeError(f"{file} is not {encoding.upper()}{place}") from error
 

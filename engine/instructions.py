@@ -66,7 +66,7 @@ def read_examples(name: str, tokenizer: Tokenizer, block_size: int) -> list[Prom
 
     Special tokens in the text are encoded as such. Completions end with an end-of-text token and
     are cut to fit block_size. Rows that have an empty completion or a prompt longer than block_size
-    are skipped and counted. Raises ValueError if a row lacks the keys that `parse_row` needs.
+    are skipped and counted. Raises ValueError if a row is not valid.
     """
     examples, skipped = [], []
     # Round down to a multiple of PAD_MULTIPLE, because `pad` rounds up, and rows have to fit.
@@ -127,7 +127,7 @@ def find_prompt_template(path: Path) -> PromptTemplate | None:
     template = PromptTemplate(values.get("without_input", ""), values.get("with_input"))
     if not all(isinstance(text, str | None) for text in template) or not template.without_input:
         raise ValueError(
-            f"{file} is damaged, expected strings without_input and with_input; delete it"
+            f"{file} is damaged, expected text as without_input and with_input; delete it"
         )
     return template
 
@@ -170,9 +170,8 @@ class InstructionData(TrainingData):
 
     def __init__(self, examples: list[PromptCompletion], *, examples_per_step: int, **options: int):
         self.examples = examples
-        self.lengths = np.array(
-            [len(example.tokens) - 1 for example in examples]
-        )  # of the model's inputs
+        # The input of the model is one token shorter than the example.
+        self.lengths = np.array([len(example.tokens) - 1 for example in examples])
         contents = ((e.n_prompt, e.tokens.tolist()) for e in examples)
         self.fingerprint = sha256_text("".join(map(repr, contents)))
         self.epoch_contents = (

@@ -18,7 +18,7 @@ from engine.config import Settings, flag
 from engine.tensors import matmul_dtype
 from model import GPT
 
-CPU_GRAD_ROWS = 128  # take this many rows of a gradient at a time: 1.5 MB at 124M, in the cache
+CPU_GRAD_ROWS = 128  # rows of a gradient in one block: 1.5 MB for 124M, which fit the cache
 Model = TypeVar("Model", bound=nn.Module)
 Tensors = dict[str, torch.Tensor]
 
@@ -36,7 +36,8 @@ class LoRAConfig(Settings):
 
 
 class LoRAFunction(torch.autograd.Function):
-    """A LoRALinear for autograd. s is the scaling, W is (out, in), A is (r, in), B is (out, r):
+    """The forward pass of a LoRALinear, except x W', and its complete backward pass. s is the
+    scaling, W is (out, in), A is (r, in), B is (out, r):
 
         y = x W' + b + s (x A') B'      x W' is added by the caller, see `LoRALinear.forward`
 
@@ -76,8 +77,8 @@ class LoRAFunction(torch.autograd.Function):
         d_x = d_y @ weight.to(d_y.dtype) if needs_d_x else None
         d_xA, d_scaled_B = low_rank_gradients(d_y, xA, scaled_B)
         d_A = d_xA.t() @ (x if dropped is None else dropped)
-        # A's part of the input gradient belongs to `dropped`, if there is dropout, and to x if not.
-        # With S, it is in d_y S already.
+        # d_xA A is the gradient of `dropped` if there is dropout. Otherwise it is added to that of
+        # x, unless the weight is summed: then d_y S includes it.
         d_dropped = d_xA @ A if needs_d_dropped else None
         if d_x is not None and dropped is None and not ctx.is_summed:
             d_x.addmm_(d_xA, A)
@@ -116,7 +117,7 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, config.lora_dim))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in PEFT and nn.Linear
         self.is_merged = False
-        self.use_summed_form = False  # whether training builds W + scaling * B A once a step
+        self.use_summed_form = False  # set by finetune_lora.py --lora_form summed
         self.summed_weight: torch.Tensor | None = None  # set within `hold_summed_weights`
         self.train(linear.training)
 

@@ -13,14 +13,14 @@ from engine.tensors import matmul_dtype
 from model import GPT
 
 # How many rows of logits to compute at a time. On a CPU, 512 rows take 100 MB. Smaller chunks fit
-# the cache better, but add to the gradient of the head more often. So we use them if that is not
-# computed. Elsewhere, a chunk has to keep the device busy.
+# the cache better, but add to the gradient of the head more often, so we use them only without that
+# gradient. Elsewhere, a chunk has to keep the device busy.
 CPU_CHUNK_ROWS, CPU_SMALL_CHUNK_ROWS = 512, 256
 DEFAULT_CHUNK_ROWS = 4096
-# A head stored in fewer bits than matmuls use is cast this many rows at a time: 25 MB at 124M.
+# If the head has a narrower dtype than the matmuls, cast this many rows at a time: 25 MB for 124M.
 CAST_ROWS = 8192
-# For 16-bit matmuls on a CPU, oneDNN builds and keeps kernels for each number of rows, and this
-# number varies in batches of completions. So we pad it to a multiple, with rows of zeros.
+# For 16-bit matmuls on a CPU, oneDNN keeps a kernel for each number of rows. This number varies if
+# only completions are targets. So we add rows of zeros up to a multiple.
 CPU_ROW_MULTIPLE = 64
 CPU_SOFTMAX_ROWS = 32  # 6 MB in fp32: small enough to stay in the cache from pass to pass
 
@@ -103,9 +103,8 @@ class HeadLoss(torch.autograd.Function):
         d_weight = None
 
         with torch.autocast(x.device.type, enabled=False):
-            for start in range(
-                0, max(1, len(x)), chunk_rows
-            ):  # without rows once, for zero gradients
+            # Even if x is empty, run once, so that the gradients are zeros rather than None.
+            for start in range(0, max(1, len(x)), chunk_rows):
                 rows = slice(start, start + chunk_rows)
                 x_chunk, ids = x[rows].to(dtype), targets[rows, None]
                 logits = buffer[: len(x_chunk)]
@@ -114,8 +113,8 @@ class HeadLoss(torch.autograd.Function):
                 total -= log_probs.sum()
                 if d_x is None:
                     continue
-                # Subtract 1 from p of each target, but compute p - 1 from its log-probability in
-                # fp32: in bf16, p near 1 has been rounded.
+                # At a target, the gradient is p - 1. Compute it as expm1(log p) in fp32, because p
+                # near 1 has been rounded to bf16.
                 d_logits = logits.scatter_(1, ids, log_probs.expm1().to(dtype))
                 add_input_gradient(d_logits, weight_parts, d_x[rows])
                 if needs_d_weight:
@@ -130,7 +129,8 @@ class HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (d_x, d_weight), ctx.gradients = ctx.gradients, None  # scaled in place, so used only once
-        return d_x.mul_(grad), None if d_weight is None else d_weight.mul_(grad), *[None] * 5
+        d_weight = None if d_weight is None else d_weight.mul_(grad)
+        return d_x.mul_(grad), d_weight, None, None, None, None, None
 
 
 def choose_chunk_rows(x: torch.Tensor, needs_d_weight: bool) -> int:

@@ -148,9 +148,8 @@ class TensorBoardLogger:
         for name, value in select_numbers(record).items():
             self.writer.add_scalar(name, value, record["step"], double_precision=True)
         for i, sample in enumerate(record.get("samples", [])):
-            text = "\n".join(
-                "    " + line for line in sample.splitlines()
-            )  # a code block in Markdown
+            # Indented, the text is a code block in Markdown.
+            text = "\n".join("    " + line for line in sample.splitlines())
             self.writer.add_text(f"sample_{i + 1}", text, record["step"])
         self.writer.flush()  # so that a killed run loses nothing
 
@@ -285,8 +284,8 @@ class RunLogger:
             self.print("  sample: " + collapse_newlines(sample).replace("\n", "\n  "))
 
     def finish(self) -> None:
-        """Close the loggers and print a summary. It comes from the files of the run, so a finished
-        run that is started again prints it too.
+        """Close the loggers and print a summary. It is built from the files of the run, so starting
+        a finished run again prints the same one.
         """
         self.bar.close()
         if not self.is_main:
@@ -344,8 +343,8 @@ def read_fixed_settings(run: Path, checkpoint: Path) -> dict[str, Any]:
 
 
 def name_dataset(run: Path) -> str:
-    """Return the name of the dataset of a run. For your own text, it is "files in" the name of the
-    shard folder. For rows, it is that of the file or dataset.
+    """Return the name of the dataset of a run: for your own text "files in FOLDER", with the shard
+    folder; in fine-tuning the name of the file or dataset.
     """
     config = read_run_config(run)
     if "data_dir" not in config:  # a run of finetune_lora.py

@@ -44,14 +44,15 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def plateau_end(config: TrainConfig) -> int:
-    """The last step before the decay of wsd. Up to this step a longer run has the same rates, so
-    it can continue from here. 0 for cosine: there every rate depends on max_steps.
+    """Return the last step before the decay of wsd. Up to this step, a run with more steps has the
+    same rates, so it can start from this checkpoint. Return 0 for cosine, because all of its rates
+    depend on max_steps.
     """
     if config.schedule != "wsd":
         return 0
     decay_steps = max(1.0, config.decay_fraction * config.max_steps)
     # The last step for which max_steps - (step - 1) >= decay_steps, see `learning_rate`. If the
-    # warmup is longer, the decay starts where it ends.
+    # warmup ends later, the decay starts there.
     last_at_max = math.floor(config.max_steps - decay_steps) + 1
     return min(config.max_steps, max(config.warmup_steps, last_at_max))
 
@@ -173,7 +174,8 @@ class Muon(torch.optim.Optimizer):
         updates = distributed_newton_schulz(stacked.to(self.dtype)).to(stacked.dtype)
         if self.beta2:
             updates = self._normalize(params, updates, keep * (1 - self.beta2))
-        # With Jordan's factor, a tall matrix changes its outputs as much as a square one.
+        # Jordan's factor, sqrt(max(1, rows / cols)): updates of tall and of square matrices then
+        # change the outputs of their layers by as much.
         updates = updates * (keep * (-lr * max(1.0, rows / cols) ** 0.5))
         torch._foreach_mul_(params, 1 - keep * (lr * group["weight_decay"]))
         changes = zip(params, updates.view(-1, *shape).unbind(), strict=True)
@@ -188,9 +190,8 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[param]:
                 self.state[param]["momentum_buffer"] = torch.zeros_like(grad)
         means = [self.state[param]["momentum_buffer"] for param in params]
-        if (
-            self.found_inf is not None
-        ):  # in a skipped step, use the mean for the gradient: no change
+        if self.found_inf is not None:
+            # In a skipped step, replace the gradients with the means, so that nothing changes.
             skip = self.found_inf.bool()
             grads = [torch.where(skip, m, g) for m, g in zip(means, grads, strict=True)]
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
@@ -205,9 +206,8 @@ class Muon(torch.optim.Optimizer):
         had. `new_share` is the share of the new squares in the running mean, 0 in a skipped step.
         """
         is_wide = updates.size(1) < updates.size(2)
-        squares = updates.square().mean(
-            1 if is_wide else 2, keepdim=True
-        )  # one number per row (or column)
+        # One number per row, or per column if the matrices are wide.
+        squares = updates.square().mean(1 if is_wide else 2, keepdim=True)
         for param in params:
             if "second_moment" not in self.state[param]:
                 zeros = squares.new_zeros(squares.numel() // len(params))

@@ -191,9 +191,8 @@ def save_pretrained(
         **{CONFIG_KEYS[field]: value for field, value in asdict(config).items()},
         "n_ctx": config.block_size,
         "n_inner": None,
-        **dict.fromkeys(
-            ("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0
-        ),  # models here have no dropout
+        # Our models have no dropout.
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
         "bos_token_id": tokenizer.start_of_text if tokenizer else gpt2_end,
         "eos_token_id": tokenizer.end_of_text if tokenizer else gpt2_end,
         "dtype": "float32",

@@ -19,7 +19,8 @@ def apply_recompute(model: GPT, mode: str) -> None:
     forwards = {"light": forward_light, "block": forward_block}
     for block in model.modules():
         if isinstance(block, Block) and mode in forwards:
-            # A partial, not a closure: deepcopy binds it to the copied block.
+            # deepcopy copies the arguments of a partial, so a copied block runs its own layers. It
+            # would not copy a closure.
             block.forward = partial(forwards[mode], block)  # type: ignore[method-assign]
 
 

@@ -44,7 +44,7 @@ def open_run(
     model. `resolve` fills in the settings that depend on the model, the data or the device. `base`
     is the name of the base model, needed to resume a run that trains an adapter.
 
-    Only the lock is written. `train` calls `extend_run` and writes config.yaml once it is set up.
+    This writes only the lock. Later, `train` calls `extend_run` and writes config.yaml.
     """
     run = Path(given.out_dir)
     with lock_folder(run) if dist.is_main else nullcontext():
@@ -52,7 +52,7 @@ def open_run(
             config = replace(given, **inherit_settings(run, given))
             latest = load_latest(run, base, last_step=last_usable_step(run, config))
             model, resumed = latest or (build_model(config), None)
-        del build_model  # it may keep a base model of several gigabytes
+        del build_model  # frees the base model that it may refer to
         yield resolve(config, model), model, resumed
 
 
@@ -66,11 +66,11 @@ def inherit_settings(run: Path, config: TrainConfig) -> dict:
     now = asdict(config)
     if now["resume"] == "never":
         raise ValueError(f"{run} holds a run already, but resume is never; choose another out_dir")
-    # Settings that did not exist yet when the run was made had their defaults.
+    # A setting that was added after the run started has its default.
     earlier = {f.name: f.default for f in fields(config)} | read_run_config(run)
     fixed = fixed_settings(type(config))
     inherited = {name: earlier[name] for name in fixed if now[name] is None}
-    # If only the run has a setting, another version or another command made it.
+    # Settings that only the run has come from another version or command. Refuse them as well.
     compared = (fixed - inherited.keys()) | (earlier.keys() - now.keys())
     differences = [
         Difference(name, earlier[name], now.get(name))
@@ -87,8 +87,9 @@ def inherit_settings(run: Path, config: TrainConfig) -> dict:
 
 
 def last_usable_step(run: Path, config: TrainConfig) -> int | None:
-    """If `config` extends the existing run, return the last step before the decay of that run: it
-    must continue from there, or from before. Otherwise return None: it can continue from any step.
+    """If `config` extends the existing run, return the last step before the decay of that run. The
+    extended run must continue from that step or an earlier one. Otherwise return None: the run can
+    continue from any step.
     """
     has_config = (run / "config.yaml").is_file()
     earlier = read_run_config(run).get("max_steps") if has_config else None
@@ -121,7 +122,7 @@ def check_extension(run: Path, config: TrainConfig, earlier_max_steps: int) -> N
 
 def extend_run(run: Path, config: TrainConfig) -> None:
     """If `config` has more steps than the existing run, take the run back to the last step before
-    its decay. Its log and checkpoints after that step move to RUN/until_step_N, a run folder too.
+    its decay. Later log records and checkpoints move to RUN/until_step_N, itself a run folder.
 
         steps          1 ........ end ...... N             max_steps
         existing run   |--plateau--|--decay--|    the decay moves to until_step_N
@@ -131,9 +132,8 @@ def extend_run(run: Path, config: TrainConfig) -> None:
     if the process was killed halfway.
     """
     end = last_usable_step(run, config)
-    if (
-        end is None or not (run / "metrics.jsonl").exists()
-    ):  # `config` is not longer, or the run has not begun
+    if end is None or not (run / "metrics.jsonl").exists():
+        # `config` does not have more steps, or the run has not begun.
         return
     max_steps = read_run_config(run)["max_steps"]
     later = list_checkpoints(run, after=end)

@@ -81,8 +81,8 @@ def parse_json(text: bytes, prefix: str = "") -> Any:
 
 
 def stdlib_rows() -> list[dict]:
-    """Return a row for each function in Python's standard library that has a docstring. The prompt
-    is its signature, and the completion is the first paragraph of its docstring.
+    """Return rows from the functions of Python's standard library, one per signature. The prompt is
+    the signature, and the completion is the first paragraph of the docstring.
     """
     rows = {}
     for node, docstring in stdlib_definitions():

@@ -33,7 +33,8 @@ BATCH_LIMITS = {"cpu": (480, 1)}
 DEFAULT_BATCH_LIMITS = (32_768, 32)  # 32 rows of 1024
 VOCAB_CHUNK = 2048  # compute this many columns of the logits at a time: they fit a CPU's cache
 
-ContinuationsByIndex = dict[int, Sequence[int]]  # some of a request, by their index in it
+# Some or all continuations of a request, by their index in it.
+ContinuationsByIndex = dict[int, Sequence[int]]
 
 
 class Request(NamedTuple):
@@ -233,13 +234,13 @@ def score_batch(
     batch = PackedBatch(*(tensor.to(device) for tensor in batch))
     log_probs, greedy = (tensor.cpu().numpy() for tensor in compute_log_probs(model, batch))
     scores: list[dict[int, Score]] = [{} for _ in requests]
-    first = 0  # the first prediction of the row in the batch
+    offset = 0  # index in the batch of the first prediction of the row
     for n, row in packed:
         for i, numbers in row.predictions.items():
-            found = first + np.array(numbers)
+            found = offset + np.array(numbers)
             log_prob = float(log_probs[found].sum(dtype=float))
             scores[n][i] = Score(log_prob, bool(greedy[found].all()))
-        first += len(row.targets)
+        offset += len(row.targets)
     return [[by_index[i] for i in sorted(by_index)] for by_index in scores]
 
 

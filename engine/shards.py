@@ -54,8 +54,8 @@ class ShardFile:
 
 class ShardWriter:
     """Writes a stream of tokenized pieces as shards. A piece is a document or part of one. If the
-    text was cut into sections (section_chars is in the options of the manifest), each piece says
-    which split it belongs to. Otherwise the first val_tokens tokens are for validation.
+    text was cut into sections ("section_chars" is in the options of the manifest), `is_val` of
+    each piece decides its split. Otherwise the first val_tokens tokens are for validation.
 
     `cursor` says how much of the source has been written. The manifest stores it with each finished
     shard, so that an interrupted run can resume there. That works only if the shards of both splits
@@ -151,14 +151,13 @@ def read_manifest(folder: Path) -> dict:
 
 
 def load_data_tokenizer(folder: Path | str) -> Tokenizer:
-    """Load the tokenizer that the text in a data folder was tokenized with: GPT-2's, unless the
-    manifest names another one. Raises ValueError if the file of that one is missing or has changed.
+    """Load the tokenizer that a data folder was tokenized with: the one in its manifest, by default
+    GPT-2. Raises ValueError if the tokenizer.json of another one is missing or has changed.
     """
     entry = read_manifest(Path(folder)).get("tokenizer", GPT2)
     if entry == GPT2:
         return Tokenizer.gpt2()
-    # Other programs may write a name instead of a dict. Then there is no sha256 to compare, and the
-    # check below fails.
+    # Other programs may write a name instead of a dict. Without a sha256, we refuse it below.
     entry = entry if isinstance(entry, dict) else {"name": entry}
     tokenizer = Tokenizer.from_folder(Path(folder), entry.get("name"), entry.get("end_of_text"))
     if not tokenizer or tokenizer.sha256 != entry.get("sha256"):
@@ -211,8 +210,8 @@ class TokenShards:
     """All tokens of a split ("train" or "val") of a data folder, as one memory-mapped stream.
     `fingerprint` identifies the data.
 
-    With a tokenizer as `check_with`, all shards are read (about 1 GB/s): their sha256 must be the
-    one in the manifest, if there is one, and all ids must be below the tokenizer's vocab_size.
+    Given a tokenizer to `check_with`, read all shards (about 1 GB/s). Check their sha256 against
+    the manifest, if there is one, and that all ids are below vocab_size.
     """
 
     def __init__(self, folder: Path | str, split: str, check_with: Tokenizer | None = None):

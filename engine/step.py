@@ -75,6 +75,7 @@ class TrainingStep:
                 batch = self.batches(step, micro_step)  # also starts to prepare the next one
                 self._seed_dropout(step, micro_step)
                 with self._sync_gradients(is_last=micro_step == n_micro_steps):
+                    # cuDNN is fast, but takes a second to plan for every new shape.
                     with cudnn_attention(enabled=self.data.has_fixed_shape):
                         loss = self.loss(batch) / n_targets
                     self._backward(loss)
@@ -103,7 +104,8 @@ class TrainingStep:
 
     def _seed_dropout(self, step: int, micro_step: int) -> None:
         """Seed dropout so that a resumed run draws the same masks."""
-        # No two of a run are equal: a step adds 2**24, and each micro-step and rank 2**8.
+        # Every micro-step of every rank gets another seed: steps are 2**24 apart, and micro-steps
+        # and ranks 2**8.
         stream = micro_step * self.dist.world_size + self.dist.rank
         torch.manual_seed((self.config.seed + (step << 24) + (stream << 8)) % 2**63)
 
@@ -145,9 +147,8 @@ class TrainingStep:
         )
         names = {name for name, param in self.model.named_parameters() if param.requires_grad}
         params = dcp.get_model_state_dict(self.model, options=options)
-        params = {
-            name: t for name, t in params.items() if name in names
-        }  # drops the second name of a tied head
+        # A tied head has two names. named_parameters() has only one of them.
+        params = {name: t for name, t in params.items() if name in names}
         optimizer_state = dcp.get_optimizer_state_dict(self.model, self.optimizers, options=options)
         if self.dist.device.type == "cpu":  # cpu_offload copies nothing that is on the CPU already
             params, optimizer_state = copy.deepcopy((params, optimizer_state))

@@ -258,7 +258,7 @@ class TextPerplexity(Task):
                 sizes, remarks = {}, ()  # for the document's other windows
 
     def read_documents(self) -> list[str]:
-        """Return all documents. Raises ValueError if rows are bad or a file is damaged. With
+        """Return all documents. Raises ValueError if rows are bad or a .gz is damaged. With
         `skip_bad_rows`, leave these parts out instead.
         """
         documents: list[str] = []

@@ -20,9 +20,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         tensors = torch.load(path, weights_only=True, map_location="cpu")
-        # If the contents are not a dict, dict() raises TypeError as well.
-        if not all(isinstance(tensor, torch.Tensor) for tensor in dict(tensors).values()):
-            raise TypeError("it holds more than tensors")
+        values = tensors.values() if isinstance(tensors, dict) else [None]
+        if not all(isinstance(value, torch.Tensor) for value in values):
+            raise TypeError("it holds more than named tensors")
     except pickle.UnpicklingError as error:  # its own message suggests weights_only=False
         raise ValueError(f"{path} is damaged, or holds more than tensors; save it again") from error
     except (SafetensorError, *TORCH_LOAD_ERRORS) as error:

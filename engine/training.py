@@ -43,12 +43,12 @@ def train(
     dist: Distributed,
     resumed: RunState | None = None,
 ) -> None:
-    """Train `model` to max_steps, from step 1 or from the step of `resumed`. The model must already
-    have the weights of that step. Raises ValueError if `resumed` was trained on other data.
+    """Train `model` to max_steps, from the start or from the state `resumed`, whose weights it must
+    already have. Raises ValueError if `resumed` was trained on other data.
     """
     if resumed and resumed.progress["data"] != data.fingerprint:
         raise ValueError(
-            f"the run in {config.out_dir} was trained on different data; resume it with its own"
+            f"the run in {config.out_dir} was trained on different data; resume it with that data"
         )
     start = resumed.progress["step"] if resumed else 0
     hellaswag: list[Example] = []
@@ -67,7 +67,7 @@ def train(
         # Nothing above writes to the run: if the settings, the data or the checkpoint are refused,
         # it stays as it was.
         if dist.is_main:
-            extend_run(Path(config.out_dir), config)  # if the folder holds a shorter run
+            extend_run(Path(config.out_dir), config)  # does nothing unless it has fewer steps
             write_atomically(Path(config.out_dir) / "config.yaml", to_yaml(config).encode())
         loss, fixed_shape = training_step.summed_loss, data.has_fixed_shape
         evaluation = Evaluation(
@@ -262,4 +262,4 @@ class Interrupt:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
         text = f"\n{name}: will save and stop after this step (interrupt again to stop at once)\n"
-        os.write(2, text.encode())  # print must not interrupt another print
+        os.write(2, text.encode())  # print() is not safe in a signal handler

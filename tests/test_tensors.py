@@ -25,7 +25,7 @@ class Unsafe:
     """An object that can only be unpickled by importing its class."""
 
 
-@pytest.mark.parametrize("content", [{"a": {"b": torch.ones(1)}}, [1], {"a": Unsafe()}])
+@pytest.mark.parametrize("content", [{"a": {"b": torch.ones(1)}}, [1], [], {"a": Unsafe()}])
 def test_only_dicts_of_tensors_are_read(tmp_path, content):
     """A file of torch.save is refused unless it holds a dict of tensors and nothing else. No class
     is loaded, and the error does not suggest loading the file unsafely.
