@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --parts lora   # one part
     python benchmarks/gpu.py --dry_run      # on a CPU: 1 minute
 
-Each part is one of the other benchmarks, in its own process. Compiling takes most of the time, so
-we first run one round of every part that compiles, all in parallel, to fill PyTorch's cache of
+Each part is one of the other benchmarks, in its own process. Compiling takes most of the time. So
+we first run one round of every part that compiles, in parallel. This fills PyTorch's cache of
 compiled code. Tables go to OUT_DIR/results.md. Measurements go to OUT_DIR/results.jsonl after each
 contender, so stopping a part loses only the contender being measured.
 """

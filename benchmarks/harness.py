@@ -117,8 +117,8 @@ def measure(
 ) -> Results:
     """Make the contenders, run `config.rounds` turns of each, and return their measurements.
 
-    Every turn has `seconds` and `peak_bytes`: on CUDA, the allocator's peak; on a CPU, the peak
-    resident memory of the process minus what is resident after a tiny step.
+    Every turn has `seconds` and `peak_bytes`. On CUDA, this is the peak of the allocator. On a CPU,
+    it is the peak of resident memory, minus what is resident after a tiny step.
 
     On a CPU, contenders take turns, each in its own process. On CUDA or with `one_by_one`, they run
     one after another in this process, so that each has the entire GPU. In this mode, a contender

@@ -51,7 +51,7 @@ class Setup(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes on a device at the end of a forward pass, not the first one of a training step."""
+    """Bytes on a device after the forward pass of a second micro-step, when gradients exist."""
 
     weights: float
     gradients: float

@@ -52,6 +52,10 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def round_up(n: int, multiple: int) -> int:
+    return ceil_div(n, multiple) * multiple
+
+
 class TrainingData(ABC):
     """The rows of a training run: windows of text, or examples. The batches of a step depend only
     on its number, so a run can resume at any step, on any number of ranks.
@@ -92,8 +96,7 @@ class TrainingData(ABC):
         self.rank, self.world_size = rank, world_size
         micro_step_size = batch_size * row_size * world_size
         if step_size % micro_step_size:
-            larger = ceil_div(step_size, micro_step_size) * micro_step_size
-            remedy = f"use {self.step_size_flag} {larger}"
+            remedy = f"use {self.step_size_flag} {round_up(step_size, micro_step_size)}"
             smaller = range(min(batch_size, self.rows_per_step), 0, -1)
             fitting = (n for n in smaller if step_size % (n * row_size * world_size) == 0)
             if n := next(fitting, None):

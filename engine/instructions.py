@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.data import IGNORE_INDEX, Batch, TrainingData, ceil_div, epoch_order, make_batch
+from engine.data import IGNORE_INDEX, Batch, TrainingData, epoch_order, make_batch, round_up
 from engine.files import read_json, sha256_text, write_json
 from engine.rows import STDLIB, convert_rows, get_text, open_rows
 from engine.tokenizer import Tokenizer
@@ -150,7 +150,7 @@ def pad(examples: list[PromptCompletion]) -> Batch:
         targets   - - c c c - - -     -: IGNORE_INDEX
     """
     longest = max(len(e.tokens) - 1 for e in examples)
-    shape = len(examples), ceil_div(longest, PAD_MULTIPLE) * PAD_MULTIPLE
+    shape = len(examples), round_up(longest, PAD_MULTIPLE)
     idx = np.zeros(shape, dtype=np.int64)
     targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     for row, example in enumerate(examples):

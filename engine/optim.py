@@ -8,6 +8,7 @@ import torch.distributed
 from torch import nn
 
 from engine.config import TrainConfig
+from engine.data import ceil_div
 from engine.distributed import full_tensor, has_bf16_units, shard_like
 from model import GPT
 
@@ -244,7 +245,7 @@ def distributed_newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     if not torch.distributed.is_initialized():
         return newton_schulz(matrices)
     world_size = torch.distributed.get_world_size()
-    share = -(-len(matrices) // world_size)
+    share = ceil_div(len(matrices), world_size)
     start = torch.distributed.get_rank() * share
     result = matrices.new_zeros(share, *matrices.shape[1:])
     mine = matrices[start : start + share]  # the last ranks may have fewer, or none

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from engine.data import round_up
 from engine.distributed import Distributed
 from engine.tokenizer import Tokenizer
 from model import GPT
@@ -201,10 +202,6 @@ def plan_batches(
         batches[-1].append(i)
         rows_left -= n_rows
     return batches
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def collate(rows: list[PackedRow], multiple: int) -> PackedBatch:

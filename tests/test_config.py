@@ -132,7 +132,13 @@ def test_lists_with_spaces_or_commas(tmp_path, name):
     """Several names mean the same with spaces, with commas, and as a YAML list."""
     file = tmp_path / "config.yaml"
     file.write_text(f"{name}: [a, b]\n")
-    for argv in (f"--{name} a b", f"--{name} a,b", f"--{name}=a,b", f"--config {file}"):
+    for argv in (
+        f"--{name} a b",
+        f"--{name} a, b",
+        f"--{name} a,b",
+        f"--{name}=a,b",
+        f"--config {file}",
+    ):
         assert parse_flags(FinetuneConfig, "", argv.split())[0] == {name: "a,b"}
 
 
