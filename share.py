@@ -1,5 +1,7 @@
 """Upload a run's checkpoint or adapter, with a model card, to the Hugging Face hub."""
 
+import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from engine.files import read_json, write_json
 from engine.instructions import TEMPLATE_FILE
 from engine.metrics import read_fixed_settings, summarize_run
 from engine.plots import plot_runs
-from engine.report import render_template
+from engine.report import RUN_RECORD, render_template
 
 # Files that only this project reads. lora.pt duplicates adapter_model.safetensors.
 NOT_UPLOADED = ("state.pt", "progress.json", LORA_STATE_FILE, BASE_MARK)
@@ -89,11 +91,16 @@ def build_upload_folder(config: ShareConfig) -> Path:
         raise FileNotFoundError(f"{run} holds no checkpoint{wanted}; expected a run's out_dir")
     base = find_base(checkpoint, config.base_model)
     card = render_card(config, checkpoint, base)
+    record = read_json(run / RUN_RECORD, remedy="delete it") if (run / RUN_RECORD).exists() else {}
+    for process in record.get("processes", []):
+        process["command"] = remove_folders(process["command"])
     folder = run / "share"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*NOT_UPLOADED))
     if (run / TEMPLATE_FILE).exists():
         shutil.copy(run / TEMPLATE_FILE, folder)
+    if record:
+        write_json(folder / RUN_RECORD, record)
     (folder / "README.md").write_text(card, encoding="utf-8")
     plot_runs([run], folder / "loss.png")
     if base is not None:
@@ -101,6 +108,12 @@ def build_upload_folder(config: ShareConfig) -> Path:
         adapter_config = read_json(file, remedy="repair it")
         write_json(file, adapter_config | {"base_model_name_or_path": base})
     return folder
+
+
+def remove_folders(command: str) -> str:
+    """Return a command line in which only the last part of each path and hub name is left."""
+    words = (re.sub(r"^(--[\w-]+=)?.*[/\\]", r"\1", word) for word in shlex.split(command))
+    return shlex.join(words)
 
 
 def render_card(config: ShareConfig, checkpoint: Path, base: str | None) -> str:

@@ -1,1 +1,3 @@
 """What the commands share: data, training, checkpoints, LoRA, evaluation."""
+
+__version__ = "0.1.0"

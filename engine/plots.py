@@ -67,6 +67,7 @@ def draw_runs(runs: list[Path], x: str = "step", *, all_panels: bool = False) ->
     With `all_panels`, draw MORE_PANELS as well.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     logs = [(escape_label(Path(run).name), read_metrics(run)) for run in runs]
     # There is always a panel for the loss.
@@ -92,6 +93,8 @@ def draw_runs(runs: list[Path], x: str = "step", *, all_panels: bool = False) ->
             axes.axhline(value, color="gray", linestyle=style, label=f"{label} (published)")
         axes.legend()
     grid[-1].set_xlabel("seconds of training" if x == "seconds" else x)
+    if x == "tokens":
+        grid[-1].xaxis.set_major_formatter(EngFormatter(sep=""))  # 10M instead of 1e7
     return figure
 
 

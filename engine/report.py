@@ -1,4 +1,6 @@
-"""Write report.html for a run, and fill in the templates of the report and the model card."""
+"""Write report.html and run.json for a run, and fill in the templates of the report and the model
+card.
+"""
 
 import importlib.metadata
 import io
@@ -14,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.checkpoint import list_checkpoints
+from engine import __version__
+from engine.checkpoint import checkpoint_step, list_checkpoints
 from engine.distributed import Distributed
-from engine.files import write_atomically
+from engine.files import read_json, write_atomically, write_json
 from engine.metrics import read_metrics, summarize_run
 from engine.plots import CURVES, draw_runs
 from engine.throughput import describe_device
@@ -25,37 +28,60 @@ MAX_TOOLTIPS = 100  # points per curve that show their value on hover
 SVG_DPI = 72  # matplotlib writes SVG at this resolution
 PACKAGES = ("numpy", "transformers", "tokenizers", "tiktoken")
 ENGINE = Path(__file__).parent
+RUN_RECORD = "run.json"
 
 
-def write_report(run: Path, dist: Distributed) -> None:
-    """Write RUN/report.html, a self-contained page. A failure is printed; it never ends the run."""
+def start_record(
+    run: Path, dist: Distributed, *, first_step: int, data: str, tokenizer: str
+) -> None:
+    """Add this process to RUN/run.json, which says how a run was made: hashes of the data and the
+    tokenizer, and the command, hardware and versions of each process that trained it.
+    """
+    file = run / RUN_RECORD
+    earlier = read_json(file, remedy="delete it")["processes"] if file.exists() else []
+    processes = [*earlier, collect_environment(dist) | {"first_step": first_step}]
+    write_json(file, {"data": data, "tokenizer": tokenizer, "processes": processes})
+
+
+def write_report(run: Path) -> None:
+    """Write RUN/report.html, a self-contained page, and update RUN/run.json. A failure is printed;
+    it never ends the run.
+    """
     path = run / "report.html"
     try:
+        latest = list_checkpoints(run)[-1]
+        record = read_json(run / RUN_RECORD, remedy="delete it")
+        process = record["processes"][-1]
+        elapsed = datetime.now().astimezone() - datetime.fromisoformat(process["started"])
+        seconds = round(elapsed.total_seconds(), 1)
+        process |= {"last_step": checkpoint_step(latest), "seconds": seconds}
+        write_json(run / RUN_RECORD, record)
         page = render_template(
             "report.html",
             name=run.resolve().name,
-            summary=summarize_run(run, list_checkpoints(run)[-1]),
+            summary=summarize_run(run, latest),
             curves=render_curves(run),
             log=read_metrics(run),
             config=(run / "config.yaml").read_text(),
-            environment=collect_environment(dist),
+            environment=process,
         )
         write_atomically(path, page.encode())
     except Exception as error:
         print(f"could not write {path}: {type(error).__name__}: {error}", flush=True)
 
 
-def collect_environment(dist: Distributed) -> dict[str, str]:
-    """Return the command, hardware and versions of this process."""
+def collect_environment(dist: Distributed) -> dict[str, Any]:
+    """Return the command, hardware and versions of this process, and the current time."""
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "devices": f"{dist.world_size} x {describe_device(dist.device)}",
         "system": f"{platform.platform()}, {os.cpu_count()} cores",
+        "version": __version__,
+        "commit": read_git_commit().strip(),
         "python": platform.python_version(),
         "torch": torch.__version__,  # includes the CUDA version
         **{name: importlib.metadata.version(name) for name in PACKAGES},
-        "git commit": read_git_commit().strip(),
     }
 
 

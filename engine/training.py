@@ -20,7 +20,7 @@ from engine.files import drop_lost_terminal, write_atomically
 from engine.metrics import Meter, RunLogger
 from engine.optim import plateau_end
 from engine.plots import plot_runs
-from engine.report import write_report
+from engine.report import start_record, write_report
 from engine.resume import extend_run
 from engine.step import TrainingStep
 from engine.tasks import Example, make_task
@@ -67,8 +67,12 @@ def train(
         # Nothing above writes to the run: if the settings, the data or the checkpoint are refused,
         # it stays as it was.
         if dist.is_main:
-            extend_run(Path(config.out_dir), config)  # does nothing unless it has fewer steps
-            write_atomically(Path(config.out_dir) / "config.yaml", to_yaml(config).encode())
+            run = Path(config.out_dir)
+            extend_run(run, config)  # does nothing unless it has fewer steps
+            if start < config.max_steps:
+                hashes = {"data": data.fingerprint, "tokenizer": tokenizer.sha256}
+                start_record(run, dist, first_step=start + 1, **hashes)
+            write_atomically(run / "config.yaml", to_yaml(config).encode())
         loss, fixed_shape = training_step.summed_loss, data.has_fixed_shape
         evaluation = Evaluation(
             model, tokenizer, loss, val, prompts, hellaswag, config, dist, fixed_shape
@@ -198,7 +202,7 @@ def start_save(
         keep, kept_step = config.keep, plateau_end(config)
         save_checkpoint(run, model, tokenizer, params, state, keep=keep, kept_step=kept_step)
         plot_runs([run], run / "loss.png")
-        write_report(run, dist)
+        write_report(run)
 
     save.start(write)
 

@@ -186,6 +186,8 @@ def test_every_key_and_file_is_documented(used_workdir):
         checkpoint = list_checkpoints(run_folder)[-1]
         written |= keys(f"runs/{name}/metrics.jsonl") | read_state(checkpoint).keys()
         written |= read_progress(checkpoint).keys()
+        record = json.loads((run_folder / "run.json").read_text())
+        written |= {*record, *record["processes"][-1]}
         written |= {file.name for file in checkpoint.iterdir()}
         written |= {file.name for file in run_folder.iterdir()} - {"checkpoints"}
     manifest = read_manifest(used_workdir / "data" / "mine")

@@ -16,7 +16,7 @@ from processes import HANG_SECONDS
 
 from engine import report
 from engine.metrics import read_metrics, summarize_run
-from engine.report import render_curves, write_report
+from engine.report import render_curves, start_record, write_report
 
 NASTY = '</pre><script>document.title="taken"</script><img src="http://example.invalid/x.png">&amp;'
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -54,6 +54,7 @@ def run(tmp_path):
     (folder / "config.yaml").write_text(CONFIG)
     write_log(folder, map(record, range(21)))
     save_facts(folder, FACTS)
+    start_record(folder, CPU_DIST, first_step=1, data="ab", tokenizer="cd")
     return folder
 
 
@@ -91,7 +92,7 @@ def test_report_is_complete_and_escaped(run):
     """Every sample appears unchanged, with its HTML escaped. Nothing is loaded from elsewhere. The
     tiles are the lines of the run's summary.
     """
-    write_report(run, CPU_DIST)
+    write_report(run)
     text = (run / "report.html").read_text()
     reader = Reader(text)
     assert reader.samples == [f"{NASTY} at {step}" for step in (0, 10, 20)]
@@ -115,7 +116,7 @@ def test_failure_to_write_keeps_the_earlier_report(run, monkeypatch, capsys):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(report, "write_atomically", full)
-    write_report(run, CPU_DIST)
+    write_report(run)
     assert "report.html: OSError: No space left" in capsys.readouterr().out
     assert (run / "report.html").read_text() == "earlier"
 
@@ -131,7 +132,7 @@ def open_in_browser(page: Path, *flags: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("dark", [False, True])
 def test_report_in_a_browser(run, tmp_path, dark):
     """Light or dark, a browser shows curves and samples, logs nothing and loads no other URL."""
-    write_report(run, CPU_DIST)
+    write_report(run)
     shutil.copy(run / "report.html", tmp_path / "report.html")
     flags = ["--window-size=900,1200", f"--screenshot={tmp_path / 'page.png'}"]
     flags += ["--enable-logging=stderr", f"--log-net-log={tmp_path / 'net.json'}"]
@@ -158,7 +159,7 @@ def test_no_heading_or_number_wraps(run, tmp_path, width, body_width):
     (run / "config.yaml").write_text(f"{CONFIG}hellaswag_normalization_name: {'x' * 500}\n")
     facts = {"parameters": "1,557,611,200", "training data": "9,999,999,999 tokens"}
     save_facts(run, facts, step=19_073)
-    write_report(run, CPU_DIST)
+    write_report(run)
     text = (run / "report.html").read_text()
     policy = re.search('<meta http-equiv="Content-Security-Policy" content=".*?">', text)[0]
     page = tmp_path / "page.html"

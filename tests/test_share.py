@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import share
 from engine.checkpoint import RunState, list_checkpoints, load_model, save_checkpoint
-from engine.files import JSONLinesLog
+from engine.files import JSONLinesLog, write_json
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora, get_lora_state_dict
 from model import GPT
 from share import ShareConfig
@@ -29,6 +29,9 @@ def save_run(
     """Write a run folder with two checkpoints. The first has the lower validation loss."""
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
+    command = "python /a/train_gpt2.py --out_dir secret/place --data-dir=/secret/x --no-compile"
+    process = {"command": command}
+    write_json(run / "run.json", {"data": "ab", "tokenizer": "cd", "processes": [process]})
     log = JSONLinesLog(run / "metrics.jsonl", "step")
     for step, loss in ((1, 3.25), (2, 4.75)):
         log.append({"step": step, "tokens": 1000 * step, "train_loss": 5.0, "val_loss": loss})
@@ -78,14 +81,15 @@ def front_matter(folder: Path) -> dict:
 
 def test_shared_model_is_complete_and_described(run, capsys):
     """The folder of a dry run opens in transformers with the same logits and holds no optimizer
-    state. Its card has the summary and the fixed settings of the checkpoint, and no local path.
+    state. Its card has the summary and the fixed settings of the checkpoint. The card and
+    run.json have no local path.
     """
     config = ShareConfig(str(run), "me/my-gpt2", dry_run=True, license="mit")
     share.main(config)
     folder = run / "share"
     listed = capsys.readouterr().out
     expected = {"README.md", "config.json", "loss.png", "merges.txt", "model.safetensors"}
-    expected |= {"tokenizer.json", "tokenizer_config.json", "vocab.json"}
+    expected |= {"tokenizer.json", "tokenizer_config.json", "vocab.json", "run.json"}
     assert {file.name for file in folder.iterdir()} == expected
     assert all(name in listed for name in expected)
     idx = torch.arange(100)[None]
@@ -104,6 +108,9 @@ def test_shared_model_is_complete_and_described(run, capsys):
     assert "\n- parameters: 1,234\n" in text
     assert "```yaml\ninit_from: data\nmax_lr: 0.125\nmax_steps: 2\n```" in text
     assert str(run.parent) not in text
+    record = json.loads((folder / "run.json").read_text())
+    command = "python train_gpt2.py --out_dir place --data-dir=x --no-compile"
+    assert record == {"data": "ab", "tokenizer": "cd", "processes": [{"command": command}]}
     share.main(replace(config, best=True, license=None))
     text = (folder / "README.md").read_text()
     assert "\n- steps: 1 of 2\n" in text
@@ -125,7 +132,7 @@ def test_shared_adapter_names_its_base_on_the_hub(run, adapter):
     folder = adapter / "share"
     expected = {"README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png"}
     expected |= {"prompt_template.json", "tokenizer.json", "tokenizer_config.json"}
-    expected |= {"vocab.json", "merges.txt"}
+    expected |= {"vocab.json", "merges.txt", "run.json"}
     assert {file.name for file in folder.iterdir()} == expected
     stock = AutoModelForCausalLM.from_pretrained(list_checkpoints(run)[-1])
     idx = torch.arange(100)[None]

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -95,7 +96,7 @@ def test_a_finished_run_prints_its_results_again(workdir, uninterrupted):
 def test_a_stopped_run_resumes_bit_for_bit(workdir, uninterrupted):
     """A run that is stopped twice by kill -9, then by SIGTERM and Ctrl-C, ends with the log and
     weights of an uninterrupted run, bit for bit. SIGTERM and Ctrl-C finish the step, save a
-    checkpoint, print a line, and exit with 128 plus the signal.
+    checkpoint, print a line, and exit with 128 plus the signal. run.json lists the processes.
     """
     run = workdir / "runs" / "stopped"
     kill, stops = signal.SIGKILL, (signal.SIGTERM, signal.SIGINT)
@@ -114,6 +115,14 @@ def test_a_stopped_run_resumes_bit_for_bit(workdir, uninterrupted):
     for name in ("model.safetensors", "config.json"):
         files = [list_checkpoints(folder)[-1] / name for folder in (run, uninterrupted)]
         assert files[0].read_bytes() == files[1].read_bytes()
+    record, whole = (json.loads((f / "run.json").read_text()) for f in (run, uninterrupted))
+    assert len(record["processes"]) == 5
+    last = record["processes"][-1]
+    assert [last[key] for key in ("first_step", "last_step")] == [26, 30]
+    assert last["torch"] == torch.__version__
+    assert shlex.split(last["command"])[2:] == [str(w) for w in tiny_run("runs/stopped")[1:]]
+    assert record["data"] == whole["data"] == read_progress(list_checkpoints(run)[-1])["data"]
+    assert record["tokenizer"] == whole["tokenizer"] == GPT2_TOKENIZER.sha256
 
 
 @pytest.mark.parametrize(
