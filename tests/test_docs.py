@@ -20,15 +20,20 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from conftest import CONFIGS, TINY_RUN
 from processes import ROOT, run_here
 
 import fineweb
 import train_gpt2
 from benchmarks.time_to_loss import BASELINE, FAST, FORMER, TUNED, steps_to
+from engine import __version__
 from engine.checkpoint import list_checkpoints, read_progress, read_state
 from engine.config import parse_flags
 from engine.shards import TokenShards, read_manifest
+from engine.throughput import PEAK_TFLOPS, flops_per_token
+from model import GPT, GPTConfig
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROW = {"ctx_a": "A man", "ctx_b": "he", "endings": ["sits.", "runs.", "is.", "eats."], "label": 0}
@@ -113,12 +118,17 @@ def test_every_command_parses(line, monkeypatch):
 
 @pytest.fixture(scope="module")
 def docs_workdir(tmp_path_factory) -> Path:
-    """A folder with the input files that the documentation names, and a tiny model as runs/demo."""
+    """A folder with the input files that the documentation names, a tiny model as runs/demo, and
+    adapters for it as runs/mine_lora and runs/demo_lora.
+    """
     folder = tmp_path_factory.mktemp("docs")
     text = Path(__file__).read_text()
     (folder / "notes.txt").write_text(text)
-    for name in ("corpus", "more", "data/others"):
+    (folder / "README.md").write_text(text)
+    for name in ("corpus", "more", "data/others", "docs", "tests"):
         (folder / name).mkdir(parents=True)
+    (folder / "docs" / "page.md").write_text(text)
+    shutil.copy(ROOT / "tests" / "hellaswag_rows.jsonl", folder / "tests")
     (folder / "corpus" / "a.txt").write_text(text)
     (folder / "more" / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": text}).encode()))
     rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(4)]
@@ -127,14 +137,19 @@ def docs_workdir(tmp_path_factory) -> Path:
     tokens = np.array([50256, 15496, 13], dtype="<u2")
     (folder / "data" / "others" / "tiny_val.bin").write_bytes(header.tobytes() + tokens.tobytes())
     (folder / "hellaswag_val.jsonl").write_text(json.dumps({**ROW, "activity_label": "x"}) + "\n")
-    settings = TINY_RUN | {"data_dir": "data/notes", "out_dir": "runs/demo"}
+    settings = TINY_RUN | {"data_dir": "data/mine", "out_dir": "runs/demo"}
     settings |= {"block_size": 128, "batch_size": 1, "total_batch_size": 128}
     settings |= {"max_steps": 2, "warmup_steps": 1}
     with contextlib.chdir(folder):
-        fineweb.main(fineweb.PrepareConfig(["notes.txt"], val_tokens=600))
+        fineweb.main(fineweb.PrepareConfig(["notes.txt"], val_tokens=600, out_dir="data/mine"))
         train_gpt2.main(train_gpt2.PretrainConfig(**settings))
-    for name in ("a", "b"):
-        shutil.copytree(folder / "runs" / "demo", folder / "runs" / name)
+        # The README fine-tunes on 5,058 rows, which takes too long here.
+        execute(
+            "python finetune_lora.py --model_name_or_path runs/demo --data mine.jsonl "
+            "--out_dir runs/mine_lora --merge_out merged"
+        )
+    for name, copy in (("demo", "a"), ("demo", "b"), ("mine_lora", "demo_lora")):
+        shutil.copytree(folder / "runs" / name, folder / "runs" / copy)
     trained = folder / "runs" / "demo" / "checkpoints"  # in the docs, the demo has 500 steps
     shutil.copytree(trained / "step_000002", trained / "step_000500")
     return folder
@@ -198,27 +213,70 @@ def test_every_key_and_file_is_documented(used_workdir):
 
 
 def test_the_tree_is_the_project():
-    """The tree in the README lists every script, module and folder of the project, nothing else."""
-    section = (ROOT / "README.md").read_text().split("\n## The code\n")[1].split("\n## ")[0]
-    lines = section.split("```")[1].splitlines()[1:]
-    named = [line.split()[0] for line in lines]
-    made = {"data", "runs", "results", "__pycache__"}  # by the commands
-    folders = {f"{f.name}/" for f in ROOT.iterdir() if f.is_dir() and f.name[0] != "."}
-    existing = {f.name for f in ROOT.glob("*.py")} | folders - {f"{name}/" for name in made}
-    existing |= {f.name for f in (ROOT / "engine").glob("*.py")} - {"__init__.py"}
-    assert sorted(named) == sorted(existing)
+    """The tree in the README lists every script, notebook and folder of the project, the one in
+    CONTRIBUTING every module of engine/, and neither lists anything else.
+    """
+
+    def read_tree(page: str) -> list[str]:
+        lines = (ROOT / page).read_text().split("```text\n")[1].split("```")[0].splitlines()
+        return sorted(line.split()[0] for line in lines)
+
+    made = {"data", "runs", "results", "merged", "__pycache__"}  # by the commands
+    folders = {f.name for f in ROOT.iterdir() if f.is_dir() and f.name[0] != "."} - made
+    existing = {f.name for f in (*ROOT.glob("*.py"), *ROOT.glob("*.ipynb"))}
+    assert read_tree("README.md") == sorted(existing | {f"{name}/" for name in folders})
+    modules = {f.name for f in (ROOT / "engine").glob("*.py")} - {"__init__.py"}
+    assert read_tree("CONTRIBUTING.md") == sorted(modules)
 
 
 def test_links_resolve():
-    """Every relative link in the documentation leads to a file of the project."""
-    for page in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
-        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
-            assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
+    """Every relative link in the documentation leads to a file and a heading of the project."""
+    for page in (
+        *PAGES,
+        *(ROOT / f"{name}.md" for name in ("AGENTS", "CONTRIBUTING", "CHANGELOG")),
+    ):
+        for link, _, heading in re.findall(r"\]\(([^)#\s]*)(#([^)\s]+))?\)", page.read_text()):
+            target = page.parent / link if link else page
+            assert "://" in link or target.exists(), f"{page.name}: {link}"
+            if heading and "://" not in link:
+                titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                anchors = [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
+                assert heading in anchors, f"{page.name}: {link}#{heading}"
 
 
-def test_readme_is_short():
-    """The README has at most 150 lines."""
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+def test_front_pages_are_short():
+    """The README has at most 130 lines, and AGENTS.md at most 50."""
+    for page, limit in (("README.md", 130), ("AGENTS.md", 50)):
+        assert len((ROOT / page).read_text().splitlines()) <= limit, page
+
+
+def test_costs_in_the_readme():
+    """The hours and dollars in the README follow from the tokens of the configs, the prices, and
+    the speeds: those in the table, or else 40% of the peak FLOP/s.
+    """
+    with torch.device("meta"):
+        flops = flops_per_token(GPT(GPTConfig()), 1024)
+    peaks = {card: 1e12 * peak for peak, cards in PEAK_TFLOPS.items() for card in cards}
+    table = (ROOT / "README.md").read_text().split("\n| hardware |")[1].split("\n\n")[0]
+    for line in table.splitlines()[2:]:
+        hardware, price, *costs, basis = [cell.strip() for cell in line.split("|")[1:-1]]
+        n, card = hardware.split(maxsplit=1)
+        speeds = [1000 * int(k) for k in re.findall(r"(\d+)k", basis)]
+        speeds = speeds or [int(n) * 0.4 * peaks[card] / flops] * 2
+        for name, speed, cost in zip(("gpt2_124m", "gpt2_124m_fast"), speeds, costs, strict=True):
+            config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+            hours = config["max_steps"] * config["total_batch_size"] / speed / 3600
+            dollars = hours * int(n) * float(price.removeprefix("$"))
+            assert cost == f"{hours:.2g} h, ${dollars:.0f}", line
+
+
+def test_the_version_is_the_same_everywhere():
+    """CITATION.cff and the latest release in the changelog have the version of the code."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    version, date = re.findall(r"^## \[(.*)\] - (.*)$", changes, re.MULTILINE)[0]
+    assert citation["version"] == version == __version__
+    assert str(citation["date-released"]) == date
 
 
 def read_table(page: str, start: str) -> list[dict[str, str]]:
@@ -282,7 +340,7 @@ def test_losses_in_the_results():
 
 
 def test_shares_of_tokens():
-    """Shares of tokens in docs/results.md follow from the runs. recipe.md and README quote them."""
+    """Shares of tokens in docs/results.md follow from the runs. recipe.md quotes them."""
     shares: dict[str, float] = {}  # the largest, by recipe
     cells = defaultdict(set)  # of results.md, by text, model, steps and recipe
     for row in read_table("results.md", "baseline | steps"):
@@ -298,10 +356,9 @@ def test_shares_of_tokens():
         for recipe in (BASELINE, TUNED, FORMER):
             expected = cells[row["text"], row["model"], row["steps"], recipe]
             assert row[recipe] in expected | {""}, row
-    readme = (ROOT / "README.md").read_text().replace("\n", " ")
-    assert f"at most {shares[BASELINE]:.0%} of the tokens" in readme
-    assert f"at most {shares[TUNED]:.0%} to match tuned AdamW" in readme
-    assert f"| tuned AdamW | {shares[TUNED]:.0%} of the tokens |" in readme
+    summary = (ROOT / "docs" / "results.md").read_text().split("\n## ")[0]
+    assert f"[at most {shares[TUNED]:.2f}](" in summary
+    assert f"{shares[BASELINE]:.2f} of those of build-nanogpt" in summary
 
 
 def test_changes_of_the_recipe():
