@@ -357,8 +357,8 @@ def test_shares_of_tokens():
             expected = cells[row["text"], row["model"], row["steps"], recipe]
             assert row[recipe] in expected | {""}, row
     summary = (ROOT / "docs" / "results.md").read_text().split("\n## ")[0]
-    assert f"[at most {shares[TUNED]:.2f}](" in summary
-    assert f"{shares[BASELINE]:.2f} of those of build-nanogpt" in summary
+    assert f"[at most {shares[TUNED]:.0%} as many tokens](" in summary
+    assert f"{shares[BASELINE]:.0%} as many as build-nanogpt" in summary
 
 
 def test_changes_of_the_recipe():
