@@ -38,8 +38,9 @@ def start_record(
     tokenizer, and the command, hardware and versions of each process that trained it.
     """
     file = run / RUN_RECORD
-    earlier = read_json(file, remedy="delete it")["processes"] if file.exists() else []
-    processes = [*earlier, collect_environment(dist) | {"first_step": first_step}]
+    earlier = read_json(file, remedy="delete it") if file.exists() else {}
+    process = collect_environment(dist) | {"first_step": first_step}
+    processes = [*earlier.get("processes", []), process]
     write_json(file, {"data": data, "tokenizer": tokenizer, "processes": processes})
 
 
