@@ -128,7 +128,8 @@ def docs_workdir(tmp_path_factory) -> Path:
     for name in ("corpus", "more", "data/others", "docs", "tests"):
         (folder / name).mkdir(parents=True)
     (folder / "docs" / "page.md").write_text(text)
-    (folder / "docs" / "code.py").write_text(text)
+    for name in ("code.py", "docs/code.py"):
+        (folder / name).write_text(text)
     shutil.copy(ROOT / "tests" / "hellaswag_rows.jsonl", folder / "tests")
     (folder / "corpus" / "a.txt").write_text(text)
     (folder / "more" / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": text}).encode()))
