@@ -15,7 +15,7 @@ from engine.files import read_json, write_json
 from engine.instructions import TEMPLATE_FILE
 from engine.metrics import read_fixed_settings, summarize_run
 from engine.plots import plot_runs
-from engine.report import RUN_RECORD, render_template
+from engine.report import RUN_RECORD, read_record, render_template
 
 # Files that only this project reads. lora.pt duplicates adapter_model.safetensors.
 NOT_UPLOADED = ("state.pt", "progress.json", LORA_STATE_FILE, BASE_MARK)
@@ -91,7 +91,7 @@ def build_upload_folder(config: ShareConfig) -> Path:
         raise FileNotFoundError(f"{run} holds no checkpoint{wanted}; expected a run's out_dir")
     base = find_base(checkpoint, config.base_model)
     card = render_card(config, checkpoint, base)
-    record = read_json(run / RUN_RECORD, remedy="delete it") if (run / RUN_RECORD).exists() else {}
+    record = read_record(run)
     for process in record.get("processes", []):
         process["command"] = remove_folders(process["command"])
     folder = run / "share"

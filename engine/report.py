@@ -31,17 +31,21 @@ ENGINE = Path(__file__).parent
 RUN_RECORD = "run.json"
 
 
+def read_record(run: Path) -> dict[str, Any]:
+    """Read RUN/run.json. Return {} if there is none: runs of earlier versions lack it."""
+    file = run / RUN_RECORD
+    return read_json(file, remedy="delete it") if file.exists() else {}
+
+
 def start_record(
     run: Path, dist: Distributed, *, first_step: int, data: str, tokenizer: str
 ) -> None:
     """Add this process to RUN/run.json, which says how a run was made: hashes of the data and the
     tokenizer, and the command, hardware and versions of each process that trained it.
     """
-    file = run / RUN_RECORD
-    earlier = read_json(file, remedy="delete it") if file.exists() else {}
     process = collect_environment(dist) | {"first_step": first_step}
-    processes = [*earlier.get("processes", []), process]
-    write_json(file, {"data": data, "tokenizer": tokenizer, "processes": processes})
+    processes = [*read_record(run).get("processes", []), process]
+    write_json(run / RUN_RECORD, {"data": data, "tokenizer": tokenizer, "processes": processes})
 
 
 def write_report(run: Path) -> None:
@@ -51,7 +55,7 @@ def write_report(run: Path) -> None:
     path = run / "report.html"
     try:
         latest = list_checkpoints(run)[-1]
-        record = read_json(run / RUN_RECORD, remedy="delete it")
+        record = read_record(run)
         process = record["processes"][-1]
         elapsed = datetime.now().astimezone() - datetime.fromisoformat(process["started"])
         seconds = round(elapsed.total_seconds(), 1)
@@ -82,8 +86,15 @@ def collect_environment(dist: Distributed) -> dict[str, Any]:
         "commit": read_git_commit().strip(),
         "python": platform.python_version(),
         "torch": torch.__version__,  # includes the CUDA version
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **{name: read_version(name) for name in PACKAGES},
     }
+
+
+def read_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # training can do without
 
 
 def read_git_commit() -> str:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,27 @@ def test_a_run_saves_if_its_terminal_is_lost(workdir, disposition, max_steps, co
     os.close(terminal)
     assert process.wait(HANG_SECONDS) == code
     assert list_checkpoints(run)[-1].name == f"step_{read_metrics(run)[-1]['step']:06d}"
+
+
+def test_training_needs_no_optional_package(workdir, monkeypatch):
+    """A machine without datasets, pyarrow, transformers, the hub's library and the loggers trains,
+    and writes the report. run.json says what is missing.
+    """
+    missing = ("datasets", "pyarrow", "transformers", "huggingface_hub", "tensorboard", "wandb")
+
+    def find_distribution(name: str) -> Distribution:
+        if name in missing:
+            raise PackageNotFoundError(name)
+        return distribution(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", find_distribution)
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
+    monkeypatch.chdir(workdir)
+    run_here(*tiny_run("runs/bare", max_steps=2, warmup_steps=1))
+    process = json.loads(Path("runs/bare/run.json").read_text())["processes"][-1]
+    assert (process["last_step"], process["transformers"]) == (2, "not installed")
+    assert Path("runs/bare/report.html").is_file()
 
 
 def test_init_from_refuses_an_adapter(tmp_path):
