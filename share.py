@@ -112,7 +112,8 @@ def build_upload_folder(config: ShareConfig) -> Path:
 
 def remove_folders(command: str) -> str:
     """Return a command line in which only the last part of each path and hub name is left."""
-    words = (re.sub(r"^(--[\w-]+=)?.*[/\\]", r"\1", word) for word in shlex.split(command))
+    folders = re.compile(r"^(--[\w-]+=)?.*[/\\](?=[^/\\])")
+    words = [folders.sub(r"\1", word) for word in shlex.split(command)]
     return shlex.join(words)
 
 

@@ -29,7 +29,7 @@ def save_run(
     """Write a run folder with two checkpoints. The first has the lower validation loss."""
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    command = "python /a/train_gpt2.py --out_dir secret/place --data-dir=/secret/x --no-compile"
+    command = "python /a/train_gpt2.py --out_dir secret/place/ --data-dir=/secret/x --no-compile"
     process = {"command": command}
     write_json(run / "run.json", {"data": "ab", "tokenizer": "cd", "processes": [process]})
     log = JSONLinesLog(run / "metrics.jsonl", "step")
@@ -109,7 +109,7 @@ def test_shared_model_is_complete_and_described(run, capsys):
     assert "```yaml\ninit_from: data\nmax_lr: 0.125\nmax_steps: 2\n```" in text
     assert str(run.parent) not in text
     record = json.loads((folder / "run.json").read_text())
-    command = "python train_gpt2.py --out_dir place --data-dir=x --no-compile"
+    command = "python train_gpt2.py --out_dir place/ --data-dir=x --no-compile"
     assert record == {"data": "ab", "tokenizer": "cd", "processes": [{"command": command}]}
     share.main(replace(config, best=True, license=None))
     text = (folder / "README.md").read_text()
