@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from engine.config import flag, run_command
 from engine.data import PretrainingData
-from engine.documents import TextFormat, open_source
+from engine.documents import TextFormat, join_pieces, open_source
 from engine.shards import TokenShards, read_manifest, write_manifest, write_shard
 from engine.tokenizer import Tokenizer
 from model import GPTConfig
@@ -48,12 +48,8 @@ class DataBenchmarkConfig:
 
 
 def read_documents(data: list[str]) -> list[str]:
-    documents: list[str] = []
-    pieces = open_source(data, TextFormat()).pieces
-    for piece in pieces(0, Counter()):  # all pieces; nobody reads the counts of problems
-        if piece.starts_document:
-            documents.append("")
-        documents[-1] += piece.text
+    # Nobody reads the counts of problems.
+    documents = join_pieces(open_source(data, TextFormat()).pieces(0, Counter()))
     return [document for document in documents if document.strip()]
 
 

@@ -85,6 +85,16 @@ class Piece(NamedTuple):
     is_val: bool = False
 
 
+def join_pieces(pieces: Iterable[Piece]) -> list[str]:
+    """Join the pieces of each document. Return the documents."""
+    documents: list[list[str]] = []
+    for piece in pieces:
+        if piece.starts_document:
+            documents.append([])
+        documents[-1].append(piece.text)
+    return ["".join(texts) for texts in documents]
+
+
 @dataclass(frozen=True)
 class Source:
     """Where documents come from.

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from engine.distributed import Distributed
-from engine.documents import MAX_PIECE_CHARS, TextFormat, find_files, read_pieces
+from engine.documents import MAX_PIECE_CHARS, TextFormat, find_files, join_pieces, read_pieces
 from engine.rows import convert_rows, get_text, open_rows
 from engine.scoring import Request, Score, encode_request, score
 from engine.tokenizer import Tokenizer
@@ -261,13 +261,12 @@ class TextPerplexity(Task):
         """Return all documents. Raises ValueError if rows are bad or a .gz is damaged. With
         `skip_bad_rows`, leave these parts out instead.
         """
-        documents: list[str] = []
         problems: Counter = Counter()
-        for file in self.find_files():
-            for piece in read_pieces(file, TextFormat(), problems, MAX_PIECE_CHARS):
-                if piece.starts_document:
-                    documents.append("")
-                documents[-1] += piece.text
+        documents = join_pieces(
+            piece
+            for file in self.find_files()
+            for piece in read_pieces(file, TextFormat(), problems, MAX_PIECE_CHARS)
+        )
         if problems and not self.skip_bad_rows:
             counts = ", ".join(f"{n} {problem}" for problem, n in problems.items())
             raise ValueError(f"{self.source} has {counts}; repair it, or set skip_bad_rows")
