@@ -316,15 +316,13 @@ def convert_value(value: Any, kind: Any) -> Any:
     is_number = isinstance(value, str | int | float) and not isinstance(value, bool)
     if kind in (int, float) and is_number:
         return convert_number(value, kind)
-    if kind is Names and isinstance(value, list):
-        return ",".join(str(item).strip(",") for item in value)
     if kind in (str, Names) and isinstance(value, str):
         return value
     if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
         return value
-    is_list = typing.get_origin(kind) is list and isinstance(value, list)
-    if is_list and all(isinstance(item, str) for item in value):
-        return value
+    takes_list = kind is Names or typing.get_origin(kind) is list
+    if takes_list and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ",".join(item.strip(",") for item in value) if kind is Names else value
     raise ValueError(f"{value!r} is not {describe_type(kind)}")
 
 

@@ -142,6 +142,14 @@ def test_lists_with_spaces_or_commas(tmp_path, name):
         assert parse_flags(FinetuneConfig, "", argv.split())[0] == {name: "a,b"}
 
 
+def test_a_list_of_names_has_only_text(tmp_path, capsys):
+    """A YAML list of names must hold text, as any other list."""
+    file = tmp_path / "config.yaml"
+    file.write_text("log: [wandb, 1]\n")
+    error = parsing_error(capsys, FinetuneConfig, "--config", file)
+    assert "log is ['wandb', 1], expected names" in error
+
+
 def test_values_have_their_types():
     """Numbers get the declared type, text stays as typed, and flags not given are absent."""
     assert parse(Base) == {}
