@@ -38,7 +38,8 @@ from model import GPT
 
 RANK, BASELINE = 8, "full none"
 NAME = re.compile(
-    r"(full|lora|summed|autograd|bf16|frozen|peft|transformers) (none|light|block|compiled)( \d+)?"
+    r"((?:full|lora|summed|autograd|bf16|frozen)(?= none| light| block)"
+    r"|(?:peft|transformers)(?= none| compiled)) (none|light|block|compiled)( \d+)?"
 )
 
 
