@@ -192,10 +192,10 @@ def open_manifest(source: Source, out_dir: Path, options: dict) -> dict:
     earlier = read_manifest(out_dir)
     shards, old = earlier["shards"], earlier.get("options", {})
     changed = {key for key in {**options, **old} if old.get(key) != options.get(key)}
-    intact = find_intact_shards(out_dir, shards)
     # Older versions chose the validation text in other ways. Accept their complete shards.
     is_older = "section_chars" in options and "section_chars" not in old
     ignored = {"val_tokens", "val_fraction", "section_chars"} if is_older else set()
+    intact = find_intact_shards(out_dir, shards) if changed <= ignored else []
     if shards and earlier["complete"] and intact == shards and changed <= ignored:
         return earlier
     # If the folder has shards of one split only, the earlier run had barely begun. In that case,

@@ -59,11 +59,11 @@ def main(given: PretrainConfig) -> None:
     build, resolve = partial(build_model, tokenizer), partial(resolve_config, dist=dist)
     with open_run(given, dist, build, resolve) as (config, model, resumed):
         sizes: dict[str, Any] = {"block_size": config.block_size, "batch_size": config.batch_size}
-        ranks: dict[str, Any] = {"rank": dist.rank, "world_size": dist.world_size}
+        sizes |= {"rank": dist.rank, "world_size": dist.world_size}
         per_step, seed = config.total_batch_size, config.seed
-        data = PretrainingData(train_shards, total_batch_size=per_step, seed=seed, **sizes, **ranks)
-        sizes |= {"eval_tokens": config.eval_tokens, "full_batches": config.compile}
-        val = partial(validation_batches, val_shards, **sizes, **ranks)
+        data = PretrainingData(train_shards, total_batch_size=per_step, seed=seed, **sizes)
+        batches = partial(validation_batches, val_shards, **sizes)
+        val = partial(batches, eval_tokens=config.eval_tokens, full_batches=config.compile)
         # The default prompt is English. With other tokenizers, sample from an empty prompt.
         prompts = [Prompt() if tokenizer.is_gpt2 else Prompt(text="")]
         train(model, tokenizer, data, val, prompts, config, dist, resumed)

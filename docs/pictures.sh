@@ -4,6 +4,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 cd "$work"
 ln -s "$root/data" data
 

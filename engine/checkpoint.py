@@ -77,8 +77,9 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
     If it is an adapter, load its base model and the adapter on top. Otherwise, if `lora_load_path`
     is given (an adapter folder, a run or a lora.pt), load that adapter on top.
     """
-    if is_adapter(adapter := latest_checkpoint(name_or_path)):
-        base = read_adapter_config(adapter).base_model
+    path = latest_checkpoint(name_or_path)
+    if is_adapter(path):
+        base = read_adapter_config(path).base_model
         if lora_load_path is not None or not base:
             raise ValueError(
                 f"{name_or_path} is an adapter; pass its base model {base or '(unknown)'} instead, "
@@ -89,8 +90,7 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
                 f"{base}, the base model of {name_or_path}, no longer exists; pass a copy of it "
                 "(its hash is base_sha256 in config.yaml), and the adapter as lora_load_path"
             )
-        name_or_path, lora_load_path = base, adapter
-    path = latest_checkpoint(name_or_path)
+        name_or_path, lora_load_path, path = base, path, latest_checkpoint(base)
     model = load_pretrained(path if path.exists() else name_or_path)  # else it is a hub name
     if lora_load_path is not None:
         load_adapter(model, latest_checkpoint(lora_load_path))

@@ -141,8 +141,8 @@ class LoRALinear(nn.Linear):
         return y.view(*shape, self.out_features)
 
     @torch.no_grad()
-    def build_summed_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return a new tensor W + scaling * B A (out, in) in `dtype` (default: the dtype of A)."""
+    def build_summed_weight(self, dtype: torch.dtype | None) -> torch.Tensor:
+        """Return a new tensor W + scaling * B A (out, in) in `dtype` (None: the dtype of A)."""
         # Under autocast the sum would be rounded to 16 bits, and W would swallow small updates.
         with torch.autocast(self.weight.device.type, enabled=False):
             matrix = self._matrix().to(self.lora_A.dtype)

@@ -76,7 +76,7 @@ def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, config: Tra
                 group["lr"] = rate
 
 
-def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Return the trainable parameters in two groups: tensors of two or more dimensions, which get
     weight decay, and all others, which do not.
     """

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from engine.checkpoint import BASE_MARK, RunState, list_checkpoints, load_latest, read_run_config
 from engine.config import TrainConfig, fixed_settings
@@ -13,21 +12,6 @@ from engine.distributed import Config, Distributed
 from engine.files import JSONLinesLog, lock_folder, write_atomically
 from engine.optim import plateau_end
 from model import GPT
-
-
-class Difference(NamedTuple):
-    """A setting whose value differs from that of the existing run."""
-
-    name: str
-    earlier: Any
-    now: Any  # None if the setting no longer exists, or belongs to another command
-
-    def __str__(self) -> str:
-        return f"{self.name} was {self.earlier}, is {self.now}"
-
-    @property
-    def is_extension(self) -> bool:
-        return self.name == "max_steps" and self.now > self.earlier
 
 
 @contextmanager
@@ -72,16 +56,16 @@ def inherit_settings(run: Path, config: TrainConfig) -> dict:
     inherited = {name: earlier[name] for name in fixed if now[name] is None}
     # Settings that only the run has come from another version or command. Refuse them as well.
     compared = (fixed - inherited.keys()) | (earlier.keys() - now.keys())
-    differences = [
-        Difference(name, earlier[name], now.get(name))
-        for name in sorted(name for name in compared if earlier[name] != now.get(name))
-    ]
-    if refused := [difference for difference in differences if not difference.is_extension]:
+    changed = sorted(name for name in compared if earlier[name] != now.get(name))
+    is_longer = "max_steps" in changed and now["max_steps"] > earlier["max_steps"]
+    refused = [name for name in changed if not (is_longer and name == "max_steps")]
+    if refused:
+        changes = "; ".join(f"{name} was {earlier[name]}, is {now.get(name)}" for name in refused)
         raise ValueError(
             f"{run} holds a run with different settings, so it cannot be resumed exactly: "
-            f"{'; '.join(map(str, refused))}. Choose another out_dir, or restore the settings"
+            f"{changes}. Choose another out_dir, or restore the settings"
         )
-    if differences:  # only a larger max_steps is left
+    if is_longer:
         check_extension(run, replace(config, **inherited), earlier["max_steps"])
     return inherited
 

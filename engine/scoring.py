@@ -132,10 +132,8 @@ def pack_continuations(context: Sequence[int], continuations: ContinuationsByInd
     n_context = len(context)
     tokens, positions = list(context), list(range(n_context))
     parents = list(range(-1, n_context - 1))  # for each token of the row, the index of its parent
-    sources: list[int] = []
-    targets: list[int] = []
     predictions: dict[int, list[int]] = {i: [] for i in continuations}
-    # An edge of the tree is (index of the parent, token id).
+    # An edge of the tree is (index of the parent, token id). Predictions are numbered by edge.
     prediction_of: dict[tuple[int, int], int] = {}
     child_of: dict[tuple[int, int], int] = {}  # the index of that token
     # In sorted order, continuations with a common prefix follow each other, so appending each new
@@ -144,11 +142,7 @@ def pack_continuations(context: Sequence[int], continuations: ContinuationsByInd
         parent = n_context - 1
         for depth, token in enumerate(ids):
             edge = (parent, token)
-            if edge not in prediction_of:
-                prediction_of[edge] = len(targets)
-                sources.append(parent)
-                targets.append(token)
-            predictions[i].append(prediction_of[edge])
+            predictions[i].append(prediction_of.setdefault(edge, len(prediction_of)))
             if depth == len(ids) - 1:  # the last token is never an input
                 break
             if edge not in child_of:
@@ -160,6 +154,8 @@ def pack_continuations(context: Sequence[int], continuations: ContinuationsByInd
     ends = list(range(1, len(tokens) + 1))
     for index in reversed(range(1, len(tokens))):  # children before their parents
         ends[parents[index]] = max(ends[parents[index]], ends[index])
+    sources = [parent for parent, _ in prediction_of]
+    targets = [token for _, token in prediction_of]
     return PackedRow(tokens, positions, ends, sources, targets, predictions)
 
 
