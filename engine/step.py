@@ -70,14 +70,15 @@ class TrainingStep:
         # Autocast keeps its 16-bit copies of the weights until the `with` block ends, and LoRA
         # layers in the summed form keep W + scaling * B A. So one block spans all micro-steps.
         autocasting = autocast(self.dist.device, self.config.precision)
-        with autocasting, hold_summed_weights(self.summed_linears, self.dtype):
+        summing = hold_summed_weights(self.summed_linears, self.dtype)
+        # cuDNN is fast, but takes a second to plan for every new shape. The backward pass needs the
+        # same setting, because what it recomputes must use the kernel of the forward pass.
+        with autocasting, summing, cudnn_attention(enabled=self.data.has_fixed_shape):
             for micro_step in range(1, n_micro_steps + 1):
                 batch = self.batches(step, micro_step)  # also starts to prepare the next one
                 self._seed_dropout(step, micro_step)
                 with self._sync_gradients(is_last=micro_step == n_micro_steps):
-                    # cuDNN is fast, but takes a second to plan for every new shape.
-                    with cudnn_attention(enabled=self.data.has_fixed_shape):
-                        loss = self.loss(batch) / n_targets
+                    loss = self.loss(batch) / n_targets
                     self._backward(loss)
                 mean_loss += loss.detach()
 

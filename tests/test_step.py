@@ -14,6 +14,29 @@ from engine.loss import SummedLoss
 from engine.optim import learning_rate
 
 
+def test_recomputed_attention_uses_the_same_kernels(shards, monkeypatch):
+    """Whether attention may use cuDNN is the same in the forward pass and when the backward pass
+    recomputes it, and is restored after the step.
+    """
+    before, allowed = torch.backends.cuda.cudnn_sdp_enabled(), []
+
+    def record_setting(*args, **kwargs) -> torch.Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **kwargs)
+
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record_setting)
+    model = new_step_model()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        make_step(model, shards, recompute="block")(1)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    n_micro_steps = 192 // (4 * model.config.block_size)
+    assert allowed == [True] * 2 * model.config.n_layer * n_micro_steps
+
+
 def test_steps_equal_a_plain_loop_in_transformers(shards, tmp_path):
     """Five steps of 12 micro-batches equal five steps of a plain loop that trains transformers'
     GPT-2 on each batch at once, with unfused AdamW and clipping by hand.
