@@ -245,12 +245,13 @@ def tiny_model(tiny_config: GPTConfig) -> GPT:
 def make_shards(tmp_path: Path):
     """A function that writes shards of given lengths. The tokens are 0, 1, 2, ... modulo 50,000."""
 
-    def make(*lengths: int, split: str = "train", folder: Path = tmp_path / "shards") -> Path:
+    def make(*lengths: int) -> Path:
+        folder = tmp_path / "shards"
         folder.mkdir(exist_ok=True)
         stream = np.arange(sum(lengths)) % 50_000
         pieces = np.split(stream, np.cumsum(lengths)[:-1])
-        entries = [write_shard(folder / f"x_{split}_{i:06d}.npy", p) for i, p in enumerate(pieces)]
-        write_manifest(folder, {"shards": [{**e, "split": split} for e in entries]})
+        entries = [write_shard(folder / f"x_train_{i:06d}.npy", p) for i, p in enumerate(pieces)]
+        write_manifest(folder, {"shards": [{**e, "split": "train"} for e in entries]})
         return folder
 
     return make

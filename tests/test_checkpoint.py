@@ -103,9 +103,14 @@ def test_newest_and_best_are_kept(tmp_path, tiny_model):
     assert mine.exists()
 
 
+class Unsafe:
+    """An object that can only be unpickled by importing its class."""
+
+
 def test_a_damaged_checkpoint_falls_back(tmp_path, tiny_model, capsys):
-    """If a file of the latest checkpoint is cut short or lacks a part, the previous one is used and
-    a line says so. If no checkpoint can be read, that is an error, not a fresh start.
+    """If a file of the latest checkpoint is cut short, lacks a part or holds a pickled class, the
+    previous one is used and a line says so. If no checkpoint can be read, that is an error, not a
+    fresh start.
     """
 
     def to_bytes(state) -> bytes:
@@ -121,7 +126,7 @@ def test_a_damaged_checkpoint_falls_back(tmp_path, tiny_model, capsys):
     damaged = [(name, content[: len(content) // 2]) for name, content in whole.items()]
     without_steps = {**STATE, "optimizer": {**STATE["optimizer"], "state": {}}}
     without_scaler = {"optimizer": STATE["optimizer"], "rng": STATE["rng"]}
-    states = ({}, [1], without_steps, without_scaler)
+    states = ({}, [1], without_steps, without_scaler, {**STATE, "rng": Unsafe()})
     damaged += [("state.pt", to_bytes(state)) for state in states]
     progress = (b'{"step": 2}', b'{"val_loss": null, "data": "abc"}', b"[" * 100_000)
     damaged += [("progress.json", content) for content in progress]

@@ -232,6 +232,6 @@ def test_an_error_of_all_ranks_is_reported_once(workdir):
     argv = [*TORCHRUN, "--standalone", "--nproc_per_node=2", str(ROOT / script), *flags]
     lines = subprocess.run(argv, cwd=workdir, capture_output=True, text=True).stderr
     (error,) = [line for line in lines.splitlines() if line.startswith("error: ")]
-    assert "x 2 ranks = 320; use batch_size 3" in error
+    assert "x 2 ranks = 320; use batch_size 3, which" in error
     assert f"traceback : {error}\n" in lines
     assert not re.search("^  File .*train_gpt2.py", lines, re.MULTILINE)

@@ -221,7 +221,10 @@ def test_the_base_of_an_adapter_is_kept(folder):
     assert lora_linears(load_model(run))
     shutil.rmtree("base_run")
     assert hash_weights(base) in (run / "config.yaml").read_text()
-    with pytest.raises(FileNotFoundError, match="no longer exists; pass a copy of it"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no longer exists; pass a copy of it \(its hash is base_sha256 in config.yaml\)",
+    ):
         load_model(run)
 
 

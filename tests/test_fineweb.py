@@ -12,13 +12,13 @@ from processes import Job
 
 import fineweb
 from engine import tokenizer
+from engine.documents import COMPRESSION_RATIO
 from engine.files import lock_folder
 from engine.shards import TokenShards, open_shard, read_manifest, write_manifest
 from fineweb import PrepareConfig, main
 
 TEXTS = (NASTY_TEXT, "One.\n", "  two  ", "Three and\n\n\nthree. " * 40, NASTY_TEXT[::-1])
 DOCUMENTS = [f"{text}{i}" for i in range(6) for text in TEXTS]
-COMPRESSION_RATIO = 3  # what documents.py assumes to estimate the size of the text
 
 
 def all_tokens(folder: Path) -> list[int]:

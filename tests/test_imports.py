@@ -28,6 +28,7 @@ HEAVY = {
 }
 # Not needed for training, so a machine that only runs the GPU tests may not have them.
 OPTIONAL = {"datasets", "pyarrow", "tensorboard", "wandb", "lm_eval", "scipy"}
+OPTIONAL |= {"nbformat", "nbclient", "IPython"}
 # The layers of engine/, from low to high. A module imports only from lower layers.
 LAYERS = [
     {"errors"},

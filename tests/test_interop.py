@@ -52,7 +52,7 @@ def test_checkpoints_have_the_files_that_converters_read(checkpoint):
 
 
 @pytest.mark.slow
-def test_lm_eval_gives_the_same_accuracies(checkpoint, tmp_path, capsys):
+def test_lm_eval_gives_the_same_accuracies(checkpoint, tmp_path):
     """lm_eval, with its own HellaSwag task, reports the same accuracies as hellaswag.py."""
     lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval")
     source = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"

@@ -248,6 +248,7 @@ def test_dropout_survives_recomputation(tiny_model, idx, recompute):
     dropped = tiny_model(idx)
     assert not torch.equal(dropped, logits(tiny_model, idx))
     assert torch.equal(logits(tiny_model, idx), logits(tiny_model, idx))
+    assert all(map(torch.equal, tiny_model.parameters(), before))  # in eval mode
     assert all(map(torch.equal, tiny_model.train().parameters(), before))
 
 

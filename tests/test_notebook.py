@@ -7,14 +7,15 @@ from ast import literal_eval
 from copy import deepcopy
 from html import unescape
 
-import nbformat
 import pytest
 from conftest import CONFIGS
-from IPython.utils.text import DollarFormatter
-from nbclient import NotebookClient
 from processes import HANG_SECONDS, ROOT
 
 from engine.config import parse_flags
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+ipython_text = pytest.importorskip("IPython.utils.text")
 
 NOTEBOOK = nbformat.read(ROOT / "demo.ipynb", as_version=4)
 SETTING = re.compile(r'^(\w+) = ("\w+"|\d+)', re.MULTILINE)
@@ -32,7 +33,9 @@ def parse_commands(text: str, start: str, variables: dict | None = None) -> list
     lines = re.findall(rf"^\s*{re.escape(start)}(.+)", text.replace("\\\n", ""), re.MULTILINE)
     configs = []
     for line in lines:
-        script, *args = shlex.split(DollarFormatter().vformat(line, [], variables or {}))
+        script, *args = shlex.split(
+            ipython_text.DollarFormatter().vformat(line, [], variables or {})
+        )
         config_class = CONFIGS[script.removesuffix(".py")]
         configs.append(config_class(**parse_flags(config_class, "", args)[0]))
     return configs
@@ -71,7 +74,7 @@ def test_running_the_notebook(tmp_path, monkeypatch):
     cells[0].source = f"get_ipython().system_raise_on_error = True\n{cells[0].source}"
     cells[1].source = SETTING.sub(lambda m: f"{m[1]} = {TINY_SETTINGS[m[1]]!r}", cells[1].source)
     resources = {"metadata": {"path": tmp_path / "gpt2"}}
-    NotebookClient(notebook, timeout=HANG_SECONDS, resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=HANG_SECONDS, resources=resources).execute()
 
     outputs = {cell.id: cell.outputs for cell in cells}
     text = {name: "".join(o.get("text", "") for o in outputs[name]) for name in outputs}

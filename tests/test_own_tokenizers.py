@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from hellaswag import main as evaluate
 from sample import Continuation, SampleConfig
 from sample import main as sample
 
-TEXT = (ROOT / "tests" / "test_config.py").read_text()
+TEXT = HELLASWAG_ROWS.read_text()
 SHIFT = 7  # how far the shifted tokenizer moves the ids of GPT-2's tokens
 BLOCK_SIZE = 128
 
@@ -93,6 +94,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+@cache  # several tests use the same four
 def own_tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(load_pretrained(folder))
 
@@ -424,7 +426,7 @@ def test_unsuitable_tokenizers_are_refused(tmp_path, monkeypatch):
     assert 257 <= find_tokenizer("out").vocab_size < 300
 
 
-def test_training_a_tokenizer_is_deterministic(tmp_path):
+def test_training_a_tokenizer_is_deterministic():
     """Neither hash seeds nor the number of threads change a trained tokenizer."""
     program = (
         "import sys; from pathlib import Path; from engine.tokenizer import Tokenizer\n"

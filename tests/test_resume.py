@@ -154,7 +154,7 @@ def test_runs_that_cannot_be_extended(tmp_path, data_dir):
     assert before == {f: f.read_bytes() for f in (tmp_path / "wsd").rglob("*") if f.is_file()}
     plateau, last = list_checkpoints(wsd.out_dir)
     (last / "adapter_base").write_text("x\n")
-    with pytest.raises(ValueError, match=r"would move .*step_000010"):
+    with pytest.raises(ValueError, match=r"would move .*step_000010, the base of an adapter"):
         main(replace(wsd, max_steps=20))
     (last / "adapter_base").unlink()
     plateau.rename(tmp_path / "elsewhere")

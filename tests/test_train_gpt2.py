@@ -153,8 +153,8 @@ def test_a_run_saves_if_its_terminal_is_lost(workdir, disposition, max_steps, co
 
 
 def test_training_needs_no_optional_package(workdir, monkeypatch):
-    """A machine without datasets, pyarrow, transformers, the hub's library and the loggers trains,
-    and writes the report. run.json says what is missing.
+    """A machine without a network, datasets, pyarrow, transformers, the hub's library and the
+    loggers trains, and writes the report. run.json says what is missing.
     """
     missing = ("datasets", "pyarrow", "transformers", "huggingface_hub", "tensorboard", "wandb")
 
@@ -166,6 +166,7 @@ def test_training_needs_no_optional_package(workdir, monkeypatch):
     monkeypatch.setattr("importlib.metadata.distribution", find_distribution)
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
+    monkeypatch.setattr("socket.socket.connect", pytest.fail)
     monkeypatch.chdir(workdir)
     run_here(*tiny_run("runs/bare", max_steps=2, warmup_steps=1))
     process = json.loads(Path("runs/bare/run.json").read_text())["processes"][-1]
