@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from engine.adapter import load_adapter
+from engine.chat import Chat
 from engine.checkpoint import hash_weights, latest_checkpoint, load_model, mark_base
 from engine.config import ADAPTER_HELP, MODEL_HELP, Names, TrainConfig, flag, run_command
 from engine.data import ceil_div
@@ -17,13 +19,11 @@ from engine.distributed import Distributed, keep_freed_memory, resolve_device_se
 from engine.evaluation import Prompt
 from engine.files import write_atomically
 from engine.instructions import (
-    DEFAULT_DATA,
-    TEMPLATE_FILE,
     InstructionData,
-    PromptCompletion,
+    RowSettings,
     held_out_batches,
     read_examples,
-    save_prompt_template,
+    set_chat_template,
     split_examples,
 )
 from engine.lora import (
@@ -38,7 +38,7 @@ from engine.metrics import read_metrics
 from engine.plots import curve_points
 from engine.pretrained import load_tokenizer, save_pretrained
 from engine.resume import open_run
-from engine.rows import check_source
+from engine.rows import find_row_files
 from engine.tokenizer import Tokenizer
 from engine.training import train
 from model import GPT
@@ -50,11 +50,12 @@ SUMMED_FORM_NEEDS = {"lora_dropout": 0.0, "base_precision": "fp32", "parallel": 
 # Defaults. With little data, `resolve_config` limits them to a tenth of the examples and of the
 # steps.
 EXAMPLES_PER_STEP, WARMUP_STEPS = 64, 10
+VAL_FRACTION = 0.1
 N_ANSWERS, ANSWER_TOKENS = 3, 64  # how many answers to sample, and their maximum length
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(TrainConfig):
+class FinetuneConfig(RowSettings, TrainConfig):
     # Defaults that differ from pretraining.
     out_dir: str = flag("runs/lora")
     batch_size: int = flag(16)
@@ -70,25 +71,21 @@ class FinetuneConfig(TrainConfig):
     save_every: int = flag(100)
     recompute: Literal["none", "light", "block"] = flag("light")
 
-    model_name_or_path: str = flag(
-        "gpt2", f"base model: {MODEL_HELP}", group="model", may_change=True
-    )  # on resume, base_sha256 is compared
-    base_sha256: str | None = flag(None, "expected sha256 of the base model's weights")
-    merge_out: str | None = flag(None, "also save the merged model in this folder", may_change=True)
-
-    data: str = flag(
-        DEFAULT_DATA,
-        ".json or .jsonl file, hub dataset, or stdlib (Python's docstrings); rows have either "
-        "instruction, input and output, or prompt and completion",
-        group="data",
-        may_change=True,  # on resume, the hash of the examples is compared
-    )
     examples_per_step: int = flag(
         None,
         "examples per optimizer step over all devices (default: 64, at most a tenth of the data)",
     )
     epochs: int = flag(3, "passes over the examples")
-    val_fraction: float = flag(0.1, "fraction of examples held out", above=0, below=1)
+    val_data: str | None = flag(None, "rows for validation, like --data", may_change=True)
+    val_fraction: float = flag(
+        None, "fraction held out (default: 0.1, or 0 with --val_data)", at_least=0, below=1
+    )
+
+    model_name_or_path: str = flag(
+        "gpt2", f"base model: {MODEL_HELP}", group="model", may_change=True
+    )  # on resume, base_sha256 is compared
+    base_sha256: str | None = flag(None, "expected sha256 of the base model's weights")
+    merge_out: str | None = flag(None, "also save the merged model in this folder", may_change=True)
 
     use_lora: bool = flag(True, "train an adapter; --no-use_lora trains all weights", group="LoRA")
     lora_dim: int = flag(None, "rank r (default: 8, or the loaded adapter's)")
@@ -115,6 +112,9 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.val_fraction is not None and bool(self.val_fraction) == bool(self.val_data):
+            expected = "0 with val_data, above 0 without"
+            raise ValueError(f"val_fraction is {self.val_fraction}, expected {expected}")
         if not self.use_lora:
             for name in ("lora_load_path", "lora_form", "base_precision", *LORA_SETTINGS):
                 default = getattr(FinetuneConfig, name)
@@ -128,14 +128,21 @@ class FinetuneConfig(TrainConfig):
 
 
 def main(given: FinetuneConfig) -> None:
-    check_source(given.data)  # before anything slow
+    for source in filter(None, (given.data, given.val_data)):
+        find_row_files(source, given.split)  # raises before anything slow
     dist = Distributed.start(given.device)
     keep_freed_memory(dist)
-    with dist.main_process_first():
+    with dist.main_process_first(), nullcontext() if dist.is_main else redirect_stdout(None):
         base = load_model(given.model_name_or_path)
         tokenizer = load_tokenizer(base, given.tokenizer)
-        examples = read_examples(given.data, tokenizer, base.config.block_size)
-    examples, held_out = split_examples(examples, given.val_fraction, given.seed)
+        read = partial(read_examples, tokenizer=tokenizer, block_size=base.config.block_size)
+        examples = read(given.data, settings=given)
+        held_out = read(given.val_data, settings=given) if given.val_data else []
+    if not held_out:
+        examples, held_out = split_examples(
+            examples, given.val_fraction or VAL_FRACTION, given.seed
+        )
+    set_chat_template(tokenizer, examples)
     given = replace(given, base_sha256=hash_base(base, given))
     base_path = str(base.name_or_path)
     build = partial(add_adapter, base)
@@ -155,24 +162,22 @@ def main(given: FinetuneConfig) -> None:
         per_step = config.examples_per_step
         data = InstructionData(examples, examples_per_step=per_step, seed=config.seed, **sizes)
         val = partial(held_out_batches, held_out, **sizes)
-        prompts = [Prompt(e.prompt, ANSWER_TOKENS, 1, e.completion) for e in held_out[:N_ANSWERS]]
-        if dist.is_main:
-            if not (run / TEMPLATE_FILE).exists():
-                save_prompt_template(examples, run)
-            if config.use_lora:
-                mark_base(Path(base_path))
+        prompts = [
+            Prompt(e.prompt, ANSWER_TOKENS, 1, e.completion, e.tokens[: e.n_prompt].tolist())
+            for e in held_out[:N_ANSWERS]
+        ]
+        if dist.is_main and config.use_lora:
+            mark_base(Path(base_path))
         try:
             train(model, tokenizer, data, val, prompts, config, dist, resumed)
         finally:
             if dist.is_main and (run / "metrics.jsonl").exists():
                 write_train_data(run)
-            elif dist.is_main:  # `train` refused to start: leave nothing behind
-                (run / TEMPLATE_FILE).unlink(missing_ok=True)
         if dist.is_main and merged:
             # base_path is the checkpoint that was loaded above. If the base is a run that is still
             # training, model_name_or_path may stand for a later checkpoint by now.
             tuned = load_model(base_path, run) if config.use_lora else load_model(run)
-            save_merged(tuned, tokenizer, examples, merged)
+            save_merged(tuned, tokenizer, merged)
     dist.stop()
 
 
@@ -266,11 +271,9 @@ def write_train_data(run: Path) -> None:
     write_atomically(run / "train_data.json", (json.dumps(data) + "\n").encode())
 
 
-def save_merged(
-    model: GPT, tokenizer: Tokenizer, examples: list[PromptCompletion], folder: Path
-) -> None:
-    """Save the model as an ordinary checkpoint, with its adapter merged. Raises ValueError if the
-    folder holds anything but this model.
+def save_merged(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+    """Save the model, with its adapter merged, as an ordinary checkpoint with a Modelfile. Raises
+    ValueError if the folder holds anything but this model.
     """
     if lora_linears(model):
         merge_lora(model)
@@ -284,7 +287,9 @@ def save_merged(
         return
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     save_pretrained(model, temporary, tokenizer)
-    save_prompt_template(examples, temporary)
+    if tokenizer.chat_template:
+        modelfile = Chat(tokenizer.chat_template, tokenizer).modelfile()
+        (temporary / "Modelfile").write_text(modelfile, encoding="utf-8")
     temporary.rename(folder)
     print(f"merged model              {folder}")
 

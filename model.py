@@ -1,6 +1,6 @@
 """GPT-2: OpenAI's architecture, with module names that mirror Hugging Face's checkpoints."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,12 +230,14 @@ class GPT(nn.Module):
         top_p: float | None = None,
         eos: int | None = None,
         suppress_tokens: list[int] | None = None,
+        process_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[torch.Tensor]:
         """Yield the next token ids (B, 1) of prompts (B, T) as they are sampled.
 
         Temperature 0 is greedy. A row that has produced `eos` yields nothing but `eos` from then
         on, and generation ends when all rows have. Ids in `suppress_tokens` are never sampled.
+        `process_logits` takes the ids so far and the logits (B, V), and returns other logits.
         """
         finished = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         caches: list[KVCache] = []
@@ -243,6 +245,8 @@ class GPT(nn.Module):
             logits = self.logits(self.last_hidden(idx, caches))
             if suppress_tokens:
                 logits[:, suppress_tokens] = -torch.inf
+            if process_logits:
+                logits = process_logits(idx, logits)
             next_id = sample_next(logits, temperature, top_k, top_p, generator)
             if eos is not None:
                 next_id = next_id.masked_fill(finished, eos)

@@ -8,15 +8,17 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tokenizers.decoders import DecodeStream
 
+from engine.chat import Chat, Messages, find_chat_template
 from engine.checkpoint import latest_checkpoint, load_model
 from engine.config import MAX_SEED, ModelSettings, flag, run_command
-from engine.decode import speed_up_decoding
+from engine.decode import force_prompts, penalize_repetition, speed_up_decoding
 from engine.distributed import Distributed, has_finite_weights
-from engine.instructions import TEMPLATE_FILE, PromptTemplate, find_prompt_template
+from engine.files import read_lines
 from engine.lora import lora_linears, merge_lora
 from engine.pretrained import load_tokenizer
 from engine.tokenizer import Tokenizer
@@ -27,17 +29,19 @@ CONTINUATION_TOKENS, ANSWER_TOKENS = 50, 256  # default max_new_tokens for each
 
 @dataclass(frozen=True)
 class SampleConfig(ModelSettings):
-    prompt: str | None = flag(None, "text to continue; may be empty (default: ask, or read stdin)")
-    instruction: str | None = flag(None, "instruction to answer, in the model's prompt template")
+    prompt: list[str] = flag([], "texts to continue; may be empty (default: ask, or read stdin)")
+    prompt_file: str | None = flag(None, "file with a text to continue on each line")
+    instruction: str | None = flag(None, "instruction to answer, in the model's chat template")
     input: str | None = flag(None, "input that goes with the instruction")
     num_return_sequences: int = flag(
-        1, "continuations to generate; a single one is streamed", at_least=1, at_most=10_000
+        1, "continuations per prompt; a single one is streamed", at_least=1, at_most=10_000
     )
     max_new_tokens: int = flag(None, "maximum new tokens (default: 50, or 256 for an answer)")
     stop: list[str] = flag([], "strings that end a continuation and are not printed")
     temperature: float = flag(1.0, "0 takes the most likely token; higher is more varied")
     top_k: int | None = flag(50, "sample from the k most likely tokens (null: from all)")
     top_p: float | None = flag(None, "nucleus sampling: probability to keep", above=0, at_most=1)
+    repetition_penalty: float = flag(1.0, "above 1: less of what the text has already", above=0)
     seed: int = flag(42, "random seed for sampling", at_least=0, at_most=MAX_SEED)
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
@@ -45,21 +49,22 @@ class SampleConfig(ModelSettings):
         super().__post_init__()
         if not all(self.stop):
             raise ValueError(f"stop is {self.stop}, expected text that is not empty")
-        if self.instruction is not None and self.prompt is not None:
-            raise ValueError("instruction and prompt are both given, expected one of them")
+        if bool(self.prompt) + bool(self.prompt_file) + (self.instruction is not None) > 1:
+            raise ValueError("expected only one of prompt, prompt_file and instruction")
         if self.instruction is None and self.input is not None:
             raise ValueError("input is given without an instruction; it needs --instruction")
 
 
 class Continuation:
-    """Decodes one continuation, token by token, until an end-of-text token or a stop string.
+    """Decodes one continuation, token by token, until an end-of-text token, a stop string or
+    `max_tokens`.
 
     Text that later tokens may still change is held back: an incomplete UTF-8 character, and an
     ending that may be the start of a stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: list[str]):
-        self.tokenizer, self.stop = tokenizer, stop
+    def __init__(self, tokenizer: Tokenizer, stop: list[str], max_tokens: int | None = None):
+        self.tokenizer, self.stop, self.max_tokens = tokenizer, stop, max_tokens
         # Special tokens decode to no text, so if a stop string is one, we compare its id.
         special = tokenizer.special_tokens
         self.end_ids = {tokenizer.end_of_text, *(special[s] for s in stop if s in special)}
@@ -76,7 +81,8 @@ class Continuation:
         if token in self.end_ids:
             return self.finish()
         self.tokens.append(token)
-        return self._release(self.decoder.step(self.tokenizer.backend, token) or "")
+        text = self._release(self.decoder.step(self.tokenizer.backend, token) or "")
+        return text + self.finish() if len(self.tokens) == self.max_tokens else text
 
     def finish(self) -> str:
         """End the continuation. Return the text that was still held back."""
@@ -116,105 +122,144 @@ class Sampler:
     model: GPT
     tokenizer: Tokenizer
     config: SampleConfig
+    max_new_tokens: int
     generator: torch.Generator
 
-    def print_continuations(self, prompt: str, *, is_answer: bool) -> None:
-        """Print the prompt and its continuations, or an answer without its prompt. A single
-        continuation is streamed; several are printed when all are complete. The speed goes to
-        stderr.
+    def print_continuations(
+        self, prompts: list[str], *, is_answer: bool = False, end: str = ""
+    ) -> str:
+        """Print each prompt and its continuations, or an answer without its prompt, until an
+        end-of-text token, a stop string or `end`. A single continuation is streamed; several are
+        printed when all are complete. The speed goes to stderr. Return the first text.
         """
-        ids, block_size = self.tokenizer.encode_prompt(prompt), self.model.config.block_size
-        if len(ids) > block_size:
-            warning = f"the prompt has {len(ids)} tokens; the model sees only the last {block_size}"
+        prompts = [prompt for prompt in prompts for _ in range(self.config.num_return_sequences)]
+        stop, block_size = [*self.config.stop, *filter(None, [end])], self.model.config.block_size
+        rows = [Continuation(self.tokenizer, stop, self.max_new_tokens) for _ in prompts]
+        # The text of a chat template has all special tokens that it needs.
+        encode = self.tokenizer.encode if is_answer else self.tokenizer.encode_prompt
+        prompt_ids = list(map(encode, prompts))
+        if (longest := max(map(len, prompt_ids))) > block_size:
+            warning = f"the prompt has {longest} tokens; the model sees only the last {block_size}"
             print(warning, file=sys.stderr)
-        n_rows, stop = self.config.num_return_sequences, self.config.stop
-        rows = [Continuation(self.tokenizer, stop) for _ in range(n_rows)]
-        is_streamed = n_rows == 1
-        prefix = "" if is_answer else prompt
-        default = ANSWER_TOKENS if is_answer else CONTINUATION_TOKENS
+        is_streamed = len(rows) == 1
+        prefixes = [""] * len(rows) if is_answer else prompts
         started = time.perf_counter()
         if is_streamed:
-            print(prefix, end="", flush=True)
-        for new_texts in self.generate(ids, rows, self.config.max_new_tokens or default):
+            print(*prefixes, end="", flush=True)
+        for new_texts in self.generate([ids[-block_size:] for ids in prompt_ids], rows):
             if is_streamed:
                 print(*new_texts, end="", flush=True)
         seconds = time.perf_counter() - started
         if is_streamed:
             print(flush=True)
         else:
-            print(*(f"> {prefix}{row.text}\n" for row in rows), sep="\n", flush=True)
+            texts = [f"> {prefix}{row.text}\n" for prefix, row in zip(prefixes, rows, strict=True)]
+            print(*texts, sep="\n", flush=True)
         n_tokens = sum(len(row.tokens) for row in rows)
         print(f"{n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
+        return rows[0].text
 
-    def generate(
-        self, prompt_ids: list[int], rows: list[Continuation], max_new_tokens: int
-    ) -> Iterator[list[str]]:
-        """Continue the prompt in every row until all rows are done. Yield each row's new text."""
-        for next_ids in self.model.stream(
-            torch.tensor([prompt_ids] * len(rows), device=self.generator.device),
-            max_new_tokens,
+    def generate(self, prompts: list[list[int]], rows: list[Continuation]) -> Iterator[list[str]]:
+        """Continue the prompt of every row until all rows are done. Yield each row's new text."""
+
+        def process_logits(idx: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            if self.config.repetition_penalty != 1.0:
+                logits = penalize_repetition(idx, logits, self.config.repetition_penalty)
+            return force_prompts(idx, logits, prompts)
+
+        lengths = [len(prompt) for prompt in prompts]
+        shortest = min(lengths)
+        stream = self.model.stream(
+            torch.tensor([prompt[:shortest] for prompt in prompts], device=self.generator.device),
+            max(lengths) - shortest + self.max_new_tokens,
             temperature=self.config.temperature,
             top_k=self.config.top_k,
             top_p=self.config.top_p,
-            eos=self.tokenizer.end_of_text,
             suppress_tokens=self.tokenizer.unused_ids(self.model.config.vocab_size),
+            process_logits=process_logits,
             generator=self.generator,
-        ):
-            ids = next_ids.flatten().tolist()
-            yield [row.add(i) for row, i in zip(rows, ids, strict=True)]
+        )
+        for n_ids, next_ids in enumerate(stream, start=shortest + 1):
+            new = zip(rows, lengths, next_ids.flatten().tolist(), strict=True)
+            yield [row.add(i) if n_ids > n_prompt else "" for row, n_prompt, i in new]
             if all(row.done for row in rows):
                 break
-        yield [row.finish() for row in rows]
 
-    def run_prompt_loop(self, template: PromptTemplate | None) -> None:
-        """Ask for prompts, or for instructions if there is a template, until an empty line. Ctrl-C
-        ends the text that is being generated.
+    def answer(self, chat: Chat, messages: Messages) -> str:
+        """Print the answer to the last message and return it. The oldest turns are dropped if there
+        would be less than half of the context left for the answer.
+        """
+        block_size = self.model.config.block_size
+        room = block_size - min(self.max_new_tokens, block_size // 2)
+        messages = chat.fit(messages, room)
+        prompt = chat.render(messages, add_generation_prompt=True)
+        return self.print_continuations([prompt], is_answer=True, end=chat.end_of_answer())
+
+    def run_prompt_loop(self, chat: Chat | None) -> None:
+        """Ask for prompts, or for instructions if there is a chat template, until an empty line.
+        Ctrl-C ends the text that is being generated, and a conversation forgets that turn.
         """
         with suppress(ImportError):  # Windows has no readline
             import readline  # noqa: F401  # lets `input` edit the line and recall earlier ones
         print("Ctrl-C stops generating; an empty line or Ctrl-D quits", file=sys.stderr)
+        messages: Messages = []
         while True:
             try:
-                prompt = input("instruction: " if template else "prompt: ")
-                if not prompt:
-                    return
-                if template:
-                    prompt = template.fill(prompt, input("input: ") if template.with_input else "")
+                text = input("instruction: " if chat else "prompt: ")
             except (EOFError, KeyboardInterrupt):
                 print(file=sys.stderr)
                 return
+            if not text:
+                return
             try:
-                self.print_continuations(prompt, is_answer=template is not None)
+                if chat:
+                    asked = [*messages, {"role": "user", "content": text}]
+                    messages = [*asked, {"role": "assistant", "content": self.answer(chat, asked)}]
+                else:
+                    self.print_continuations([text])
             except KeyboardInterrupt:
                 print(flush=True)
 
 
+def read_prompts(config: SampleConfig) -> list[str]:
+    """Return the texts to continue, [] if the user should be asked."""
+    if config.prompt_file is not None:
+        lines = [line for _, line in read_lines(Path(config.prompt_file))]
+        if not lines:
+            raise ValueError(f"{config.prompt_file} has no prompts, expected one on each line")
+        return [line.decode().rstrip("\r\n") for line in lines]
+    if config.prompt or config.instruction is not None or sys.stdin.isatty():
+        return config.prompt
+    # Piped text; `echo` adds a newline.
+    return [sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")]
+
+
 def main(config: SampleConfig) -> None:
-    template = find_prompt_template(latest_checkpoint(config.lora_load_path or config.model))
-    prompt = config.prompt
-    if config.instruction is not None:
-        if template is None:
-            raise ValueError(
-                f"{config.lora_load_path or config.model} has no local {TEMPLATE_FILE} "
-                "(models that are fine-tuned here do); pass the full text as --prompt"
-            )
-        prompt = template.fill(config.instruction, config.input or "")
-    elif prompt is None and not sys.stdin.isatty():  # piped text; `echo` adds a newline
-        prompt = sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
+    prompts = read_prompts(config)
     device = Distributed.start(config.device).device
     model = load_model(config.model, config.lora_load_path).to(device)
     tokenizer = load_tokenizer(model, config.tokenizer)
+    path = latest_checkpoint(config.lora_load_path or config.model)
+    template = find_chat_template(path, tokenizer)
+    chat = Chat(template, tokenizer) if template else None
     if not has_finite_weights(model):
         raise ValueError(f"{config.model} has weights that are not finite; choose another model")
     if lora_linears(model):
         merge_lora(model)
     speed_up_decoding(model)
     generator = torch.Generator(device).manual_seed(config.seed)
-    sampler = Sampler(model, tokenizer, config, generator)
-    if prompt is None:
-        sampler.run_prompt_loop(template)
+    default = CONTINUATION_TOKENS if prompts or chat is None else ANSWER_TOKENS
+    sampler = Sampler(model, tokenizer, config, config.max_new_tokens or default, generator)
+    if config.instruction is not None:
+        if chat is None or (config.input and "input" not in chat.template):
+            missing = "place for an input in its chat template" if chat else "chat template"
+            raise ValueError(f"{path} has no {missing}; pass the full text as --prompt")
+        message = {"role": "user", "content": config.instruction, "input": config.input}
+        sampler.answer(chat, [message])
+    elif prompts:
+        sampler.print_continuations(prompts)
     else:
-        sampler.print_continuations(prompt, is_answer=config.instruction is not None)
+        sampler.run_prompt_loop(chat)
 
 
 if __name__ == "__main__":

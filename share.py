@@ -12,7 +12,6 @@ from engine.adapter import ADAPTER_CONFIG_FILE, LORA_STATE_FILE, is_adapter, rea
 from engine.checkpoint import BASE_MARK, best_checkpoint, latest_checkpoint
 from engine.config import Settings, flag, run_command
 from engine.files import read_json, write_json
-from engine.instructions import TEMPLATE_FILE
 from engine.metrics import read_fixed_settings, summarize_run
 from engine.plots import plot_runs
 from engine.report import RUN_RECORD, read_record, render_template
@@ -97,8 +96,6 @@ def build_upload_folder(config: ShareConfig) -> Path:
     folder = run / "share"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*NOT_UPLOADED))
-    if (run / TEMPLATE_FILE).exists():
-        shutil.copy(run / TEMPLATE_FILE, folder)
     if record:
         write_json(folder / RUN_RECORD, record)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -127,8 +127,9 @@ def make_contender(
 def write_rounds(config: HellaSwagBenchmarkConfig, folder: str) -> list[Path]:
     """Write one file of random rows per round, including the warmup."""
     task = make_task("hellaswag", data=config.data)
-    rows = open_rows(task.source, task.hub.config, task.hub.split)  # lines of a file, or dicts
-    lines = [row.decode() if isinstance(row, bytes) else json.dumps(row) + "\n" for _, row in rows]
+    rows = open_rows(task.source, task.hub.config, task.hub.split)
+    contents = (row.content for row in rows)
+    lines = [c.decode() if isinstance(c, bytes) else json.dumps(c) + "\n" for c in contents]
     n = (config.rounds + 1) * config.rows
     if len(lines) < n:
         raise ValueError(f"data has {len(lines)} rows, expected at least {n}; lower --rows")

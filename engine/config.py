@@ -271,7 +271,7 @@ def add_flag(group: Any, f: Field, help_text: str) -> None:
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(kind) is list or kind is Names:
-        options |= {"nargs": "+", "metavar": "TEXT"}
+        options |= {"nargs": "+", "action": "extend", "metavar": "TEXT"}  # may be repeated
     elif typing.get_origin(kind) is Literal:
         options["metavar"] = "{" + ",".join(typing.get_args(kind)) + "}"
     else:

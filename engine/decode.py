@@ -1,5 +1,6 @@
-"""Faster decoding. On a CPU, linear layers use all threads even for a few rows. On CUDA, all
-kernels of a token are launched at once, as a CUDA graph.
+"""Decoding: prompts of different lengths in one batch, a repetition penalty, and more speed. On a
+CPU, linear layers use all threads even for a few rows. On CUDA, all kernels of a token are launched
+at once, as a CUDA graph.
 """
 
 from functools import partial
@@ -26,6 +27,27 @@ def speed_up_decoding(model: GPT) -> None:
             if isinstance(module, nn.Linear) and not hasattr(module, "lora_A"):
                 forward = partial(linear_few_rows, weight=module.weight, bias=module.bias)
                 module.forward = forward  # type: ignore[method-assign]  # for this instance
+
+
+def force_prompts(
+    idx: torch.Tensor, logits: torch.Tensor, prompts: list[list[int]]
+) -> torch.Tensor:
+    """Leave rows whose prompt is longer than `idx` (B, T) only one choice: its next token. So
+    prompts of different lengths run in one batch, all from position 0 and without padding.
+    """
+    T = idx.size(1)
+    rows = [row for row, prompt in enumerate(prompts) if len(prompt) > T]
+    logits[rows] = -torch.inf
+    logits[rows, [prompts[row][T] for row in rows]] = 0.0
+    return logits
+
+
+def penalize_repetition(idx: torch.Tensor, logits: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Make the tokens in `idx` (B, T) less likely: divide their logits (B, V) by `penalty` if they
+    are positive, else multiply them, as in transformers (CTRL, arXiv:1909.05858).
+    """
+    seen = logits.gather(1, idx)
+    return logits.scatter(1, idx, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
 def linear_few_rows(

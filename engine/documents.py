@@ -224,10 +224,10 @@ def stdlib_definitions() -> Iterator[tuple[ast.AST, str]]:
                 yield node, ast.get_docstring(node) or ""
 
 
-def find_files(paths: list[str]) -> list[Path]:
-    """Return the text files that `paths` stand for, sorted within each path. A path is a file, a
-    glob or a folder. Folders are searched recursively, except for hidden files and folders. If a
-    folder has files that are not text, prints how many of each suffix it leaves out.
+def find_files(paths: list[str], suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """Return the files with these suffixes that `paths` stand for, sorted within each path. A path
+    is a file, a glob or a folder. Folders are searched recursively, except for hidden files and
+    folders. If a folder has other files, prints how many of each suffix it leaves out.
     """
     files = []
     for path in paths:
@@ -239,7 +239,7 @@ def find_files(paths: list[str]) -> list[Path]:
         else:
             matches = [Path(p) for p in glob.glob(path, recursive=True)]  # noqa: PTH207 (Path.glob rejects absolute paths)
         matches = [f for f in matches if f.is_file()]
-        found = sorted(f for f in matches if f.name.endswith(SUFFIXES))
+        found = sorted(f for f in matches if f.name.endswith(suffixes))
         if found and len(found) < len(matches) and Path(path).is_dir():
             ignored = Counter(f.suffix or "without suffix" for f in set(matches) - set(found))
             kinds = ", ".join(f"{n} {suffix}" for suffix, n in ignored.most_common())
@@ -247,7 +247,7 @@ def find_files(paths: list[str]) -> list[Path]:
         if not found:
             raise FileNotFoundError(
                 f"{path} is neither a dataset (-h lists them) nor a file, folder or glob with "
-                f"any of the suffixes {', '.join(SUFFIXES)}"
+                f"any of the suffixes {', '.join(suffixes)}"
             )
         files += found
     return files

@@ -23,12 +23,15 @@ ValidationBatches = Callable[[], Iterable[Batch]]  # each call returns this rank
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue as a sample. `reference` is the expected continuation, if there is one."""
+    """A text to continue as a sample. `reference` is the expected continuation, if there is one.
+    `ids` are the tokens of the text, if not those of `encode_prompt`.
+    """
 
     text: str = "Hello, I'm a language model,"  # the prompt of build-nanogpt
     max_new_tokens: int = 32
     top_k: int = 50
     reference: str | None = None
+    ids: list[int] | None = None
 
 
 def is_due(every: int, step: int, config: TrainConfig) -> bool:
@@ -147,7 +150,7 @@ def generate_samples(
         )
     samples, unused = [], tokenizer.unused_ids(model.config.vocab_size)
     for prompt in prompts:
-        ids = tokenizer.encode_prompt(prompt.text)
+        ids = prompt.ids or tokenizer.encode_prompt(prompt.text)
         # If there is a reference, the sample is an answer: stop at the end of text. Otherwise show
         # what the model writes after it, too.
         has_reference = prompt.reference is not None

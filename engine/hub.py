@@ -14,7 +14,7 @@ MODEL_REMEDY = (
     "model.safetensors"
 )
 # A name with one of these suffixes is a file, never a name on the hub.
-FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".txt", ".parquet", ".csv", ".pt", ".safetensors")
+SUFFIXES = (".json", ".jsonl", ".gz", ".txt", ".csv", ".tsv", ".parquet", ".pt", ".safetensors")
 
 
 def check_hub_name(name: str, expected: str) -> None:
@@ -22,7 +22,7 @@ def check_hub_name(name: str, expected: str) -> None:
     name (NAME or USER/NAME) either.
     """
     is_path = name.count("/") > 1 or name.startswith(("/", ".", "~")) or "\\" in name
-    if is_path or name.endswith(FILE_SUFFIXES) or not name:
+    if is_path or name.endswith(SUFFIXES) or not name:
         raise FileNotFoundError(f"there is no {name or repr(name)}; expected {expected}")
 
 

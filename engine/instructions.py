@@ -1,141 +1,247 @@
-"""Instruction data: read examples, fill prompt templates, build batches."""
+"""Examples for fine-tuning: recognize the form of rows, encode them, build batches."""
 
-import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
+from engine import chat
+from engine.chat import Chat, Messages
+from engine.config import Settings, flag
 from engine.data import IGNORE_INDEX, Batch, TrainingData, epoch_order, make_batch, round_up
-from engine.files import read_json, sha256_text, write_json
-from engine.rows import STDLIB, convert_rows, get_text, open_rows
+from engine.files import sha256_text
+from engine.rows import convert_rows, get_text, open_rows
 from engine.tokenizer import Tokenizer
 
 DEFAULT_DATA = "yahma/alpaca-cleaned"
-TEMPLATE_FILE = "prompt_template.json"
+PROGRESS_DELAY = 5  # seconds until a progress bar is shown on a terminal
 PAD_MULTIPLE = 8  # tensor cores need sizes that are multiples of 8
-
-
-class PromptTemplate(NamedTuple):
-    """Two prompt templates, for instructions without and with an input. `with_input` is None if
-    there are no inputs.
-    """
-
-    without_input: str
-    with_input: str | None = None
-
-    def fill(self, instruction: str, input_text: str = "") -> str:
-        template = self.with_input if input_text.strip() else self.without_input
-        if template is None:
-            raise ValueError(
-                "the prompt template of this model has no place for an input; omit input"
-            )
-        values = {"instruction": instruction, "input": input_text}
-        return re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], template)
-
-
-ALPACA_TEMPLATE = PromptTemplate(  # the prompts of Stanford Alpaca's train.py
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n",
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
-)
-PLAIN_TEMPLATE = PromptTemplate("{instruction}")  # for rows with a prompt and a completion
-STDLIB_TEMPLATE = PromptTemplate("{instruction}\n")  # adds the newline that ends stdlib prompts
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+ROLES |= {"human": "user", "gpt": "assistant"}  # in ShareGPT
 
 
 @dataclass(frozen=True)
 class PromptCompletion:
-    """A prompt and its completion, as text and as tokens. The first `n_prompt` tokens are the
-    prompt.
+    """A prompt and its completion, as text and as tokens (T). Of a conversation, the last answer is
+    the completion. `targets` (T) has the tokens that are predicted, and IGNORE_INDEX in place of
+    the others.
     """
 
     prompt: str
     completion: str
     tokens: np.ndarray
-    n_prompt: int
-    template: PromptTemplate = PLAIN_TEMPLATE
+    targets: np.ndarray
+    n_prompt: int  # tokens of the prompt
+    template: str | None = None  # the chat template that gives the prompt
 
 
-def read_examples(name: str, tokenizer: Tokenizer, block_size: int) -> list[PromptCompletion]:
-    """Read the examples of a .json or .jsonl file, a hub dataset, or "stdlib".
+def make_messages(prompt: str, completion: str, **others: str) -> Messages:
+    user = {"role": "user", "content": prompt, **others}
+    return [user, {"role": "assistant", "content": completion}]
 
-    Special tokens in the text are encoded as such. Completions end with an end-of-text token and
-    are cut to fit block_size. Rows that have an empty completion or a prompt longer than block_size
-    are skipped and counted. Raises ValueError if a row is not valid.
+
+def parse_messages(row: dict, key: str) -> Messages:
+    """Read a list of messages with role and content, or with from and value as in ShareGPT."""
+    if not isinstance(row[key], list) or not all(isinstance(m, dict) for m in row[key]):
+        raise ValueError(f"{key} is {row[key]!r}, expected a list of messages")
+    messages = []
+    for message in row[key]:
+        names = ("role", "content") if message.get("role") is not None else ("from", "value")
+        if str(role := message[names[0]]) not in ROLES:
+            raise ValueError(f"{names[0]} is {role!r}, expected one of {', '.join(ROLES)}")
+        weight = {"weight": 0} if message.get("weight") == 0 else {}  # as in OpenAI's files
+        messages.append({"role": ROLES[role], "content": get_text(message, names[1]), **weight})
+    return messages
+
+
+def parse_pair(row: dict, prompt: str, completion: str) -> Messages:
+    """Read a prompt and a completion: strings, or lists of messages. Answers in the prompt are not
+    predicted.
     """
-    examples, skipped = [], []
-    # Round down to a multiple of PAD_MULTIPLE, because `pad` rounds up, and rows have to fit.
-    block_size = max(1, block_size // PAD_MULTIPLE) * PAD_MULTIPLE
-    rows = convert_rows(name, open_rows(name), parse_row)
-    for number, (prompt, completion, row_template) in rows:
-        prompt_ids = tokenizer.encode_prompt(prompt)
-        ids = prompt_ids + tokenizer.encode(completion)
-        if ids[-1] != tokenizer.end_of_text:
-            ids.append(tokenizer.end_of_text)
-        if not completion.strip() or len(prompt_ids) > block_size:
-            skipped.append(number)
-            continue
-        tokens = np.array(ids[: block_size + 1])
-        # Rows of stdlib end their prompts with a newline. For what a user types when sampling, the
-        # template has to add it.
-        template = STDLIB_TEMPLATE if name == STDLIB else row_template
-        examples.append(PromptCompletion(prompt, completion, tokens, len(prompt_ids), template))
-    if skipped:
-        print(
-            f"{name}: skipped {len(skipped)} of {len(skipped) + len(examples)} rows "
-            f"(no completion, or a prompt of over {block_size} tokens); first: row {skipped[0]}"
-        )
-    if len(examples) < 2:
-        raise ValueError(f"{name} has {len(examples)} usable examples, expected at least 2")
-    return examples
+    if isinstance(row[prompt], list):
+        given = [{**message, "weight": 0} for message in parse_messages(row, prompt)]
+        return given + parse_messages(row, completion)
+    return make_messages(get_text(row, prompt), get_text(row, completion))
 
 
-def parse_row(row: dict) -> tuple[str, str, PromptTemplate]:
-    """Return the prompt and the completion of a row, and the template of its prompt."""
-    if {"instruction", "output"} <= row.keys():
-        input_text = "" if row.get("input") is None else get_text(row, "input")
-        prompt = ALPACA_TEMPLATE.fill(get_text(row, "instruction"), input_text)
-        return prompt, get_text(row, "output"), ALPACA_TEMPLATE
-    if {"prompt", "completion"} <= row.keys():
-        return get_text(row, "prompt"), get_text(row, "completion"), PLAIN_TEMPLATE
-    raise ValueError(
-        f"its keys are {', '.join(row) or 'none'}; expected instruction and output (input is "
-        "optional), or prompt and completion"
+def parse_alpaca(row: dict, instruction: str, output: str) -> Messages:
+    texts = get_text(row, instruction), get_text(row, output)
+    inputs = [get_text(row, key) for key in ALPACA_INPUT if row.get(key) is not None]
+    given = next(filter(str.strip, inputs), None)
+    return make_messages(*texts, **({"input": given} if given else {}))
+
+
+def parse_text(row: dict, text: str) -> Messages:
+    return make_messages("", get_text(row, text))
+
+
+class Form(NamedTuple):
+    """A form of rows. A row has this form if it has one key of each group in `keys`. `parse` takes
+    the row and these keys.
+    """
+
+    keys: tuple[tuple[str, ...], ...]
+    parse: Callable[..., Messages]
+    template: str | None  # the chat template, unless the row has lists of messages
+    optional: tuple[str, ...] = ()
+
+
+ALPACA_INPUT = ("input", "context")  # optional
+ALPACA_KEYS = ("instruction", "question"), ("output", "response", "answer")
+FORMS = (  # if a row has several, the first one counts
+    Form((("prompt",), ("completion",)), parse_pair, chat.PLAIN_TEMPLATE),
+    Form((("messages", "conversations"),), parse_messages, None),
+    Form(ALPACA_KEYS, parse_alpaca, chat.ALPACA_TEMPLATE, optional=ALPACA_INPUT),
+    Form((("signature",), ("docstring",)), parse_pair, chat.DOCSTRING_TEMPLATE),  # stdlib
+    Form((("text",),), parse_text, None),
+)
+
+
+@dataclass(frozen=True)
+class RowSettings(Settings):
+    """The settings that say how rows are read. On resume, the hash of the examples is compared."""
+
+    data: str = flag(
+        DEFAULT_DATA,
+        "file (.json, .jsonl, .csv, .tsv, .parquet), folder, glob, hub dataset, or stdlib "
+        "(Python's docstrings)",
+        group="data",
+        may_change=True,
+    )
+    dataset_config: str | None = flag(None, "configuration of a hub dataset", may_change=True)
+    split: str = flag("train", "split of a hub dataset or a saved DatasetDict", may_change=True)
+    prompt_column: str = flag("prompt", "name of the prompt in the rows", may_change=True)
+    completion_column: str = flag("completion", "name of the completion", may_change=True)
+    skip_bad_rows: bool = flag(
+        None, "skip bad rows (default: only those of the default data)", may_change=True
     )
 
 
-def save_prompt_template(examples: list[PromptCompletion], folder: Path) -> None:
-    """Write prompt_template.json with the most common template of the examples."""
-    template, _ = Counter(example.template for example in examples).most_common(1)[0]
-    write_json(folder / TEMPLATE_FILE, template._asdict())
+def find_forms(row: dict) -> list[tuple[Form, list[str]]]:
+    """Return the forms that a row has, each with its keys. Prefer keys with a value, because in a
+    table every row has every key. Raises ValueError if there is none.
+    """
+    for keys in ({key for key, value in row.items() if value is not None}, row.keys()):
+        chosen = [[next((k for k in group if k in keys), "") for group in f.keys] for f in FORMS]
+        if found := [(f, names) for f, names in zip(FORMS, chosen, strict=True) if all(names)]:
+            return found
+    expected = ", or ".join(" and ".join(map("/".join, form.keys)) for form in FORMS)
+    raise ValueError(
+        f"its keys are {', '.join(row) or 'none'}; expected {expected}. For other names, set "
+        "prompt_column and completion_column"
+    )
 
 
-def find_prompt_template(path: Path) -> PromptTemplate | None:
-    """Return the prompt template saved with a model, an adapter or a run, or None."""
-    folder = (path if path.is_dir() else path.parent).absolute()
-    if folder.parent.name == "checkpoints":  # RUN/checkpoints/STEP: the template is in RUN
-        folder = folder.parents[1]
-    file = folder / TEMPLATE_FILE
-    if not path.exists() or not file.is_file():  # `path` may be a hub name
-        return None
-    values = read_json(file, remedy="delete it")
-    template = PromptTemplate(values.get("without_input", ""), values.get("with_input"))
-    if not all(isinstance(text, str | None) for text in template) or not template.without_input:
-        raise ValueError(
-            f"{file} is damaged, expected text as without_input and with_input; delete it"
-        )
-    return template
+def encode_pair(messages: Messages, template: str | None, tokenizer: Tokenizer) -> PromptCompletion:
+    """Encode a message of the user, and its completion, which ends with an end-of-text token."""
+    *user, completion = messages
+    if not completion["content"].strip():
+        raise ValueError("there is no completion")
+    prompt = Chat(template or chat.PLAIN_TEMPLATE, tokenizer).render(user)
+    prompt_ids, ids = tokenizer.encode_prompt(prompt), tokenizer.encode(completion["content"])
+    if ids[-1] != tokenizer.end_of_text:
+        ids.append(tokenizer.end_of_text)
+    tokens, targets = np.array([prompt_ids + ids, [IGNORE_INDEX] * len(prompt_ids) + ids])
+    n_prompt = len(prompt_ids)
+    return PromptCompletion(prompt, completion["content"], tokens, targets, n_prompt, template)
+
+
+def trim_messages(messages: Messages) -> Messages:
+    """Return the messages through the last answer to train on. Raises ValueError if there is no
+    such answer, or an empty one.
+    """
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and "weight" not in m]
+    if not all(messages[i]["content"].strip() for i in answers) or not answers:
+        raise ValueError("there is no answer of the assistant, or an empty one")
+    return messages[: answers[-1] + 1]
+
+
+def encode_chat(messages: Messages, conversation: Chat) -> PromptCompletion:
+    tokens, is_target, prompt, n_prompt = conversation.encode(messages)
+    if not is_target.any():
+        raise ValueError("the chat template renders no answer")
+    targets = np.where(is_target, tokens, IGNORE_INDEX)
+    texts = prompt, messages[-1]["content"]
+    return PromptCompletion(*texts, tokens, targets, n_prompt, chat.CHAT_TEMPLATE)
+
+
+def read_examples(
+    source: str, tokenizer: Tokenizer, block_size: int, settings: RowSettings | None = None
+) -> list[PromptCompletion]:
+    """Read the examples of a file, a folder, a hub dataset or "stdlib". Print what was recognized.
+
+    Special tokens in the text are encoded as such. What does not fit block_size is cut, after a
+    conversation has dropped its oldest turns. Rows with a prompt longer than block_size are skipped
+    and counted. Raises ValueError if a row is bad, unless they are skipped.
+    """
+    # Round down to a multiple of PAD_MULTIPLE, because `pad` rounds up, and rows have to fit.
+    block_size = max(1, block_size // PAD_MULTIPLE) * PAD_MULTIPLE
+    settings = settings or RowSettings()
+    columns = settings.prompt_column, settings.completion_column
+    conversation = Chat(
+        own_template(tokenizer) or chat.add_start(chat.CHAT_TEMPLATE, tokenizer), tokenizer
+    )
+    report: Counter[str] = Counter()
+    unused: dict[str, None] = {}  # a set that keeps the order of the keys
+
+    def convert(row: dict) -> PromptCompletion:
+        found = find_forms(row) if columns == ("prompt", "completion") else [(FORMS[0], columns)]
+        form, keys = found[0]
+        messages = form.parse(row, *keys)
+        if isinstance(row[keys[0]], list):
+            messages = trim_messages(messages)
+            kept = conversation.fit(messages, block_size + 1)
+            report["conversations without their oldest turns"] += len(kept) < len(messages)
+            example = encode_chat(kept, conversation)
+        else:
+            example = encode_pair(messages, form.template, tokenizer)
+        ignored = [f", ignoring {' and '.join(names)}" for _, names in found[1:]]
+        report[f"rows with {' and '.join(keys)}{''.join(ignored)}"] += 1
+        unused.update(dict.fromkeys(key for key in row if key not in (*keys, *form.optional)))
+        return example
+
+    rows = open_rows(source, settings.dataset_config, settings.split)
+    bar = tqdm(rows, unit=" rows", delay=PROGRESS_DELAY, leave=False, disable=None)
+    skip = source == DEFAULT_DATA if settings.skip_bad_rows is None else settings.skip_bad_rows
+    found = [example for _, example in convert_rows(bar, convert, skip)]
+    fitting = [example for example in found if example.n_prompt <= block_size]
+    excess = np.array([len(example.tokens) - block_size - 1 for example in fitting])
+    report[f"rows skipped, as their prompts exceed {block_size} tokens"] = len(found) - len(fitting)
+    report["completions cut to fit"] = int((excess > 1).sum())
+    report["completions without their end-of-text token"] = int((excess > 0).sum())
+    lines = [f"{n:,} {what}" for what, n in report.items() if n]
+    print(f"{source}: {'; '.join(lines)}{'; not used: ' if unused else ''}{', '.join(unused)}")
+    if not fitting:
+        raise ValueError(f"{source} has no usable rows")
+    end = block_size + 1
+    return [replace(e, tokens=e.tokens[:end], targets=e.targets[:end]) for e in fitting]
+
+
+def own_template(tokenizer: Tokenizer) -> str | None:
+    """Return the chat template of the base model, unless it does not tell who is speaking."""
+    has_roles = tokenizer.chat_template not in (chat.PLAIN_TEMPLATE, chat.DOCSTRING_TEMPLATE)
+    return tokenizer.chat_template if has_roles else None
+
+
+def set_chat_template(tokenizer: Tokenizer, examples: list[PromptCompletion]) -> None:
+    """Give the tokenizer the chat template of most examples. If the base model has its own,
+    conversations and plain prompts leave it as it is.
+    """
+    (template, _), *_ = Counter(example.template for example in examples).most_common()
+    is_plain = template in (chat.CHAT_TEMPLATE, chat.PLAIN_TEMPLATE)
+    if template and not (is_plain and own_template(tokenizer)):
+        tokenizer.chat_template = chat.add_start(template, tokenizer)
 
 
 def split_examples(
     examples: list[PromptCompletion], val_fraction: float, seed: int
 ) -> tuple[list[PromptCompletion], list[PromptCompletion]]:
     """Split the examples at random into training and held-out ones, at least one of each."""
+    if len(examples) < 2:
+        raise ValueError("there is only 1 usable example, expected at least 2, one for validation")
     n_val = min(max(1, round(val_fraction * len(examples))), len(examples) - 1)
     order = np.random.default_rng(seed).permutation(len(examples))
     return [examples[i] for i in order[n_val:]], [examples[i] for i in order[:n_val]]
@@ -156,7 +262,7 @@ def pad(examples: list[PromptCompletion]) -> Batch:
     for row, example in enumerate(examples):
         end = len(example.tokens) - 1
         idx[row, :end] = example.tokens[:-1]
-        targets[row, example.n_prompt - 1 : end] = example.tokens[example.n_prompt :]
+        targets[row, :end] = example.targets[1:]
     return make_batch(idx, targets)
 
 
@@ -172,7 +278,13 @@ class InstructionData(TrainingData):
         self.examples = examples
         # The input of the model is one token shorter than the example.
         self.lengths = np.array([len(example.tokens) - 1 for example in examples])
-        contents = ((e.n_prompt, e.tokens.tolist()) for e in examples)
+        contents = (
+            (
+                e.targets.tolist() if e.template == chat.CHAT_TEMPLATE else e.n_prompt,
+                e.tokens.tolist(),
+            )
+            for e in examples
+        )
         self.fingerprint = sha256_text("".join(map(repr, contents)))
         self.epoch_contents = (
             f"{len(examples):,} examples with {self.lengths.sum():,} tokens, "
@@ -197,7 +309,7 @@ class InstructionData(TrainingData):
 
 
 def count_targets(examples: list[PromptCompletion]) -> int:
-    return sum(len(example.tokens) - example.n_prompt for example in examples)
+    return sum(int((example.targets != IGNORE_INDEX).sum()) for example in examples)
 
 
 def held_out_batches(
@@ -207,7 +319,8 @@ def held_out_batches(
     batches; a rank with no examples left gets a batch without targets.
     """
     examples = sorted(examples, key=lambda example: len(example.tokens))
-    dummy = PromptCompletion("", "", np.zeros(2, dtype=np.int64), n_prompt=2)  # has no completion
+    nothing = np.zeros(2, dtype=np.int64), np.full(2, IGNORE_INDEX)
+    dummy = PromptCompletion("", "", *nothing, n_prompt=2)
     for first in range(0, len(examples), batch_size * world_size):
         start = first + rank * batch_size
         yield pad(examples[start : start + batch_size] or [dummy])

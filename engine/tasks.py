@@ -18,7 +18,7 @@ import numpy as np
 
 from engine.distributed import Distributed
 from engine.documents import MAX_PIECE_CHARS, TextFormat, find_files, join_pieces, read_pieces
-from engine.rows import convert_rows, get_text, open_rows
+from engine.rows import convert_rows, find_row_files, get_text, open_rows
 from engine.scoring import Request, Score, encode_request, score
 from engine.tokenizer import Tokenizer
 from model import GPT
@@ -82,7 +82,7 @@ class Task:
 
     def find_files(self) -> list[Path]:
         """Return the local files that the rows come from, [] if they come from the hub."""
-        return [Path(self.source)] if Path(self.source).exists() else []
+        return find_row_files(self.source, self.hub.split)
 
     def load(self, tokenizer: Tokenizer, block_size: int) -> list[Example]:
         """Return all examples. Raises ValueError at the first bad row. With
@@ -111,7 +111,7 @@ class Task:
             return example
 
         rows = open_rows(self.source, self.hub.config, self.hub.split)
-        return convert_rows(self.source, islice(rows, self.limit), convert, self.skip_bad_rows)
+        return convert_rows(islice(rows, self.limit), convert, self.skip_bad_rows)
 
     def score_examples(
         self, model: GPT, examples: list[Example], dist: Distributed, done: Container[int] = ()

@@ -24,11 +24,12 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from engine.files import adding_path_to_errors, read_json
+from engine.files import adding_path_to_errors, read_json, replace_surrogates
 from engine.hub import download_model_files
 
 if TYPE_CHECKING:
     import gigatoken
+    from transformers import PreTrainedTokenizerFast
 
 GPT2, GPT2_VOCAB_SIZE = "gpt2", 50257
 # What hash_spec returns for GPT-2's tokenizer.
@@ -36,9 +37,10 @@ GPT2_SHA256 = "7a62f2afd8b03f9f4419c27fc6e022af6f464a8be1a8236e75cdb5c1c999a9f2"
 ENDOFTEXT = "<|endoftext|>"
 SPECIAL_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token")  # keys in the two files below
 CONFIG_FILE, SPECIAL_TOKENS_FILE = "tokenizer_config.json", "special_tokens_map.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # A tokenizer has tokenizer.json, or vocab.json and merges.txt. The other files are optional.
 TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "vocab.json", "merges.txt")
-TOKENIZER_FILES += (CONFIG_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", "chat_template.jinja")
+TOKENIZER_FILES += (CONFIG_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", CHAT_TEMPLATE_FILE)
 FIRST_UNASSIGNED = 0x378  # all code points below have long been assigned, so they need no lookup
 # gigatoken is compared with tiktoken on the first N_CHECKED texts, then on one in CHECK_EVERY.
 N_CHECKED, CHECK_EVERY = 100, 1000
@@ -55,7 +57,7 @@ class Tokenizer:
     `name` is for messages, and `sha256` identifies how documents are encoded. `vocab_size` is the
     largest id plus 1. `special_tokens` maps the text of each special token to its id. `token_bytes`
     (vocab_size) is the number of bytes of text in each token: 0 for special tokens, and 0 for all
-    tokens of a tokenizer that is not byte-level.
+    tokens of a tokenizer that is not byte-level. `chat_template` (Jinja) may be set; it is saved.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Tokenizer:
         self.is_gpt2 = self.sha256 == GPT2_SHA256
         self.name = GPT2 if self.is_gpt2 else name
         self.is_gpt2_style = is_gpt2_style(spec)
+        self.chat_template = read_chat_template(files)
         self.token_bytes = np.zeros(self.vocab_size, dtype=np.int64)
         if (spec["decoder"] or {}).get("type") == "ByteLevel":
             # Added tokens are plain text. In all others, each character stands for one byte.
@@ -166,21 +169,34 @@ class Tokenizer:
         config |= dict.fromkeys(missing, self.backend.id_to_token(self.end_of_text))
         if not self.is_gpt2_style or not config.get("tokenizer_class"):
             config["tokenizer_class"] = "PreTrainedTokenizerFast"  # uses tokenizer.json as it is
+        files = self.files
+        if self.chat_template != read_chat_template(files):
+            config["chat_template"] = self.chat_template
+            files = {name: f for name, f in files.items() if name != CHAT_TEMPLATE_FILE}
         if block_size:
             config["model_max_length"] = block_size
         spec = self.files.get("tokenizer.json") or self.backend.to_str(pretty=True).encode()
         config_json = (json.dumps(config, indent=2) + "\n").encode()
-        files = {**self.files, "tokenizer.json": spec, CONFIG_FILE: config_json}
+        files = {**files, "tokenizer.json": spec, CONFIG_FILE: config_json}
         with adding_path_to_errors(Path(folder)):
             for file, content in files.items():
                 (Path(folder) / file).write_bytes(content)
+
+    @cached_property
+    def renderer(self) -> "PreTrainedTokenizerFast":
+        """What renders chat templates."""
+        from transformers import PreTrainedTokenizerFast  # takes a second
+
+        end = str(self.backend.id_to_token(self.end_of_text))
+        names = dict.fromkeys(SPECIAL_TOKEN_KEYS, end) | self.special_tokens_map
+        return PreTrainedTokenizerFast(tokenizer_object=self.backend, **names)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Encode a text. As in transformers, special tokens in the text are recognized, and
         `add_special_tokens` adds those that the tokenizer puts around a text, such as BOS. Lone
         surrogates become U+FFFD.
         """
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = replace_surrogates(text)
         n_added = self.backend.num_special_tokens_to_add(is_pair=False) * add_special_tokens
         if self.tiktoken_encoding and not n_added and not self.special_pattern.search(text):
             return self.encode_ordinary(text).tolist()
@@ -268,6 +284,18 @@ def read_special_tokens_map(files: dict[str, bytes]) -> dict[str, str]:
     special, config = (json.loads(files.get(f, "{}")) for f in (SPECIAL_TOKENS_FILE, CONFIG_FILE))
     found = {key: config.get(key) or special.get(key) for key in SPECIAL_TOKEN_KEYS}
     return {key: v["content"] if isinstance(v, dict) else v for key, v in found.items() if v}
+
+
+def read_chat_template(files: dict[str, bytes]) -> str | None:
+    """Read the chat template in a tokenizer's files. As in transformers, a file of its own has
+    priority over CONFIG_FILE. If CONFIG_FILE has several, take the default one.
+    """
+    if CHAT_TEMPLATE_FILE in files:
+        return files[CHAT_TEMPLATE_FILE].decode()
+    template = json.loads(files.get(CONFIG_FILE, "{}")).get("chat_template")
+    if isinstance(template, list):
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    return template
 
 
 def read_eos_token_id(config_file: Path) -> int | None:

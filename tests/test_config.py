@@ -34,6 +34,8 @@ FREE_TO_CHANGE = {"out_dir", "resume", "data", "data_dir", "model_name_or_path",
 FREE_TO_CHANGE |= {"batch_size", "device", "compile", "parallel", "recompute", "lora_form"}
 FREE_TO_CHANGE |= {"eval_every", "sample_every", "hellaswag_every", "hellaswag_data"}
 FREE_TO_CHANGE |= {"log", "save_every", "keep", "profile", "tokenizer"}
+FREE_TO_CHANGE |= {"val_data", "dataset_config", "split", "skip_bad_rows"}
+FREE_TO_CHANGE |= {"prompt_column", "completion_column"}
 GROUPS = {
     "run": {"out_dir", "resume", "seed"},
     "optimization": {"batch_size", "max_steps", "optimizer", "max_lr", "min_lr", "grad_clip"},
@@ -121,10 +123,12 @@ def test_choices(capsys, config_class, name):
 
 @pytest.mark.parametrize(("config_class", "name"), flags_of(list))
 def test_lists(config_class, name):
-    """A list takes all values up to the next flag."""
+    """A list takes all values up to the next flag. A repeated flag adds to it."""
     assert parse(config_class, f"--{name}", "a") == {name: ["a"]}
     assert parse(config_class, f"--{name}", "a", "b c") == {name: ["a", "b c"]}
     assert parse(config_class, f"--{name}", "a", "b", "--debug") == {name: ["a", "b"]}
+    repeated = (f"--{name}", "a", "b", "--debug", f"--{name}=", f"--{name}", "b")
+    assert parse(config_class, *repeated) == {name: ["a", "b", "", "b"]}
 
 
 @pytest.mark.parametrize("name", ["log", "lora_module_name"])
@@ -137,6 +141,7 @@ def test_lists_with_spaces_or_commas(tmp_path, name):
         f"--{name} a, b",
         f"--{name} a,b",
         f"--{name}=a,b",
+        f"--{name} a --{name}=b",
         f"--config {file}",
     ):
         assert parse_flags(FinetuneConfig, "", argv.split())[0] == {name: "a,b"}
@@ -259,11 +264,12 @@ def test_the_command_line_wins(tmp_path):
     """A flag overrides --config, even if it comes first. A later file overrides an earlier one."""
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("number: 1\nrate: 0.5\nname: first\n")
-    second.write_text("rate: 0.25\nname: second\n")
+    second.write_text("rate: 0.25\nname: second\nnames: [second]\n")
     files = ["--config", first, "--config", second]
-    expected = {"number": 1, "rate": 0.25, "name": "flag"}
-    assert parse(Base, *files, "--name", "flag") == expected
-    assert parse(Base, "--name", "flag", *files) == expected
+    flags = ["--name", "flag", "--names", "flag"]
+    expected = {"number": 1, "rate": 0.25, "name": "flag", "names": ["flag"]}
+    assert parse(Base, *files, *flags) == expected
+    assert parse(Base, *flags, *files) == expected
 
 
 def test_debug_is_not_a_setting():
@@ -391,7 +397,7 @@ def test_what_a_resumed_run_may_change():
         FinetuneConfig(use_lora=False, max_lr=1e-5, weight_decay=1e-20),
         FinetuneConfig(lora_dim=4, lora_alpha=1.5, use_rslora=True, data="yes", merge_out="3"),
         EvalConfig(limit=3, skip_bad_rows=True),
-        SampleConfig(stop=["\n", "é", "- a"], top_k=None, prompt="\ttab"),
+        SampleConfig(stop=["\n", "é", "- a"], top_k=None, prompt=["\ttab", ""]),
         PrepareConfig(dataset=["a.txt", "b.txt"]),
         ShareConfig(run="runs/x", repo_id="me/x", license="mit", best=True),
         Base(),

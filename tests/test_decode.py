@@ -1,4 +1,4 @@
-"""Fast decoding generates the same text as ordinary decoding."""
+"""Fast decoding generates the same text as ordinary decoding. Logits are processed as they say."""
 
 from types import SimpleNamespace
 
@@ -7,9 +7,17 @@ import torch
 import torch.nn.functional as F
 from conftest import random_ids, small_gpt2
 from torch import nn
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from engine import decode
-from engine.decode import FEW_ROWS, linear_few_rows, speed_up_decoding
+from engine.decode import (
+    FEW_ROWS,
+    force_prompts,
+    linear_few_rows,
+    penalize_repetition,
+    speed_up_decoding,
+)
+from model import sample_next
 
 
 @pytest.mark.parametrize("threads", [1, 3, 5])
@@ -70,3 +78,30 @@ def test_a_static_cache_gives_the_same_text(monkeypatch):
             assert torch.equal(model.generate(idx[rows], 40, temperature=0), expected[rows])
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 4.0])
+def test_repetition_penalty_equals_transformers(penalty):
+    """Logits equal those of transformers, whether positive, negative, zero or -inf, and if ids are
+    repeated.
+    """
+    idx, logits = random_ids(3, 40, vocab_size=50), 5 * torch.randn(3, 60)
+    idx[:, 30:] = idx[:, :10]
+    logits[0, idx[0, :4]] = torch.tensor([0.0, -0.0, -torch.inf, 1e-30])
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(idx, logits.clone())
+    assert torch.equal(penalize_repetition(idx, logits, penalty), expected)
+
+
+@pytest.mark.parametrize("settings", [(0.0,), (1.0, 50), (0.01, None, 0.1), (100.0, 1, 1.0)])
+def test_prompts_are_forced_with_any_sampling(settings):
+    """A row within its prompt gets the prompt's next token, however improbable, and whatever the
+    temperature, top_k and top_p. The logits of the other rows do not change.
+    """
+    prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+    idx, logits = torch.tensor([[1, 2], [4, 0], [5, 6], [7, 8]]), torch.randn(4, 60)
+    logits[0, 3], logits[3, 9] = -torch.inf, -1e9
+    processed = force_prompts(idx, logits.clone(), prompts)
+    for _ in range(20):
+        next_ids = sample_next(processed, *settings).flatten().tolist()
+        assert (next_ids[0], next_ids[3]) == (3, 9)
+    assert torch.equal(processed[1:3], logits[1:3])

@@ -37,7 +37,16 @@ from model import GPT, GPTConfig
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Flags in the text that belong to other commands, to every command, or to plot.py.
 OTHER_FLAGS = {"model_args", "tasks", "standalone", "nproc_per_node", "nnodes", "max_restarts"}
-OTHER_FLAGS |= {"rdzv_backend", "rdzv_id", "rdzv_endpoint", "config", "debug", "out", "x"}
+OTHER_FLAGS |= {
+    "rdzv_backend",
+    "rdzv_id",
+    "rdzv_endpoint",
+    "config",
+    "debug",
+    "out",
+    "outfile",
+    "x",
+}
 ACTIONS = ("run", "parse", "skip")
 BLOCK = re.compile(r"^(<!-- test: ([^>]*) -->\n)?```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

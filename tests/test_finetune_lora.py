@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     CPU_DIST,
     GPT2_TOKENIZER,
@@ -24,6 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune_lora
 from engine import training
+from engine.adapter import save_adapter
+from engine.chat import PLAIN_TEMPLATE
 from engine.checkpoint import (
     RunState,
     hash_weights,
@@ -198,8 +201,8 @@ def test_a_finished_run_merges(folder, capsys):
     finetune("runs/a", **settings, merge_out="merged")
     assert weights.stat().st_mtime == 0  # not written again
     assert "already finished" in capsys.readouterr().out
-    template = Path("merged/prompt_template.json").read_text()
-    assert template == (run / "prompt_template.json").read_text()
+    assert AutoTokenizer.from_pretrained("merged").chat_template == PLAIN_TEMPLATE
+    assert AutoTokenizer.from_pretrained(latest_checkpoint(run)).chat_template == PLAIN_TEMPLATE
     for name in ("base", "other", "rows.jsonl"):
         with pytest.raises(ValueError, match=f"merge_out {name} holds something other"):
             finetune("runs/a", **settings, merge_out=name)
@@ -274,6 +277,71 @@ def test_ranks_do_not_change_the_curve(folder, parallel, settings):
     finetune("runs/two", **settings)  # already finished
 
 
+CHAT = [  # a system message, several turns, characters of several bytes, a lone surrogate
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Où est le café?"},
+    {"role": "assistant", "content": "Là-bas 😀"},
+    {"role": "user", "content": "And \ud800 here?"},
+    {"role": "assistant", "content": "No"},
+]
+# The {% generation %} tags tell transformers which part is an answer.
+TAGGED_TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def test_conversations_train_as_in_peft_and_transformers(folder, write_rows):
+    """With LoRA, on conversations, the losses of training and validation equal those of a loop with
+    peft and transformers, which finds the answers by the tags in the template of the base. The
+    merged model keeps this template. Samples have no lone surrogates, so they fit into the report.
+    """
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    tokenizer.chat_template = TAGGED_TEMPLATE
+    tokenizer.save_pretrained("base")
+    rows = [{"messages": CHAT[i % 2 :][: 4 - i % 2]} for i in range(6)]
+    write_rows([{"messages": [*row["messages"], CHAT[4 - i % 2]]} for i, row in enumerate(rows)])
+    write_rows([{"messages": CHAT}], "val.jsonl")
+    settings = {"val_data": "val.jsonl", "val_fraction": None, "examples_per_step": 6}
+    settings |= {"precision": "fp32", "recompute": "none", "eval_every": 1, "sample_every": 1}
+    run = finetune("runs/a", **settings, merge_out="merged")
+    config = FinetuneConfig(**SETTINGS)
+    lora = finetune_lora.add_adapter(load_model("base"), config)
+    save_adapter(lora, folder / "start", "base")
+    model = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained("base"), "start", is_trainable=True
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+
+    def compute_loss(file: str) -> torch.Tensor:
+        losses = []
+        for line in Path(file).read_text().splitlines():
+            messages = json.loads(line.replace("\\ud800", "\\ufffd"))["messages"]
+            options = {"return_dict": True, "return_assistant_tokens_mask": True}
+            encoded = tokenizer.apply_chat_template(messages, **options)
+            ids, mask = (torch.tensor(encoded[key]) for key in ("input_ids", "assistant_masks"))
+            logits = model(ids[None]).logits[0, :-1]
+            losses.append(F.cross_entropy(logits, ids[1:], reduction="none")[mask[1:] == 1])
+        return torch.cat(losses).mean()
+
+    metrics = read_metrics(run)
+    for record in metrics[1:]:
+        loss = compute_loss("rows.jsonl")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = record["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert record["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+        with torch.no_grad():
+            assert record["val_loss"] == pytest.approx(compute_loss("val.jsonl").item(), rel=1e-5)
+    assert metrics[-1]["train_loss"] < metrics[1]["train_loss"] - 0.05
+    assert AutoTokenizer.from_pretrained("merged").chat_template == TAGGED_TEMPLATE
+    assert Path("merged/Modelfile").read_text() == "FROM ./model.gguf\n"
+    assert "user: And \ufffd here?\nassistant:" in metrics[-1]["samples"][0]
+
+
 def test_starting_from_an_adapter(folder):
     """--lora_load_path takes a run, a PEFT folder or a lora.pt, and keeps the settings of that
     adapter. Other settings are an error, and so is an adapter as --model_name_or_path.
@@ -330,7 +398,7 @@ WRONG_SETTINGS = [
     ),
     ({"lora_load_path": "nowhere"}, "nowhere does not exist"),
     ({"merge_out": "base"}, "merge_out base already exists"),
-    ({"val_fraction": 1.0}, "val_fraction is 1.0, expected above 0 and below 1"),
+    ({"val_fraction": 1.0}, "val_fraction is 1.0, expected at least 0 and below 1"),
     ({"lora_dropout": 1.0}, "lora_dropout is 1.0, expected at least 0 and below 1"),
     ({"use_lora": False, "lora_load_path": "x"}, "lora_load_path is x, but it needs --use_lora"),
     ({"use_lora": False, "lora_dim": 4}, "lora_dim is 4, but it needs --use_lora"),

@@ -34,7 +34,7 @@ LAYERS = [
     {"errors"},
     {"config", "files", "hub", "recompute", "tensors"},
     {"tokenizer"},
-    {"pretrained", "lora", "documents", "shards", "decode"},
+    {"chat", "pretrained", "lora", "documents", "shards", "decode"},
     {"adapter", "data", "distributed", "rows"},
     {"instructions", "loss", "scoring"},
     {"optim", "checkpoint", "tasks"},

@@ -13,29 +13,53 @@ from processes import HANG_SECONDS
 from transformers import pipeline
 
 import hellaswag
+import sample
+from engine.chat import ALPACA_TEMPLATE, CHAT_TEMPLATE
 from engine.checkpoint import RunState, latest_checkpoint, load_model, save_checkpoint
+from engine.tokenizer import Tokenizer
 from hellaswag import EvalConfig
 from sample import SampleConfig, Sampler
 
 
+def save_run(run: Path, tokenizer: Tokenizer) -> Path:
+    """Save a checkpoint of a small model and return its folder."""
+    model = small_gpt2(block_size=128)
+    params, state = dict(model.named_parameters()), RunState({"step": 1}, {})
+    save_checkpoint(run, model, tokenizer, params, state, keep=1)
+    return latest_checkpoint(run)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    run, model = tmp_path_factory.mktemp("interop"), small_gpt2(block_size=128)
-    params, state = dict(model.named_parameters()), RunState({"step": 1}, {})
-    save_checkpoint(run, model, GPT2_TOKENIZER, params, state, keep=1)
-    return latest_checkpoint(run)
+    return save_run(tmp_path_factory.mktemp("interop"), GPT2_TOKENIZER)
 
 
 def test_transformers_pipeline_generates_the_same_text(checkpoint, capsys):
     """From a checkpoint, pipeline("text-generation") and sample.py make the same greedy text."""
     prompt = "Caf\u00e9 \u2014 once upon a time"
     config = SampleConfig(temperature=0, max_new_tokens=40)
-    sampler = Sampler(load_model(checkpoint), GPT2_TOKENIZER, config, torch.Generator())
-    sampler.print_continuations(prompt, is_answer=False)
+    sampler = Sampler(load_model(checkpoint), GPT2_TOKENIZER, config, 40, torch.Generator())
+    sampler.print_continuations([prompt])
     generate = pipeline("text-generation", str(checkpoint), device="cpu")
     theirs = generate(prompt, max_new_tokens=40, do_sample=False)[0]["generated_text"]
     assert capsys.readouterr().out == f"{theirs}\n"
     assert len(theirs) > len(prompt) + 40
+
+
+@pytest.mark.parametrize("template", [ALPACA_TEMPLATE, CHAT_TEMPLATE])
+def test_transformers_pipeline_gives_the_same_answer(tmp_path, capsys, template):
+    """With messages, pipeline("text-generation") answers what sample.py --instruction does."""
+    tokenizer = Tokenizer.gpt2()
+    tokenizer.chat_template = template
+    checkpoint = save_run(tmp_path, tokenizer)
+    options = {"max_new_tokens": 40, "temperature": 0.0, "device": "cpu"}
+    sample.main(SampleConfig(str(tmp_path), instruction="Say caf\u00e9.\n", **options))
+    answer = capsys.readouterr().out
+    generate = pipeline("text-generation", str(checkpoint), device="cpu")
+    messages = [{"role": "user", "content": "Say caf\u00e9.\n"}]
+    theirs = generate(messages, max_new_tokens=40, do_sample=False)[0]["generated_text"]
+    assert answer == f"{theirs[-1]['content']}\n"
+    assert len(answer) > 40
 
 
 def test_checkpoints_have_the_files_that_converters_read(checkpoint):

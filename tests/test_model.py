@@ -76,14 +76,16 @@ def test_cached_forward_equals_full_forward(tiny_model):
         tiny_model.hidden(idx[:, :2], caches)
 
 
-def test_greedy_generation_equals_transformers(tmp_path):
-    """Greedy tokens match transformers' generate for several prompts."""
+@pytest.mark.parametrize("process", [None, lambda idx, logits: logits.scatter(1, idx, -torch.inf)])
+def test_greedy_generation_equals_transformers(tmp_path, process):
+    """Greedy tokens match transformers' generate for several prompts, also with process_logits."""
     theirs = small_transformers_gpt2()
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(tmp_path)
     idx = random_ids(3, 8)
-    expected = theirs.generate(idx, max_new_tokens=40, do_sample=False, pad_token_id=0)
-    assert torch.equal(ours.generate(idx, 40, temperature=0), expected)
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    expected = theirs.generate(idx, **options, logits_processor=[process] if process else None)
+    assert torch.equal(ours.generate(idx, 40, temperature=0, process_logits=process), expected)
 
 
 def test_generation_past_the_window(tiny_model):

@@ -107,7 +107,7 @@ def test_samples_match_the_pipeline_of_transformers(models, kind, prompt, capsys
     pipeline would also generate ids without a token, so the test suppresses them.
     """
     options = {"max_new_tokens": 40, "temperature": 0.0, "device": "cpu"}
-    sample(SampleConfig(model=str(models[kind]), prompt=prompt, **options))
+    sample(SampleConfig(model=str(models[kind]), prompt=[prompt], **options))
     generate = pipeline("text-generation", str(models[kind]), device="cpu")
     unused = own_tokenizer(models[kind]).unused_ids(KINDS[kind][2])
     assert len(unused) == (44 if kind == "larger" else 0)
@@ -130,7 +130,7 @@ def test_ids_without_a_token_are_never_sampled(models, tmp_path, capsys):
     model.transformer.ln_f.bias.data.fill_(1)
     model.transformer.wte.weight.data[50260:] = 9  # by far the most likely
     model.save_pretrained(folder)
-    options = {"prompt": "a", "max_new_tokens": 20, "num_return_sequences": 3, "device": "cpu"}
+    options = {"prompt": ["a"], "max_new_tokens": 20, "num_return_sequences": 3, "device": "cpu"}
     sample(SampleConfig(model=str(folder), **options))
     printed = capsys.readouterr()
     assert "60 tokens" in printed.err

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import GPT2_TOKENIZER, small_gpt2
+from conftest import small_gpt2
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,14 +19,19 @@ import share
 from engine.checkpoint import RunState, list_checkpoints, load_model, save_checkpoint
 from engine.files import JSONLinesLog, write_json
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora, get_lora_state_dict
+from engine.tokenizer import Tokenizer
 from model import GPT
 from share import ShareConfig
+
+CHAT_TEMPLATE = "Café: {{ messages[0].content }}\n"
 
 
 def save_run(
     run: Path, model: GPT, params: dict, config: dict, fixed: list[str] | None = None
 ) -> Path:
     """Write a run folder with two checkpoints. The first has the lower validation loss."""
+    tokenizer = Tokenizer.gpt2()
+    tokenizer.chat_template = CHAT_TEMPLATE
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     command = "python /a/train_gpt2.py --out_dir secret/place/ --data-dir=/secret/x --no-compile"
@@ -38,7 +43,7 @@ def save_run(
         progress = {"step": step, "val_loss": loss, "facts": {"parameters": "1,234"}}
         progress |= {"fixed_settings": fixed} if fixed else {}
         state = RunState(progress, {"moment": torch.zeros(3)})
-        save_checkpoint(run, model, GPT2_TOKENIZER, params, state, keep=2)
+        save_checkpoint(run, model, tokenizer, params, state, keep=2)
     return run
 
 
@@ -80,9 +85,9 @@ def front_matter(folder: Path) -> dict:
 
 
 def test_shared_model_is_complete_and_described(run, capsys):
-    """The folder of a dry run opens in transformers with the same logits and holds no optimizer
-    state. Its card has the summary and the fixed settings of the checkpoint. The card and
-    run.json have no local path.
+    """The folder of a dry run opens in transformers with the same logits and chat template, and
+    holds no optimizer state. Its card has the summary and the fixed settings of the checkpoint. The
+    card and run.json have no local path.
     """
     config = ShareConfig(str(run), "me/my-gpt2", dry_run=True, license="mit")
     share.main(config)
@@ -96,7 +101,9 @@ def test_shared_model_is_complete_and_described(run, capsys):
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(folder)(idx).logits
         torch.testing.assert_close(theirs, load_model(run)(idx), atol=1e-3, rtol=1e-4)
-    assert AutoTokenizer.from_pretrained(folder)("Hello world")["input_ids"] == [15496, 995]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("Hello world")["input_ids"] == [15496, 995]
+    assert tokenizer.chat_template == CHAT_TEMPLATE
     head = front_matter(folder)
     assert head["library_name"] == "transformers"
     assert head["pipeline_tag"] == "text-generation"
@@ -120,20 +127,20 @@ def test_shared_model_is_complete_and_described(run, capsys):
 
 
 def test_shared_adapter_names_its_base_on_the_hub(run, adapter):
-    """The folder of a dry run opens in peft with the same logits, and the card shows no local path.
-    If the base is a local folder, the error says to pass its name on the hub.
+    """The folder of a dry run opens in peft with the same logits and has the chat template. The
+    card shows no local path. If the base is a local folder, the error says to pass its name on the
+    hub.
     """
     with pytest.raises(ValueError, match=r"expected NAME or USER/NAME.*--base_model USER/NAME"):
         share.main(ShareConfig(str(adapter), "me/lora", dry_run=True))
     assert not (adapter / "share").exists()
     config = ShareConfig(str(adapter), "me/lora", base_model="me/my-gpt2", dry_run=True)
-    (adapter / "prompt_template.json").write_text('{"without_input": "{instruction}"}')
     share.main(config)
     folder = adapter / "share"
     expected = {"README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png"}
-    expected |= {"prompt_template.json", "tokenizer.json", "tokenizer_config.json"}
-    expected |= {"vocab.json", "merges.txt", "run.json"}
+    expected |= {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "run.json"}
     assert {file.name for file in folder.iterdir()} == expected
+    assert AutoTokenizer.from_pretrained(folder).chat_template == CHAT_TEMPLATE
     stock = AutoModelForCausalLM.from_pretrained(list_checkpoints(run)[-1])
     idx = torch.arange(100)[None]
     with torch.no_grad():
