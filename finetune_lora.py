@@ -1,4 +1,4 @@
-"""Fine-tune GPT-2 on instructions, with LoRA or all weights."""
+"""Fine-tune GPT-2 on instructions, conversations or text, with LoRA or all weights."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from engine.adapter import load_adapter
-from engine.chat import Chat
+from engine.chat import ChatTemplate
 from engine.checkpoint import hash_weights, latest_checkpoint, load_model, mark_base
 from engine.config import ADAPTER_HELP, MODEL_HELP, Names, TrainConfig, flag, run_command
 from engine.data import ceil_div
@@ -76,7 +76,7 @@ class FinetuneConfig(RowSettings, TrainConfig):
         "examples per optimizer step over all devices (default: 64, at most a tenth of the data)",
     )
     epochs: int = flag(3, "passes over the examples")
-    val_data: str | None = flag(None, "rows for validation, like --data", may_change=True)
+    val_data: str | None = flag(None, "validation rows, in the forms of --data", may_change=True)
     val_fraction: float = flag(
         None, "fraction held out (default: 0.1, or 0 with --val_data)", at_least=0, below=1
     )
@@ -139,9 +139,8 @@ def main(given: FinetuneConfig) -> None:
         examples = read(given.data, settings=given)
         held_out = read(given.val_data, settings=given) if given.val_data else []
     if not held_out:
-        examples, held_out = split_examples(
-            examples, given.val_fraction or VAL_FRACTION, given.seed
-        )
+        fraction = given.val_fraction or VAL_FRACTION
+        examples, held_out = split_examples(examples, fraction, given.seed)
     set_chat_template(tokenizer, examples)
     given = replace(given, base_sha256=hash_base(base, given))
     base_path = str(base.name_or_path)
@@ -288,7 +287,7 @@ def save_merged(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     save_pretrained(model, temporary, tokenizer)
     if tokenizer.chat_template:
-        modelfile = Chat(tokenizer.chat_template, tokenizer).modelfile()
+        modelfile = ChatTemplate(tokenizer.chat_template, tokenizer).modelfile()
         (temporary / "Modelfile").write_text(modelfile, encoding="utf-8")
     temporary.rename(folder)
     print(f"merged model              {folder}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tokenizers.decoders import DecodeStream
 
-from engine.chat import Chat, Messages, find_chat_template
+from engine.chat import ChatTemplate, Messages, find_chat_template
 from engine.checkpoint import latest_checkpoint, load_model
 from engine.config import MAX_SEED, ModelSettings, flag, run_command
 from engine.decode import force_prompts, penalize_repetition, speed_up_decoding
@@ -29,8 +29,8 @@ CONTINUATION_TOKENS, ANSWER_TOKENS = 50, 256  # default max_new_tokens for each
 
 @dataclass(frozen=True)
 class SampleConfig(ModelSettings):
-    prompt: list[str] = flag([], "texts to continue; may be empty (default: ask, or read stdin)")
-    prompt_file: str | None = flag(None, "file with a text to continue on each line")
+    prompt: list[str] = flag([], 'texts to continue; "" is valid (default: ask, or read stdin)')
+    prompt_file: str | None = flag(None, "file of texts to continue, one per line")
     instruction: str | None = flag(None, "instruction to answer, in the model's chat template")
     input: str | None = flag(None, "input that goes with the instruction")
     num_return_sequences: int = flag(
@@ -41,7 +41,7 @@ class SampleConfig(ModelSettings):
     temperature: float = flag(1.0, "0 takes the most likely token; higher is more varied")
     top_k: int | None = flag(50, "sample from the k most likely tokens (null: from all)")
     top_p: float | None = flag(None, "nucleus sampling: probability to keep", above=0, at_most=1)
-    repetition_penalty: float = flag(1.0, "above 1: less of what the text has already", above=0)
+    repetition_penalty: float = flag(1.0, "above 1: repeated tokens get less likely", above=0)
     seed: int = flag(42, "random seed for sampling", at_least=0, at_most=MAX_SEED)
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
@@ -130,7 +130,7 @@ class Sampler:
     ) -> str:
         """Print each prompt and its continuations, or an answer without its prompt, until an
         end-of-text token, a stop string or `end`. A single continuation is streamed; several are
-        printed when all are complete. The speed goes to stderr. Return the first text.
+        printed when all are complete. The speed goes to stderr. Return the first continuation.
         """
         prompts = [prompt for prompt in prompts for _ in range(self.config.num_return_sequences)]
         stop, block_size = [*self.config.stop, *filter(None, [end])], self.model.config.block_size
@@ -139,7 +139,7 @@ class Sampler:
         encode = self.tokenizer.encode if is_answer else self.tokenizer.encode_prompt
         prompt_ids = list(map(encode, prompts))
         if (longest := max(map(len, prompt_ids))) > block_size:
-            warning = f"the prompt has {longest} tokens; the model sees only the last {block_size}"
+            warning = f"a prompt has {longest} tokens; the model sees only the last {block_size}"
             print(warning, file=sys.stderr)
         is_streamed = len(rows) == 1
         prefixes = [""] * len(rows) if is_answer else prompts
@@ -185,19 +185,19 @@ class Sampler:
             if all(row.done for row in rows):
                 break
 
-    def answer(self, chat: Chat, messages: Messages) -> str:
-        """Print the answer to the last message and return it. The oldest turns are dropped if there
-        would be less than half of the context left for the answer.
+    def answer(self, chat: ChatTemplate, messages: Messages) -> str:
+        """Print the answer to the last message and return it. Drops the oldest turns to leave room
+        for max_new_tokens, or for half of the context if that is less.
         """
         block_size = self.model.config.block_size
-        room = block_size - min(self.max_new_tokens, block_size // 2)
-        messages = chat.fit(messages, room)
+        max_prompt = block_size - min(self.max_new_tokens, block_size // 2)
+        messages = chat.fit(messages, max_prompt)
         prompt = chat.render(messages, add_generation_prompt=True)
         return self.print_continuations([prompt], is_answer=True, end=chat.end_of_answer())
 
-    def run_prompt_loop(self, chat: Chat | None) -> None:
+    def run_prompt_loop(self, chat: ChatTemplate | None) -> None:
         """Ask for prompts, or for instructions if there is a chat template, until an empty line.
-        Ctrl-C ends the text that is being generated, and a conversation forgets that turn.
+        Ctrl-C stops the text that is being generated and drops that turn from the conversation.
         """
         with suppress(ImportError):  # Windows has no readline
             import readline  # noqa: F401  # lets `input` edit the line and recall earlier ones
@@ -222,12 +222,12 @@ class Sampler:
 
 
 def read_prompts(config: SampleConfig) -> list[str]:
-    """Return the texts to continue, [] if the user should be asked."""
+    """Return the texts to continue; [] with an instruction, or if the user should be asked."""
     if config.prompt_file is not None:
         lines = [line for _, line in read_lines(Path(config.prompt_file))]
         if not lines:
             raise ValueError(f"{config.prompt_file} has no prompts, expected one on each line")
-        return [line.decode().rstrip("\r\n") for line in lines]
+        return [line.decode("utf-8-sig").rstrip("\r\n") for line in lines]
     if config.prompt or config.instruction is not None or sys.stdin.isatty():
         return config.prompt
     # Piped text; `echo` adds a newline.
@@ -241,7 +241,7 @@ def main(config: SampleConfig) -> None:
     tokenizer = load_tokenizer(model, config.tokenizer)
     path = latest_checkpoint(config.lora_load_path or config.model)
     template = find_chat_template(path, tokenizer)
-    chat = Chat(template, tokenizer) if template else None
+    chat = ChatTemplate(template, tokenizer) if template else None
     if not has_finite_weights(model):
         raise ValueError(f"{config.model} has weights that are not finite; choose another model")
     if lora_linears(model):
@@ -251,11 +251,13 @@ def main(config: SampleConfig) -> None:
     default = CONTINUATION_TOKENS if prompts or chat is None else ANSWER_TOKENS
     sampler = Sampler(model, tokenizer, config, config.max_new_tokens or default, generator)
     if config.instruction is not None:
-        if chat is None or (config.input and "input" not in chat.template):
-            missing = "place for an input in its chat template" if chat else "chat template"
-            raise ValueError(f"{path} has no {missing}; pass the full text as --prompt")
-        message = {"role": "user", "content": config.instruction, "input": config.input}
-        sampler.answer(chat, [message])
+        if chat is None:
+            raise ValueError(f"{path} has no chat template; pass the full text as --prompt")
+        message = {"role": "user", "content": config.instruction}
+        with_input = message | {"input": config.input}
+        if config.input and chat.render([with_input]) == chat.render([message]):
+            raise ValueError(f"the chat template of {path} has no place for an input; omit input")
+        sampler.answer(chat, [with_input])
     elif prompts:
         sampler.print_continuations(prompts)
     else:

@@ -10,6 +10,7 @@ compiled code. Tables go to OUT_DIR/results.md. Measurements go to OUT_DIR/resul
 contender, so stopping a part loses only the contender being measured.
 """
 
+import re
 import shlex
 import subprocess
 import sys
@@ -38,11 +39,11 @@ PARTS = {
     "hellaswag": "hellaswag.py --rows 500 --rounds 2 --device cuda --precision bf16",
     "generate": "generate.py --rounds 3 --device cuda --compile",
 }
-# In a dry run these flags come last, so they override those above.
+# In a dry run these flags come last, so they override those above, except for lists.
 DRY_RUN_FLAGS = "--device cpu --precision fp32 --one_by_one --rounds 1"
 DRY_RUN_FLAGS_OF_SCRIPT = {
-    "train_step.py": "--no-compile --sizes 1x64:2x32",
-    "lora.py": f"--no-compile --size 1x64:2x32 --contenders {LORA_NAMES}",
+    "train_step.py": "--no-compile",
+    "lora.py": "--no-compile",
     "hellaswag.py": "--rows 4 --n_layer 1 --contenders project loop",
     "generate.py": "--no-compile --new_tokens 3 --n_layer 1",
 }
@@ -59,9 +60,11 @@ class GPUBenchmarkConfig:
 
 def make_command(part: str, config: GPUBenchmarkConfig) -> list[str]:
     """Return the script of a part, relative to ROOT, and its flags."""
-    script, *flags = shlex.split(PARTS[part])
+    line = PARTS[part]
     if config.dry_run:
-        flags += shlex.split(f"{DRY_RUN_FLAGS} {DRY_RUN_FLAGS_OF_SCRIPT[script]}")
+        line = re.sub(r"12x768:\d+x\d+", "1x64:2x32", line).removesuffix(" 'peft compiled'")
+        line += f" {DRY_RUN_FLAGS} {DRY_RUN_FLAGS_OF_SCRIPT[line.split()[0]]}"
+    script, *flags = shlex.split(line)
     if config.peer and part.startswith("train_step"):
         flags += ["--peer", config.peer]
     if config.data and part == "hellaswag":

@@ -128,8 +128,7 @@ def write_rounds(config: HellaSwagBenchmarkConfig, folder: str) -> list[Path]:
     """Write one file of random rows per round, including the warmup."""
     task = make_task("hellaswag", data=config.data)
     rows = open_rows(task.source, task.hub.config, task.hub.split)
-    contents = (row.content for row in rows)
-    lines = [c.decode() if isinstance(c, bytes) else json.dumps(c) + "\n" for c in contents]
+    lines = [c.decode() if isinstance(c, bytes) else json.dumps(c) + "\n" for _, _, c in rows]
     n = (config.rounds + 1) * config.rows
     if len(lines) < n:
         raise ValueError(f"data has {len(lines)} rows, expected at least {n}; lower --rows")

@@ -13,11 +13,9 @@ import numpy as np
 from engine.files import read_json
 from engine.tokenizer import CHAT_TEMPLATE_FILE, CONFIG_FILE, Tokenizer, read_chat_template
 
-# Dicts with role (system, user or assistant) and content. A user's may have an input. An answer
-# with weight 0 is not trained on.
+# Each has role (system, user or assistant) and content. A message of the user may have an input.
+# An answer with weight 0 is not trained on.
 Messages = list[dict[str, Any]]
-
-
 # Our templates differ only in the text around a message of the user.
 BEFORE_USER = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
@@ -37,7 +35,7 @@ OLD_TEMPLATE_FILE = "prompt_template.json"  # in runs and merged models of earli
 
 
 @dataclass(frozen=True)
-class Chat:
+class ChatTemplate:
     """A chat template and the tokenizer that encodes its text."""
 
     template: str
@@ -49,11 +47,12 @@ class Chat:
         """
         options = {"chat_template": self.template, "add_generation_prompt": add_generation_prompt}
         try:
-            return self.tokenizer.renderer.apply_chat_template(messages, tokenize=False, **options)
-        except (
-            Exception
-        ) as error:  # templates are foreign code; transformers has a sandbox for them
-            raise ValueError(f"the chat template cannot render it: {error}") from error
+            return self.tokenizer.hf_tokenizer.apply_chat_template(
+                messages, tokenize=False, **options
+            )
+        # A template is foreign code and can raise anything. transformers runs it in a sandbox.
+        except Exception as error:
+            raise ValueError(f"the chat template failed: {error}") from error
 
     def fit(self, messages: Messages, max_tokens: int) -> Messages:
         """Drop the oldest turns until the conversation has at most `max_tokens` tokens. The system
@@ -71,10 +70,9 @@ class Chat:
     def encode(self, messages: Messages) -> tuple[np.ndarray, np.ndarray, str, int]:
         """Encode a conversation that ends with an answer.
 
-        Return the ids (T), the same as those of `apply_chat_template`; which of them to predict
-        (T): the answers with the text that ends them; the text before the last answer; and the
-        number of its tokens. Raises ValueError if the template does not render the beginning of the
-        conversation as the beginning of its text.
+        Return the ids (T), as from `apply_chat_template`; a mask (T) of the answers and the text
+        that ends them; the text before the last answer; and how many tokens that text has. Raises
+        ValueError if later turns change how the template renders earlier ones.
         """
         text = self.render(messages)
         encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
@@ -85,20 +83,22 @@ class Chat:
             through = self.render(messages[: i + 1])
             if not (through.startswith(prompt) and text.startswith(through)):
                 raise ValueError(
-                    "the chat template does not render the beginning of a conversation as the "
-                    "beginning of its text, so answers cannot be found; use another template"
+                    "the chat template is not prefix-preserving: later turns change how earlier "
+                    "ones are rendered, so answers cannot be found; edit the template"
                 )
             if messages[i].get("weight") != 0:
                 is_target |= (ends > len(prompt)) & (ends <= len(through))
         return np.array(encoding.ids), is_target, prompt, int((ends <= len(prompt)).sum())
 
     def end_of_answer(self) -> str:
-        """Return the text that ends an answer, such as <|endoftext|>."""
+        """Return the text that ends an answer: its special token, if it has one."""
         question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "?!"}
-        return self.render([question, answer]).rpartition("?!")[2].strip()
+        end = self.render([question, answer]).partition("?!")[2]
+        special = self.tokenizer.special_pattern.search(end)
+        return special[0] if special else end.strip()
 
     def modelfile(self) -> str:
-        """Return the text of a Modelfile, with which Ollama imports the model as a GGUF file."""
+        """Return the text of a Modelfile, with which Ollama imports the model's GGUF file."""
         text = "FROM ./model.gguf\n"
         start, is_ours, user = self.template.partition(BEFORE_USER)
         if is_ours:  # Ollama recognizes many other templates in the GGUF file
@@ -113,7 +113,7 @@ class Chat:
         return text
 
 
-def add_start(template: str, tokenizer: Tokenizer) -> str:
+def prepend_bos(template: str, tokenizer: Tokenizer) -> str:
     """Return the template with the token that the tokenizer puts before a text, if any."""
     return tokenizer.decode(tokenizer.encode("", add_special_tokens=True)) + template
 

@@ -32,7 +32,7 @@ def speed_up_decoding(model: GPT) -> None:
 def force_prompts(
     idx: torch.Tensor, logits: torch.Tensor, prompts: list[list[int]]
 ) -> torch.Tensor:
-    """Leave rows whose prompt is longer than `idx` (B, T) only one choice: its next token. So
+    """While a row's prompt is longer than `idx` (B, T), force the next token of the prompt. So
     prompts of different lengths run in one batch, all from position 0 and without padding.
     """
     T = idx.size(1)

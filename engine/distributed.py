@@ -143,8 +143,8 @@ def resolve_device_settings(config: Config, dist: Distributed) -> Config:
     if config.precision is None and device.type == "cpu" and dist.is_main:
         has = "has" if precision == "bf16" else "has no"
         print(f"precision: {precision} (this CPU {has} bf16 units; set precision to change it)")
-    if precision == "bf16" and not has_bf16_units(device) and dist.is_main:
-        print("precision: bf16 is emulated on this device, up to 60 times slower than fp32")
+    if precision == "bf16" and device.type == "cpu" and not has_bf16_units(device) and dist.is_main:
+        print("precision: this CPU has no bf16 units, so bf16 may be 60 times slower than fp32")
     compile_step = device.type == "cuda" if config.compile is None else config.compile
     return replace(config, precision=precision, compile=compile_step)
 

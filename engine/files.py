@@ -53,7 +53,7 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def replace_surrogates(text: str) -> str:
+def clean_text(text: str) -> str:
     """Replace lone surrogates, which JSON can hold and UTF-8 cannot, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

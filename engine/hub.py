@@ -14,7 +14,8 @@ MODEL_REMEDY = (
     "model.safetensors"
 )
 # A name with one of these suffixes is a file, never a name on the hub.
-SUFFIXES = (".json", ".jsonl", ".gz", ".txt", ".csv", ".tsv", ".parquet", ".pt", ".safetensors")
+FILE_SUFFIXES: tuple[str, ...] = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt")
+FILE_SUFFIXES += (".pt", ".safetensors")
 
 
 def check_hub_name(name: str, expected: str) -> None:
@@ -22,7 +23,7 @@ def check_hub_name(name: str, expected: str) -> None:
     name (NAME or USER/NAME) either.
     """
     is_path = name.count("/") > 1 or name.startswith(("/", ".", "~")) or "\\" in name
-    if is_path or name.endswith(SUFFIXES) or not name:
+    if is_path or name.endswith(FILE_SUFFIXES) or not name:
         raise FileNotFoundError(f"there is no {name or repr(name)}; expected {expected}")
 
 

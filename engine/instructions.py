@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine import chat
-from engine.chat import Chat, Messages
+from engine.chat import ChatTemplate, Messages
 from engine.config import Settings, flag
 from engine.data import IGNORE_INDEX, Batch, TrainingData, epoch_order, make_batch, round_up
 from engine.files import sha256_text
@@ -35,7 +35,7 @@ class PromptCompletion:
     tokens: np.ndarray
     targets: np.ndarray
     n_prompt: int  # tokens of the prompt
-    template: str | None = None  # the chat template that gives the prompt
+    template: str | None = None  # our chat template for such prompts; None: there is none
 
 
 def make_messages(prompt: str, completion: str, **others: str) -> Messages:
@@ -91,7 +91,7 @@ class Form(NamedTuple):
 
 ALPACA_INPUT = ("input", "context")  # optional
 ALPACA_KEYS = ("instruction", "question"), ("output", "response", "answer")
-FORMS = (  # if a row has several, the first one counts
+FORMS: tuple[Form, ...] = (  # if a row has several, the first one counts
     Form((("prompt",), ("completion",)), parse_pair, chat.PLAIN_TEMPLATE),
     Form((("messages", "conversations"),), parse_messages, None),
     Form(ALPACA_KEYS, parse_alpaca, chat.ALPACA_TEMPLATE, optional=ALPACA_INPUT),
@@ -102,33 +102,33 @@ FORMS = (  # if a row has several, the first one counts
 
 @dataclass(frozen=True)
 class RowSettings(Settings):
-    """The settings that say how rows are read. On resume, the hash of the examples is compared."""
+    """How rows are read. May change on resume, because the hash of the examples is compared."""
 
     data: str = flag(
         DEFAULT_DATA,
-        "file (.json, .jsonl, .csv, .tsv, .parquet), folder, glob, hub dataset, or stdlib "
-        "(Python's docstrings)",
+        "JSON, CSV or Parquet file, folder, glob, hub dataset, or stdlib (Python's docstrings)",
         group="data",
         may_change=True,
     )
-    dataset_config: str | None = flag(None, "configuration of a hub dataset", may_change=True)
+    dataset_config: str | None = flag(None, "config (subset) of a hub dataset", may_change=True)
     split: str = flag("train", "split of a hub dataset or a saved DatasetDict", may_change=True)
-    prompt_column: str = flag("prompt", "name of the prompt in the rows", may_change=True)
-    completion_column: str = flag("completion", "name of the completion", may_change=True)
+    prompt_column: str = flag("prompt", "column with the prompt", may_change=True)
+    completion_column: str = flag("completion", "column with the completion", may_change=True)
     skip_bad_rows: bool = flag(
-        None, "skip bad rows (default: only those of the default data)", may_change=True
+        None, "skip null and empty rows (default: only in the default data)", may_change=True
     )
 
 
-def find_forms(row: dict) -> list[tuple[Form, list[str]]]:
-    """Return the forms that a row has, each with its keys. Prefer keys with a value, because in a
-    table every row has every key. Raises ValueError if there is none.
+def find_form(row: dict, forms: tuple[Form, ...]) -> tuple[Form, list[str]]:
+    """Return the first form that a row has, and its keys. Prefer keys with a value, because in a
+    table every row has every key. Raises ValueError if the row has none of the forms.
     """
     for keys in ({key for key, value in row.items() if value is not None}, row.keys()):
-        chosen = [[next((k for k in group if k in keys), "") for group in f.keys] for f in FORMS]
-        if found := [(f, names) for f, names in zip(FORMS, chosen, strict=True) if all(names)]:
-            return found
-    expected = ", or ".join(" and ".join(map("/".join, form.keys)) for form in FORMS)
+        for form in forms:
+            chosen = [next((key for key in group if key in keys), "") for group in form.keys]
+            if all(chosen):
+                return form, chosen
+    expected = ", or ".join(" and ".join(map("/".join, form.keys)) for form in forms)
     raise ValueError(
         f"its keys are {', '.join(row) or 'none'}; expected {expected}. For other names, set "
         "prompt_column and completion_column"
@@ -139,28 +139,28 @@ def encode_pair(messages: Messages, template: str | None, tokenizer: Tokenizer) 
     """Encode a message of the user, and its completion, which ends with an end-of-text token."""
     *user, completion = messages
     if not completion["content"].strip():
-        raise ValueError("there is no completion")
-    prompt = Chat(template or chat.PLAIN_TEMPLATE, tokenizer).render(user)
+        raise ValueError("there is nothing to train on, expected a completion or text")
+    prompt = ChatTemplate(template or chat.PLAIN_TEMPLATE, tokenizer).render(user)
     prompt_ids, ids = tokenizer.encode_prompt(prompt), tokenizer.encode(completion["content"])
     if ids[-1] != tokenizer.end_of_text:
         ids.append(tokenizer.end_of_text)
     tokens, targets = np.array([prompt_ids + ids, [IGNORE_INDEX] * len(prompt_ids) + ids])
-    n_prompt = len(prompt_ids)
-    return PromptCompletion(prompt, completion["content"], tokens, targets, n_prompt, template)
+    texts = prompt, completion["content"]
+    return PromptCompletion(*texts, tokens, targets, len(prompt_ids), template)
 
 
 def trim_messages(messages: Messages) -> Messages:
-    """Return the messages through the last answer to train on. Raises ValueError if there is no
-    such answer, or an empty one.
+    """Return the messages up to the last answer to train on. Raises ValueError if there is no such
+    answer, or if one is empty.
     """
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and "weight" not in m]
     if not all(messages[i]["content"].strip() for i in answers) or not answers:
-        raise ValueError("there is no answer of the assistant, or an empty one")
+        raise ValueError("an answer of the assistant is missing or empty")
     return messages[: answers[-1] + 1]
 
 
-def encode_chat(messages: Messages, conversation: Chat) -> PromptCompletion:
-    tokens, is_target, prompt, n_prompt = conversation.encode(messages)
+def encode_chat(messages: Messages, template: ChatTemplate) -> PromptCompletion:
+    tokens, is_target, prompt, n_prompt = template.encode(messages)
     if not is_target.any():
         raise ValueError("the chat template renders no answer")
     targets = np.where(is_target, tokens, IGNORE_INDEX)
@@ -173,33 +173,32 @@ def read_examples(
 ) -> list[PromptCompletion]:
     """Read the examples of a file, a folder, a hub dataset or "stdlib". Print what was recognized.
 
-    Special tokens in the text are encoded as such. What does not fit block_size is cut, after a
-    conversation has dropped its oldest turns. Rows with a prompt longer than block_size are skipped
-    and counted. Raises ValueError if a row is bad, unless they are skipped.
+    Special tokens in the text are encoded as such. Conversations drop their oldest turns; what
+    still does not fit block_size is cut. Rows with a prompt longer than block_size are skipped and
+    counted. Raises ValueError for a bad row, unless bad rows are skipped.
     """
     # Round down to a multiple of PAD_MULTIPLE, because `pad` rounds up, and rows have to fit.
     block_size = max(1, block_size // PAD_MULTIPLE) * PAD_MULTIPLE
     settings = settings or RowSettings()
-    columns = settings.prompt_column, settings.completion_column
-    conversation = Chat(
-        own_template(tokenizer) or chat.add_start(chat.CHAT_TEMPLATE, tokenizer), tokenizer
-    )
-    report: Counter[str] = Counter()
+    columns = (settings.prompt_column,), (settings.completion_column,)
+    forms = FORMS if columns == FORMS[0].keys else (FORMS[0]._replace(keys=columns),)
+    jinja = own_template(tokenizer) or chat.prepend_bos(chat.CHAT_TEMPLATE, tokenizer)
+    template = ChatTemplate(jinja, tokenizer)
+    forms_read: Counter[str] = Counter()
+    problems: Counter[str] = Counter()
     unused: dict[str, None] = {}  # a set that keeps the order of the keys
 
     def convert(row: dict) -> PromptCompletion:
-        found = find_forms(row) if columns == ("prompt", "completion") else [(FORMS[0], columns)]
-        form, keys = found[0]
+        form, keys = find_form(row, forms)
         messages = form.parse(row, *keys)
         if isinstance(row[keys[0]], list):
             messages = trim_messages(messages)
-            kept = conversation.fit(messages, block_size + 1)
-            report["conversations without their oldest turns"] += len(kept) < len(messages)
-            example = encode_chat(kept, conversation)
+            kept = template.fit(messages, block_size + 1)
+            problems["conversations without their oldest turns"] += len(kept) < len(messages)
+            example = encode_chat(kept, template)
         else:
             example = encode_pair(messages, form.template, tokenizer)
-        ignored = [f", ignoring {' and '.join(names)}" for _, names in found[1:]]
-        report[f"rows with {' and '.join(keys)}{''.join(ignored)}"] += 1
+        forms_read[f"rows with {' and '.join(keys)}"] += 1
         unused.update(dict.fromkeys(key for key in row if key not in (*keys, *form.optional)))
         return example
 
@@ -209,31 +208,32 @@ def read_examples(
     found = [example for _, example in convert_rows(bar, convert, skip)]
     fitting = [example for example in found if example.n_prompt <= block_size]
     excess = np.array([len(example.tokens) - block_size - 1 for example in fitting])
-    report[f"rows skipped, as their prompts exceed {block_size} tokens"] = len(found) - len(fitting)
-    report["completions cut to fit"] = int((excess > 1).sum())
-    report["completions without their end-of-text token"] = int((excess > 0).sum())
-    lines = [f"{n:,} {what}" for what, n in report.items() if n]
-    print(f"{source}: {'; '.join(lines)}{'; not used: ' if unused else ''}{', '.join(unused)}")
+    problems[f"rows skipped (prompt over {block_size} tokens)"] = len(found) - len(fitting)
+    problems["completions cut to fit"] = int((excess > 1).sum())
+    problems["completions without their end"] = int((excess > 0).sum())
     if not fitting:
         raise ValueError(f"{source} has no usable rows")
+    lines = [f"{n:,} {what}" for what, n in (forms_read | problems).items()]
+    print(f"{source}: {'; '.join(lines)}{'; not used: ' if unused else ''}{', '.join(unused)}")
     end = block_size + 1
     return [replace(e, tokens=e.tokens[:end], targets=e.targets[:end]) for e in fitting]
 
 
 def own_template(tokenizer: Tokenizer) -> str | None:
     """Return the chat template of the base model, unless it does not tell who is speaking."""
-    has_roles = tokenizer.chat_template not in (chat.PLAIN_TEMPLATE, chat.DOCSTRING_TEMPLATE)
-    return tokenizer.chat_template if has_roles else None
+    template = tokenizer.chat_template or ""
+    has_roles = not template.endswith((chat.PLAIN_TEMPLATE, chat.DOCSTRING_TEMPLATE))
+    return template if template and has_roles else None
 
 
 def set_chat_template(tokenizer: Tokenizer, examples: list[PromptCompletion]) -> None:
-    """Give the tokenizer the chat template of most examples. If the base model has its own,
-    conversations and plain prompts leave it as it is.
+    """Give the tokenizer the most common chat template of the examples. Conversations and plain
+    prompts keep the one of the base model, if it has one.
     """
     (template, _), *_ = Counter(example.template for example in examples).most_common()
-    is_plain = template in (chat.CHAT_TEMPLATE, chat.PLAIN_TEMPLATE)
-    if template and not (is_plain and own_template(tokenizer)):
-        tokenizer.chat_template = chat.add_start(template, tokenizer)
+    keeps_base = template in (chat.CHAT_TEMPLATE, chat.PLAIN_TEMPLATE)
+    if template and not (keeps_base and own_template(tokenizer)):
+        tokenizer.chat_template = chat.prepend_bos(template, tokenizer)
 
 
 def split_examples(
@@ -248,7 +248,7 @@ def split_examples(
 
 
 def pad(examples: list[PromptCompletion]) -> Batch:
-    """Build a batch with one example per row. Only completions are targets. Rows are padded on the
+    """Build a batch with one example per row. Only answers are targets. Rows are padded on the
     right, so the causal mask hides the padding from real tokens.
 
         tokens    p p p c c c         n_prompt = 3

@@ -20,7 +20,7 @@ from engine.config import TrainConfig
 from engine.data import TrainingData
 from engine.distributed import Distributed
 from engine.files import JSONLinesLog, drop_lost_terminal
-from engine.hub import SUFFIXES
+from engine.hub import FILE_SUFFIXES
 from engine.shards import read_manifest
 from engine.throughput import flops_per_token, format_seconds, peak_flops, peak_memory
 from model import GPT
@@ -357,5 +357,5 @@ def name_dataset(run: Path) -> str:
 def hide_folder(setting: Any) -> Any:
     """Return the setting, without the folder if it is a local path."""
     path = Path(str(setting))
-    is_local = path.is_absolute() or path.exists() or path.name.endswith(SUFFIXES)
+    is_local = path.is_absolute() or path.exists() or path.name.endswith(FILE_SUFFIXES)
     return path.name if isinstance(setting, str) and is_local else setting

@@ -1,4 +1,4 @@
-"""Read rows, such as JSON objects: from files, the hub, or Python's standard library."""
+"""Read rows (dicts) from files, the hub, or Python's standard library."""
 
 import ast
 import csv
@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from engine.documents import find_files, stdlib_definitions
-from engine.files import (
-    DAMAGED_GZIP,
-    open_binary,
-    read_json,
-    read_lines,
-    replace_surrogates,
-    sha256_text,
-)
+from engine.files import DAMAGED_GZIP, clean_text, open_binary, read_json, read_lines, sha256_text
 from engine.hub import check_hub_name, load_hub_rows
 
 Converted = TypeVar("Converted")
@@ -30,8 +23,8 @@ DOCSTRING_WORDS = range(5, 60)  # docstrings with a longer or shorter first para
 
 
 class Row(NamedTuple):
-    """A row of a source, numbered from 1. `content` is a dict if the row is good, or a line of JSON
-    as bytes.
+    """A row of a source, numbered from 1. `content` is a line of JSON as bytes, or a value: a dict
+    if the row is good.
     """
 
     number: int
@@ -183,4 +176,4 @@ def get_text(row: dict, field: str) -> str:
     """
     if not isinstance(row[field], str):
         raise ValueError(f"{field} is {row[field]!r}, expected a string")
-    return replace_surrogates(row[field])
+    return clean_text(row[field])

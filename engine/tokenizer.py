@@ -24,7 +24,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from engine.files import adding_path_to_errors, read_json, replace_surrogates
+from engine.files import adding_path_to_errors, clean_text, read_json
 from engine.hub import download_model_files
 
 if TYPE_CHECKING:
@@ -183,8 +183,8 @@ class Tokenizer:
                 (Path(folder) / file).write_bytes(content)
 
     @cached_property
-    def renderer(self) -> "PreTrainedTokenizerFast":
-        """What renders chat templates."""
+    def hf_tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer in transformers, which renders chat templates."""
         from transformers import PreTrainedTokenizerFast  # takes a second
 
         end = str(self.backend.id_to_token(self.end_of_text))
@@ -196,7 +196,7 @@ class Tokenizer:
         `add_special_tokens` adds those that the tokenizer puts around a text, such as BOS. Lone
         surrogates become U+FFFD.
         """
-        text = replace_surrogates(text)
+        text = clean_text(text)
         n_added = self.backend.num_special_tokens_to_add(is_pair=False) * add_special_tokens
         if self.tiktoken_encoding and not n_added and not self.special_pattern.search(text):
             return self.encode_ordinary(text).tolist()

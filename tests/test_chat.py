@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engine import chat
-from engine.chat import Chat, Messages, find_chat_template
+from engine.chat import ChatTemplate, Messages, find_chat_template
 from engine.data import IGNORE_INDEX
 from engine.instructions import RowSettings, read_examples, set_chat_template
 from engine.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ def save_and_load(tokenizer: Tokenizer, folder: Path) -> PreTrainedTokenizerFast
 
 def encode(messages: Messages, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids of a conversation, and those that are predicted."""
-    ids, is_target, *_ = Chat(tokenizer.chat_template, tokenizer).encode(messages)
+    ids, is_target, *_ = ChatTemplate(tokenizer.chat_template, tokenizer).encode(messages)
     return ids, np.where(is_target, ids, IGNORE_INDEX)
 
 
@@ -114,7 +114,7 @@ def test_answers_and_their_ends_are_predicted():
     )
     tokenizer = make_chatml()
     assert mark_predicted(*encode(TURNS, tokenizer), tokenizer.decode) == text
-    ids, _, prompt, n_prompt = Chat(CHATML, tokenizer).encode(TURNS)
+    ids, _, prompt, n_prompt = ChatTemplate(CHATML, tokenizer).encode(TURNS)
     assert prompt == unmark(text).removesuffix("Ciao!<|im_end|>\n")
     assert tokenizer.decode(ids[:n_prompt].tolist()) == prompt
 
@@ -169,7 +169,9 @@ def test_a_saved_tokenizer_builds_the_training_ids(tmp_path, name):
     ids = theirs.apply_chat_template(TURNS, return_dict=False)
     assert encode(TURNS, tokenizer)[0].tolist() == ids
     messages = [*TURNS, {"role": "user", "content": "Add.", "input": "1, 2"}]
-    prompt = Chat(tokenizer.chat_template, tokenizer).render(messages, add_generation_prompt=True)
+    prompt = ChatTemplate(tokenizer.chat_template, tokenizer).render(
+        messages, add_generation_prompt=True
+    )
     assert tokenizer.encode(prompt) == theirs.apply_chat_template(messages, **OPTIONS)
 
 
@@ -253,7 +255,7 @@ def test_alpaca_template(instruction):
         middle = f"\n\n### Input:\n{given}" if given else ""
         expected = f"{LONG if given else f'{TASK}. {END}'}{instruction}{middle}\n\n### Response:\n"
         messages = [{"role": "user", "content": instruction, "input": given}]
-        assert Chat(chat.ALPACA_TEMPLATE, GPT2_TOKENIZER).render(messages) == expected
+        assert ChatTemplate(chat.ALPACA_TEMPLATE, GPT2_TOKENIZER).render(messages) == expected
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ def test_templates_in_which_answers_cannot_be_found(write_rows, template):
     is refused, because the wrong tokens would be predicted.
     """
     source = write_rows([{"messages": TURNS}])
-    with pytest.raises(ValueError, match=r"line 1: the chat template .* use another template"):
+    with pytest.raises(ValueError, match=r"line 1: the chat template .* edit the template"):
         read_examples(source, make_chatml(template), 128)
 
 
@@ -325,14 +327,14 @@ def test_long_conversations_drop_their_oldest_turns(write_rows, capsys):
             expected = f"{TIKTOKEN.decode(ids[: block_size + 1])}⟧".replace("Answer", "⟦Answer")
         assert mark_predicted(example.tokens, example.targets, TIKTOKEN.decode) == expected
         printed = capsys.readouterr().out
-        assert ("1 completions without their end-of-text token" in printed) == is_cut
+        assert ("1 completions without their end" in printed) == is_cut
         assert ("1 completions cut to fit" in printed) == (len(ids) > block_size + 2)
         assert ("1 conversations without their oldest turns" in printed) == (n_left < 5)
         lefts.add((n_left, is_cut))
     assert lefts == {(1, True), (1, False), (2, False), (3, False), (4, False), (5, False)}
     source = write_rows([{"messages": make_chat("Hi", "Hello", "so " * 99, "a")}, PAIR])
     assert len(read_examples(source, GPT2_TOKENIZER, 64)) == 1
-    assert "1 rows skipped, as their prompts exceed 64 tokens" in capsys.readouterr().out
+    assert "1 rows skipped (prompt over 64 tokens)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["plain", "docstring"])
@@ -350,7 +352,7 @@ def test_a_prompt_leaves_room_for_its_answer():
     """When sampling, the conversation ends with a question, which stays. The prompt for an answer
     is what has to fit.
     """
-    conversation = Chat(CHATML, make_chatml())
+    conversation = ChatTemplate(CHATML, make_chatml())
     messages = make_chat("one", "two", "three", "four", "five", system="Be brief.")
     kept = [messages, messages[:1] + messages[3:], messages[:1] + messages[5:]]
     prompts = [conversation.render(m, add_generation_prompt=True) for m in kept]
@@ -392,7 +394,9 @@ def test_templates_of_old_runs(checkpoint):
     file.write_text('{"without_input": "Task:\\n{instruction}\\n\\nAnswer:\\n"}')
     for path in (file.parent, checkpoint, checkpoint / "lora.pt"):
         tokenizer = gpt2_with(find_chat_template(path, gpt2_with(CHATML)))
-        prompt = Chat(tokenizer.chat_template, tokenizer).render(make_chat("{instruction} {{ 1 }}"))
+        prompt = ChatTemplate(tokenizer.chat_template, tokenizer).render(
+            make_chat("{instruction} {{ 1 }}")
+        )
         assert prompt == "Task:\n{instruction} {{ 1 }}\n\nAnswer:\n"
         text = mark_predicted(*encode(make_chat("A", "b"), tokenizer), TIKTOKEN.decode)
         assert text == "Task:\nA\n\nAnswer:\n⟦b<|endoftext|>⟧"
@@ -424,9 +428,9 @@ def test_modelfiles(name):
     )
     for tokenizer, end in ((GPT2_TOKENIZER, "<|endoftext|>"), (make_chatml(), "<|im_end|>")):
         for start in ("", "<s>"):
-            found = Chat(start + OURS[name], tokenizer).modelfile()
+            found = ChatTemplate(start + OURS[name], tokenizer).modelfile()
             assert found == expected.replace("END", end).replace('E """', f'E """{start}')
-    assert Chat(CHATML, make_chatml()).modelfile() == "FROM ./model.gguf\n"
+    assert ChatTemplate(CHATML, make_chatml()).modelfile() == "FROM ./model.gguf\n"
 
 
 def test_end_of_answer():
@@ -434,5 +438,5 @@ def test_end_of_answer():
     templates = dict.fromkeys([*OURS.values(), CHATML], "<|im_end|>")
     templates["{% for m in messages %}{{ m.content }} </s>\n{% endfor %}"] = "</s>"
     templates["{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"] = ""
-    found = [Chat(template, make_chatml()).end_of_answer() for template in templates]
+    found = [ChatTemplate(template, make_chatml()).end_of_answer() for template in templates]
     assert found == [*templates.values()]

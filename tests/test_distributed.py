@@ -206,15 +206,15 @@ def test_freed_memory_is_kept():
 )
 def test_a_cpu_with_bf16_units_trains_in_bf16(monkeypatch, capsys, units, expected):
     """By default, a CPU with bf16 units trains in bf16 and others in fp32, and a line says so. If
-    bf16 is set on a CPU without units, a line says that it is emulated, but only on rank 0.
+    bf16 is set on a CPU without units, a line says that it is slow, but only on rank 0.
     """
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
     assert resolve_device_settings(TrainConfig(), CPU_DIST).precision == expected
     has = "has" if expected == "bf16" else "has no"
     line = f"precision: {expected} (this CPU {has} bf16 units; set precision to change it)\n"
     assert capsys.readouterr().out == line
-    emulated = "precision: bf16 is emulated on this device, up to 60 times slower than fp32\n"
-    for precision, line in (("fp32", ""), ("bf16", "" if expected == "bf16" else emulated)):
+    slow = "precision: this CPU has no bf16 units, so bf16 may be 60 times slower than fp32\n"
+    for precision, line in (("fp32", ""), ("bf16", "" if expected == "bf16" else slow)):
         config = TrainConfig(precision=precision)
         for dist, printed in ((CPU_DIST, line), (replace(CPU_DIST, rank=1), "")):
             assert resolve_device_settings(config, dist).precision == precision

@@ -53,7 +53,7 @@ WRONG = {
     "finetune_lora --val_data nothing.csv": "there is no nothing.csv; expected",
     "finetune_lora --val_data rows.json --val_fraction 0.1": "val_fraction is 0.1, expected 0 with",
     "finetune_lora --val_fraction 0": "is 0.0, expected 0 with val_data, above 0 without",
-    "finetune_lora --prompt_column question": "rows.json row 1: 'question' is missing; repair it",
+    "finetune_lora --prompt_column question": "expected question and completion",
     "finetune_lora --data null.jsonl": "null.jsonl line 2: completion is None, expected a string",
     "finetune_lora --data null.jsonl --skip_bad_rows": "there is only 1 usable example",
     "finetune_lora --merge_out file": "merge_out file already exists",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import GPT2_TOKENIZER, TIKTOKEN
 from test_chat import END, LONG, PAIR, TASK, make_chat, mark_predicted, unmark
 
-from engine.chat import Chat
+from engine.chat import ChatTemplate
 from engine.data import IGNORE_INDEX
 from engine.instructions import (
     DEFAULT_DATA,
@@ -121,7 +121,6 @@ def test_forms_in_a_table(tmp_path, write_parquet, capsys):
     write_parquet(table, tmp_path / "a.parquet")
     examples = read_examples(str(tmp_path / "a.parquet"), GPT2_TOKENIZER, 1024)
     assert [mark(example) for example in examples] == [text for _, text, _ in forms]
-    assert "ignoring" not in capsys.readouterr().out
 
 
 QUESTION = {"id": 1, "question": "Add.", "answer": "3"}
@@ -135,12 +134,12 @@ PAIRS = "rows with prompt and completion"
         (
             [PAIR | QUESTION, PAIR],
             {},
-            f"1 {PAIRS}, ignoring question and answer; 1 {PAIRS}; not used: id, question, answer",
+            f"2 {PAIRS}; not used: id, question, answer",
         ),
         (
             [{"messages": CHAT, "text": "A"}],
             {},
-            "1 rows with messages, ignoring text; not used: text",
+            "1 rows with messages; not used: text",
         ),
         ([PAIR | {"input": "1, 2"}], {}, f"1 {PAIRS}; not used: input"),
         (
@@ -167,7 +166,7 @@ def test_templates_give_the_training_prompts(write_rows):
     for row, example in zip(rows, examples, strict=True):
         content = next(row[key] for key in ("instruction", "prompt", "signature") if key in row)
         question = {"role": "user", "content": content, "input": row.get("input")}
-        assert Chat(example.template, GPT2_TOKENIZER).render([question]) == example.prompt
+        assert ChatTemplate(example.template, GPT2_TOKENIZER).render([question]) == example.prompt
     assert "\n{input} {{ m.input }} {% if %}\n" in examples[-2].prompt
 
 
@@ -241,8 +240,8 @@ def test_long_rows(write_rows, capsys):
     assert [len(e.tokens) for e in examples] == [len(e.targets) for e in examples] == [17, 17, 3]
     assert mark(examples[1]) == f"a⟦{' d' * 16}⟧"
     assert capsys.readouterr().out == (
-        f"{source}: 4 {PAIRS}; 1 rows skipped, as their prompts exceed 16 tokens; "
-        "1 completions cut to fit; 2 completions without their end-of-text token\n"
+        f"{source}: 4 {PAIRS}; 1 rows skipped (prompt over 16 tokens); "
+        "1 completions cut to fit; 2 completions without their end\n"
     )
     with pytest.raises(ValueError, match=r"has no usable rows"):
         read_examples(write_rows(rows[2:3]), GPT2_TOKENIZER, 16)
@@ -255,11 +254,11 @@ def test_long_rows(write_rows, capsys):
         ({}, "its keys are none; expected"),
         ({"prompt": None, "completion": "x"}, "prompt is None, expected a string"),
         ({"prompt": 5, "completion": "x"}, "prompt is 5, expected a string"),
-        ({"prompt": "x", "completion": " \n"}, "there is no completion"),
-        ({"instruction": "x", "output": ""}, "there is no completion"),
+        ({"prompt": "x", "completion": " \n"}, "there is nothing to train on"),
+        ({"instruction": "x", "output": ""}, "there is nothing to train on"),
         ({"instruction": "x", "output": None}, "output is None, expected a string"),
         ({"instruction": "x", "input": 5, "output": "x"}, "input is 5, expected a string"),
-        ({"text": ""}, "there is no completion"),
+        ({"text": ""}, "there is nothing to train on"),
         ({"messages": "Hi"}, "messages is 'Hi', expected a list of messages"),
         ({"messages": ["Hi"]}, r"messages is \['Hi'\], expected a list of messages"),
         ({"messages": None}, "messages is None, expected a list of messages"),
@@ -267,13 +266,16 @@ def test_long_rows(write_rows, capsys):
         ({"messages": [message(["user"], "x")]}, r"role is \['user'\], expected one of system"),
         ({"messages": [HI, message("assistant", None)]}, "content is None, expected a string"),
         ({"messages": [{"role": "user"}, HELLO]}, "'content' is missing"),
-        ({"messages": []}, "there is no answer of the assistant"),
-        ({"messages": CHAT[:2]}, "there is no answer of the assistant"),
-        ({"messages": [HI, HELLO | {"weight": 0}]}, "there is no answer of the assistant"),
-        ({"messages": [HI, message("assistant", " "), BYE, CIAO]}, "there is .* or an empty one"),
+        ({"messages": []}, "an answer of the assistant is missing"),
+        ({"messages": CHAT[:2]}, "an answer of the assistant is missing"),
+        ({"messages": [HI, HELLO | {"weight": 0}]}, "an answer of the assistant is missing"),
+        (
+            {"messages": [HI, message("assistant", " "), BYE, CIAO]},
+            "an answer of the assistant is .* empty",
+        ),
         ({"prompt": [HI], "completion": "x"}, "completion is 'x', expected a list of messages"),
         ({"prompt": "x", "completion": [HELLO]}, r"completion is \[.*, expected a string"),
-        ({"prompt": [HI, HELLO], "completion": [BYE]}, "there is no answer of the assistant"),
+        ({"prompt": [HI, HELLO], "completion": [BYE]}, "an answer of the assistant is missing"),
     ],
 )
 def test_bad_rows_are_refused_or_skipped(write_rows, capsys, row, problem):

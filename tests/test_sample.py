@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from conftest import GPT2_TOKENIZER, NASTY_TEXT, TIKTOKEN, small_transformers_gp
 from processes import HANG_SECONDS, start_on_terminal
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from engine.chat import Chat
+from engine.chat import ChatTemplate
 from engine.checkpoint import RunState, load_model, save_checkpoint
 from engine.config import parse_flags
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora, get_lora_state_dict
@@ -377,7 +378,7 @@ def test_a_full_context_keeps_the_system_message(chat_model, fed):
     sampler = Sampler(load_model(chat_model), tokenizer, config, 1000, torch.Generator())
     system, question = message("system", "Be brief."), message("user", QUESTION)
     turns = [message("user", "Why? Why?"), message("assistant", "So.")] * 2
-    sampler.answer(Chat(CHATML, tokenizer), [system, *turns, question])
+    sampler.answer(ChatTemplate(CHATML, tokenizer), [system, *turns, question])
     # Half of the context is left for the answer.
     assert 64 < len(chat_ids(chat_model, [system, *turns[2:], question])) <= 96
     assert fed == [chat_ids(chat_model, [system, question])]
@@ -424,38 +425,42 @@ TASK_TEMPLATE = (
     "{% for m in messages %}Task: {{ m.content }}{% if m.input %}, {{ m.input }}{% endif %}"
     "{{ '\n' }}{% endfor %}"
 )
+OLD_TEMPLATE = {"without_input": "Task: {instruction}\n", "with_input": None}
+OLD_TEMPLATE_2 = {**OLD_TEMPLATE, "with_input": "Task: {instruction}, {input}\n"}
 
 
 @pytest.mark.parametrize(
-    ("file", "content"),
+    ("file", "content", "has_input"),
     [
-        ("tokenizer_config.json", {"chat_template": TASK_TEMPLATE}),
-        ("prompt_template.json", {"without_input": "Task: {instruction}\n", "with_input": None}),
+        ("tokenizer_config.json", {"chat_template": TASK_TEMPLATE}, True),
+        ("prompt_template.json", OLD_TEMPLATE_2, True),
+        ("prompt_template.json", OLD_TEMPLATE, False),
     ],
 )
-def test_instructions_are_filled_into_the_template(gpt2_folder, tmp_path, capsys, file, content):
-    """An instruction is filled into the template of the model, also that of earlier versions, and
-    only the answer is printed. Without a template, or without a place for the input: an error.
+def test_instructions_in_templates(gpt2_folder, tmp_path, capsys, file, content, has_input):
+    """An instruction and its input are filled into the template of the model, also that of earlier
+    versions, and only the answer is printed. An input without a place in it is an error.
     """
     tuned = shutil.copytree(gpt2_folder, tmp_path / "tuned")
     others = json.loads((tuned / file).read_text()) if (tuned / file).exists() else {}
     (tuned / file).write_text(json.dumps(others | content))
-
-    def answer(folder: Path, *texts: str) -> str:
-        given = dict(zip(("instruction", "input"), texts, strict=False))
-        main(SampleConfig(str(folder), **given, **GREEDY))
-        return capsys.readouterr().out
-
-    expected = greedy_text(gpt2_folder, "Task: {Say} hi\n") + "\n"
-    assert answer(tuned, "{Say} hi") == answer(tuned, "{Say} hi", "") == expected
-    if "chat_template" in content:
-        expected = greedy_text(gpt2_folder, "Task: Translate, Bonjour\n") + "\n"
-        assert answer(tuned, "Translate", "Bonjour") == expected
+    config = SampleConfig(str(tuned), instruction="{Say} hi", **GREEDY)
+    main(config)
+    assert capsys.readouterr().out == greedy_text(gpt2_folder, "Task: {Say} hi\n") + "\n"
+    config = replace(config, input="Bonjour")
+    if has_input:
+        main(config)
+        expected = greedy_text(gpt2_folder, "Task: {Say} hi, Bonjour\n") + "\n"
+        assert capsys.readouterr().out == expected
     else:
-        with pytest.raises(ValueError, match=r"tuned has no place for an input in its chat templ"):
-            answer(tuned, "Translate", "Bonjour")
+        with pytest.raises(ValueError, match=r"tuned has no place for an input; omit input"):
+            main(config)
+
+
+def test_instructions_need_a_template(gpt2_folder):
+    """An instruction for a model without a template is an error that says what to do."""
     with pytest.raises(ValueError, match=r"has no chat template; pass the full text as --prompt"):
-        answer(gpt2_folder, "Say hi")
+        main(SampleConfig(str(gpt2_folder), instruction="Say hi", device="cpu"))
 
 
 def test_a_long_prompt_is_cut_with_a_warning(gpt2_folder, capsys):
@@ -465,7 +470,7 @@ def test_a_long_prompt_is_cut_with_a_warning(gpt2_folder, capsys):
     long = " a" * 7 + short
     main(SampleConfig(str(gpt2_folder), prompt=[long], **GREEDY))
     printed = capsys.readouterr()
-    cut = f"the prompt has {block_size + 7} tokens; the model sees only the last {block_size}\n"
+    cut = f"a prompt has {block_size + 7} tokens; the model sees only the last {block_size}\n"
     assert printed.err.startswith(cut)
     continuation = printed.out.removeprefix(long)
     main(SampleConfig(str(gpt2_folder), prompt=[short], **GREEDY))
