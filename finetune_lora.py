@@ -50,7 +50,6 @@ SUMMED_FORM_NEEDS = {"lora_dropout": 0.0, "base_precision": "fp32", "parallel": 
 # Defaults. With little data, `resolve_config` limits them to a tenth of the examples and of the
 # steps.
 EXAMPLES_PER_STEP, WARMUP_STEPS = 64, 10
-VAL_FRACTION = 0.1
 N_ANSWERS, ANSWER_TOKENS = 3, 64  # how many answers to sample, and their maximum length
 
 
@@ -76,10 +75,8 @@ class FinetuneConfig(RowSettings, TrainConfig):
         "examples per optimizer step over all devices (default: 64, at most a tenth of the data)",
     )
     epochs: int = flag(3, "passes over the examples")
-    val_data: str | None = flag(None, "validation rows, in the forms of --data", may_change=True)
-    val_fraction: float = flag(
-        None, "fraction held out (default: 0.1, or 0 with --val_data)", at_least=0, below=1
-    )
+    val_data: str | None = flag(None, "validation rows, in the forms of --data")
+    val_fraction: float = flag(0.1, "fraction held out without val_data", at_least=0, below=1)
 
     model_name_or_path: str = flag(
         "gpt2", f"base model: {MODEL_HELP}", group="model", may_change=True
@@ -112,9 +109,8 @@ class FinetuneConfig(RowSettings, TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.val_fraction is not None and bool(self.val_fraction) == bool(self.val_data):
-            expected = "0 with val_data, above 0 without"
-            raise ValueError(f"val_fraction is {self.val_fraction}, expected {expected}")
+        if not self.val_fraction and not self.val_data:
+            raise ValueError("val_fraction is 0, but there is no val_data; set one of them")
         if not self.use_lora:
             for name in ("lora_load_path", "lora_form", "base_precision", *LORA_SETTINGS):
                 default = getattr(FinetuneConfig, name)
@@ -128,8 +124,12 @@ class FinetuneConfig(RowSettings, TrainConfig):
 
 
 def main(given: FinetuneConfig) -> None:
-    for source in filter(None, (given.data, given.val_data)):
-        find_row_files(source, given.split)  # raises before anything slow
+    with redirect_stdout(None):  # only to raise before anything slow
+        for source in filter(None, (given.data, given.val_data)):
+            files = find_row_files(source, given.split)
+            has_splits = not files or files[0].suffix == ".arrow"
+            if not has_splits and (given.split != "train" or given.dataset_config):
+                raise ValueError(f"{source} has no splits or configs; name the files that you want")
     dist = Distributed.start(given.device)
     keep_freed_memory(dist)
     with dist.main_process_first(), nullcontext() if dist.is_main else redirect_stdout(None):
@@ -139,8 +139,7 @@ def main(given: FinetuneConfig) -> None:
         examples = read(given.data, settings=given)
         held_out = read(given.val_data, settings=given) if given.val_data else []
     if not held_out:
-        fraction = given.val_fraction or VAL_FRACTION
-        examples, held_out = split_examples(examples, fraction, given.seed)
+        examples, held_out = split_examples(examples, given.val_fraction, given.seed)
     set_chat_template(tokenizer, examples)
     given = replace(given, base_sha256=hash_base(base, given))
     base_path = str(base.name_or_path)

@@ -41,7 +41,7 @@ class SampleConfig(ModelSettings):
     temperature: float = flag(1.0, "0 takes the most likely token; higher is more varied")
     top_k: int | None = flag(50, "sample from the k most likely tokens (null: from all)")
     top_p: float | None = flag(None, "nucleus sampling: probability to keep", above=0, at_most=1)
-    repetition_penalty: float = flag(1.0, "above 1: repeated tokens get less likely", above=0)
+    repetition_penalty: float = flag(1.0, "above 1: repeated tokens get less likely", at_least=0.01)
     seed: int = flag(42, "random seed for sampling", at_least=0, at_most=MAX_SEED)
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
@@ -125,24 +125,23 @@ class Sampler:
     max_new_tokens: int
     generator: torch.Generator
 
-    def print_continuations(
-        self, prompts: list[str], *, is_answer: bool = False, end: str = ""
-    ) -> str:
-        """Print each prompt and its continuations, or an answer without its prompt, until an
-        end-of-text token, a stop string or `end`. A single continuation is streamed; several are
-        printed when all are complete. The speed goes to stderr. Return the first continuation.
+    def print_continuations(self, prompts: list[str], end: str | None = None) -> str:
+        """Print each prompt and its continuations, until an end-of-text token or a stop string.
+        With `end`, which may be "", print an answer up to there, without its prompt. A single
+        continuation is streamed; several are printed when all are complete. The speed goes to
+        stderr. Return the first continuation.
         """
         prompts = [prompt for prompt in prompts for _ in range(self.config.num_return_sequences)]
         stop, block_size = [*self.config.stop, *filter(None, [end])], self.model.config.block_size
         rows = [Continuation(self.tokenizer, stop, self.max_new_tokens) for _ in prompts]
         # The text of a chat template has all special tokens that it needs.
-        encode = self.tokenizer.encode if is_answer else self.tokenizer.encode_prompt
-        prompt_ids = list(map(encode, prompts))
+        encode = self.tokenizer.encode_prompt if end is None else self.tokenizer.encode
+        prompt_ids = [encode(prompt) or [self.tokenizer.start_of_text] for prompt in prompts]
         if (longest := max(map(len, prompt_ids))) > block_size:
             warning = f"a prompt has {longest} tokens; the model sees only the last {block_size}"
             print(warning, file=sys.stderr)
         is_streamed = len(rows) == 1
-        prefixes = [""] * len(rows) if is_answer else prompts
+        prefixes = prompts if end is None else [""] * len(rows)
         started = time.perf_counter()
         if is_streamed:
             print(*prefixes, end="", flush=True)
@@ -163,8 +162,7 @@ class Sampler:
         """Continue the prompt of every row until all rows are done. Yield each row's new text."""
 
         def process_logits(idx: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            if self.config.repetition_penalty != 1.0:
-                logits = penalize_repetition(idx, logits, self.config.repetition_penalty)
+            logits = penalize_repetition(idx, logits, self.config.repetition_penalty)
             return force_prompts(idx, logits, prompts)
 
         lengths = [len(prompt) for prompt in prompts]
@@ -193,7 +191,7 @@ class Sampler:
         max_prompt = block_size - min(self.max_new_tokens, block_size // 2)
         messages = chat.fit(messages, max_prompt)
         prompt = chat.render(messages, add_generation_prompt=True)
-        return self.print_continuations([prompt], is_answer=True, end=chat.end_of_answer())
+        return self.print_continuations([prompt], end=chat.end_of_answer())
 
     def run_prompt_loop(self, chat: ChatTemplate | None) -> None:
         """Ask for prompts, or for instructions if there is a chat template, until an empty line.

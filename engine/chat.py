@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from engine.files import read_json
 from engine.tokenizer import CHAT_TEMPLATE_FILE, CONFIG_FILE, Tokenizer, read_chat_template
 
@@ -67,29 +65,6 @@ class ChatTemplate:
                 break
         return kept
 
-    def encode(self, messages: Messages) -> tuple[np.ndarray, np.ndarray, str, int]:
-        """Encode a conversation that ends with an answer.
-
-        Return the ids (T), as from `apply_chat_template`; a mask (T) of the answers and the text
-        that ends them; the text before the last answer; and how many tokens that text has. Raises
-        ValueError if later turns change how the template renders earlier ones.
-        """
-        text = self.render(messages)
-        encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
-        ends = np.array([end for _, end in encoding.offsets])  # of each token in the text
-        is_target = np.zeros(len(ends), dtype=bool)
-        for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
-            prompt = self.render(messages[:i], add_generation_prompt=True) if i else ""
-            through = self.render(messages[: i + 1])
-            if not (through.startswith(prompt) and text.startswith(through)):
-                raise ValueError(
-                    "the chat template is not prefix-preserving: later turns change how earlier "
-                    "ones are rendered, so answers cannot be found; edit the template"
-                )
-            if messages[i].get("weight") != 0:
-                is_target |= (ends > len(prompt)) & (ends <= len(through))
-        return np.array(encoding.ids), is_target, prompt, int((ends <= len(prompt)).sum())
-
     def end_of_answer(self) -> str:
         """Return the text that ends an answer: its special token, if it has one."""
         question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "?!"}
@@ -99,23 +74,16 @@ class ChatTemplate:
 
     def modelfile(self) -> str:
         """Return the text of a Modelfile, with which Ollama imports the model's GGUF file."""
-        text = "FROM ./model.gguf\n"
-        start, is_ours, user = self.template.partition(BEFORE_USER)
-        if is_ours:  # Ollama recognizes many other templates in the GGUF file
-            user = re.sub(r"\{% if m.input %\}.*?\{% endif %\}", "", user, flags=re.DOTALL)
-            user = user.removesuffix(AFTER_USER).replace("{{ m.content }}", "{{ .Content }}")
-            text += (
-                f'TEMPLATE """{start}'
-                '{{ range .Messages }}{{ if eq .Role "system" }}{{ .Content }}\n\n'
-                f'{{{{ else if eq .Role "assistant" }}}}{{{{ .Content }}}}{self.end_of_answer()}'
-                f'{{{{ else }}}}{user}{{{{ end }}}}{{{{ end }}}}"""\n'
-            )
-        return text
-
-
-def prepend_bos(template: str, tokenizer: Tokenizer) -> str:
-    """Return the template with the token that the tokenizer puts before a text, if any."""
-    return tokenizer.decode(tokenizer.encode("", add_special_tokens=True)) + template
+        if BEFORE_USER not in self.template:  # Ollama recognizes many others in the GGUF file
+            return "FROM ./model.gguf\n"
+        before_user = (
+            '{{ range .Messages }}{{ if eq .Role "system" }}{{ .Content }}\n\n'
+            '{{ else if eq .Role "assistant" }}{{ .Content }}' + self.end_of_answer() + "{{ else }}"
+        )
+        text = re.sub(r"\{% if m.input %\}.*?\{% endif %\}", "", self.template, flags=re.DOTALL)
+        text = text.replace(BEFORE_USER, before_user).replace(AFTER_USER, "{{ end }}{{ end }}")
+        text = text.replace("{{ m.content }}", "{{ .Content }}")
+        return f'FROM ./model.gguf\nTEMPLATE """{text}"""\n'
 
 
 def find_chat_template(path: Path, tokenizer: Tokenizer) -> str | None:

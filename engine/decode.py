@@ -36,9 +36,9 @@ def force_prompts(
     prompts of different lengths run in one batch, all from position 0 and without padding.
     """
     T = idx.size(1)
-    rows = [row for row, prompt in enumerate(prompts) if len(prompt) > T]
-    logits[rows] = -torch.inf
-    logits[rows, [prompts[row][T] for row in rows]] = 0.0
+    if rows := [row for row, prompt in enumerate(prompts) if len(prompt) > T]:
+        logits[rows] = -torch.inf
+        logits[rows, [prompts[row][T] for row in rows]] = 0.0
     return logits
 
 

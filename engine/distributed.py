@@ -144,7 +144,7 @@ def resolve_device_settings(config: Config, dist: Distributed) -> Config:
         has = "has" if precision == "bf16" else "has no"
         print(f"precision: {precision} (this CPU {has} bf16 units; set precision to change it)")
     if precision == "bf16" and device.type == "cpu" and not has_bf16_units(device) and dist.is_main:
-        print("precision: this CPU has no bf16 units, so bf16 may be 60 times slower than fp32")
+        print("precision: this CPU has no bf16 units, so bf16 is many times slower than fp32")
     compile_step = device.type == "cuda" if config.compile is None else config.compile
     return replace(config, precision=precision, compile=compile_step)
 

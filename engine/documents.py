@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.files import DAMAGED_GZIP, open_binary, sha256_file, sha256_text
+from engine.files import DAMAGED_GZIP, clean_text, open_binary, sha256_file, sha256_text
 from engine.hub import load_hub_rows, reporting_hub_errors
 
 # Text datasets on the hub: repository and configuration.
@@ -246,7 +246,7 @@ def find_files(paths: list[str], suffixes: tuple[str, ...] = SUFFIXES) -> list[P
             print(f"{path}: reading {len(found)} files and ignoring the others: {kinds}")
         if not found:
             raise FileNotFoundError(
-                f"{path} is neither a dataset (-h lists them) nor a file, folder or glob with "
+                f"{path} is neither a known dataset nor a file, folder or glob with "
                 f"any of the suffixes {', '.join(suffixes)}"
             )
         files += found
@@ -317,10 +317,7 @@ def read_jsonl(file: Path, text_format: TextFormat, problems: Problems) -> Itera
             problem = f"no text under {text_format.text_field!r} ({error!r})"
             note_problem(problems, "bad rows", f"{file} line {number}: {problem}; skipped")
         else:
-            # An escaped lone surrogate cannot be encoded as UTF-8; replace it with U+FFFD.
-            if "\\u" in line:
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            yield text, True
+            yield clean_text(text) if "\\u" in line else text, True
 
 
 def read_parquet(file: Path, text_field: str) -> Iterator[Chunk]:

@@ -1,9 +1,9 @@
 """Examples for fine-tuning: recognize the form of rows, encode them, build batches."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import chain
 
 import numpy as np
 from tqdm import tqdm
@@ -35,69 +35,18 @@ class PromptCompletion:
     tokens: np.ndarray
     targets: np.ndarray
     n_prompt: int  # tokens of the prompt
-    template: str | None = None  # our chat template for such prompts; None: there is none
+    template: str | None = None  # of its form; CHAT_TEMPLATE for any conversation, None for text
 
 
-def make_messages(prompt: str, completion: str, **others: str) -> Messages:
-    user = {"role": "user", "content": prompt, **others}
-    return [user, {"role": "assistant", "content": completion}]
-
-
-def parse_messages(row: dict, key: str) -> Messages:
-    """Read a list of messages with role and content, or with from and value as in ShareGPT."""
-    if not isinstance(row[key], list) or not all(isinstance(m, dict) for m in row[key]):
-        raise ValueError(f"{key} is {row[key]!r}, expected a list of messages")
-    messages = []
-    for message in row[key]:
-        names = ("role", "content") if message.get("role") is not None else ("from", "value")
-        if str(role := message[names[0]]) not in ROLES:
-            raise ValueError(f"{names[0]} is {role!r}, expected one of {', '.join(ROLES)}")
-        weight = {"weight": 0} if message.get("weight") == 0 else {}  # as in OpenAI's files
-        messages.append({"role": ROLES[role], "content": get_text(message, names[1]), **weight})
-    return messages
-
-
-def parse_pair(row: dict, prompt: str, completion: str) -> Messages:
-    """Read a prompt and a completion: strings, or lists of messages. Answers in the prompt are not
-    predicted.
-    """
-    if isinstance(row[prompt], list):
-        given = [{**message, "weight": 0} for message in parse_messages(row, prompt)]
-        return given + parse_messages(row, completion)
-    return make_messages(get_text(row, prompt), get_text(row, completion))
-
-
-def parse_alpaca(row: dict, instruction: str, output: str) -> Messages:
-    texts = get_text(row, instruction), get_text(row, output)
-    inputs = [get_text(row, key) for key in ALPACA_INPUT if row.get(key) is not None]
-    given = next(filter(str.strip, inputs), None)
-    return make_messages(*texts, **({"input": given} if given else {}))
-
-
-def parse_text(row: dict, text: str) -> Messages:
-    return make_messages("", get_text(row, text))
-
-
-class Form(NamedTuple):
-    """A form of rows. A row has this form if it has one key of each group in `keys`. `parse` takes
-    the row and these keys.
-    """
-
-    keys: tuple[tuple[str, ...], ...]
-    parse: Callable[..., Messages]
-    template: str | None  # the chat template, unless the row has lists of messages
-    optional: tuple[str, ...] = ()
-
-
-ALPACA_INPUT = ("input", "context")  # optional
-ALPACA_KEYS = ("instruction", "question"), ("output", "response", "answer")
-FORMS: tuple[Form, ...] = (  # if a row has several, the first one counts
-    Form((("prompt",), ("completion",)), parse_pair, chat.PLAIN_TEMPLATE),
-    Form((("messages", "conversations"),), parse_messages, None),
-    Form(ALPACA_KEYS, parse_alpaca, chat.ALPACA_TEMPLATE, optional=ALPACA_INPUT),
-    Form((("signature",), ("docstring",)), parse_pair, chat.DOCSTRING_TEMPLATE),  # stdlib
-    Form((("text",),), parse_text, None),
-)
+# The keys of each form, with other names for them, and the chat template of such prompts. If a row
+# has several forms, the first one counts. prompt_column and completion_column come before these.
+FORMS: dict[tuple[tuple[str, ...], ...], str | None] = {
+    (("messages", "conversations"),): chat.CHAT_TEMPLATE,
+    (("instruction", "question"), ("output", "response", "answer")): chat.ALPACA_TEMPLATE,
+    (("signature",), ("docstring",)): chat.DOCSTRING_TEMPLATE,  # stdlib
+    (("text",),): None,
+}
+INPUT_KEYS = ("input", "context")  # optional in rows with ALPACA_TEMPLATE
 
 
 @dataclass(frozen=True)
@@ -119,52 +68,99 @@ class RowSettings(Settings):
     )
 
 
-def find_form(row: dict, forms: tuple[Form, ...]) -> tuple[Form, list[str]]:
-    """Return the first form that a row has, and its keys. Prefer keys with a value, because in a
-    table every row has every key. Raises ValueError if the row has none of the forms.
+def find_form(row: dict, forms: dict) -> tuple[list[str], str | None]:
+    """Return the keys of the first form that a row has, and its template. Prefer keys with a value,
+    because in a table every row has every key. Raises ValueError if the row has none of the forms.
     """
     for keys in ({key for key, value in row.items() if value is not None}, row.keys()):
-        for form in forms:
-            chosen = [next((key for key in group if key in keys), "") for group in form.keys]
+        for form, template in forms.items():
+            chosen = [next((key for key in names if key in keys), "") for names in form]
             if all(chosen):
-                return form, chosen
-    expected = ", or ".join(" and ".join(map("/".join, form.keys)) for form in forms)
+                return chosen, template
+    expected = ", or ".join(" and ".join(map("/".join, form)) for form in forms)
     raise ValueError(
         f"its keys are {', '.join(row) or 'none'}; expected {expected}. For other names, set "
         "prompt_column and completion_column"
     )
 
 
-def encode_pair(messages: Messages, template: str | None, tokenizer: Tokenizer) -> PromptCompletion:
-    """Encode a message of the user, and its completion, which ends with an end-of-text token."""
-    *user, completion = messages
-    if not completion["content"].strip():
+def encode_pair(
+    row: dict, keys: list[str], template: str | None, tokenizer: Tokenizer
+) -> PromptCompletion:
+    """Encode a prompt (if any) and its completion, which ends with an end-of-text token."""
+    *prompts, completion = (get_text(row, key) for key in keys)
+    if not completion.strip():
         raise ValueError("there is nothing to train on, expected a completion or text")
-    prompt = ChatTemplate(template or chat.PLAIN_TEMPLATE, tokenizer).render(user)
-    prompt_ids, ids = tokenizer.encode_prompt(prompt), tokenizer.encode(completion["content"])
+    message = {"role": "user", "content": "".join(prompts)}
+    if template == chat.ALPACA_TEMPLATE:
+        inputs = [get_text(row, key) for key in INPUT_KEYS if row.get(key) is not None]
+        message["input"] = next(filter(str.strip, inputs), "")
+    prompt = ChatTemplate(template or chat.PLAIN_TEMPLATE, tokenizer).render([message])
+    prompt_ids, ids = tokenizer.encode_prompt(prompt), tokenizer.encode(completion)
     if ids[-1] != tokenizer.end_of_text:
         ids.append(tokenizer.end_of_text)
     tokens, targets = np.array([prompt_ids + ids, [IGNORE_INDEX] * len(prompt_ids) + ids])
-    texts = prompt, completion["content"]
-    return PromptCompletion(*texts, tokens, targets, len(prompt_ids), template)
+    return PromptCompletion(prompt, completion, tokens, targets, len(prompt_ids), template)
 
 
-def trim_messages(messages: Messages) -> Messages:
-    """Return the messages up to the last answer to train on. Raises ValueError if there is no such
-    answer, or if one is empty.
+def parse_messages(row: dict, key: str) -> Messages:
+    """Read a list of messages with role and content, or with from and value as in ShareGPT."""
+    if not isinstance(row[key], list) or not all(isinstance(m, dict) for m in row[key]):
+        raise ValueError(f"{key} is {row[key]!r:.80}, expected a list of messages")
+    messages = []
+    for message in row[key]:
+        names = ("role", "content") if message.get("role") is not None else ("from", "value")
+        if str(role := message[names[0]]) not in ROLES:
+            raise ValueError(f"{names[0]} is {role!r:.80}, expected one of {', '.join(ROLES)}")
+        if message.get("tool_calls") or message.get("function_call"):
+            raise ValueError("a message calls a tool, expected only text")
+        weight = {"weight": 0} if message.get("weight") == 0 else {}  # as in OpenAI's files
+        messages.append({"role": ROLES[role], "content": get_text(message, names[1]), **weight})
+    return messages
+
+
+def find_answers(messages: Messages) -> list[int]:
+    """Return the positions of the answers to train on: not of one that begins the conversation."""
+    roles = [None if "weight" in message else message["role"] for message in messages]
+    return [i for i, role in enumerate(roles) if role == "assistant" and i > 0]
+
+
+def parse_conversation(row: dict, keys: list[str]) -> Messages:
+    """Read a conversation up to its last answer to train on. Answers under the first of two keys
+    are not trained on. Raises ValueError if there is no answer to train on, or if one is empty.
     """
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and "weight" not in m]
+    *given, last = (parse_messages(row, key) for key in keys)
+    messages = [{**message, "weight": 0} for message in chain(*given)] + last
+    messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
+    answers = find_answers(messages)
     if not all(messages[i]["content"].strip() for i in answers) or not answers:
         raise ValueError("an answer of the assistant is missing or empty")
     return messages[: answers[-1] + 1]
 
 
-def encode_chat(messages: Messages, template: ChatTemplate) -> PromptCompletion:
-    tokens, is_target, prompt, n_prompt = template.encode(messages)
-    if not is_target.any():
+def encode_conversation(messages: Messages, template: ChatTemplate) -> PromptCompletion:
+    """Encode a conversation that ends with an answer, to the ids of `apply_chat_template`. Answers
+    and the text that ends them are predicted. Raises ValueError if later turns change how the
+    template renders earlier ones.
+    """
+    text = template.render(messages)
+    encoding = template.tokenizer.backend.encode(text, add_special_tokens=False)
+    tokens = np.array(encoding.ids)
+    ends = np.array([end for _, end in encoding.offsets])  # of each token in the text
+    targets = np.full_like(tokens, IGNORE_INDEX)
+    for i in find_answers(messages):
+        prompt = template.render(messages[:i], add_generation_prompt=True)
+        through = template.render(messages[: i + 1])
+        if not (through.startswith(prompt) and text.startswith(through)):
+            raise ValueError(
+                "the chat template is not prefix-preserving: later turns change how earlier ones "
+                "are rendered, so answers cannot be found; edit the template"
+            )
+        is_answer = (ends > len(prompt)) & (ends <= len(through))
+        targets[is_answer] = tokens[is_answer]
+    if (targets == IGNORE_INDEX).all():
         raise ValueError("the chat template renders no answer")
-    targets = np.where(is_target, tokens, IGNORE_INDEX)
-    texts = prompt, messages[-1]["content"]
+    texts, n_prompt = (prompt, messages[-1]["content"]), int((ends <= len(prompt)).sum())
     return PromptCompletion(*texts, tokens, targets, n_prompt, chat.CHAT_TEMPLATE)
 
 
@@ -181,25 +177,24 @@ def read_examples(
     block_size = max(1, block_size // PAD_MULTIPLE) * PAD_MULTIPLE
     settings = settings or RowSettings()
     columns = (settings.prompt_column,), (settings.completion_column,)
-    forms = FORMS if columns == FORMS[0].keys else (FORMS[0]._replace(keys=columns),)
-    jinja = own_template(tokenizer) or chat.prepend_bos(chat.CHAT_TEMPLATE, tokenizer)
-    template = ChatTemplate(jinja, tokenizer)
-    forms_read: Counter[str] = Counter()
-    problems: Counter[str] = Counter()
+    has_own_names = columns != (("prompt",), ("completion",))
+    forms = {columns: chat.PLAIN_TEMPLATE} | ({} if has_own_names else FORMS)
+    template = ChatTemplate(choose_template(chat.CHAT_TEMPLATE, tokenizer), tokenizer)
+    counts: Counter[str] = Counter()  # of rows in each form, and of problems
     unused: dict[str, None] = {}  # a set that keeps the order of the keys
 
     def convert(row: dict) -> PromptCompletion:
-        form, keys = find_form(row, forms)
-        messages = form.parse(row, *keys)
-        if isinstance(row[keys[0]], list):
-            messages = trim_messages(messages)
+        keys, form_template = find_form(row, forms)
+        if form_template == chat.CHAT_TEMPLATE or isinstance(row[keys[0]], list):
+            messages = parse_conversation(row, keys)
             kept = template.fit(messages, block_size + 1)
-            problems["conversations without their oldest turns"] += len(kept) < len(messages)
-            example = encode_chat(kept, template)
+            counts["conversations without their oldest turns"] += len(kept) < len(messages)
+            example = encode_conversation(kept, template)
         else:
-            example = encode_pair(messages, form.template, tokenizer)
-        forms_read[f"rows with {' and '.join(keys)}"] += 1
-        unused.update(dict.fromkeys(key for key in row if key not in (*keys, *form.optional)))
+            example = encode_pair(row, keys, form_template, tokenizer)
+        counts[f"rows with {' and '.join(keys)}"] += 1
+        optional = INPUT_KEYS if form_template == chat.ALPACA_TEMPLATE else ()
+        unused.update(dict.fromkeys(key for key in row if key not in (*keys, *optional)))
         return example
 
     rows = open_rows(source, settings.dataset_config, settings.split)
@@ -208,32 +203,36 @@ def read_examples(
     found = [example for _, example in convert_rows(bar, convert, skip)]
     fitting = [example for example in found if example.n_prompt <= block_size]
     excess = np.array([len(example.tokens) - block_size - 1 for example in fitting])
-    problems[f"rows skipped (prompt over {block_size} tokens)"] = len(found) - len(fitting)
-    problems["completions cut to fit"] = int((excess > 1).sum())
-    problems["completions without their end"] = int((excess > 0).sum())
+    counts[f"rows skipped (prompt over {block_size} tokens)"] = len(found) - len(fitting)
+    counts["completions cut to fit"] = int((excess > 1).sum())
+    counts["completions without their end"] = int((excess > 0).sum())
+    lines = [f"{n:,} {what}" for what, n in counts.items() if n]
     if not fitting:
-        raise ValueError(f"{source} has no usable rows")
-    lines = [f"{n:,} {what}" for what, n in (forms_read | problems).items()]
+        raise ValueError(
+            f"{source} has no usable rows ({'; '.join(lines) or 'it has none at all'})"
+        )
     print(f"{source}: {'; '.join(lines)}{'; not used: ' if unused else ''}{', '.join(unused)}")
     end = block_size + 1
     return [replace(e, tokens=e.tokens[:end], targets=e.targets[:end]) for e in fitting]
 
 
-def own_template(tokenizer: Tokenizer) -> str | None:
-    """Return the chat template of the base model, unless it does not tell who is speaking."""
-    template = tokenizer.chat_template or ""
-    has_roles = not template.endswith((chat.PLAIN_TEMPLATE, chat.DOCSTRING_TEMPLATE))
-    return template if template and has_roles else None
+def choose_template(ours: str, tokenizer: Tokenizer) -> str:
+    """Return the chat template of rows whose form has the template `ours`. Conversations and plain
+    prompts keep the one of the base model, unless it does not tell who is speaking. Ours starts
+    with the special tokens that the tokenizer adds to a text, such as BOS.
+    """
+    base = tokenizer.chat_template or ""
+    has_roles = base and not base.endswith((chat.PLAIN_TEMPLATE, chat.DOCSTRING_TEMPLATE))
+    if has_roles and ours in (chat.CHAT_TEMPLATE, chat.PLAIN_TEMPLATE):
+        return base
+    return tokenizer.decode(tokenizer.encode("", add_special_tokens=True)) + ours
 
 
 def set_chat_template(tokenizer: Tokenizer, examples: list[PromptCompletion]) -> None:
-    """Give the tokenizer the most common chat template of the examples. Conversations and plain
-    prompts keep the one of the base model, if it has one.
-    """
-    (template, _), *_ = Counter(example.template for example in examples).most_common()
-    keeps_base = template in (chat.CHAT_TEMPLATE, chat.PLAIN_TEMPLATE)
-    if template and not (keeps_base and own_template(tokenizer)):
-        tokenizer.chat_template = chat.prepend_bos(template, tokenizer)
+    """Give the tokenizer the chat template of most examples. Plain text has none."""
+    (ours, _), *_ = Counter(example.template for example in examples).most_common()
+    if ours:
+        tokenizer.chat_template = choose_template(ours, tokenizer)
 
 
 def split_examples(
@@ -278,14 +277,11 @@ class InstructionData(TrainingData):
         self.examples = examples
         # The input of the model is one token shorter than the example.
         self.lengths = np.array([len(example.tokens) - 1 for example in examples])
-        contents = (
-            (
-                e.targets.tolist() if e.template == chat.CHAT_TEMPLATE else e.n_prompt,
-                e.tokens.tolist(),
-            )
-            for e in examples
-        )
-        self.fingerprint = sha256_text("".join(map(repr, contents)))
+        contents = []
+        for e in examples:
+            predicted = e.targets.tolist() if e.template == chat.CHAT_TEMPLATE else e.n_prompt
+            contents.append(repr((predicted, e.tokens.tolist())))
+        self.fingerprint = sha256_text("".join(contents))
         self.epoch_contents = (
             f"{len(examples):,} examples with {self.lengths.sum():,} tokens, "
             f"{count_targets(examples):,} of them predicted"

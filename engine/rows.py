@@ -4,6 +4,7 @@ import ast
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ STDLIB = "stdlib"  # the source whose rows are functions of Python's standard li
 SUFFIXES: tuple[str, ...] = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 SUFFIXES += tuple(f"{suffix}.gz" for suffix in SUFFIXES)
 HUB_REMEDY = "Without a network, set data or hellaswag_data to a file, or fine-tune on stdlib"
+SPLIT_NAME = re.compile(r"(train|test|valid(ation)?|val|dev)(?![a-z])")  # as on the hub
 MAX_FIELD = 2**31 - 1  # characters in a field of a CSV file; Python's default is 131,072
 DOCSTRING_WORDS = range(5, 60)  # docstrings with a longer or shorter first paragraph are left out
 
@@ -46,7 +48,12 @@ def find_row_files(source: str, split: str = "train") -> list[Path]:
         state = read_json(folder / "state.json", remedy="save the dataset again")
         return [folder / file["filename"] for file in state["_data_files"]]
     if is_saved_dict or path.is_dir() or (not path.exists() and set(source) & set("*?[")):
-        return find_files([str(folder)], SUFFIXES)
+        files = find_files([str(folder)], SUFFIXES)
+        splits = {match[0] for file in files if (match := SPLIT_NAME.match(file.name))}
+        if len(splits) > 1 and path.is_dir():
+            kinds = " and ".join(sorted(splits))
+            raise ValueError(f"{source} has files of {kinds}; name those of one split, as a glob")
+        return files
     if path.exists():
         return [path]
     check_hub_name(source, f"the name of a dataset, or a file with {', '.join(SUFFIXES)}")
@@ -76,7 +83,7 @@ def read_rows(file: Path) -> Iterable[tuple[int, Any]]:
     """Return the number and content of each row of a file. A file without a known suffix has a row
     of JSON per line.
     """
-    suffix = Path(file.name.removesuffix(".gz")).suffix
+    suffix = Path(file.name.removesuffix(".gz")).suffix.lower()
     if suffix in (".csv", ".tsv"):
         return read_csv(file, "\t" if suffix == ".tsv" else ",")
     if suffix in (".parquet", ".arrow"):
@@ -98,12 +105,16 @@ def read_csv(file: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a file whose first line has the names of the columns. All values are
     strings, exactly as they are written.
     """
-    csv.field_size_limit(MAX_FIELD)
-    try:
-        with io.TextIOWrapper(open_binary(file), "utf-8-sig", newline="") as stream:
-            yield from enumerate(csv.DictReader(stream, delimiter=delimiter, strict=True), start=1)
-    except (*DAMAGED_GZIP, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file} cannot be read as CSV in UTF-8: {error}") from error
+    csv.field_size_limit(MAX_FIELD)  # for the whole process; there is no other way
+    with open_binary(file) as binary:
+        reader = csv.DictReader(
+            io.TextIOWrapper(binary, "utf-8-sig", newline=""), delimiter=delimiter, strict=True
+        )
+        try:
+            yield from enumerate(reader, start=1)
+        except (*DAMAGED_GZIP, UnicodeDecodeError, csv.Error) as error:
+            problem = f"cannot be read as CSV in UTF-8 after line {reader.line_num}"
+            raise ValueError(f"{file} {problem}: {error}; save it again") from error
 
 
 def read_table(file: Path) -> list[dict]:
@@ -135,7 +146,7 @@ def convert_rows(
         try:
             content = json.loads(row.content) if isinstance(row.content, bytes) else row.content
             if not isinstance(content, dict):
-                raise ValueError(f"{content!r} is not a JSON object")
+                raise ValueError(f"{content!r:.80} is not a JSON object")
             if None in content:  # from DictReader
                 raise ValueError("it has more fields than the first line")
             converted = convert(content)
@@ -175,5 +186,5 @@ def get_text(row: dict, field: str) -> str:
     missing, ValueError if it is not a string.
     """
     if not isinstance(row[field], str):
-        raise ValueError(f"{field} is {row[field]!r}, expected a string")
+        raise ValueError(f"{field} is {row[field]!r:.80}, expected a string")
     return clean_text(row[field])

@@ -295,6 +295,8 @@ def read_chat_template(files: dict[str, bytes]) -> str | None:
     template = json.loads(files.get(CONFIG_FILE, "{}")).get("chat_template")
     if isinstance(template, list):
         template = {t["name"]: t["template"] for t in template}.get("default")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{CONFIG_FILE} has chat_template {template!r:.80}, expected text")
     return template
 
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from engine import chat
 from engine.chat import ChatTemplate, Messages, find_chat_template
 from engine.data import IGNORE_INDEX
-from engine.instructions import RowSettings, read_examples, set_chat_template
+from engine.instructions import RowSettings, encode_conversation, read_examples, set_chat_template
 from engine.tokenizer import Tokenizer
 
 CHATML = (  # as in many models on the hub
@@ -94,8 +94,8 @@ def save_and_load(tokenizer: Tokenizer, folder: Path) -> PreTrainedTokenizerFast
 
 def encode(messages: Messages, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids of a conversation, and those that are predicted."""
-    ids, is_target, *_ = ChatTemplate(tokenizer.chat_template, tokenizer).encode(messages)
-    return ids, np.where(is_target, ids, IGNORE_INDEX)
+    example = encode_conversation(messages, ChatTemplate(tokenizer.chat_template, tokenizer))
+    return example.tokens, example.targets
 
 
 def test_answers_and_their_ends_are_predicted():
@@ -114,7 +114,8 @@ def test_answers_and_their_ends_are_predicted():
     )
     tokenizer = make_chatml()
     assert mark_predicted(*encode(TURNS, tokenizer), tokenizer.decode) == text
-    ids, _, prompt, n_prompt = ChatTemplate(CHATML, tokenizer).encode(TURNS)
+    e = encode_conversation(TURNS, ChatTemplate(CHATML, tokenizer))
+    ids, prompt, n_prompt = e.tokens, e.prompt, e.n_prompt
     assert prompt == unmark(text).removesuffix("Ciao!<|im_end|>\n")
     assert tokenizer.decode(ids[:n_prompt].tolist()) == prompt
 

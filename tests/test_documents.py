@@ -214,10 +214,10 @@ def test_files_folders_and_globs(tmp_path, capsys):
     assert "1 .png" in out
     assert "1 without suffix" in out
     for path in ("deep/e.png", "nothing", "*.doc"):
-        wrong = re.escape(f"{path} is neither a dataset") + ".* any of the suffixes .txt"
+        wrong = re.escape(f"{path} is neither a known dataset") + ".* any of the suffixes .txt"
         with pytest.raises(FileNotFoundError, match=wrong):
             found(path)
-    with pytest.raises(FileNotFoundError, match=r"^ is neither a dataset"):
+    with pytest.raises(FileNotFoundError, match=r"^ is neither a known dataset"):
         find_files([""])
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -48,11 +49,13 @@ WRONG = {
     "finetune_lora --model_name_or_path nowhere": "hub did not provide nowhere",
     "finetune_lora --data nothing.jsonl": "there is no nothing.jsonl",
     "finetune_lora --data noise.json": "noise.json is not JSON",
-    "finetune_lora --data empty": "empty is neither a dataset (-h lists them) nor a file, folder",
-    "finetune_lora --data *.tsv": "*.tsv is neither a dataset (-h lists them) nor a file, folder",
+    "finetune_lora --data empty": "empty is neither a known dataset nor a file, folder",
+    "finetune_lora --data *.tsv": "*.tsv is neither a known dataset nor a file, folder",
+    "finetune_lora --data splits": "splits has files of test and train; name those of one split",
+    "finetune_lora --split test": "rows.json has no splits or configs; name the files",
+    "finetune_lora --model_name_or_path bad_template": "chat_template 5, expected text",
     "finetune_lora --val_data nothing.csv": "there is no nothing.csv; expected",
-    "finetune_lora --val_data rows.json --val_fraction 0.1": "val_fraction is 0.1, expected 0 with",
-    "finetune_lora --val_fraction 0": "is 0.0, expected 0 with val_data, above 0 without",
+    "finetune_lora --val_fraction 0": "val_fraction is 0, but there is no val_data; set one of",
     "finetune_lora --prompt_column question": "expected question and completion",
     "finetune_lora --data null.jsonl": "null.jsonl line 2: completion is None, expected a string",
     "finetune_lora --data null.jsonl --skip_bad_rows": "there is only 1 usable example",
@@ -68,7 +71,7 @@ WRONG = {
     "sample --model own_base": "own_base has no config.json; expected the folder of a model",
     "sample --model broken": "broken has weights that are not finite",
     "sample --num_return_sequences 10001": "10001, expected at least 1 and at most 10,000",
-    "fineweb --dataset nothing": "nothing is neither a dataset",
+    "fineweb --dataset nothing": "nothing is neither a known dataset",
     "fineweb --dataset text.txt": "fewer than two different sections",
     "fineweb --dataset text.txt --max_tokens 1": "max_tokens is 1, expected at least 4",
     "plot nothing": "nothing/metrics.jsonl: No such file or directory; check that it exists",
@@ -83,6 +86,8 @@ FILES = {
     "noise.json": NOISE,
     "noise.jsonl.gz": NOISE,
     "rows.json": json.dumps([{"prompt": "a", "completion": "b"}] * 2).encode(),
+    "splits/data/train-0.jsonl": b'{"text": "a"}\n',
+    "splits/data/test-0.jsonl": b'{"text": "a"}\n',
     "null.jsonl": b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n',
     "row.jsonl": b'{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}\n',
     "true.jsonl": b'{"ctx": "a", "endings": ["b", "c"], "label": true}\n',
@@ -111,6 +116,8 @@ def bad_inputs(tmp_path_factory) -> Path:
     for name, weight in (("tiny", 0.0), ("broken", torch.nan)):
         model.transformer.wpe.weight.data.fill_(weight)
         save_pretrained(model, folder / name, GPT2_TOKENIZER)
+    shutil.copytree(folder / "tiny", folder / "bad_template")
+    (folder / "bad_template" / "tokenizer_config.json").write_text('{"chat_template": 5}')
     save_adapter(convert_linear_layer_to_lora(model), folder / "own_base", "own_base")
     return folder
 

@@ -303,7 +303,7 @@ def test_conversations_train_as_in_peft_and_transformers(folder, write_rows):
     rows = [{"messages": CHAT[i % 2 :][: 4 - i % 2]} for i in range(6)]
     write_rows([{"messages": [*row["messages"], CHAT[4 - i % 2]]} for i, row in enumerate(rows)])
     write_rows([{"messages": CHAT}], "val.jsonl")
-    settings = {"val_data": "val.jsonl", "val_fraction": None, "examples_per_step": 6}
+    settings = {"val_data": "val.jsonl", "val_fraction": 0, "examples_per_step": 6}
     settings |= {"precision": "fp32", "recompute": "none", "eval_every": 1, "sample_every": 1}
     run = finetune("runs/a", **settings, merge_out="merged")
     config = FinetuneConfig(**SETTINGS)
