@@ -206,9 +206,7 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens at once after {start} cached ones, expected 1")
         if positions is None:
             if start + T > self.config.block_size:
-                raise ValueError(
-                    f"{start + T} tokens exceed the model's block_size {self.config.block_size}"
-                )
+                raise ValueError(f"{start + T} tokens exceed block_size {self.config.block_size}")
             positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
@@ -235,9 +233,9 @@ class GPT(nn.Module):
     ) -> Iterator[torch.Tensor]:
         """Yield the next token ids (B, 1) of prompts (B, T) as they are sampled.
 
-        Temperature 0 is greedy. A row that has produced `eos` yields nothing but `eos` from then
-        on, and generation ends when all rows have. Ids in `suppress_tokens` are never sampled.
-        `process_logits` takes the ids so far and the logits (B, V), and returns other logits.
+        Temperature 0 is greedy. A row that has produced `eos` yields only `eos` from then on, and
+        generation ends when all rows have. `suppress_tokens` are never sampled. `process_logits`
+        takes the ids so far and the logits (B, V), and returns other logits.
         """
         finished = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         caches: list[KVCache] = []
