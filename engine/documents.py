@@ -321,20 +321,38 @@ def read_jsonl(file: Path, text_format: TextFormat, problems: Problems) -> Itera
 
 
 def read_parquet(file: Path, text_field: str) -> Iterator[Chunk]:
+    for row in read_table(file, text_field):
+        yield row[text_field] or "", True
+
+
+def read_table(file: Path, text_column: str | None = None) -> Iterator[dict]:
+    """Yield the rows of a Parquet file, or of an Arrow file that `save_to_disk` wrote: all columns,
+    or only `text_column`. Raises ValueError if that is not a column of text, or if the file is
+    damaged.
+    """
     import pyarrow.parquet
 
     try:
-        parquet = pyarrow.parquet.ParquetFile(file)
-        columns = [f.name for f in parquet.schema_arrow if PARQUET_TEXT.match(str(f.type))]
-        if text_field not in columns:
-            raise ValueError(
-                f"{file} has no text column {text_field!r}; expected text_field to be one of its "
-                f"text columns: {', '.join(columns) or 'none'}"
-            )
-        for batch in parquet.iter_batches(batch_size=1000, columns=[text_field]):
-            yield from ((text or "", True) for text in batch.column(0).to_pylist())
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged or not parquet: {error}; download it again") from error
+        with open_binary(file) as stream:
+            # Parquet is read from its end, to which a gzip stream cannot seek.
+            table = pyarrow.BufferReader(stream.read()) if file.suffix == ".gz" else stream
+            if file.suffix == ".arrow":
+                batches = pyarrow.ipc.open_stream(table)
+            else:
+                parquet = pyarrow.parquet.ParquetFile(table)
+                texts = [f.name for f in parquet.schema_arrow if PARQUET_TEXT.match(str(f.type))]
+                if text_column not in (None, *texts):
+                    raise ValueError(
+                        f"{file} has no text column {text_column!r}; expected text_field to be one "
+                        f"of its text columns: {', '.join(texts) or 'none'}"
+                    )
+                columns = [text_column] if text_column else None
+                batches = parquet.iter_batches(batch_size=1000, columns=columns)
+            for batch in batches:
+                yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError, *DAMAGED_GZIP) as error:
+        kind = "parquet" if ".parquet" in file.suffixes else "arrow"
+        raise ValueError(f"{file} is damaged or not {kind}: {error}; download it again") from error
 
 
 def cut_documents(chunks: Iterable[Chunk], n_chars: int) -> Iterator[Piece]:

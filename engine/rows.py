@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from engine.documents import find_files, stdlib_definitions
+from engine.documents import find_files, read_table, stdlib_definitions
 from engine.files import DAMAGED_GZIP, clean_text, open_binary, read_json, read_lines, sha256_text
 from engine.hub import check_hub_name, load_hub_rows
 
@@ -115,20 +115,6 @@ def read_csv(file: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
         except (*DAMAGED_GZIP, UnicodeDecodeError, csv.Error) as error:
             problem = f"cannot be read as CSV in UTF-8 after line {reader.line_num}"
             raise ValueError(f"{file} {problem}: {error}; save it again") from error
-
-
-def read_table(file: Path) -> list[dict]:
-    """Return the rows of a Parquet file, or of an Arrow file that `save_to_disk` wrote."""
-    import pyarrow.parquet
-
-    try:
-        with open_binary(file) as stream:
-            data = pyarrow.BufferReader(stream.read())
-        if file.suffix == ".arrow":
-            return pyarrow.ipc.open_stream(data).read_all().to_pylist()
-        return pyarrow.parquet.read_table(data).to_pylist()
-    except (OSError, pyarrow.ArrowException, *DAMAGED_GZIP) as error:
-        raise ValueError(f"{file} is damaged or not parquet: {error}; download it again") from error
 
 
 def convert_rows(
