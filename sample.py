@@ -162,7 +162,8 @@ class Sampler:
         """Continue the prompt of every row until all rows are done. Yield each row's new text."""
 
         def process_logits(idx: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            logits = penalize_repetition(idx, logits, self.config.repetition_penalty)
+            if self.config.repetition_penalty != 1.0:
+                logits = penalize_repetition(idx, logits, self.config.repetition_penalty)
             return force_prompts(idx, logits, prompts)
 
         lengths = [len(prompt) for prompt in prompts]

@@ -43,11 +43,10 @@ class ChatTemplate:
         """Return the text of a conversation, and with `add_generation_prompt` the start of an
         answer. Raises ValueError if the template refuses the conversation.
         """
+        hf_tokenizer = self.tokenizer.hf_tokenizer  # imports transformers, which may be missing
         options = {"chat_template": self.template, "add_generation_prompt": add_generation_prompt}
         try:
-            return self.tokenizer.hf_tokenizer.apply_chat_template(
-                messages, tokenize=False, **options
-            )
+            return hf_tokenizer.apply_chat_template(messages, tokenize=False, **options)
         # A template is foreign code and can raise anything. transformers runs it in a sandbox.
         except Exception as error:
             raise ValueError(f"the chat template failed: {error}") from error

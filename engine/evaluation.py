@@ -24,7 +24,7 @@ ValidationBatches = Callable[[], Iterable[Batch]]  # each call returns this rank
 @dataclass(frozen=True)
 class Prompt:
     """A text to continue as a sample. `reference` is the expected continuation, if there is one.
-    `ids` are its tokens, if they differ from those of `encode_prompt`.
+    `ids` are the tokens of the text; None stands for those of `encode_prompt`.
     """
 
     text: str = "Hello, I'm a language model,"  # the prompt of build-nanogpt

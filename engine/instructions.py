@@ -38,8 +38,8 @@ class PromptCompletion:
     template: str | None = None  # of its form; CHAT_TEMPLATE for any conversation, None for text
 
 
-# The keys of each form, with other names for them, and the chat template of such prompts. If a row
-# has several forms, the first one counts. prompt_column and completion_column come before these.
+# Each form has keys, some with alternatives, and a chat template. If a row has several forms, the
+# first one counts. prompt_column and completion_column are a form that comes before these.
 FORMS: dict[tuple[tuple[str, ...], ...], str | None] = {
     (("messages", "conversations"),): chat.CHAT_TEMPLATE,
     (("instruction", "question"), ("output", "response", "answer")): chat.ALPACA_TEMPLATE,
@@ -51,7 +51,7 @@ INPUT_KEYS = ("input", "context")  # optional in rows with ALPACA_TEMPLATE
 
 @dataclass(frozen=True)
 class RowSettings(Settings):
-    """How rows are read. May change on resume, because the hash of the examples is compared."""
+    """How rows are read. A resumed run may use other settings if they give the same examples."""
 
     data: str = flag(
         DEFAULT_DATA,
@@ -217,9 +217,9 @@ def read_examples(
 
 
 def choose_template(ours: str, tokenizer: Tokenizer) -> str:
-    """Return the chat template of rows whose form has the template `ours`. Conversations and plain
-    prompts keep the one of the base model, unless it does not tell who is speaking. Ours starts
-    with the special tokens that the tokenizer adds to a text, such as BOS.
+    """Return the chat template for rows whose form has the template `ours`. For conversations and
+    plain prompts it is the base model's, if that tells the roles apart. Otherwise it is `ours`,
+    after the special tokens that the tokenizer adds to a text, such as BOS.
     """
     base = tokenizer.chat_template or ""
     has_roles = base and not base.endswith((chat.PLAIN_TEMPLATE, chat.DOCSTRING_TEMPLATE))

@@ -62,8 +62,8 @@ def find_row_files(source: str, split: str = "train") -> list[Path]:
 
 def open_rows(source: str, config: str | None = None, split: str = "train") -> Iterator[Row]:
     """Yield the rows of files (see `find_row_files`), of a hub dataset with its configuration and
-    split, or of STDLIB. The lines of a .jsonl file are read one at a time. The numbers of a second
-    file continue those of the first.
+    split, or of STDLIB. The lines of a .jsonl file are read one at a time. Row numbers continue
+    from one file to the next.
     """
     files = find_row_files(source, split)
     if not files:

@@ -287,8 +287,8 @@ def read_special_tokens_map(files: dict[str, bytes]) -> dict[str, str]:
 
 
 def read_chat_template(files: dict[str, bytes]) -> str | None:
-    """Read the chat template in a tokenizer's files. As in transformers, a file of its own has
-    priority over CONFIG_FILE. If CONFIG_FILE has several, take the default one.
+    """Read the chat template from a tokenizer's files. Like transformers, prefer CHAT_TEMPLATE_FILE
+    to CONFIG_FILE. If there are several templates, take the one that is named default.
     """
     if CHAT_TEMPLATE_FILE in files:
         return files[CHAT_TEMPLATE_FILE].decode()
