@@ -6,17 +6,17 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from engine.adapter import load_adapter
-from engine.chat import ChatTemplate
-from engine.checkpoint import hash_weights, latest_checkpoint, load_model, mark_base
-from engine.config import ADAPTER_HELP, MODEL_HELP, Names, TrainConfig, flag, run_command
+from engine.chat import ChatTemplate, find_chat_template
+from engine.checkpoint import find_checkpoint, load_model, mark_base
+from engine.config import ADAPTER_HELP, MODEL_HELP, Names, Precision, TrainConfig, flag, run_command
 from engine.data import ceil_div
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
-from engine.evaluation import Prompt
+from engine.evaluation import Prompt, is_last_step, read_val_losses
 from engine.files import write_atomically
 from engine.instructions import (
     InstructionData,
@@ -36,7 +36,14 @@ from engine.lora import (
 )
 from engine.metrics import read_metrics
 from engine.plots import curve_points
-from engine.pretrained import load_tokenizer, save_pretrained
+from engine.pretrained import (
+    DTYPES,
+    find_pretrained,
+    hash_weights,
+    load_tokenizer,
+    read_dtype,
+    save_pretrained,
+)
 from engine.resume import open_run
 from engine.rows import find_row_files
 from engine.tokenizer import Tokenizer
@@ -69,6 +76,7 @@ class FinetuneConfig(RowSettings, TrainConfig):
     sample_every: int = flag(100)
     save_every: int = flag(100)
     recompute: Literal["none", "light", "block"] = flag("light")
+    save_best: ClassVar[bool] = True
 
     examples_per_step: int = flag(
         None,
@@ -83,6 +91,9 @@ class FinetuneConfig(RowSettings, TrainConfig):
     )  # on resume, base_sha256 is compared
     base_sha256: str | None = flag(None, "expected sha256 of the base model's weights")
     merge_out: str | None = flag(None, "also save the merged model in this folder", may_change=True)
+    merge_dtype: Precision = flag(
+        None, "precision of the merged weights (default: as in the base)", may_change=True
+    )
 
     use_lora: bool = flag(True, "train an adapter; --no-use_lora trains all weights", group="LoRA")
     lora_dim: int = flag(None, "rank r (default: 8, or the loaded adapter's)")
@@ -111,6 +122,8 @@ class FinetuneConfig(RowSettings, TrainConfig):
         super().__post_init__()
         if not self.val_fraction and not self.val_data:
             raise ValueError("val_fraction is 0, but there is no val_data; set one of them")
+        if self.merge_dtype and not self.merge_out:
+            raise ValueError(f"merge_dtype is {self.merge_dtype}, but it needs --merge_out")
         if not self.use_lora:
             for name in ("lora_load_path", "lora_form", "base_precision", *LORA_SETTINGS):
                 default = getattr(FinetuneConfig, name)
@@ -135,6 +148,9 @@ def main(given: FinetuneConfig) -> None:
     with dist.main_process_first(), nullcontext() if dist.is_main else redirect_stdout(None):
         base = load_model(given.model_name_or_path)
         tokenizer = load_tokenizer(base, given.tokenizer)
+        if given.lora_load_path:
+            adapter = find_checkpoint(given.lora_load_path, quiet=True)
+            tokenizer.chat_template = find_chat_template(adapter, tokenizer)
         read = partial(read_examples, tokenizer=tokenizer, block_size=base.config.block_size)
         examples = read(given.data, settings=given)
         held_out = read(given.val_data, settings=given) if given.val_data else []
@@ -145,13 +161,14 @@ def main(given: FinetuneConfig) -> None:
     base_path = str(base.name_or_path)
     build = partial(add_adapter, base)
     resolve = partial(resolve_config, n_examples=len(examples), dist=dist)
-    adapter_base = given.model_name_or_path if given.use_lora else None
     del base  # only `build` has it now
+    adapter_base = base_path if given.use_lora else None
     with open_run(given, dist, build, resolve, adapter_base) as (config, model, resumed):
         del build  # frees gigabytes if the run was resumed, so that the base is not `model`
         run = Path(config.out_dir)
         merged = Path(config.merge_out) if config.merge_out else None
-        is_finished = resumed is not None and resumed.progress["step"] == config.max_steps
+        step = resumed.progress["step"] if resumed else 0
+        is_finished = is_last_step(step, config, read_val_losses(run, step))
         if merged and is_occupied(merged) and not is_finished:
             raise ValueError(f"merge_out {merged} already exists; choose another folder")
         if config.use_lora:
@@ -173,9 +190,10 @@ def main(given: FinetuneConfig) -> None:
                 write_train_data(run)
         if dist.is_main and merged:
             # base_path is the checkpoint that was loaded above. If the base is a run that is still
-            # training, model_name_or_path may stand for a later checkpoint by now.
+            # training, model_name_or_path may stand for another checkpoint by now.
             tuned = load_model(base_path, run) if config.use_lora else load_model(run)
-            save_merged(tuned, tokenizer, merged)
+            dtype = DTYPES.get(config.merge_dtype, read_dtype(find_pretrained(base_path)))
+            save_merged(tuned, tokenizer, merged, dtype)
     dist.stop()
 
 
@@ -216,7 +234,9 @@ def add_adapter(base: GPT, config: FinetuneConfig) -> GPT:
     lora_config = new_lora_config(config)
     if config.lora_load_path is None:
         return convert_linear_layer_to_lora(base, config.lora_module_name, lora_config)
-    return load_adapter(base, latest_checkpoint(config.lora_load_path), lora_config)
+    has_alpha = config.lora_alpha is not None  # a lora.pt does not contain it
+    adapter = find_checkpoint(config.lora_load_path)
+    return load_adapter(base, adapter, lora_config if has_alpha else None)
 
 
 def resolve_config(
@@ -235,7 +255,7 @@ def resolve_config(
         resolved["warmup_steps"] = min(WARMUP_STEPS, max_steps // 10)
     if config.max_lr is None:
         resolved["max_lr"] = 5e-4 if config.use_lora else 5e-5
-    for linear in lora_linears(model).values():  # all of them have the same config
+    for linear in list(lora_linears(model).values())[:1]:  # with PEFT, others may differ
         for name, found in asdict(linear.config).items():
             if (value := getattr(config, name)) not in (None, found):
                 path = config.lora_load_path
@@ -269,15 +289,16 @@ def write_train_data(run: Path) -> None:
     write_atomically(run / "train_data.json", (json.dumps(data) + "\n").encode())
 
 
-def save_merged(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Save the model, with its adapter merged, as an ordinary checkpoint with a Modelfile. Raises
-    ValueError if the folder holds anything but this model.
+def save_merged(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -> None:
+    """Save the model in `dtype`, with its adapter merged, as an ordinary checkpoint with a
+    Modelfile. Raises ValueError if the folder holds anything but this model.
     """
     if lora_linears(model):
         merge_lora(model)
+    model.to(dtype)
     if is_occupied(folder):
         is_model = (folder / "config.json").is_file()
-        if not is_model or hash_weights(load_model(folder)) != hash_weights(model):
+        if not is_model or hash_weights(load_model(folder).to(dtype)) != hash_weights(model):
             raise ValueError(
                 f"merge_out {folder} holds something other than this model; choose another folder"
             )

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.checkpoint import hash_weights, load_model
+from engine.checkpoint import load_model
 from engine.config import ModelSettings, Precision, flag, run_command
 from engine.distributed import Distributed, autocast, default_precision
 from engine.files import JSONLinesLog, lock_folder, read_json, sha256_file, write_json
 from engine.metrics import PROGRESS_SECONDS
-from engine.pretrained import load_tokenizer
+from engine.pretrained import hash_weights, load_tokenizer
 from engine.tasks import TASKS, Example, HellaSwagText, Task, make_task
 from engine.tokenizer import Tokenizer
 from model import GPT

@@ -14,7 +14,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from engine.chat import ChatTemplate, Messages, find_chat_template
-from engine.checkpoint import latest_checkpoint, load_model
+from engine.checkpoint import find_checkpoint, load_model
 from engine.config import MAX_SEED, ModelSettings, flag, run_command
 from engine.decode import force_prompts, penalize_repetition, speed_up_decoding
 from engine.distributed import Distributed, has_finite_weights
@@ -238,7 +238,7 @@ def main(config: SampleConfig) -> None:
     device = Distributed.start(config.device).device
     model = load_model(config.model, config.lora_load_path).to(device)
     tokenizer = load_tokenizer(model, config.tokenizer)
-    path = latest_checkpoint(config.lora_load_path or config.model)
+    path = find_checkpoint(config.lora_load_path or config.model, quiet=True)
     template = find_chat_template(path, tokenizer)
     chat = ChatTemplate(template, tokenizer) if template else None
     if not has_finite_weights(model):

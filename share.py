@@ -1,4 +1,4 @@
-"""Upload a run's checkpoint or adapter, with a model card, to the Hugging Face hub."""
+"""Upload a checkpoint, an adapter or a merged model, with a model card, to the Hugging Face hub."""
 
 import re
 import shlex
@@ -8,24 +8,25 @@ from pathlib import Path
 
 import yaml
 
-from engine.adapter import ADAPTER_CONFIG_FILE, LORA_STATE_FILE, is_adapter, read_adapter_config
-from engine.checkpoint import BASE_MARK, best_checkpoint, latest_checkpoint
+from engine.adapter import LORA_STATE_FILE, is_adapter, read_adapter_config, split_revision
+from engine.checkpoint import BASE_MARK, best_checkpoint, choose_checkpoint
 from engine.config import Settings, flag, run_command
 from engine.files import read_json, write_json
+from engine.hub import ADAPTER_CONFIG_FILE
 from engine.metrics import read_fixed_settings, summarize_run
 from engine.plots import plot_runs
 from engine.report import RUN_RECORD, read_record, render_template
 
 # Files that only this project reads. lora.pt duplicates adapter_model.safetensors.
-NOT_UPLOADED = ("state.pt", "progress.json", LORA_STATE_FILE, BASE_MARK)
+NOT_UPLOADED = ("state.pt", "progress.json", LORA_STATE_FILE, BASE_MARK, "share")
 
 
 @dataclass(frozen=True)
 class ShareConfig(Settings):
-    run: str = flag("", "run folder whose checkpoint or adapter is uploaded")
+    run: str = flag("", "run, checkpoint or merged model to upload; of fine-tuning, the best one")
     repo_id: str = flag("", "repository on the hub: NAME or USER/NAME")
     base_model: str | None = flag(None, "hub name of an adapter's base (default: the one it has)")
-    best: bool = flag(False, "upload the checkpoint with the lowest validation loss")
+    best: bool = flag(False, "of pretraining, too: of the saved checkpoints, the best one")
     license: str | None = flag(None, "license identifier for the model card, such as mit")
     private: bool = flag(False, "make a new repository private")
     dry_run: bool = flag(False, "only write the files to RUN/share, do not upload them")
@@ -74,7 +75,7 @@ def find_base(checkpoint: Path, base_model: str | None) -> str | None:
         base = base_model or read_adapter_config(checkpoint).base_model or ""
         # A local base is stored as an absolute path, so this check refuses it.
         remedy = "upload the base first, and name it with --base_model USER/NAME"
-        check_repo_id("the adapter's base", base, remedy)
+        check_repo_id("the adapter's base", split_revision(base)[0] or "", remedy)
         return base
     if base_model is not None:
         raise ValueError(f"--base_model is for adapters, but {checkpoint} is a full model")
@@ -83,27 +84,31 @@ def find_base(checkpoint: Path, base_model: str | None) -> str | None:
 
 def build_upload_folder(config: ShareConfig) -> Path:
     """Make RUN/share, the folder to upload. An earlier one is replaced."""
-    run = Path(config.run)
-    checkpoint = best_checkpoint(run) if config.best else latest_checkpoint(run)
-    if checkpoint is None or checkpoint == run:  # `run` itself: no checkpoint
-        wanted = " with a validation loss" if config.best else ""
-        raise FileNotFoundError(f"{run} holds no checkpoint{wanted}; expected a run's out_dir")
-    base = find_base(checkpoint, config.base_model)
-    card = render_card(config, checkpoint, base)
+    given = Path(config.run)
+    checkpoint = best_checkpoint(given) if config.best else choose_checkpoint(given)
+    if not checkpoint or not (is_adapter(checkpoint) or (checkpoint / "config.json").is_file()):
+        wanted = "checkpoint with a validation loss" if config.best else "checkpoint or model"
+        raise FileNotFoundError(f"{given} holds no {wanted}; expected a run's out_dir or a model")
+    base, revision = split_revision(find_base(checkpoint, config.base_model))
+    is_in_run = (checkpoint / "progress.json").is_file()  # otherwise it is a merged model
+    run = checkpoint.absolute().parents[1] if is_in_run else checkpoint
+    card = render_card(config, checkpoint, base, run if is_in_run else None)
     record = read_record(run)
     for process in record.get("processes", []):
         process["command"] = remove_folders(process["command"])
+    print(f"files of {checkpoint}:")
     folder = run / "share"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*NOT_UPLOADED))
     if record:
         write_json(folder / RUN_RECORD, record)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    plot_runs([run], folder / "loss.png")
+    if is_in_run:
+        plot_runs([run], folder / "loss.png")
     if base is not None:
         file = folder / ADAPTER_CONFIG_FILE
-        adapter_config = read_json(file, remedy="repair it")
-        write_json(file, adapter_config | {"base_model_name_or_path": base})
+        base_options = {"base_model_name_or_path": base, "revision": revision}
+        write_json(file, read_json(file, remedy="repair it") | base_options)
     return folder
 
 
@@ -114,9 +119,9 @@ def remove_folders(command: str) -> str:
     return shlex.join(words)
 
 
-def render_card(config: ShareConfig, checkpoint: Path, base: str | None) -> str:
+def render_card(config: ShareConfig, checkpoint: Path, base: str | None, run: Path | None) -> str:
     """Return the README.md of the repository. It starts with YAML that the hub reads."""
-    run = Path(config.run)
+    settings = read_fixed_settings(run, checkpoint) if run else {}
     head = {"library_name": "peft" if base else "transformers"}
     head |= {k: v for k, v in (("base_model", base), ("license", config.license)) if v}
     return render_template(
@@ -124,8 +129,8 @@ def render_card(config: ShareConfig, checkpoint: Path, base: str | None) -> str:
         head=yaml.safe_dump(head, sort_keys=False),
         repo_id=config.repo_id,
         base=base,
-        summary=summarize_run(run, checkpoint),
-        settings=yaml.safe_dump(read_fixed_settings(run, checkpoint), sort_keys=False),
+        summary=summarize_run(run, checkpoint) if run else {},
+        settings=yaml.safe_dump(settings, sort_keys=False),
     )
 
 

@@ -2,15 +2,18 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from engine.config import convert_setting
 from engine.files import read_json, write_json
+from engine.hub import ADAPTER_CONFIG_FILE
 from engine.lora import (
     LoRAConfig,
     Model,
@@ -20,23 +23,28 @@ from engine.lora import (
     lora_linears,
     replace_linears,
 )
+from engine.pretrained import ADAPTER_WEIGHT_FILES, hash_weights
 from engine.tensors import copy_tensors, read_tensors
+from model import GPT
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 LORA_STATE_FILE = "lora.pt"
 EXPECTED_FILES = f"a folder with {ADAPTER_CONFIG_FILE} and its weights, or a {LORA_STATE_FILE}"
 PEFT_PREFIX = "base_model.model."  # of every tensor name in PEFT's files
 # Options of adapter_config.json.
 #   - READ_OPTIONS are used, and METADATA only describes the adapter.
-#   - INERT options have no effect here. fan_in_fan_out is about the layout of the base weights.
+#   - INERT options have no effect here. fan_in_fan_out is about the layout of the base weights, and
+#     layers_pattern names the list of blocks, of which GPT-2 has only one, h.
 #   - Any other option must have one of its SUPPORTED_VALUES or, if it is not listed there, be OFF.
-READ_OPTIONS = {"target_modules", "r", "lora_alpha", "lora_dropout", "use_rslora"}
-METADATA = {"auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type"}
-INERT = {"fan_in_fan_out", "inference_mode", "megatron_core", "qalora_group_size", "runtime_config"}
+READ_OPTIONS = {"base_model_name_or_path", "revision", "r", "rank_pattern", "lora_alpha"}
+READ_OPTIONS |= {"alpha_pattern", "lora_dropout", "use_rslora", "target_modules", "exclude_modules"}
+READ_OPTIONS |= {"layers_to_transform"}
+METADATA = {"auto_mapping", "peft_version", "task_type"}
+INERT = {"fan_in_fan_out", "inference_mode", "layers_pattern", "megatron_core", "runtime_config"}
+INERT |= {"qalora_group_size"}
 SUPPORTED_VALUES: dict[str, tuple] = {
     "peft_type": ("LORA",),
-    "init_lora_weights": (True, False, "gaussian", "eva"),  # others change the base weights
+    # Others change the base weights.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
 OFF: tuple = (None, False, "none", [], {})
 
@@ -44,9 +52,35 @@ OFF: tuple = (None, False, "none", [], {})
 class AdapterConfig(NamedTuple):
     """The contents of an adapter_config.json."""
 
-    base_model: str | None
-    target_modules: str | list[str]  # a list of name endings, a pattern, or "all-linear"
+    base_model: str | None  # a hub name may end in @REVISION
     lora: LoRAConfig
+    options: dict[str, Any]  # all of them, as in PEFT
+
+    def select_layers(self, names: list[str]) -> dict[str, LoRAConfig]:
+        """Return the layers that PEFT would put LoRA on, each with its settings."""
+        targets, excluded = self.options["target_modules"], self.options.get("exclude_modules")
+        blocks = self.options.get("layers_to_transform")
+        if blocks not in (None, []):
+            numbers = "|".join(map(str, [blocks] if isinstance(blocks, int) else blocks))
+            names = [name for name in names if re.search(rf"\.h\.({numbers})\.", name)]
+        chosen = [n for n in names if targets == "all-linear" or matches(n, targets)]
+        return {n: self.settings_of(n) for n in chosen if not matches(n, excluded or [])}
+
+    def settings_of(self, layer: str) -> LoRAConfig:
+        """Return the settings of a layer: rank_pattern and alpha_pattern override r and alpha."""
+        values: dict[str, Any] = {}
+        for option, name in (("rank_pattern", "lora_dim"), ("alpha_pattern", "lora_alpha")):
+            for pattern, value in (self.options.get(option) or {}).items():
+                if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+                    values.setdefault(name, convert_setting(value, LoRAConfig, name))
+        return replace(self.lora, **values)
+
+
+def matches(name: str, targets: str | list[str]) -> bool:
+    """Return whether a name matches a pattern, or ends in one of several names."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def is_adapter(folder: Path | str) -> bool:
@@ -54,21 +88,32 @@ def is_adapter(folder: Path | str) -> bool:
 
 
 def save_adapter(
-    model: nn.Module, folder: Path, base_model: str | None = None, tensors: Tensors | None = None
+    model: nn.Module,
+    folder: Path,
+    base_model: str | None = None,
+    tensors: Tensors | None = None,
+    base_sha256: str = "",
 ) -> None:
     """Save the adapter in PEFT's format and as `lora.pt`. `base_model` is the name or folder of the
-    base model. If `tensors` is given, save those instead of `get_lora_state_dict(model)`.
+    base model, and `base_sha256` is what `hash_weights` returns for it. If `tensors` is given, save
+    those instead of `get_lora_state_dict(model)`.
     """
     tensors = {n: t.cpu().contiguous() for n, t in (tensors or get_lora_state_dict(model)).items()}
-    linears = lora_linears(model)
-    lora = next(iter(linears.values())).config  # the same in all layers
+    configs = {name: linear.config for name, linear in lora_linears(model).items()}
+    lora = next(iter(configs.values()))
+    base_model, revision = split_revision(base_model)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "target_modules": choose_target_modules(list(linears), convertible_linears(model)),
+        "revision": revision,
+        "target_modules": choose_target_modules(list(configs), convertible_linears(model)),
         "r": lora.lora_dim,
+        "rank_pattern": {n: c.lora_dim for n, c in configs.items() if c.lora_dim != lora.lora_dim},
         "lora_alpha": lora.lora_alpha,
+        "alpha_pattern": {
+            n: c.lora_alpha for n, c in configs.items() if c.lora_alpha != lora.lora_alpha
+        },
         "lora_dropout": lora.lora_dropout,
         "use_rslora": lora.use_rslora,
         "fan_in_fan_out": True,  # the layers of GPT2LMHeadModel are Conv1D
@@ -78,9 +123,10 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / ADAPTER_CONFIG_FILE, config)
     named = {f"{PEFT_PREFIX}{name}.weight": tensor for name, tensor in tensors.items()}
-    save_file(named, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
+    weights_file = folder / ADAPTER_WEIGHT_FILES[0]
+    save_file(named, weights_file, metadata={"format": "pt", "base_sha256": base_sha256})
     # safetensors makes the file private (mode 0600). Give it the usual permissions.
-    shutil.copymode(folder / ADAPTER_CONFIG_FILE, folder / ADAPTER_WEIGHTS_FILE)
+    shutil.copymode(folder / ADAPTER_CONFIG_FILE, weights_file)
     torch.save(tensors, folder / LORA_STATE_FILE)
 
 
@@ -114,44 +160,68 @@ def read_adapter_config(folder: Path | str) -> AdapterConfig:
             raise ValueError(f"target_modules is {targets!r}, expected names or a pattern")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; save the adapter again") from error
-    return AdapterConfig(options.get("base_model_name_or_path"), targets, lora)
+    base, revision = options.get("base_model_name_or_path"), options.get("revision")
+    is_on_hub = base and revision and not Path(base).exists()
+    return AdapterConfig(f"{base}@{revision}" if is_on_hub else base, lora, options)
 
 
-def match_targets(names: list[str], targets: str | list[str]) -> list[str]:
-    """Return the names that PEFT would select by `targets`. See AdapterConfig.target_modules."""
-    if isinstance(targets, list):
-        return [name for name in names if any(f".{name}".endswith(f".{t}") for t in targets)]
-    return [name for name in names if targets == "all-linear" or re.fullmatch(targets, name)]
+def split_revision(base_model: str | None) -> tuple[str | None, str | None]:
+    """Split a hub name NAME@REVISION. Local folders may have an @ in their name."""
+    if base_model is None or Path(base_model).exists():
+        return base_model, None
+    name, _, revision = base_model.partition("@")
+    return name, revision or None
 
 
 def load_adapter(model: Model, path: Path | str, config: LoRAConfig | None = None) -> Model:
-    """Add LoRA to a model and load an adapter into it. `path` is a folder in PEFT's format or a
-    `lora.pt`. `config` is needed for a `lora.pt` that has no adapter_config.json in its folder, and
-    otherwise ignored. Raises ValueError if the adapter does not fit the model.
+    """Add LoRA to a model and load an adapter into it. `path` is a folder in PEFT's format, or a
+    file of tensors such as `lora.pt`. If there is no adapter_config.json beside that file, `config`
+    is needed, but the ranks are those of the tensors; otherwise `config` is ignored. Raises
+    ValueError if the adapter does not fit the model, or was trained on a model with other weights.
     """
     path = Path(path)
-    file = path / ADAPTER_WEIGHTS_FILE if path.is_dir() else path
+    folder = path if path.is_dir() else path.parent
     # A folder must have an adapter_config.json. A lora.pt may have one in its folder.
-    needs_config = path.is_dir() or is_adapter(file.parent)
-    adapter = read_adapter_config(file.parent) if needs_config else None
+    adapter = read_adapter_config(folder) if path.is_dir() or is_adapter(folder) else None
+    weights = [folder / name for name in ADAPTER_WEIGHT_FILES]
+    file = next(filter(Path.is_file, weights), weights[0]) if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; expected {EXPECTED_FILES}")
-    config = adapter.lora if adapter else config
-    if config is None:
-        raise ValueError(
-            f"{path} does not contain lora_alpha and has no {ADAPTER_CONFIG_FILE} beside it; pass "
-            "an adapter's folder, or lora_dim and lora_alpha"
-        )
     tensors = {
         name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor
         for name, tensor in read_tensors(file).items()
     }
-    # Without adapter_config.json, the names of the lora_A tensors say which layers have LoRA. (The
-    # list also has the names of the lora_B tensors, but they match no layer.)
-    targets = adapter.target_modules if adapter else [n.removesuffix(".lora_A") for n in tensors]
-    chosen = match_targets(convertible_linears(model), targets)
-    if not chosen:
+    if others := [name for name in tensors if "lora_" not in name]:
+        raise ValueError(
+            f"{path} has its own {others[0]}, of shape {tuple(tensors[others[0]].shape)}: its "
+            "embeddings were resized or trained, which is not supported; use PEFT to merge it"
+        )
+    names = convertible_linears(model)
+    if adapter:
+        configs = adapter.select_layers(names)
+    elif config:
+        ranks = {n: len(tensors[f"{n}.lora_A"]) for n in names if f"{n}.lora_A" in tensors}
+        configs = {name: replace(config, lora_dim=rank) for name, rank in ranks.items()}
+    else:
+        raise ValueError(
+            f"{path} does not contain lora_alpha and has no {ADAPTER_CONFIG_FILE} beside it; pass "
+            "the adapter's folder or, to finetune_lora.py, the --lora_alpha it was trained with"
+        )
+    if not configs:
         raise ValueError(f"{path} has LoRA for none of the model's linear layers")
-    replace_linears(model, chosen, config)
+    if file.suffix == ".safetensors" and isinstance(model, GPT):
+        check_base(model, file)
+    replace_linears(model, configs)
     copy_tensors(tensors, get_lora_state_dict(model), str(path))
     return model
+
+
+def check_base(model: GPT, file: Path) -> None:
+    """Raise ValueError if the adapter in `file` was trained on a model with other weights."""
+    with safe_open(file, "pt") as opened:
+        expected = (opened.metadata() or {}).get("base_sha256")
+    if expected and hash_weights(model) != expected:
+        raise ValueError(
+            f"{file} was trained on other weights than those of {model.name_or_path}: their "
+            f"sha256 is {expected}; pass the model that it was trained on"
+        )

@@ -7,9 +7,10 @@ RUN/checkpoints/step_000500/       a Hugging Face model and tokenizer, or a PEFT
     progress.json                  step, validation loss, hash of the data, facts
     state.pt                       optimizer, gradient scaler and random number generators
     adapter_base                   marks the base of an adapter, so that it is never deleted
+RUN/best/step_000520/              the same without state.pt, if the best evaluation of fine-tuning
+                                   is not one of the checkpoints
 """
 
-import hashlib
 import json
 import os
 import re
@@ -25,9 +26,10 @@ import yaml
 from safetensors import SafetensorError
 
 from engine.adapter import is_adapter, load_adapter, read_adapter_config, save_adapter
+from engine.errors import print_notice
 from engine.files import fsync_folder, read_json
 from engine.lora import lora_linears
-from engine.pretrained import load_pretrained, save_pretrained
+from engine.pretrained import find_pretrained, load_pretrained, save_pretrained
 from engine.tensors import TORCH_LOAD_ERRORS
 from engine.tokenizer import Tokenizer
 from model import GPT
@@ -39,14 +41,16 @@ class RunState(NamedTuple):
     """Everything but the weights that is needed to resume a run."""
 
     progress: dict  # progress.json: step, val_loss, data fingerprint
-    tensors: dict  # state.pt: optimizer, scaler, rng
+    tensors: dict  # state.pt: optimizer, scaler, rng; {} to save only the weights, in RUN/best
 
 
-def list_checkpoints(run: Path | str, after: int = -1) -> list[Path]:
+def list_checkpoints(
+    run: Path | str, after: int = -1, subfolder: str = "checkpoints"
+) -> list[Path]:
     """Return the run's checkpoints after step `after`, oldest first. All were saved completely, but
     files in them may have been damaged since.
     """
-    found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in Path(run).glob("checkpoints/*")]
+    found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in Path(run, subfolder).glob("*")]
     steps = sorted((int(match[1]), path) for match, path in found if match)
     return [path for n, path in steps if n > after and path.is_dir() and any(path.iterdir())]
 
@@ -56,30 +60,52 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def latest_checkpoint(name_or_path: str | Path) -> Path:
-    """Return the latest checkpoint if this is a run with checkpoints; otherwise the path itself."""
-    return next(reversed(list_checkpoints(name_or_path)), Path(name_or_path))
-
-
 def best_checkpoint(run: Path | str) -> Path | None:
-    """Return the checkpoint with the lowest validation loss, or None if none was evaluated."""
+    """Return the checkpoint with the lowest validation loss, or None if none was evaluated. It is
+    the best evaluation in fine-tuning, and the best of those that were saved in pretraining.
+    """
     losses: dict[Path, Any] = {}
-    for folder in list_checkpoints(run):
+    for folder in [*list_checkpoints(run), *list_checkpoints(run, subfolder="best")]:
         with suppress(OSError, ValueError):  # damage is reported when the checkpoint is loaded
             losses[folder] = read_progress(folder).get("val_loss")
     evaluated = [folder for folder, loss in losses.items() if loss is not None]
     return min(evaluated, key=lambda folder: losses[folder], default=None)
 
 
+def choose_checkpoint(name_or_path: str | Path) -> Path:
+    """Return the checkpoint that a run stands for: the best one in fine-tuning, the latest one in
+    pretraining. A path that is not a run with checkpoints is returned as it is.
+    """
+    path = Path(name_or_path)
+    best = best_checkpoint(path) if is_finetuning_run(path) else None
+    saved = [*list_checkpoints(path, subfolder="best"), *list_checkpoints(path)]
+    return best or next(reversed(saved), path)
+
+
+def is_finetuning_run(run: Path) -> bool:
+    return (run / "config.yaml").is_file() and "model_name_or_path" in read_run_config(run)
+
+
+def find_checkpoint(name_or_path: str | Path, quiet: bool = False) -> Path:
+    """Return the local path of a model or an adapter. Print which checkpoint of a run it is.
+    Download hub names.
+    """
+    path = choose_checkpoint(name_or_path)
+    if path != Path(name_or_path) and not quiet:
+        kind = "best" if is_finetuning_run(Path(name_or_path)) else "latest"
+        print_notice(f"{name_or_path}: using its {kind} checkpoint, {path.parent.name}/{path.name}")
+    return path if path.exists() else find_pretrained(path)
+
+
 def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = None) -> GPT:
     """Load a model from a hub name, a Hugging Face folder, a checkpoint or a run, in eval mode.
 
     If it is an adapter, load its base model and the adapter on top. Otherwise, if `lora_load_path`
-    is given (an adapter folder, a run or a lora.pt), load that adapter on top.
+    is given (a hub name, an adapter folder, a run or a lora.pt), load that adapter on top.
     """
-    path = latest_checkpoint(name_or_path)
-    if is_adapter(path):
-        base = read_adapter_config(path).base_model
+    folder = find_checkpoint(name_or_path)
+    if is_adapter(folder):
+        base = read_adapter_config(folder).base_model
         if lora_load_path is not None or not base:
             raise ValueError(
                 f"{name_or_path} is an adapter; pass its base model {base or '(unknown)'} instead, "
@@ -90,10 +116,12 @@ def load_model(name_or_path: str | Path, lora_load_path: str | Path | None = Non
                 f"{base}, the base model of {name_or_path}, no longer exists; pass a copy of it "
                 "(its hash is base_sha256 in config.yaml), and the adapter as lora_load_path"
             )
-        name_or_path, lora_load_path, path = base, path, latest_checkpoint(base)
-    model = load_pretrained(path if path.exists() else name_or_path)  # else it is a hub name
+        name_or_path, lora_load_path, folder = base, folder, find_checkpoint(base)
+    model = load_pretrained(folder)
+    if not Path(name_or_path).exists():
+        model.name_or_path = str(name_or_path)  # the hub name, not the folder in the cache
     if lora_load_path is not None:
-        load_adapter(model, latest_checkpoint(lora_load_path))
+        load_adapter(model, find_checkpoint(lora_load_path))
     return model.eval()
 
 
@@ -104,15 +132,6 @@ def mark_base(checkpoint: Path) -> None:
             (checkpoint / BASE_MARK).touch()
     except OSError as error:
         print(f"{checkpoint} may be deleted by its run, as it cannot be marked: {error}")
-
-
-def hash_weights(model: GPT) -> str:
-    """Return the sha256 of the model's config and all weights."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    for name, param in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def load_latest(
@@ -151,7 +170,8 @@ def save_checkpoint(
     kept_step: int = 0,
 ) -> None:
     """Save a checkpoint. `params` has the weights by name: the model's parameters, or copies of
-    them. With LoRA, save the adapter only. Raises OSError if there is no space.
+    them. With LoRA, save the adapter only. A checkpoint without `state.tensors` cannot be resumed
+    and goes to RUN/best. Raises OSError if there is no space.
 
     Then delete old checkpoints, but keep the last `keep`, the best one, the one at `kept_step`, and
     those that adapters were trained on.
@@ -160,18 +180,20 @@ def save_checkpoint(
     a crash never leaves half a checkpoint.
     """
     step = state.progress["step"]
-    folder = run / "checkpoints" / f"step_{step:06d}"
+    folder = run / ("checkpoints" if state.tensors else "best") / f"step_{step:06d}"
     temporary = folder.with_suffix(".tmp")
     try:
         for leftover in folder.parent.glob("step_*.tmp"):  # from interrupted saves
             remove(leftover)
         temporary.mkdir(parents=True)
         if lora_linears(model):
-            save_adapter(model, temporary, model.name_or_path, params)
+            base_sha256 = read_run_config(run).get("base_sha256", "")
+            save_adapter(model, temporary, model.name_or_path, params, base_sha256)
             tokenizer.save(temporary, model.config.block_size)
         else:
             save_pretrained(model, temporary, tokenizer, params)
-        torch.save(state.tensors, temporary / "state.pt")
+        if state.tensors:
+            torch.save(state.tensors, temporary / "state.pt")
         (temporary / "progress.json").write_text(json.dumps(state.progress) + "\n")
         # Sync the log too: after a power cut it must not end before the checkpoint's step.
         for file in [*temporary.iterdir(), *run.glob("metrics.jsonl")]:
@@ -191,8 +213,8 @@ def save_checkpoint(
             f"step {step} could not be saved: {error}. Free some space and run the same command "
             f"again; it resumes from {earlier[-1] if earlier else 'the start'}"
         ) from error
-    checkpoints = list_checkpoints(run)
-    for old in set(checkpoints) - {best_checkpoint(run), *checkpoints[-keep:]}:
+    checkpoints, weights = list_checkpoints(run), list_checkpoints(run, subfolder="best")
+    for old in {*checkpoints, *weights} - {best_checkpoint(run), *checkpoints[-keep:]}:
         if checkpoint_step(old) != kept_step and not (old / BASE_MARK).exists():
             shutil.rmtree(old)
 

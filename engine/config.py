@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from functools import partial
 from operator import ge, gt, le, lt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NewType, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NewType, NoReturn, TypeVar
 
 import yaml
 
@@ -122,6 +122,9 @@ class TrainConfig(Settings):
     grad_clip: float = flag(1.0, "maximum gradient norm; 0 disables clipping")
 
     eval_every: int = flag(250, "steps between evaluations", group="evaluation", may_change=True)
+    patience: int | None = flag(
+        None, "end after N evaluations without a lower validation loss", may_change=True
+    )
     sample_every: int = flag(250, "steps between samples; 0: none", may_change=True, at_least=0)
     hellaswag_every: int = flag(
         0, "steps between HellaSwag evaluations; 0: none", may_change=True, at_least=0
@@ -133,6 +136,7 @@ class TrainConfig(Settings):
     log: Names = flag("", "tensorboard, wandb or both", group="logging", may_change=True)
     save_every: int = flag(1000, "steps between checkpoints", may_change=True)
     keep: int = flag(2, "latest checkpoints to keep, besides the best", may_change=True)
+    save_best: ClassVar[bool] = False  # whether to save the weights of the best evaluation
     profile: int = flag(0, "steps to profile into a trace; 0: none", may_change=True, at_least=0)
 
     device: str = flag("auto", "auto, cpu, cuda or mps", group="system", may_change=True)

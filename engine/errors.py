@@ -59,6 +59,12 @@ def exit_with_error(message: str) -> NoReturn:
     sys.exit(BAD_INPUT)
 
 
+def print_notice(text: str) -> None:
+    """Print to stderr, on rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
 def describe_error(error: Exception) -> str | None:
     """Return the message for the user, or None if the error is a bug and needs its traceback."""
     if isinstance(error, OSError) and error.strerror:

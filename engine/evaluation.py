@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from engine.config import TrainConfig
 from engine.data import IGNORE_INDEX, Batch
 from engine.distributed import Distributed, autocast, cudnn_attention, has_finite_weights
 from engine.loss import SummedLoss
-from engine.metrics import finite_or_none
+from engine.metrics import finite_or_none, read_metrics
 from engine.tasks import Example, make_task
 from engine.tokenizer import Tokenizer
 from model import GPT
@@ -37,6 +38,24 @@ class Prompt:
 def is_due(every: int, step: int, config: TrainConfig) -> bool:
     """Return whether `step` is a multiple of `every` or the last step; never if `every` is 0."""
     return every > 0 and (step % every == 0 or step == config.max_steps)
+
+
+def read_val_losses(run: Path, last_step: int) -> list[float | None]:
+    """Return the validation losses in a run's log, up to `last_step`. Step 0 does not count."""
+    records = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+    return [r["val_loss"] for r in records if "val_loss" in r and 0 < r["step"] <= last_step]
+
+
+def evaluations_since_best(val_losses: list[float | None]) -> int:
+    """Return how many evaluations followed the best one. Ties go to the first."""
+    losses = [math.inf if loss is None else loss for loss in val_losses]  # None was not finite
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+def is_last_step(step: int, config: TrainConfig, val_losses: list[float | None]) -> bool:
+    """Return whether the run ends at `step`: at max_steps, or because patience is used up."""
+    n_worse = evaluations_since_best(val_losses)
+    return step == config.max_steps or (config.patience is not None and n_worse >= config.patience)
 
 
 @dataclass

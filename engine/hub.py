@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 PROBE_SECONDS = 4.0
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 MODEL_REMEDY = (
-    "There is no local folder of that name; without a network, pass a folder with config.json and "
-    "model.safetensors"
+    "There is no local folder of that name; without a network, pass the folder of a model or an "
+    "adapter"
 )
 # A name with one of these suffixes is a file, never a name on the hub.
 FILE_SUFFIXES: tuple[str, ...] = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt")
@@ -52,15 +53,17 @@ def reporting_hub_errors(what: str, remedy: str) -> Iterator[None]:
 
 
 def download_model_files(name: str, *patterns: str) -> Path:
-    """Download a model's config.json and the files that match `patterns`, or find them in the
-    cache. Return their folder. Raises FileNotFoundError if `name` cannot be a hub name, and
-    ConnectionError if the hub does not provide the files.
+    """Download the config of a model or an adapter and the files that match `patterns`, or find
+    them in the cache. Return their folder. `name` may end in @REVISION. Raises FileNotFoundError if
+    it cannot be a hub name, and ConnectionError if the hub does not provide the files.
     """
-    check_hub_name(name, "a hub name, or the folder of a model, a checkpoint or a training run")
+    check_hub_name(name, "a hub name, or the folder of a model, an adapter or a training run")
     from huggingface_hub import snapshot_download
 
     with reporting_hub_errors(name, MODEL_REMEDY):
-        return Path(snapshot_download(name, allow_patterns=["config.json", *patterns]))
+        repo, _, revision = name.partition("@")
+        wanted = ["config.json", ADAPTER_CONFIG_FILE, *patterns]
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
 
 
 def load_hub_rows(repo: str, name: str | None, split: str, *, streaming: bool, remedy: str) -> Any:

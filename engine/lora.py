@@ -251,12 +251,13 @@ def convert_linear_layer_to_lora(
             raise ValueError(
                 f"lora_dim is {config.lora_dim}, expected at most {limit}, the width of {name}"
             )
-    replace_linears(model, chosen, config)
+    replace_linears(model, dict.fromkeys(chosen, config))
     return model
 
 
-def replace_linears(model: nn.Module, names: list[str], config: LoRAConfig) -> None:
-    for name in names:
+def replace_linears(model: nn.Module, configs: dict[str, LoRAConfig]) -> None:
+    """Add LoRA to the layers with these names."""
+    for name, config in configs.items():
         linear = model.get_submodule(name)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRALinear(linear, config))

@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from engine.checkpoint import list_checkpoints, read_progress, read_run_config
+from engine.checkpoint import (
+    best_checkpoint,
+    choose_checkpoint,
+    list_checkpoints,
+    read_progress,
+    read_run_config,
+)
 from engine.config import TrainConfig
 from engine.data import TrainingData
 from engine.distributed import Distributed
@@ -292,10 +298,13 @@ class RunLogger:
             return
         for name, logger in list(self.loggers.items()):
             self._call_safely(name, logger.close)
-        checkpoint = list_checkpoints(self.run)[-1]
+        latest, best = list_checkpoints(self.run)[-1], best_checkpoint(self.run)
+        checkpoint = choose_checkpoint(self.run)
         samples = [r["samples"][0] for r in read_metrics(self.run) if r.get("samples")]
         samples = [repr(collapse_newlines(s)) for s in samples] or ["none, sample_every is 0"]
-        rows = summarize_run(self.run, checkpoint) | {
+        rows = summarize_run(self.run, latest) | {
+            "last checkpoint": describe_checkpoint(latest),
+            "best saved checkpoint": describe_checkpoint(best) if best else "none was evaluated",
             "sample before": samples[0],
             "sample after": samples[-1],
             "loss plot": str(self.run / "loss.png"),
@@ -303,6 +312,13 @@ class RunLogger:
             "in transformers": f"AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})",
         }
         print("", *(f"{k:<{SUMMARY_COLUMN}}{v}" for k, v in rows.items()), sep="\n", flush=True)
+
+
+def describe_checkpoint(checkpoint: Path) -> str:
+    progress = read_progress(checkpoint)
+    loss = progress.get("val_loss")
+    evaluated = "not evaluated" if loss is None else f"validation loss {loss:.4f}"
+    return f"{checkpoint}, step {progress['step']:,}, {evaluated}"
 
 
 def collapse_newlines(text: str) -> str:

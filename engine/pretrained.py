@@ -4,8 +4,8 @@ A checkpoint is a folder, local or on the hub, with config.json, tokenizer files
 model.safetensors or pytorch_model.bin, which may be split into several files.
 """
 
+import hashlib
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from engine.errors import print_notice
 from engine.files import read_json, write_json
-from engine.hub import download_model_files
+from engine.hub import ADAPTER_CONFIG_FILE, download_model_files
 from engine.tensors import check_tensors, copy_tensors, read_tensors
 from engine.tokenizer import GPT2_VOCAB_SIZE, TOKENIZER_FILES, Tokenizer, find_tokenizer
 from model import GPT, GPTConfig
 
 Tensors = dict[str, torch.Tensor]  # by name
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference
+ADAPTER_WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Options of config.json that affect what a GPT-2 computes, as option: (default in transformers,
 # values that model.py supports). gelu_pytorch_tanh is another name for gelu_new.
 OPTIONS = {
@@ -77,18 +80,20 @@ def load_pretrained(name_or_path: str | Path) -> GPT:
 
 
 def find_pretrained(name_or_path: str | Path) -> Path:
-    """Return the folder of a model. If there is no local folder of that name, download the model
-    from the hub to the cache. Raises FileNotFoundError if it is not a model.
+    """Return the folder of a model or an adapter. If there is no local folder of that name,
+    download it from the hub to the cache. Raises FileNotFoundError if it is neither.
     """
-    if (Path(name_or_path) / "config.json").is_file():
-        return Path(name_or_path)
-    if Path(name_or_path).exists():
+    path = Path(name_or_path)
+    if any((path / file).is_file() for file in ("config.json", ADAPTER_CONFIG_FILE)):
+        return path
+    if path.exists():
+        problem = f"is a file in {path.parent}" if path.is_file() else "has no config.json"
         raise FileNotFoundError(
-            f"{name_or_path} has no config.json; expected the folder of a model, checkpoint or run"
+            f"{path} {problem}; expected the folder of a model, checkpoint or run"
         )
-    for weights in WEIGHT_FILES:
-        folder = download_model_files(str(name_or_path), weights, *TOKENIZER_FILES)
-        if any(folder.glob(weights)):
+    for files in zip(WEIGHT_FILES, ADAPTER_WEIGHT_FILES, strict=True):
+        folder = download_model_files(path.as_posix(), *files, *TOKENIZER_FILES)
+        if any(found for file in files for found in folder.glob(file)):
             return folder
     raise FileNotFoundError(f"{name_or_path} on the hub has none of {', '.join(WEIGHT_FILES)}")
 
@@ -102,7 +107,7 @@ def load_tokenizer(model: GPT, name_or_path: str | None = None) -> Tokenizer:
     model_name, vocab_size = str(model.name_or_path), model.config.vocab_size
     tokenizer = find_tokenizer(name_or_path or model_name)
     if not tokenizer and not name_or_path and vocab_size == GPT2_VOCAB_SIZE:
-        print(f"{model_name} has no tokenizer files; using GPT-2's tokenizer", file=sys.stderr)
+        print_notice(f"{model_name} has no tokenizer files; using GPT-2's tokenizer")
         tokenizer = Tokenizer.gpt2()
     remedy = "set --tokenizer to the folder or hub name of the tokenizer it was trained with"
     if not tokenizer:
@@ -137,6 +142,22 @@ def read_config(path: Path) -> GPTConfig:
         return GPTConfig(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype of a model's weights, as its config.json has it (default: fp32)."""
+    hf = read_json(folder / "config.json", remedy="save or download it again")
+    name = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    return {str(dtype): dtype for dtype in DTYPES.values()}.get(f"torch.{name}", torch.float32)
+
+
+def hash_weights(model: GPT) -> str:
+    """Return the sha256 of the model's config and all weights."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, param in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_weights(folder: Path) -> Tensors:
@@ -195,7 +216,7 @@ def save_pretrained(
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
         "bos_token_id": tokenizer.start_of_text if tokenizer else gpt2_end,
         "eos_token_id": tokenizer.end_of_text if tokenizer else gpt2_end,
-        "dtype": "float32",
+        "dtype": str(model.transformer.wte.weight.dtype).removeprefix("torch."),
     }
     tensors = {name: t.cpu().contiguous() for name, t in hf_tensors(model, params).items()}
     folder.mkdir(parents=True, exist_ok=True)

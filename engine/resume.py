@@ -97,6 +97,7 @@ def check_extension(run: Path, config: TrainConfig, earlier_max_steps: int) -> N
             f"{run} cannot be extended: it has no checkpoint from before the decay (step {end} or "
             f"earlier); use init_from {run} and another out_dir"
         )
+    later += list_checkpoints(run, after=end, subfolder="best")
     if bases := [path for path in later if (path / BASE_MARK).exists()]:
         raise ValueError(
             f"extending {run} would move {bases[0]}, the base of an adapter; copy the run, delete "
@@ -120,20 +121,21 @@ def extend_run(run: Path, config: TrainConfig) -> None:
         # `config` does not have more steps, or the run has not begun.
         return
     max_steps = read_run_config(run)["max_steps"]
-    later = list_checkpoints(run, after=end)
+    later = list_checkpoints(run, after=end) + list_checkpoints(run, after=end, subfolder="best")
     records = JSONLinesLog.read(run / "metrics.jsonl", "step")
     kept = [record for record in records if record["step"] <= end]
     if not later and kept == records:
         return
     archive = run / f"until_step_{max_steps}"
-    (archive / "checkpoints").mkdir(parents=True, exist_ok=True)
+    archive.mkdir(exist_ok=True)
     # Keep what is in the archive: an earlier call that was killed may have copied metrics.jsonl
     # there and then shortened it here.
     for file in run.iterdir():
         if file.is_file() and file.name != "lock" and not (archive / file.name).exists():
             write_atomically(archive / file.name, file.read_bytes())
     for path in later:
-        path.rename(archive / "checkpoints" / path.name)
+        (archive / path.parent.name).mkdir(exist_ok=True)
+        path.rename(archive / path.parent.name / path.name)
     lines = "".join(json.dumps(record) + "\n" for record in kept)
     write_atomically(run / "metrics.jsonl", lines.encode())
     (run / "wandb_id").unlink(missing_ok=True)  # the steps of a W&B run cannot go down

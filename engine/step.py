@@ -136,10 +136,10 @@ class TrainingStep:
         nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
         return full_tensor(norm)
 
-    def snapshot(self) -> tuple[dict, dict]:
+    def snapshot(self, weights_only: bool = False) -> tuple[dict, dict]:
         """Return copies on the CPU: the trained parameters by name, and the state of optimizers,
-        scaler and random number generators. Nothing is sharded, so any number of ranks can load it.
-        All ranks must call this; only rank 0 gets complete copies.
+        scaler and random number generators ({} with `weights_only`). Nothing is sharded, so any
+        number of ranks can load it. All ranks must call this; only rank 0 gets complete copies.
         """
         from torch.distributed.checkpoint import state_dict as dcp  # slow to import
 
@@ -150,15 +150,19 @@ class TrainingStep:
         params = dcp.get_model_state_dict(self.model, options=options)
         # A tied head has two names. named_parameters() has only one of them.
         params = {name: t for name, t in params.items() if name in names}
-        optimizer_state = dcp.get_optimizer_state_dict(self.model, self.optimizers, options=options)
-        if self.dist.device.type == "cpu":  # cpu_offload copies nothing that is on the CPU already
-            params, optimizer_state = copy.deepcopy((params, optimizer_state))
-        cuda = torch.cuda.get_rng_state() if self.dist.device.type == "cuda" else None
-        return params, {
-            "optimizer": optimizer_state,
-            "scaler": self.scaler.state_dict(),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
-        }
+        is_cpu, is_cuda = (self.dist.device.type == kind for kind in ("cpu", "cuda"))
+        state = {}
+        if not weights_only:
+            cuda = torch.cuda.get_rng_state() if is_cuda else None
+            state = {
+                "optimizer": dcp.get_optimizer_state_dict(
+                    self.model, self.optimizers, options=options
+                ),
+                "scaler": self.scaler.state_dict(),
+                "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            }
+        # cpu_offload copies nothing that is on the CPU already.
+        return copy.deepcopy((params, state)) if is_cpu else (params, state)
 
     def restore(self, state: dict) -> None:
         """Load the state that `snapshot` returned, on the same or another number of ranks."""

@@ -33,7 +33,14 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def check_tensors(
     tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], source: str
 ) -> None:
-    """Raise ValueError if tensors from `source` are missing, unexpected or of the wrong shape."""
+    """Raise ValueError if tensors from `source` are missing, unexpected, of the wrong shape, or
+    quantized.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{source} is quantized: {name} has dtype {tensor.dtype}, expected floating point"
+            )
     shapes, expected = ({n: tuple(t.shape) for n, t in d.items()} for d in (tensors, targets))
     misshapen = [n for n in expected.keys() & shapes.keys() if shapes[n] != expected[n]]
     for problem, names in (

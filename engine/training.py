@@ -15,7 +15,15 @@ from engine.checkpoint import BackgroundSave, RunState, save_checkpoint
 from engine.config import TrainConfig, fixed_settings, to_yaml
 from engine.data import TrainingData
 from engine.distributed import Distributed
-from engine.evaluation import Evaluation, Prompt, ValidationBatches, is_due
+from engine.evaluation import (
+    Evaluation,
+    Prompt,
+    ValidationBatches,
+    evaluations_since_best,
+    is_due,
+    is_last_step,
+    read_val_losses,
+)
 from engine.files import drop_lost_terminal, write_atomically
 from engine.metrics import Meter, RunLogger
 from engine.optim import plateau_end
@@ -50,7 +58,9 @@ def train(
         raise ValueError(
             f"the run in {config.out_dir} was trained on different data; resume it with that data"
         )
-    start = resumed.progress["step"] if resumed else 0
+    start, run = resumed.progress["step"] if resumed else 0, Path(config.out_dir)
+    val_losses = read_val_losses(run, start)
+    is_finished = resumed is not None and is_last_step(start, config, val_losses)
     hellaswag: list[Example] = []
     if config.hellaswag_every:
         with dist.main_process_first():
@@ -67,9 +77,8 @@ def train(
         # Nothing above writes to the run: if the settings, the data or the checkpoint are refused,
         # it stays as it was.
         if dist.is_main:
-            run = Path(config.out_dir)
             extend_run(run, config)  # does nothing unless it has fewer steps
-            if start < config.max_steps:
+            if not is_finished:
                 hashes = {"data": data.fingerprint, "tokenizer": tokenizer.sha256}
                 start_record(run, dist, first_step=start + 1, **hashes)
             write_atomically(run / "config.yaml", to_yaml(config).encode())
@@ -79,27 +88,29 @@ def train(
         )
         logger = RunLogger(config, dist, start)
         if start:
-            is_finished = start == config.max_steps
             logger.print("already finished" if is_finished else f"resuming from step {start}")
         else:
             logger.log({"step": 0, "tokens": 0} | evaluation.evaluate_step(0))
-        train_steps(start + 1, training_step, evaluation, logger, interrupt, profiler)
+        if not is_finished:
+            steps = range(start + 1, config.max_steps + 1)
+            train_steps(steps, training_step, evaluation, val_losses, logger, interrupt, profiler)
         logger.finish()
 
 
 def train_steps(
-    first: int,
+    steps: range,
     training_step: TrainingStep,
     evaluation: Evaluation,
+    val_losses: list[float | None],
     logger: RunLogger,
     interrupt: "Interrupt",
     profiler: Any,
 ) -> None:
-    """The loop, from step `first` to max_steps."""
+    """The loop over `steps`. `val_losses` are those of earlier steps; new ones are added."""
     config, dist = training_step.config, training_step.dist
     meter = Meter(training_step.model, training_step.data, dist)
     save = BackgroundSave()
-    for step in range(first, config.max_steps + 1):
+    for step in steps:
         started = time.perf_counter()
         loss, grad_norm = training_step(step)
         record = {"step": step, "lr": training_step.lr}
@@ -115,17 +126,32 @@ def train_steps(
                 evaluated = evaluation.evaluate_step(step)
             logger.log(finished | evaluated)
             check_skipped(meter, finished["step"], logger)
+        if "val_loss" in evaluated:
+            val_losses.append(evaluated["val_loss"])
         profiler.step()
         save.check()
 
-        # `stop_requested` is the same on all ranks: the meter sums it together with the loss.
-        if is_save_due or meter.stop_requested:
-            val_loss = evaluated.get("val_loss")
-            start_save(save, training_step, evaluation.tokenizer, step=step, val_loss=val_loss)
-        is_last = step == config.max_steps
+        # `stop_requested` is the same on all ranks: the meter sums it together with the loss. So
+        # are the validation losses.
+        is_last = is_last_step(step, config, val_losses)
+        is_save_due |= is_last or meter.stop_requested
+        val_loss = evaluated.get("val_loss")
+        is_best = val_loss is not None and evaluations_since_best(val_losses) == 0
+        if is_save_due or (is_best and config.save_best):
+            start_save(
+                save,
+                training_step,
+                evaluation.tokenizer,
+                step=step,
+                val_loss=val_loss,
+                weights_only=not is_save_due,
+            )
         if is_last or meter.stop_requested:
             save.wait()
             dist.barrier()  # if a rank left early, torchrun would stop the one that saves
+        if is_last and step < config.max_steps:
+            logger.print(f"patience {config.patience} is used up; ending after step {step}")
+            break
         if meter.stop_requested and not is_last:
             logger.print(f"stopped after step {step} and saved it; run the same command to resume")
             sys.exit(128 + (interrupt.signum or signal.SIGTERM))  # the code that a shell reports
@@ -180,10 +206,13 @@ def start_save(
     *,
     step: int,
     val_loss: float | None,
+    weights_only: bool,
 ) -> None:
-    """Start saving a checkpoint of `step`, the plot and the report in the background."""
+    """Start saving a checkpoint of `step`, the plot and the report in the background, or only the
+    weights.
+    """
     save.wait()  # a snapshot takes gigabytes: only one at a time
-    params, tensors = training_step.snapshot()  # called by all ranks
+    params, tensors = training_step.snapshot(weights_only)  # called by all ranks
     dist, config = training_step.dist, training_step.config
     if not dist.is_main:
         return
@@ -201,8 +230,9 @@ def start_save(
         # Always keep the checkpoint at the end of the plateau: a longer run can start from it.
         keep, kept_step = config.keep, plateau_end(config)
         save_checkpoint(run, model, tokenizer, params, state, keep=keep, kept_step=kept_step)
-        plot_runs([run], run / "loss.png")
-        write_report(run)
+        if not weights_only:
+            plot_runs([run], run / "loss.png")
+            write_report(run)
 
     save.start(write)
 

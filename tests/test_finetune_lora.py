@@ -29,8 +29,7 @@ from engine.adapter import save_adapter
 from engine.chat import PLAIN_TEMPLATE
 from engine.checkpoint import (
     RunState,
-    hash_weights,
-    latest_checkpoint,
+    choose_checkpoint,
     list_checkpoints,
     load_model,
     read_run_config,
@@ -39,7 +38,7 @@ from engine.checkpoint import (
 )
 from engine.lora import lora_linears
 from engine.metrics import read_metrics
-from engine.pretrained import save_pretrained
+from engine.pretrained import hash_weights, save_pretrained
 from engine.tensors import read_tensors
 from finetune_lora import FinetuneConfig, resolve_config
 from model import GPT, GPTConfig
@@ -189,7 +188,7 @@ def test_a_finished_run_merges(folder, capsys):
     with pytest.raises(ValueError, match="merge_out other already exists"):
         finetune("runs/a", **settings, merge_out="other")
     run = finetune("runs/a", **settings)
-    tensors = read_tensors(latest_checkpoint(run) / "lora.pt").values()
+    tensors = read_tensors(choose_checkpoint(run) / "lora.pt").values()
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
     finetune("runs/a", **settings, merge_out="merged")
     idx = torch.arange(20)[None]
@@ -202,7 +201,7 @@ def test_a_finished_run_merges(folder, capsys):
     assert weights.stat().st_mtime == 0  # not written again
     assert "already finished" in capsys.readouterr().out
     assert AutoTokenizer.from_pretrained("merged").chat_template == PLAIN_TEMPLATE
-    assert AutoTokenizer.from_pretrained(latest_checkpoint(run)).chat_template == PLAIN_TEMPLATE
+    assert AutoTokenizer.from_pretrained(choose_checkpoint(run)).chat_template == PLAIN_TEMPLATE
     for name in ("base", "other", "rows.jsonl"):
         with pytest.raises(ValueError, match=f"merge_out {name} holds something other"):
             finetune("runs/a", **settings, merge_out=name)
@@ -216,7 +215,7 @@ def test_the_base_of_an_adapter_is_kept(folder):
     run = finetune("runs/a", model_name_or_path="base_run", max_steps=1)
     base = load_model("base")
     for step in (1, 2, 3, 4):
-        state = RunState({"step": step}, {})
+        state = RunState({"step": step}, {"moment": torch.zeros(1)})
         save_checkpoint(Path("base_run"), base, GPT2_TOKENIZER, {}, state, keep=1)
     assert [p.name for p in list_checkpoints("base_run")] == ["step_000001", "step_000004"]
     finetune("runs/a", model_name_or_path=str(first), max_steps=1)  # already finished
@@ -396,7 +395,9 @@ WRONG_SETTINGS = [
         {"model_name_or_path": "other_vocab"},
         "1,000 tokens and no tokenizer files in its folder; .*--tokenizer",
     ),
-    ({"lora_load_path": "nowhere"}, "nowhere does not exist"),
+    ({"lora_load_path": "nowhere"}, "did not provide nowhere.* no local folder of that name"),
+    ({"lora_load_path": "no/such/file"}, "there is no no/such/file; expected a hub name"),
+    ({"merge_dtype": "bf16"}, "merge_dtype is bf16, but it needs --merge_out"),
     ({"merge_out": "base"}, "merge_out base already exists"),
     ({"val_fraction": 1.0}, "val_fraction is 1.0, expected at least 0 and below 1"),
     ({"lora_dropout": 1.0}, "lora_dropout is 1.0, expected at least 0 and below 1"),

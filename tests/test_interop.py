@@ -15,7 +15,7 @@ from transformers import pipeline
 import hellaswag
 import sample
 from engine.chat import ALPACA_TEMPLATE, CHAT_TEMPLATE
-from engine.checkpoint import RunState, latest_checkpoint, load_model, save_checkpoint
+from engine.checkpoint import RunState, choose_checkpoint, load_model, save_checkpoint
 from engine.tokenizer import Tokenizer
 from hellaswag import EvalConfig
 from sample import SampleConfig, Sampler
@@ -24,9 +24,9 @@ from sample import SampleConfig, Sampler
 def save_run(run: Path, tokenizer: Tokenizer) -> Path:
     """Save a checkpoint of a small model and return its folder."""
     model = small_gpt2(block_size=128)
-    params, state = dict(model.named_parameters()), RunState({"step": 1}, {})
+    params, state = dict(model.named_parameters()), RunState({"step": 1}, {"x": torch.zeros(1)})
     save_checkpoint(run, model, tokenizer, params, state, keep=1)
-    return latest_checkpoint(run)
+    return choose_checkpoint(run)
 
 
 @pytest.fixture(scope="module")

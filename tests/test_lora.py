@@ -2,17 +2,19 @@ import copy
 import json
 import math
 import pickle
+import shutil
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from conftest import random_ids, small_transformers_gpt2
+from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2LMHeadModel
 
 from engine import lora
-from engine.adapter import AdapterConfig, load_adapter, read_adapter_config, save_adapter
+from engine.adapter import load_adapter, read_adapter_config, save_adapter
 from engine.checkpoint import load_model
 from engine.data import Batch
 from engine.decode import speed_up_decoding
@@ -28,6 +30,7 @@ from engine.lora import (
     only_optimize_lora_parameters,
 )
 from engine.loss import SummedLoss
+from engine.pretrained import hash_weights
 from engine.recompute import apply_recompute
 from model import GPT, GPTConfig
 
@@ -280,7 +283,7 @@ def test_adapters_load_in_peft(base, idx, tmp_path, part, count):
     theirs = peft.PeftModel.from_pretrained(stock, tmp_path / "adapter")
     assert sum(name.endswith("lora_A.default") for name, _ in theirs.named_modules()) == count
     config = read_adapter_config(tmp_path / "adapter")
-    assert config == AdapterConfig(str(base), config.target_modules, LoRAConfig(4, 6, 0.1))
+    assert (config.base_model, config.lora) == (str(base), LoRAConfig(4, 6, 0.1))
     torch.testing.assert_close(logits(theirs, idx), logits(mine, idx), atol=1e-4, rtol=0)
     assert (logits(mine, idx) - logits(GPT.from_pretrained(base), idx)).abs().max() > 0.1
 
@@ -291,22 +294,73 @@ def test_adapters_load_in_peft(base, idx, tmp_path, part, count):
         {"target_modules": "all-linear", "lora_alpha": 3},
         {"target_modules": r".*h\.1\.mlp\.c_(fc|proj)"},
         {"target_modules": ["mlp.c_proj", "h.0.attn.c_attn"], "use_rslora": True},
+        {"target_modules": ["c_attn"], "layers_to_transform": [1], "layers_pattern": "h"},
+        {"target_modules": ["c_attn", "c_fc"], "layers_to_transform": 0},
+        {"target_modules": ["c_attn", "c_proj"], "exclude_modules": ["h.0.mlp.c_proj"]},
+        {"target_modules": "all-linear", "exclude_modules": r".*h\.1.*", "bias": "none"},
+        {
+            "target_modules": ["c_attn", "c_proj", "c_fc"],
+            "rank_pattern": {"h.1.attn.c_attn": 2, "mlp.c_proj": 6, r".*h\.0\.mlp.c_fc": 8},
+            "alpha_pattern": {"c_fc": 20, r"h\.[01]\.attn\.c_proj": 1},
+            "init_lora_weights": "orthogonal",
+        },
     ],
 )
-def test_adapters_saved_by_peft_load_here(base, idx, tmp_path, options):
-    """An adapter saved by PEFT gives the same logits on our model and on transformers' GPT-2."""
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_adapters_saved_by_peft_load_here(base, idx, tmp_path, options, file):
+    """An adapter saved by PEFT gives the same logits on our model and on transformers' GPT-2. Saved
+    again here, it still does in PEFT.
+    """
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", fan_in_fan_out=True, **options)
     theirs = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(base), config)
     for name, param in theirs.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(param, std=0.1)
-    theirs.save_pretrained(tmp_path / "adapter")
+    is_safe = file.endswith(".safetensors")
+    theirs.save_pretrained(tmp_path / "adapter", safe_serialization=is_safe)
+    if not is_safe and not (tmp_path / "adapter" / file).exists():  # PEFT no longer writes .bin
+        tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        torch.save(tensors, tmp_path / "adapter" / file)
+        (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     mine = load_model(base, tmp_path / "adapter")
     torch.testing.assert_close(logits(mine, idx), logits(theirs, idx), atol=1e-4, rtol=0)
     hf = load_adapter(GPT2LMHeadModel.from_pretrained(base), tmp_path / "adapter")
     torch.testing.assert_close(logits(hf, idx), logits(theirs, idx), atol=1e-4, rtol=0)
     assert load_model(tmp_path / "adapter").name_or_path == str(base)
+    assert torch.equal(
+        logits(load_model(base, tmp_path / "adapter" / file), idx), logits(mine, idx)
+    )
+    save_adapter(mine, tmp_path / "again", str(base))
+    again = peft.PeftModel.from_pretrained(
+        GPT2LMHeadModel.from_pretrained(base), tmp_path / "again"
+    )
+    torch.testing.assert_close(logits(again, idx), logits(mine, idx), atol=1e-4, rtol=0)
+
+
+def test_adapters_with_embeddings_are_refused(base, tmp_path):
+    """If the embeddings of a PEFT adapter were resized for new tokens, the error says so."""
+    stock = GPT2LMHeadModel.from_pretrained(base)
+    stock.resize_token_embeddings(stock.config.vocab_size + 3)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
+    peft.get_peft_model(stock, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"its own lm_head, .*embeddings were resized"):
+        load_model(base, tmp_path / "adapter")
+
+
+def test_adapters_know_the_weights_of_their_base(base, tmp_path):
+    """An adapter does not load on other weights than it was trained on, whatever their name."""
+    mine = load_with_lora(base)
+    sha256 = hash_weights(GPT.from_pretrained(base))
+    save_adapter(mine, tmp_path / "adapter", str(base), base_sha256=sha256)
+    shutil.copytree(base, tmp_path / "copy")
+    assert lora_linears(load_model(tmp_path / "copy", tmp_path / "adapter"))
+    changed = GPT.from_pretrained(base)
+    changed.transformer.ln_f.bias.data[0] += 1e-6
+    changed.save_pretrained(base)
+    for names in ((base, tmp_path / "adapter"), (tmp_path / "adapter",)):
+        with pytest.raises(ValueError, match=rf"was trained on other weights .*{sha256}; pass the"):
+            load_model(*names)
 
 
 def test_gradients_on_transformers_model_equal_peft(idx, tmp_path):
@@ -363,7 +417,8 @@ def test_wrong_conversions_are_refused(tiny_model):
 
 def test_lora_state_file(base, idx, tmp_path):
     """lora.pt is the plain state dict. Its settings come from the adapter_config.json next to it,
-    even if others are passed in. Without that file, they must be passed in, or it does not load.
+    even if others are passed in. Without that file, the scaling must be passed in, or it does not
+    load.
     """
     mine = load_with_lora(base, lora_dim=4, lora_alpha=6)
     save_adapter(mine, tmp_path / "a")
@@ -378,8 +433,8 @@ def test_lora_state_file(base, idx, tmp_path):
     assert torch.equal(logits(with_settings, idx), logits(mine, idx))
     with pytest.raises(ValueError, match="does not contain lora_alpha"):
         load_model(base, file)
-    with pytest.raises(ValueError, match=r"lora_A \(4, 64\), expected"):
-        load_adapter(GPT.from_pretrained(base), file, LoRAConfig(8, 6.0))
+    with_other_rank = load_adapter(GPT.from_pretrained(base), file, LoRAConfig(8, 6.0))
+    assert torch.equal(logits(with_other_rank, idx), logits(mine, idx))  # the rank is in the file
 
 
 @pytest.mark.parametrize(
@@ -387,7 +442,11 @@ def test_lora_state_file(base, idx, tmp_path):
     [
         ({"use_dora": True}, "use_dora True is not supported"),
         ({"bias": "all"}, "bias 'all' is not supported"),
-        ({"rank_pattern": {"c_fc": 2}}, "rank_pattern {'c_fc': 2} is not supported"),
+        ({"modules_to_save": ["wte"]}, r"modules_to_save \['wte'\] is not supported"),
+        ({"layer_replication": [[0, 2]]}, r"layer_replication \[\[0, 2\]\] is not supported"),
+        ({"rank_pattern": {"c_fc": 2}}, r"c_fc.lora_A \(8, 64\), expected \(2, 64\)"),
+        ({"alpha_pattern": {"c_fc": "x"}}, "lora_alpha is x, expected a number"),
+        ({"layers_to_transform": [1]}, "8 unexpected tensors, such as transformer.h.0"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported"),
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
         ({"r": 10**15}, "and at most 1,000,000,000,000; save the adapter again"),
@@ -412,20 +471,21 @@ def test_bad_adapter_files_are_refused(base, tmp_path):
     state, name = get_lora_state_dict(model), "transformer.h.0.mlp.c_fc.lora_B"
     for tensors, expected in (
         ({n: t for n, t in state.items() if n != name}, f"missing tensors, such as {name}"),
-        (state | {"lm_head": torch.zeros(2)}, "unexpected tensors, such as lm_head"),
+        (state | {"h.9.lora_A": torch.zeros(2)}, "unexpected tensors, such as h.9"),
+        ({n: t.char() for n, t in state.items()}, "quantized: .* has dtype torch.int8"),
         (state | {name: state[name].t()}, r"c_fc.lora_B \(8, 256\), expected \(256, 8\)"),
     ):
         save_adapter(model, folder, tensors=tensors)
         with pytest.raises(ValueError, match=expected):
             load_model(base, folder)
     for file, expected in (
-        ("adapter_model.safetensors", "adapter_model.safetensors does not exist"),
+        ("adapter_model.safetensors", "adapter_model.safetensors does not exist; expected a"),
         ("adapter_config.json", "expected a folder with adapter_config.json"),
     ):
         (folder / file).unlink()
         with pytest.raises(FileNotFoundError, match=expected):
             load_model(base, folder)
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere; expected a hub name"):
         load_model(base, tmp_path / "nowhere")
 
 
