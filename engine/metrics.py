@@ -315,10 +315,8 @@ class RunLogger:
 
 
 def describe_checkpoint(checkpoint: Path) -> str:
-    progress = read_progress(checkpoint)
-    loss = progress.get("val_loss")
-    evaluated = "not evaluated" if loss is None else f"validation loss {loss:.4f}"
-    return f"{checkpoint}, step {progress['step']:,}, {evaluated}"
+    loss = read_progress(checkpoint).get("val_loss")
+    return f"{checkpoint}, " + (f"validation loss {loss:.4f}" if loss else "not evaluated")
 
 
 def collapse_newlines(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -32,11 +33,13 @@ from engine.checkpoint import (
     choose_checkpoint,
     list_checkpoints,
     load_model,
+    read_progress,
     read_run_config,
     read_state,
     save_checkpoint,
 )
-from engine.lora import lora_linears
+from engine.evaluation import Evaluation
+from engine.lora import get_lora_state_dict, lora_linears, merge_lora
 from engine.metrics import read_metrics
 from engine.pretrained import hash_weights, save_pretrained
 from engine.tensors import read_tensors
@@ -207,6 +210,126 @@ def test_a_finished_run_merges(folder, capsys):
             finetune("runs/a", **settings, merge_out=name)
 
 
+VAL_LOSSES = [5.0, 5.5, 3.5, 3.0, 3.25, 3.0, 3.75, None, 2.5]  # of each step
+
+
+@pytest.fixture
+def scripted_losses(monkeypatch) -> None:
+    """Make VAL_LOSSES the validation losses, whatever the model."""
+    monkeypatch.setattr(
+        Evaluation, "evaluate_step", lambda _, step: {"val_loss": VAL_LOSSES[step], "val_bpb": None}
+    )
+
+
+def read_adapter(path: Path) -> dict:
+    return read_tensors(path / "adapter_model.safetensors")
+
+
+def test_a_run_stands_for_its_best_evaluation(folder, scripted_losses, capsys):
+    """The adapter of the best evaluation is saved even if no checkpoint is due. Wherever a model is
+    taken, the run stands for it, and the command says so. A checkpoint can be named instead. The
+    last lines name the best and the last one.
+    """
+    all_steps = finetune("runs/all", save_every=1, keep=99, max_steps=7)
+    run = finetune("runs/a", max_steps=7, merge_out="merged", eval_every=1)
+    best, last = run / "best" / "step_000003", run / "checkpoints" / "step_000007"
+    assert list_checkpoints(run) == [run / "checkpoints" / "step_000004", last]
+    assert [*run.glob("best/*")] == [best]
+    assert not (best / "state.pt").exists()
+    lines = dict(re.findall("^(.+?)  +(.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert lines["best saved checkpoint"] == f"{best}, validation loss 3.0000"
+    assert lines["last checkpoint"] == f"{last}, not evaluated"
+    assert lines["in transformers"].endswith(f"({str(best)!r})")
+    expected = read_adapter(all_steps / "checkpoints" / "step_000003")
+    assert all(torch.equal(expected[name], t) for name, t in read_adapter(best).items())
+    for path, found in ((run, best), (last, last)):
+        for names in ((path,), ("base", path)):
+            adapter = get_lora_state_dict(load_model(*names))
+            tensors = read_adapter(found)
+            for name, tensor in adapter.items():
+                assert torch.equal(tensor, tensors[f"base_model.model.{name}.weight"])
+        notice = "runs/a: using its best checkpoint, best/step_000003\n"
+        assert capsys.readouterr().err == (notice * 2 if path == run else "")
+    merged = merge_lora(load_model(best))
+    assert hash_weights(load_model("merged")) == hash_weights(merged)
+    # A later checkpoint that is better replaces it.
+    finetune("runs/b", max_steps=8)
+    assert choose_checkpoint("runs/b") == Path("runs/b/checkpoints/step_000008")
+    assert not [*Path("runs/b/best").iterdir()]
+
+
+def test_patience_ends_a_run(folder, scripted_losses, capsys):
+    """A run ends after `patience` evaluations without a better one, also if it was killed before
+    the last save. It is then finished, unless patience gets larger.
+    """
+    run = finetune("runs/a", patience=2)
+    assert [r["step"] for r in read_metrics(run)] == [*range(6)]
+    assert "patience 2 is used up; ending after step 5" in capsys.readouterr().out
+    expected = read_adapter(run / "checkpoints" / "step_000005")
+    for _ in range(2):
+        finetune("runs/a", patience=2)
+        assert [p.name for p in list_checkpoints(run)] == ["step_000004", "step_000005"]
+        again = read_adapter(run / "checkpoints" / "step_000005")
+        assert all(torch.equal(expected[name], tensor) for name, tensor in again.items())
+        shutil.rmtree(run / "checkpoints" / "step_000005")  # as if killed before the save
+    assert "already finished" in capsys.readouterr().out
+    finetune("runs/a", patience=2, merge_out="merged")
+    finetune("runs/a", patience=2, merge_out="merged")  # finished, so it may exist
+    finetune("runs/a", patience=5)
+    assert [r["step"] for r in read_metrics(run)] == [*range(9)]
+    assert choose_checkpoint(run).name == "step_000008"
+
+
+@pytest.mark.parametrize(("given", "dtype"), [(None, "float16"), ("bf16", "bfloat16")])
+def test_precision_of_merged_weights(folder, given, dtype):
+    """A merged model has the precision of its base, or --merge_dtype. transformers loads it with
+    the weights of the fp32 model, rounded. Repeating the command changes nothing.
+    """
+    AutoModelForCausalLM.from_pretrained("base").half().save_pretrained("base")
+    for _ in range(2):
+        run = finetune("runs/a", max_steps=2, merge_out="merged", merge_dtype=given)
+    assert {str(t.dtype) for t in read_tensors(Path("merged/model.safetensors")).values()} == {
+        f"torch.{dtype}"
+    }
+    theirs = AutoModelForCausalLM.from_pretrained("merged")
+    assert theirs.dtype == getattr(torch, dtype)
+    expected = merge_lora(load_model(run)).to(theirs.dtype)
+    assert hash_weights(load_model("merged").to(theirs.dtype)) == hash_weights(expected)
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        logits = theirs.float()(idx).logits
+        torch.testing.assert_close(load_model("merged")(idx), logits, atol=1e-4, rtol=0)
+
+
+def test_a_lone_lora_pt_needs_its_alpha(folder):
+    """A lora.pt without its config loads only with --lora_alpha. Its rank is that of the tensors,
+    and another --lora_dim is an error.
+    """
+    first = finetune("runs/first", lora_dim=2, lora_alpha=3.0, max_steps=4)
+    before = read_metrics(first)[-1]["val_loss"]
+    Path(list_checkpoints(first)[-1] / "lora.pt").rename("lora.pt")
+    for settings in ({}, {"lora_dim": 2}):
+        with pytest.raises(ValueError, match=r"does not contain lora_alpha .* --lora_alpha it was"):
+            finetune("runs/a", lora_load_path="lora.pt", **settings)
+    settings = {"lora_load_path": "lora.pt", "lora_alpha": 3.0, "max_steps": 1}
+    with pytest.raises(ValueError, match=r"lora_dim is 4, but the adapter of lora.pt has 2"):
+        finetune("runs/a", **settings, lora_dim=4)
+    run = finetune("runs/b", **settings)
+    assert read_metrics(run)[0]["val_loss"] == pytest.approx(before, rel=1e-6)
+    assert read_run_config(run)["lora_dim"] == 2
+
+
+def test_an_adapter_keeps_its_chat_template(folder, write_rows):
+    """Fine-tuning an adapter further uses the chat template in its folder."""
+    write_rows([{"messages": CHAT[1:3]}] * 20)
+    first = choose_checkpoint(finetune("runs/first", max_steps=1))
+    tokenizer = AutoTokenizer.from_pretrained(first)
+    tokenizer.chat_template = TAGGED_TEMPLATE
+    tokenizer.save_pretrained(first)
+    run = finetune("runs/a", lora_load_path=str(first), max_steps=1)
+    assert AutoTokenizer.from_pretrained(choose_checkpoint(run)).chat_template == TAGGED_TEMPLATE
+
+
 def test_the_base_of_an_adapter_is_kept(folder):
     """A run never deletes an adapter's base. If it is gone anyway, the error asks for a copy."""
     first = Path("base_run/checkpoints/step_000001")
@@ -244,12 +367,17 @@ def test_training_all_weights(folder):
 @pytest.mark.parametrize("use_lora", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit(folder, use_lora):
     """After kill -9, the same command ends with the losses and weights of an uninterrupted run."""
-    settings = {"lora_dropout": 0.2 if use_lora else None, "use_lora": use_lora}
+    settings = {"lora_dropout": 0.2 if use_lora else None, "use_lora": use_lora, "eval_every": 1}
     whole = finetune("runs/whole", **settings)
     job = Job(*command("runs/killed", **settings), signal_at=(6, signal.SIGKILL))
     assert job.wait().returncode == -signal.SIGKILL
+    best = choose_checkpoint("runs/killed")
+    losses = {r["step"]: r["val_loss"] for r in read_metrics("runs/killed") if r["step"]}
+    assert read_progress(best)["val_loss"] == min(list(losses.values())[:-1])
+    assert load_model(best)
     killed = finetune("runs/killed", **settings)
     assert read_curve(killed) == read_curve(whole)
+    assert len({choose_checkpoint(run).relative_to(run) for run in (killed, whole)}) == 1
     a, b = load_model(killed), load_model(whole)
     assert all(map(torch.equal, a.parameters(), b.parameters()))
     state = read_state(list_checkpoints(killed)[-1])["optimizer"]["state"]

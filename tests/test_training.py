@@ -13,7 +13,13 @@ from conftest import CPU_DIST, GPT2_TOKENIZER, TIKTOKEN, make_data, make_step, n
 from engine.checkpoint import list_checkpoints
 from engine.data import IGNORE_INDEX, Batch, PretrainingData, validation_batches
 from engine.distributed import Distributed, init_device
-from engine.evaluation import Evaluation, Prompt, evaluate_loss, generate_samples
+from engine.evaluation import (
+    Evaluation,
+    Prompt,
+    evaluate_loss,
+    evaluations_since_best,
+    generate_samples,
+)
 from engine.loss import SummedLoss
 from engine.metrics import Meter
 from engine.training import announce_run, collect_facts, train, warn_about_settings
@@ -57,6 +63,19 @@ def test_evaluation_is_the_mean_over_tokens(shards):
         batches = validation(shards, 500, batch_size)()
         loss, _ = evaluate_loss(summed_loss, batches, GPT2_TOKENIZER.token_bytes, CPU_DIST)
         assert loss == pytest.approx(total / 500, rel=1e-5)
+
+
+def test_evaluations_since_the_best():
+    """A tie goes to the earlier evaluation, and a loss that is not finite is worse than any."""
+    for losses, expected in (
+        ([], 0),
+        ([3.0], 0),
+        ([3.0, 2.0], 0),
+        ([2.0, 3.0, None], 2),
+        ([None, 3.0], 0),
+        ([2.0, 3.0, 2.0], 2),
+    ):
+        assert evaluations_since_best(losses) == expected
 
 
 def test_bits_per_byte():
