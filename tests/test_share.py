@@ -1,6 +1,7 @@
 """What share.py uploads opens in transformers and peft, and the card describes it."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -15,12 +16,18 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import hellaswag
+import sample
 import share
+from engine.adapter import save_adapter
 from engine.checkpoint import RunState, list_checkpoints, load_model, save_checkpoint
 from engine.files import JSONLinesLog, write_json
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora, get_lora_state_dict
+from engine.pretrained import save_pretrained
 from engine.tokenizer import Tokenizer
-from model import GPT
+from hellaswag import EvalConfig
+from model import GPT, GPTConfig
+from sample import SampleConfig
 from share import ShareConfig
 
 CHAT_TEMPLATE = "Café: {{ messages[0].content }}\n"
@@ -161,6 +168,85 @@ def test_shared_adapter_names_its_base_on_the_hub(run, adapter):
         share.main(replace(config, run=str(run)))
 
 
+def put_in_cache(cache: Path, repo_id: str, files: Path, revision: str = "0" * 40) -> None:
+    """Put a copy of a folder into a local cache of the hub."""
+    repo = cache / f"models--{repo_id.replace('/', '--')}"
+    shutil.copytree(files, repo / "snapshots" / revision)
+    (repo / "refs").mkdir(exist_ok=True)
+    (repo / "refs" / "main").write_text(revision)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty hub cache, without a network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def test_shared_adapters_load_by_their_hub_name(run, adapter, cache, tmp_path, capsys):
+    """What was uploaded loads by its hub name wherever a model or an adapter is taken: with the
+    same logits, with the base at the revision in adapter_config.json, and with the chat template.
+    """
+    share.main(ShareConfig(str(run), "me/base", dry_run=True))
+    put_in_cache(cache, "me/base", run / "share", "1" * 40)
+    other = tmp_path / "other"
+    shutil.copytree(run / "share", other)
+    GPT(GPTConfig(block_size=128, n_layer=1, n_head=2, n_embd=8)).save_pretrained(other)
+    put_in_cache(cache, "me/base", other, "2" * 40)  # now the main revision
+    share.main(ShareConfig(str(adapter), "me/lora", base_model="me/base@" + "1" * 40, dry_run=True))
+    card = (adapter / "share" / "README.md").read_text()
+    assert "[me/base](https://huggingface.co/me/base)" in card
+    put_in_cache(cache, "me/lora", adapter / "share")
+    config = json.loads((adapter / "share" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", "1" * 40)
+    idx, expected = torch.arange(100)[None], load_model(run, adapter)
+    pinned = "me/base@" + "1" * 40
+    with torch.no_grad():
+        for names in (("me/lora",), (pinned, "me/lora"), (run, "me/lora"), (pinned, adapter)):
+            model = load_model(*names)
+            assert torch.equal(model(idx), expected(idx))
+        assert model.name_or_path == pinned
+        save_adapter(model, tmp_path / "again", model.name_or_path)
+        assert torch.equal(load_model(tmp_path / "again")(idx), expected(idx))
+        theirs = peft.AutoPeftModelForCausalLM.from_pretrained("me/lora", local_files_only=True)
+        torch.testing.assert_close(theirs(idx).logits, expected(idx), atol=1e-2, rtol=1e-3)
+    with pytest.raises(ValueError, match="belongs to a different model"):
+        load_model("me/base", "me/lora")
+    capsys.readouterr()
+    options = {"device": "cpu", "max_new_tokens": 5, "temperature": 0.0, "instruction": "Hi"}
+    sample.main(SampleConfig(model="me/lora", **options))
+    by_name = capsys.readouterr().out
+    sample.main(SampleConfig(model=str(run), lora_load_path="me/lora", **options))
+    assert capsys.readouterr().out == by_name
+    sample.main(SampleConfig(model=str(adapter), **options))
+    assert capsys.readouterr().out == by_name
+    rows = str(Path(__file__).with_name("hellaswag_rows.jsonl"))
+    hellaswag.main(EvalConfig(model="me/lora", data=rows, limit=2, device="cpu"))
+    assert "acc_norm" in capsys.readouterr().out
+
+
+def test_folders_without_a_run_can_be_shared(run, tmp_path):
+    """A merged model and a single checkpoint can be shared, too. A merged model has no run, so its
+    card has no training section. Sharing it twice gives the same files.
+    """
+    merged = tmp_path / "merged"
+    model = load_model(run)
+    save_pretrained(model, merged, Tokenizer.gpt2())
+    config = ShareConfig(str(merged), "me/merged", dry_run=True)
+    for _ in range(2):
+        share.main(config)
+        names = {file.name for file in (merged / "share").iterdir()}
+        assert names == {file.name for file in merged.iterdir()} - {"share"} | {"README.md"}
+    text = (merged / "share" / "README.md").read_text()
+    assert "# me/merged\n\nA GPT-2 model.\n\n## Use\n" in text
+    assert "## Training" not in text
+    assert "loss.png" not in text
+    first = list_checkpoints(run)[0]
+    share.main(replace(config, run=str(first)))
+    assert "\n- steps: 1 of 2\n" in (run / "share" / "README.md").read_text()
+
+
 class FakeHub:
     """A stand-in for HfApi that records calls, or raises `error`."""
 
@@ -200,10 +286,12 @@ def test_malformed_repo_ids_are_refused(name):
         share.main(ShareConfig("runs/demo", name))
 
 
-@pytest.mark.parametrize(("best", "wanted"), [(False, ""), (True, " with a validation loss")])
+@pytest.mark.parametrize(
+    ("best", "wanted"), [(False, " or model"), (True, " with a validation loss")]
+)
 def test_run_without_a_checkpoint(tmp_path, best, wanted):
     """A folder without a checkpoint is an error that names it, and nothing is written there."""
-    message = f"holds no checkpoint{wanted}; expected a run's out"
+    message = f"holds no checkpoint{wanted}; expected a run's out_dir or a model"
     with pytest.raises(FileNotFoundError, match=message):
         share.main(ShareConfig(str(tmp_path), "me/x", best=best, dry_run=True))
     assert not list(tmp_path.iterdir())
