@@ -16,7 +16,7 @@ from engine.checkpoint import find_checkpoint, load_model, mark_base
 from engine.config import ADAPTER_HELP, MODEL_HELP, Names, Precision, TrainConfig, flag, run_command
 from engine.data import ceil_div
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
-from engine.evaluation import Prompt, is_last_step, read_val_losses
+from engine.evaluation import Prompt
 from engine.files import write_atomically
 from engine.instructions import (
     InstructionData,
@@ -36,14 +36,7 @@ from engine.lora import (
 )
 from engine.metrics import read_metrics
 from engine.plots import curve_points
-from engine.pretrained import (
-    DTYPES,
-    find_pretrained,
-    hash_weights,
-    load_tokenizer,
-    read_dtype,
-    save_pretrained,
-)
+from engine.pretrained import DTYPES, hash_weights, load_tokenizer, read_dtype, save_pretrained
 from engine.resume import open_run
 from engine.rows import find_row_files
 from engine.tokenizer import Tokenizer
@@ -167,9 +160,7 @@ def main(given: FinetuneConfig) -> None:
         del build  # frees gigabytes if the run was resumed, so that the base is not `model`
         run = Path(config.out_dir)
         merged = Path(config.merge_out) if config.merge_out else None
-        step = resumed.progress["step"] if resumed else 0
-        is_finished = is_last_step(step, config, read_val_losses(run, step))
-        if merged and is_occupied(merged) and not is_finished:
+        if merged and is_occupied(merged) and not resumed:
             raise ValueError(f"merge_out {merged} already exists; choose another folder")
         if config.use_lora:
             freeze_base(model, config, dist)
@@ -192,7 +183,7 @@ def main(given: FinetuneConfig) -> None:
             # base_path is the checkpoint that was loaded above. If the base is a run that is still
             # training, model_name_or_path may stand for another checkpoint by now.
             tuned = load_model(base_path, run) if config.use_lora else load_model(run)
-            dtype = DTYPES.get(config.merge_dtype, read_dtype(find_pretrained(base_path)))
+            dtype = DTYPES.get(config.merge_dtype) or read_dtype(base_path)
             save_merged(tuned, tokenizer, merged, dtype)
     dist.stop()
 
@@ -234,9 +225,9 @@ def add_adapter(base: GPT, config: FinetuneConfig) -> GPT:
     lora_config = new_lora_config(config)
     if config.lora_load_path is None:
         return convert_linear_layer_to_lora(base, config.lora_module_name, lora_config)
-    has_alpha = config.lora_alpha is not None  # a lora.pt does not contain it
-    adapter = find_checkpoint(config.lora_load_path)
-    return load_adapter(base, adapter, lora_config if has_alpha else None)
+    has_scaling = config.lora_alpha is not None  # a lora.pt alone does not contain it
+    path = find_checkpoint(config.lora_load_path)
+    return load_adapter(base, path, lora_config if has_scaling else None)
 
 
 def resolve_config(

@@ -31,16 +31,15 @@ LORA_STATE_FILE = "lora.pt"
 EXPECTED_FILES = f"a folder with {ADAPTER_CONFIG_FILE} and its weights, or a {LORA_STATE_FILE}"
 PEFT_PREFIX = "base_model.model."  # of every tensor name in PEFT's files
 # Options of adapter_config.json.
-#   - READ_OPTIONS are used, and METADATA only describes the adapter.
-#   - INERT options have no effect here. fan_in_fan_out is about the layout of the base weights, and
-#     layers_pattern names the list of blocks, of which GPT-2 has only one, h.
+#   - READ_OPTIONS are used.
+#   - OTHER_OPTIONS only describe the adapter, or have no effect here: fan_in_fan_out is about the
+#     layout of the base weights, and layers_pattern names the list of blocks, but GPT-2 has one.
 #   - Any other option must have one of its SUPPORTED_VALUES or, if it is not listed there, be OFF.
 READ_OPTIONS = {"base_model_name_or_path", "revision", "r", "rank_pattern", "lora_alpha"}
 READ_OPTIONS |= {"alpha_pattern", "lora_dropout", "use_rslora", "target_modules", "exclude_modules"}
 READ_OPTIONS |= {"layers_to_transform"}
-METADATA = {"auto_mapping", "peft_version", "task_type"}
-INERT = {"fan_in_fan_out", "inference_mode", "layers_pattern", "megatron_core", "runtime_config"}
-INERT |= {"qalora_group_size"}
+OTHER_OPTIONS = {"auto_mapping", "peft_version", "task_type", "fan_in_fan_out", "inference_mode"}
+OTHER_OPTIONS |= {"layers_pattern", "megatron_core", "runtime_config", "qalora_group_size"}
 SUPPORTED_VALUES: dict[str, tuple] = {
     "peft_type": ("LORA",),
     # Others change the base weights.
@@ -146,7 +145,7 @@ def read_adapter_config(folder: Path | str) -> AdapterConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not an adapter; expected {EXPECTED_FILES}")
     options = read_json(path, remedy="save the adapter again")
-    for option in sorted(options.keys() - READ_OPTIONS - METADATA - INERT):
+    for option in sorted(options.keys() - READ_OPTIONS - OTHER_OPTIONS):
         if (value := options[option]) not in SUPPORTED_VALUES.get(option, OFF):
             raise ValueError(
                 f"{path}: {option} {value!r} is not supported; use PEFT to merge the adapter"
@@ -210,7 +209,7 @@ def load_adapter(model: Model, path: Path | str, config: LoRAConfig | None = Non
     if not configs:
         raise ValueError(f"{path} has LoRA for none of the model's linear layers")
     if file.suffix == ".safetensors" and isinstance(model, GPT):
-        check_base(model, file)
+        check_base(model, file)  # the other formats do not say which model they were trained on
     replace_linears(model, configs)
     copy_tensors(tensors, get_lora_state_dict(model), str(path))
     return model

@@ -44,13 +44,11 @@ class RunState(NamedTuple):
     tensors: dict  # state.pt: optimizer, scaler, rng; {} to save only the weights, in RUN/best
 
 
-def list_checkpoints(
-    run: Path | str, after: int = -1, subfolder: str = "checkpoints"
-) -> list[Path]:
+def list_checkpoints(run: Path | str, after: int = -1, within: str = "checkpoints") -> list[Path]:
     """Return the run's checkpoints after step `after`, oldest first. All were saved completely, but
     files in them may have been damaged since.
     """
-    found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in Path(run, subfolder).glob("*")]
+    found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in Path(run, within).glob("*")]
     steps = sorted((int(match[1]), path) for match, path in found if match)
     return [path for n, path in steps if n > after and path.is_dir() and any(path.iterdir())]
 
@@ -65,7 +63,7 @@ def best_checkpoint(run: Path | str) -> Path | None:
     the best evaluation in fine-tuning, and the best of those that were saved in pretraining.
     """
     losses: dict[Path, Any] = {}
-    for folder in [*list_checkpoints(run), *list_checkpoints(run, subfolder="best")]:
+    for folder in [*list_checkpoints(run), *list_checkpoints(run, within="best")]:
         with suppress(OSError, ValueError):  # damage is reported when the checkpoint is loaded
             losses[folder] = read_progress(folder).get("val_loss")
     evaluated = [folder for folder, loss in losses.items() if loss is not None]
@@ -78,7 +76,7 @@ def choose_checkpoint(name_or_path: str | Path) -> Path:
     """
     path = Path(name_or_path)
     best = best_checkpoint(path) if is_finetuning_run(path) else None
-    saved = [*list_checkpoints(path, subfolder="best"), *list_checkpoints(path)]
+    saved = [*list_checkpoints(path, within="best"), *list_checkpoints(path)]
     return best or next(reversed(saved), path)
 
 
@@ -213,7 +211,7 @@ def save_checkpoint(
             f"step {step} could not be saved: {error}. Free some space and run the same command "
             f"again; it resumes from {earlier[-1] if earlier else 'the start'}"
         ) from error
-    checkpoints, weights = list_checkpoints(run), list_checkpoints(run, subfolder="best")
+    checkpoints, weights = list_checkpoints(run), list_checkpoints(run, within="best")
     for old in {*checkpoints, *weights} - {best_checkpoint(run), *checkpoints[-keep:]}:
         if checkpoint_step(old) != kept_step and not (old / BASE_MARK).exists():
             shutil.rmtree(old)

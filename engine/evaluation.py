@@ -48,14 +48,8 @@ def read_val_losses(run: Path, last_step: int) -> list[float | None]:
 
 def evaluations_since_best(val_losses: list[float | None]) -> int:
     """Return how many evaluations followed the best one. Ties go to the first."""
-    losses = [math.inf if loss is None else loss for loss in val_losses]  # None was not finite
+    losses = [math.inf if loss is None else loss for loss in val_losses]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
-
-
-def is_last_step(step: int, config: TrainConfig, val_losses: list[float | None]) -> bool:
-    """Return whether the run ends at `step`: at max_steps, or because patience is used up."""
-    n_worse = evaluations_since_best(val_losses)
-    return step == config.max_steps or (config.patience is not None and n_worse >= config.patience)
 
 
 @dataclass
@@ -73,11 +67,21 @@ class Evaluation:
     config: TrainConfig
     dist: Distributed
     has_fixed_shape: bool  # whether all batches have the shape that training is compiled for
+    val_losses: list[float | None]  # of all evaluations after step 0; None was not finite
 
     def is_any_due(self, step: int) -> bool:
         config = self.config
         intervals = config.eval_every, config.sample_every, config.hellaswag_every
         return any(is_due(every, step, config) for every in intervals)
+
+    def is_best(self) -> bool:
+        """Return whether no evaluation before the latest one was as good."""
+        return evaluations_since_best(self.val_losses) == 0
+
+    def is_last_step(self, step: int) -> bool:
+        """Return whether the run ends at `step`: at max_steps, or because patience is used up."""
+        patience = self.config.patience or math.inf
+        return step == self.config.max_steps or evaluations_since_best(self.val_losses) >= patience
 
     def evaluate_step(self, step: int) -> dict:
         """Run the evaluations that are due at this step. Return their entries for the log."""
@@ -90,6 +94,7 @@ class Evaluation:
                 token_bytes = self.tokenizer.token_bytes
                 loss, bpb = evaluate_loss(self.summed_loss, self.val(), token_bytes, dist)
             record["val_loss"] = finite_or_none(loss)
+            self.val_losses += [record["val_loss"]] if step else []
             record["val_bpb"] = None if bpb is None else finite_or_none(bpb)
         with eval_mode(model, config, dist):
             if is_due(config.sample_every, step, config):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from engine.errors import print_notice
 from engine.files import read_json, write_json
-from engine.hub import ADAPTER_CONFIG_FILE, download_model_files
+from engine.hub import download_model_files
 from engine.tensors import check_tensors, copy_tensors, read_tensors
 from engine.tokenizer import GPT2_VOCAB_SIZE, TOKENIZER_FILES, Tokenizer, find_tokenizer
 from model import GPT, GPTConfig
@@ -80,11 +80,11 @@ def load_pretrained(name_or_path: str | Path) -> GPT:
 
 
 def find_pretrained(name_or_path: str | Path) -> Path:
-    """Return the folder of a model or an adapter. If there is no local folder of that name,
-    download it from the hub to the cache. Raises FileNotFoundError if it is neither.
+    """Return the folder of a model. If there is no local folder of that name, download a model or
+    an adapter from the hub to the cache. Raises FileNotFoundError if it is neither.
     """
     path = Path(name_or_path)
-    if any((path / file).is_file() for file in ("config.json", ADAPTER_CONFIG_FILE)):
+    if (path / "config.json").is_file():
         return path
     if path.exists():
         problem = f"is a file in {path.parent}" if path.is_file() else "has no config.json"
@@ -144,9 +144,10 @@ def read_config(path: Path) -> GPTConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_dtype(folder: Path) -> torch.dtype:
-    """Return the dtype of a model's weights, as its config.json has it (default: fp32)."""
-    hf = read_json(folder / "config.json", remedy="save or download it again")
+def read_dtype(name_or_path: str) -> torch.dtype:
+    """Return the dtype of a model's weights according to its config.json, or fp32."""
+    config_file = find_pretrained(name_or_path) / "config.json"
+    hf = read_json(config_file, remedy="save or download it again")
     name = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     return {str(dtype): dtype for dtype in DTYPES.values()}.get(f"torch.{name}", torch.float32)
 

@@ -97,7 +97,7 @@ def check_extension(run: Path, config: TrainConfig, earlier_max_steps: int) -> N
             f"{run} cannot be extended: it has no checkpoint from before the decay (step {end} or "
             f"earlier); use init_from {run} and another out_dir"
         )
-    later += list_checkpoints(run, after=end, subfolder="best")
+    later += list_checkpoints(run, after=end, within="best")
     if bases := [path for path in later if (path / BASE_MARK).exists()]:
         raise ValueError(
             f"extending {run} would move {bases[0]}, the base of an adapter; copy the run, delete "
@@ -121,7 +121,7 @@ def extend_run(run: Path, config: TrainConfig) -> None:
         # `config` does not have more steps, or the run has not begun.
         return
     max_steps = read_run_config(run)["max_steps"]
-    later = list_checkpoints(run, after=end) + list_checkpoints(run, after=end, subfolder="best")
+    later = list_checkpoints(run, after=end) + list_checkpoints(run, after=end, within="best")
     records = JSONLinesLog.read(run / "metrics.jsonl", "step")
     kept = [record for record in records if record["step"] <= end]
     if not later and kept == records:

@@ -150,18 +150,14 @@ class TrainingStep:
         params = dcp.get_model_state_dict(self.model, options=options)
         # A tied head has two names. named_parameters() has only one of them.
         params = {name: t for name, t in params.items() if name in names}
-        is_cpu, is_cuda = (self.dist.device.type == kind for kind in ("cpu", "cuda"))
         state = {}
         if not weights_only:
-            cuda = torch.cuda.get_rng_state() if is_cuda else None
-            state = {
-                "optimizer": dcp.get_optimizer_state_dict(
-                    self.model, self.optimizers, options=options
-                ),
-                "scaler": self.scaler.state_dict(),
-                "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
-            }
+            optimizer = dcp.get_optimizer_state_dict(self.model, self.optimizers, options=options)
+            cuda = torch.cuda.get_rng_state() if self.dist.device.type == "cuda" else None
+            rng = {"cpu": torch.get_rng_state(), "cuda": cuda}
+            state = {"optimizer": optimizer, "scaler": self.scaler.state_dict(), "rng": rng}
         # cpu_offload copies nothing that is on the CPU already.
+        is_cpu = self.dist.device.type == "cpu"
         return copy.deepcopy((params, state)) if is_cpu else (params, state)
 
     def restore(self, state: dict) -> None:

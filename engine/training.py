@@ -15,15 +15,7 @@ from engine.checkpoint import BackgroundSave, RunState, save_checkpoint
 from engine.config import TrainConfig, fixed_settings, to_yaml
 from engine.data import TrainingData
 from engine.distributed import Distributed
-from engine.evaluation import (
-    Evaluation,
-    Prompt,
-    ValidationBatches,
-    evaluations_since_best,
-    is_due,
-    is_last_step,
-    read_val_losses,
-)
+from engine.evaluation import Evaluation, Prompt, ValidationBatches, is_due, read_val_losses
 from engine.files import drop_lost_terminal, write_atomically
 from engine.metrics import Meter, RunLogger
 from engine.optim import plateau_end
@@ -59,8 +51,6 @@ def train(
             f"the run in {config.out_dir} was trained on different data; resume it with that data"
         )
     start, run = resumed.progress["step"] if resumed else 0, Path(config.out_dir)
-    val_losses = read_val_losses(run, start)
-    is_finished = resumed is not None and is_last_step(start, config, val_losses)
     hellaswag: list[Example] = []
     if config.hellaswag_every:
         with dist.main_process_first():
@@ -74,6 +64,12 @@ def train(
         if resumed:
             training_step.restore(resumed.tensors)
             resumed.tensors.clear()  # frees gigabytes
+        loss, fixed_shape = training_step.summed_loss, data.has_fixed_shape
+        earlier = read_val_losses(run, start)
+        evaluation = Evaluation(
+            model, tokenizer, loss, val, prompts, hellaswag, config, dist, fixed_shape, earlier
+        )
+        is_finished = start > 0 and evaluation.is_last_step(start)
         # Nothing above writes to the run: if the settings, the data or the checkpoint are refused,
         # it stays as it was.
         if dist.is_main:
@@ -82,10 +78,6 @@ def train(
                 hashes = {"data": data.fingerprint, "tokenizer": tokenizer.sha256}
                 start_record(run, dist, first_step=start + 1, **hashes)
             write_atomically(run / "config.yaml", to_yaml(config).encode())
-        loss, fixed_shape = training_step.summed_loss, data.has_fixed_shape
-        evaluation = Evaluation(
-            model, tokenizer, loss, val, prompts, hellaswag, config, dist, fixed_shape
-        )
         logger = RunLogger(config, dist, start)
         if start:
             logger.print("already finished" if is_finished else f"resuming from step {start}")
@@ -93,7 +85,7 @@ def train(
             logger.log({"step": 0, "tokens": 0} | evaluation.evaluate_step(0))
         if not is_finished:
             steps = range(start + 1, config.max_steps + 1)
-            train_steps(steps, training_step, evaluation, val_losses, logger, interrupt, profiler)
+            train_steps(steps, training_step, evaluation, logger, interrupt, profiler)
         logger.finish()
 
 
@@ -101,12 +93,11 @@ def train_steps(
     steps: range,
     training_step: TrainingStep,
     evaluation: Evaluation,
-    val_losses: list[float | None],
     logger: RunLogger,
     interrupt: "Interrupt",
     profiler: Any,
 ) -> None:
-    """The loop over `steps`. `val_losses` are those of earlier steps; new ones are added."""
+    """The loop over `steps`."""
     config, dist = training_step.config, training_step.dist
     meter = Meter(training_step.model, training_step.data, dist)
     save = BackgroundSave()
@@ -126,26 +117,17 @@ def train_steps(
                 evaluated = evaluation.evaluate_step(step)
             logger.log(finished | evaluated)
             check_skipped(meter, finished["step"], logger)
-        if "val_loss" in evaluated:
-            val_losses.append(evaluated["val_loss"])
         profiler.step()
         save.check()
 
         # `stop_requested` is the same on all ranks: the meter sums it together with the loss. So
         # are the validation losses.
-        is_last = is_last_step(step, config, val_losses)
+        is_last, val_loss = evaluation.is_last_step(step), evaluated.get("val_loss")
         is_save_due |= is_last or meter.stop_requested
-        val_loss = evaluated.get("val_loss")
-        is_best = val_loss is not None and evaluations_since_best(val_losses) == 0
+        is_best = val_loss is not None and evaluation.is_best()
         if is_save_due or (is_best and config.save_best):
-            start_save(
-                save,
-                training_step,
-                evaluation.tokenizer,
-                step=step,
-                val_loss=val_loss,
-                weights_only=not is_save_due,
-            )
+            results = {"step": step, "val_loss": val_loss}
+            start_save(save, training_step, evaluation.tokenizer, results, full=is_save_due)
         if is_last or meter.stop_requested:
             save.wait()
             dist.barrier()  # if a rank left early, torchrun would stop the one that saves
@@ -203,25 +185,21 @@ def start_save(
     save: BackgroundSave,
     training_step: TrainingStep,
     tokenizer: Tokenizer,
-    *,
-    step: int,
-    val_loss: float | None,
-    weights_only: bool,
+    results: dict[str, Any],
+    full: bool,
 ) -> None:
-    """Start saving a checkpoint of `step`, the plot and the report in the background, or only the
-    weights.
+    """Start saving a checkpoint, the plot and the report in the background; unless `full`, only the
+    weights. `results` has the step and its validation loss.
     """
     save.wait()  # a snapshot takes gigabytes: only one at a time
-    params, tensors = training_step.snapshot(weights_only)  # called by all ranks
+    params, tensors = training_step.snapshot(weights_only=not full)  # called by all ranks
     dist, config = training_step.dist, training_step.config
     if not dist.is_main:
         return
     run = Path(config.out_dir)
-    progress = {
-        "step": step,
-        "val_loss": val_loss,
+    progress = results | {
         "data": training_step.data.fingerprint,
-        "facts": collect_facts(training_step.model, training_step.data, step),
+        "facts": collect_facts(training_step.model, training_step.data, results["step"]),
         "fixed_settings": sorted(fixed_settings(type(config))),
     }
 
@@ -230,7 +208,7 @@ def start_save(
         # Always keep the checkpoint at the end of the plateau: a longer run can start from it.
         keep, kept_step = config.keep, plateau_end(config)
         save_checkpoint(run, model, tokenizer, params, state, keep=keep, kept_step=kept_step)
-        if not weights_only:
+        if full:
             plot_runs([run], run / "loss.png")
             write_report(run)
 

@@ -216,9 +216,12 @@ VAL_LOSSES = [5.0, 5.5, 3.5, 3.0, 3.25, 3.0, 3.75, None, 2.5]  # of each step
 @pytest.fixture
 def scripted_losses(monkeypatch) -> None:
     """Make VAL_LOSSES the validation losses, whatever the model."""
-    monkeypatch.setattr(
-        Evaluation, "evaluate_step", lambda _, step: {"val_loss": VAL_LOSSES[step], "val_bpb": None}
-    )
+
+    def evaluate_step(self: Evaluation, step: int) -> dict:
+        self.val_losses += VAL_LOSSES[step : step + 1] if step else []
+        return {"val_loss": VAL_LOSSES[step], "val_bpb": None}
+
+    monkeypatch.setattr(Evaluation, "evaluate_step", evaluate_step)
 
 
 def read_adapter(path: Path) -> dict:

@@ -127,6 +127,7 @@ def test_validation_is_compiled_and_samples_are_not(shards, monkeypatch, has_fix
     step.summed_loss.hidden = torch.compile(hidden, backend=lambda graph, _: spy("compiled", graph))
     options = {"summed_loss": step.summed_loss, "val": val, "hellaswag": [], "dist": CPU_DIST}
     options |= {"prompts": [Prompt("!", max_new_tokens=3)], "has_fixed_shape": has_fixed_shape}
+    options |= {"val_losses": []}
     init_device("cpu", 0)  # turns cuDNN off
     try:
         evaluation = Evaluation(model, GPT2_TOKENIZER, config=step.config, **options)
