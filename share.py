@@ -121,6 +121,7 @@ def remove_folders(command: str) -> str:
 
 def render_card(config: ShareConfig, checkpoint: Path, base: str | None, run: Path | None) -> str:
     """Return the README.md of the repository. It starts with YAML that the hub reads."""
+    summary = summarize_run(run, checkpoint) if run else {}
     settings = read_fixed_settings(run, checkpoint) if run else {}
     head = {"library_name": "peft" if base else "transformers"}
     head |= {k: v for k, v in (("base_model", base), ("license", config.license)) if v}
@@ -129,7 +130,7 @@ def render_card(config: ShareConfig, checkpoint: Path, base: str | None, run: Pa
         head=yaml.safe_dump(head, sort_keys=False),
         repo_id=config.repo_id,
         base=base,
-        summary=summarize_run(run, checkpoint) if run else {},
+        summary=summary,
         settings=yaml.safe_dump(settings, sort_keys=False),
     )
 

@@ -11,8 +11,8 @@ from typing import Any
 PROBE_SECONDS = 4.0
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 MODEL_REMEDY = (
-    "There is no local folder of that name; without a network, pass the folder of a model or an "
-    "adapter"
+    "There is no local folder of that name; without a network, pass a folder with config.json, or "
+    "adapter_config.json, and the weights"
 )
 # A name with one of these suffixes is a file, never a name on the hub.
 FILE_SUFFIXES: tuple[str, ...] = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt")
