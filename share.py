@@ -91,7 +91,8 @@ def build_upload_folder(config: ShareConfig) -> Path:
         raise FileNotFoundError(f"{given} holds no {wanted}; expected a run's out_dir or a model")
     base, revision = split_revision(find_base(checkpoint, config.base_model))
     is_in_run = (checkpoint / "progress.json").is_file()  # otherwise it is a merged model
-    run = checkpoint.absolute().parents[1] if is_in_run else checkpoint
+    is_checkpoint = is_in_run and checkpoint == given
+    run = checkpoint.absolute().parents[1] if is_checkpoint else given
     card = render_card(config, checkpoint, base, run if is_in_run else None)
     record = read_record(run)
     for process in record.get("processes", []):

@@ -132,7 +132,8 @@ def train_steps(
             save.wait()
             dist.barrier()  # if a rank left early, torchrun would stop the one that saves
         if is_last and step < config.max_steps:
-            logger.print(f"patience {config.patience} is used up; ending after step {step}")
+            n = config.patience
+            logger.print(f"ending after step {step}: no lower validation loss in {n} evaluations")
             break
         if meter.stop_requested and not is_last:
             logger.print(f"stopped after step {step} and saved it; run the same command to resume")

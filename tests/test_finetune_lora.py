@@ -267,7 +267,7 @@ def test_patience_ends_a_run(folder, scripted_losses, capsys):
     """
     run = finetune("runs/a", patience=2)
     assert [r["step"] for r in read_metrics(run)] == [*range(6)]
-    assert "patience 2 is used up; ending after step 5" in capsys.readouterr().out
+    assert "ending after step 5: no lower validation loss in 2 evaluations" in capsys.readouterr().out
     expected = read_adapter(run / "checkpoints" / "step_000005")
     for _ in range(2):
         finetune("runs/a", patience=2)
@@ -396,14 +396,21 @@ def test_a_killed_run_resumes_bit_for_bit(folder, use_lora):
     ],
 )
 def test_ranks_do_not_change_the_curve(folder, parallel, settings):
-    """Two ranks have the losses of one process, and one process can resume their run."""
-    settings = {"precision": "fp32", **settings}
+    """Two ranks have the losses of one process, and the same best evaluation, which they save
+    together. One process can resume their run.
+    """
+    settings = {"precision": "fp32", "eval_every": 1, "save_every": 9, **settings}
+    settings |= {"max_lr": 2.0, "min_lr": 2.0}  # the last step is not the best
     single = finetune("runs/single", **settings)
     result = run_script(*command("runs/two", parallel=parallel, **settings), ranks=2)
     assert result.returncode == 0, result.stderr
     for key in ("train_loss", "val_loss"):
         expected = read_values(single, key)
         assert read_values(Path("runs/two"), key) == pytest.approx(expected, rel=1e-4)
+    best = choose_checkpoint("runs/two")
+    assert best.parent.name == "best"  # it was not due
+    assert best.name == choose_checkpoint(single).name
+    assert load_model("runs/two")
     finetune("runs/two", **settings)  # already finished
 
 
