@@ -23,10 +23,10 @@ NOT_UPLOADED = ("state.pt", "progress.json", LORA_STATE_FILE, BASE_MARK, "share"
 
 @dataclass(frozen=True)
 class ShareConfig(Settings):
-    run: str = flag("", "run, checkpoint or merged model to upload; of fine-tuning, the best one")
+    run: str = flag("", "run, checkpoint or merged model to upload (fine-tuning run: its best)")
     repo_id: str = flag("", "repository on the hub: NAME or USER/NAME")
     base_model: str | None = flag(None, "hub name of an adapter's base (default: the one it has)")
-    best: bool = flag(False, "of pretraining, too: of the saved checkpoints, the best one")
+    best: bool = flag(False, "of a pretraining run: the best of the saved checkpoints")
     license: str | None = flag(None, "license identifier for the model card, such as mit")
     private: bool = flag(False, "make a new repository private")
     dry_run: bool = flag(False, "only write the files to RUN/share, do not upload them")

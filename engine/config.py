@@ -36,7 +36,7 @@ MAX_SEED = 2**63 - 1  # the largest seed that torch takes
 LOGGERS = ("tensorboard", "wandb")
 # Help shared by the flags that take a model. docs/formats.md has the details.
 MODEL_HELP = "hub name, Hugging Face folder, checkpoint or run folder"
-ADAPTER_HELP = "adapter to add to the model: a PEFT folder, checkpoint, run folder or lora.pt"
+ADAPTER_HELP = "adapter to add to the model: hub name, PEFT folder, checkpoint, run or lora.pt"
 TOKENIZER_HELP = "folder or hub name of the model's tokenizer (default: the one beside the model)"
 
 

@@ -267,7 +267,9 @@ def test_patience_ends_a_run(folder, scripted_losses, capsys):
     """
     run = finetune("runs/a", patience=2)
     assert [r["step"] for r in read_metrics(run)] == [*range(6)]
-    assert "ending after step 5: no lower validation loss in 2 evaluations" in capsys.readouterr().out
+    assert (
+        "ending after step 5: no lower validation loss in 2 evaluations" in capsys.readouterr().out
+    )
     expected = read_adapter(run / "checkpoints" / "step_000005")
     for _ in range(2):
         finetune("runs/a", patience=2)
