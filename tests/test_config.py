@@ -33,7 +33,7 @@ from train_gpt2 import PretrainConfig
 FREE_TO_CHANGE = {"out_dir", "resume", "data", "data_dir", "model_name_or_path", "merge_out"}
 FREE_TO_CHANGE |= {"batch_size", "device", "compile", "parallel", "recompute", "lora_form"}
 FREE_TO_CHANGE |= {"eval_every", "sample_every", "hellaswag_every", "hellaswag_data"}
-FREE_TO_CHANGE |= {"log", "save_every", "keep", "profile", "tokenizer"}
+FREE_TO_CHANGE |= {"log", "save_every", "keep", "patience", "merge_dtype", "profile", "tokenizer"}
 FREE_TO_CHANGE |= {"dataset_config", "split", "skip_bad_rows"}
 FREE_TO_CHANGE |= {"prompt_column", "completion_column"}
 GROUPS = {

@@ -115,12 +115,20 @@ def test_an_extended_run_equals_one_long_run(tmp_path, data_dir):
 
 
 def test_a_run_that_was_killed_in_its_decay_is_extended(tmp_path, data_dir):
-    """The steps of the decay run again, even without a checkpoint in it. All are logged once."""
+    """The steps of the decay run again, even without a checkpoint in it. All are logged once. The
+    weights of its best evaluation move with its log.
+    """
     run, longer = tmp_path / "run", tmp_path / "longer"
     main(wsd_config(run, data_dir, max_steps=10))
     for checkpoint in list_checkpoints(run)[1:]:  # as if killed before the next save
         checkpoint.rename(tmp_path / checkpoint.name)
+    for step in (5, 9):
+        (run / "best" / f"step_00000{step}").mkdir(parents=True)
+        progress = f'{{"step": {step}, "val_loss": 0.0}}'
+        (run / "best" / f"step_00000{step}" / "progress.json").write_text(progress)
     main(wsd_config(run, data_dir, max_steps=20))
+    assert [p.name for p in run.glob("best/*")] == ["step_000005"]
+    assert [p.name for p in run.glob("until_step_10/best/*")] == ["step_000009"]
     main(wsd_config(longer, data_dir, max_steps=20))
     assert read_curve(run) == read_curve(longer)
 
