@@ -16,7 +16,7 @@ from engine.checkpoint import find_checkpoint, load_model, mark_base
 from engine.config import ADAPTER_HELP, MODEL_HELP, Names, Precision, TrainConfig, flag, run_command
 from engine.data import ceil_div
 from engine.distributed import Distributed, keep_freed_memory, resolve_device_settings
-from engine.evaluation import Prompt
+from engine.evaluation import Prompt, is_last_step, read_val_losses
 from engine.files import write_atomically
 from engine.instructions import (
     InstructionData,
@@ -160,7 +160,9 @@ def main(given: FinetuneConfig) -> None:
         del build  # frees gigabytes if the run was resumed, so that the base is not `model`
         run = Path(config.out_dir)
         merged = Path(config.merge_out) if config.merge_out else None
-        if merged and is_occupied(merged) and not resumed:
+        step = resumed.progress["step"] if resumed else 0
+        is_finished = is_last_step(step, config, read_val_losses(run, step))
+        if merged and is_occupied(merged) and not is_finished:
             raise ValueError(f"merge_out {merged} already exists; choose another folder")
         if config.use_lora:
             freeze_base(model, config, dist)
@@ -246,7 +248,7 @@ def resolve_config(
         resolved["warmup_steps"] = min(WARMUP_STEPS, max_steps // 10)
     if config.max_lr is None:
         resolved["max_lr"] = 5e-4 if config.use_lora else 5e-5
-    for linear in list(lora_linears(model).values())[:1]:  # with PEFT, others may differ
+    for linear in list(lora_linears(model).values())[:1]:  # PEFT allows others to differ
         for name, found in asdict(linear.config).items():
             if (value := getattr(config, name)) not in (None, found):
                 path = config.lora_load_path
@@ -288,10 +290,11 @@ def save_merged(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dty
         merge_lora(model)
     model.to(dtype)
     if is_occupied(folder):
-        is_model = (folder / "config.json").is_file()
+        is_model = (folder / "config.json").is_file() and read_dtype(str(folder)) == dtype
         if not is_model or hash_weights(load_model(folder).to(dtype)) != hash_weights(model):
             raise ValueError(
-                f"merge_out {folder} holds something other than this model; choose another folder"
+                f"merge_out {folder} holds something other than this model in this precision; "
+                "choose another folder"
             )
         print(f"merged model              {folder}, already saved")
         return

@@ -17,19 +17,20 @@ from engine.metrics import read_fixed_settings, summarize_run
 from engine.plots import plot_runs
 from engine.report import RUN_RECORD, read_record, render_template
 
-# Files that only this project reads. lora.pt duplicates adapter_model.safetensors.
+# Files that only this project reads (lora.pt duplicates adapter_model.safetensors), and earlier
+# upload folders.
 NOT_UPLOADED = ("state.pt", "progress.json", LORA_STATE_FILE, BASE_MARK, "share")
 
 
 @dataclass(frozen=True)
 class ShareConfig(Settings):
-    run: str = flag("", "run, checkpoint or merged model to upload (fine-tuning run: its best)")
+    run: str = flag("", "run, checkpoint or merged model to upload (of fine-tuning, the best one)")
     repo_id: str = flag("", "repository on the hub: NAME or USER/NAME")
     base_model: str | None = flag(None, "hub name of an adapter's base (default: the one it has)")
-    best: bool = flag(False, "of a pretraining run: the best of the saved checkpoints")
+    best: bool = flag(False, "of a pretraining run, upload the best saved checkpoint")
     license: str | None = flag(None, "license identifier for the model card, such as mit")
     private: bool = flag(False, "make a new repository private")
-    dry_run: bool = flag(False, "only write the files to RUN/share, do not upload them")
+    dry_run: bool = flag(False, "only write the files to a folder, do not upload them")
 
 
 def main(config: ShareConfig) -> None:
@@ -88,16 +89,19 @@ def build_upload_folder(config: ShareConfig) -> Path:
     checkpoint = best_checkpoint(given) if config.best else choose_checkpoint(given)
     if not checkpoint or not (is_adapter(checkpoint) or (checkpoint / "config.json").is_file()):
         wanted = "checkpoint with a validation loss" if config.best else "checkpoint or model"
-        raise FileNotFoundError(f"{given} holds no {wanted}; expected a run's out_dir or a model")
+        expected = "a run's out_dir" if config.best else "a run's out_dir, or a model's folder"
+        raise FileNotFoundError(f"{given} holds no {wanted}; expected {expected}")
     base, revision = split_revision(find_base(checkpoint, config.base_model))
-    is_in_run = (checkpoint / "progress.json").is_file()  # otherwise it is a merged model
+    parent = checkpoint.absolute().parent
+    # Otherwise it is a merged model, an adapter, or a copy of a checkpoint.
+    is_in_run = parent.name in ("checkpoints", "best") and (checkpoint / "progress.json").is_file()
     is_checkpoint = is_in_run and checkpoint == given
-    run = checkpoint.absolute().parents[1] if is_checkpoint else given
+    run = parent.parent if is_checkpoint else given
     card = render_card(config, checkpoint, base, run if is_in_run else None)
     record = read_record(run)
     for process in record.get("processes", []):
         process["command"] = remove_folders(process["command"])
-    print(f"files of {checkpoint}:")
+    print(f"to upload, made from {checkpoint}:")
     folder = run / "share"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*NOT_UPLOADED))

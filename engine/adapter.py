@@ -33,7 +33,7 @@ PEFT_PREFIX = "base_model.model."  # of every tensor name in PEFT's files
 # Options of adapter_config.json.
 #   - READ_OPTIONS are used.
 #   - OTHER_OPTIONS only describe the adapter, or have no effect here: fan_in_fan_out is about the
-#     layout of the base weights, and layers_pattern names the list of blocks, but GPT-2 has one.
+#     layout of the base weights, and layers_pattern names a list of blocks; GPT-2 has only one.
 #   - Any other option must have one of its SUPPORTED_VALUES or, if it is not listed there, be OFF.
 READ_OPTIONS = {"base_model_name_or_path", "revision", "r", "rank_pattern", "lora_alpha"}
 READ_OPTIONS |= {"alpha_pattern", "lora_dropout", "use_rslora", "target_modules", "exclude_modules"}
@@ -175,8 +175,8 @@ def split_revision(base_model: str | None) -> tuple[str | None, str | None]:
 def load_adapter(model: Model, path: Path | str, config: LoRAConfig | None = None) -> Model:
     """Add LoRA to a model and load an adapter into it. `path` is a folder in PEFT's format, or a
     file of tensors such as `lora.pt`. If there is no adapter_config.json beside that file, `config`
-    is needed, but the ranks are those of the tensors; otherwise `config` is ignored. Raises
-    ValueError if the adapter does not fit the model, or was trained on a model with other weights.
+    must give the scaling, and the ranks come from the tensors; otherwise `config` is ignored.
+    Raises ValueError if the adapter does not fit the model, or was trained on another one.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -190,11 +190,12 @@ def load_adapter(model: Model, path: Path | str, config: LoRAConfig | None = Non
         name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor
         for name, tensor in read_tensors(file).items()
     }
-    if others := [name for name in tensors if "lora_" not in name]:
-        raise ValueError(
-            f"{path} has its own {others[0]}, of shape {tuple(tensors[others[0]].shape)}: its "
-            "embeddings were resized or trained, which is not supported; use PEFT to merge it"
-        )
+    for name, tensor in tensors.items():
+        if "lora_" not in name or name.startswith(("transformer.w", "lm_head")):  # wte, wpe
+            raise ValueError(
+                f"{path} has {name} {tuple(tensor.shape)}, perhaps because tokens were added, but "
+                "only LoRA on the linear layers of the blocks is supported; use PEFT to merge it"
+            )
     names = convertible_linears(model)
     if adapter:
         configs = adapter.select_layers(names)
@@ -204,7 +205,7 @@ def load_adapter(model: Model, path: Path | str, config: LoRAConfig | None = Non
     else:
         raise ValueError(
             f"{path} does not contain lora_alpha and has no {ADAPTER_CONFIG_FILE} beside it; pass "
-            "the adapter's folder or, to finetune_lora.py, the --lora_alpha it was trained with"
+            "the adapter's folder or, to finetune_lora.py, its --lora_alpha (and --use_rslora)"
         )
     if not configs:
         raise ValueError(f"{path} has LoRA for none of the model's linear layers")
@@ -221,6 +222,6 @@ def check_base(model: GPT, file: Path) -> None:
         expected = (opened.metadata() or {}).get("base_sha256")
     if expected and hash_weights(model) != expected:
         raise ValueError(
-            f"{file} was trained on other weights than those of {model.name_or_path}: their "
-            f"sha256 is {expected}; pass the model that it was trained on"
+            f"the adapter {file} does not belong to {model.name_or_path}: its base had other "
+            f"weights (base_sha256 {expected}); pass the model that it was trained on"
         )

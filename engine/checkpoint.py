@@ -59,29 +59,26 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def best_checkpoint(run: Path | str) -> Path | None:
-    """Return the checkpoint with the lowest validation loss, or None if none was evaluated. It is
-    the best evaluation in fine-tuning, and the best of those that were saved in pretraining.
+    """Return the checkpoint with the lowest validation loss, or None if none was evaluated. In
+    fine-tuning it is the best of all evaluations, in pretraining the best of those that were saved.
     """
     losses: dict[Path, Any] = {}
     for folder in [*list_checkpoints(run), *list_checkpoints(run, within="best")]:
-        with suppress(OSError, ValueError):  # damage is reported when the checkpoint is loaded
+        with suppress(OSError, ValueError):  # a damaged checkpoint is not the best one
             losses[folder] = read_progress(folder).get("val_loss")
     evaluated = [folder for folder, loss in losses.items() if loss is not None]
     return min(evaluated, key=lambda folder: losses[folder], default=None)
 
 
 def choose_checkpoint(name_or_path: str | Path) -> Path:
-    """Return the checkpoint that a run stands for: the best one in fine-tuning, the latest one in
-    pretraining. A path that is not a run with checkpoints is returned as it is.
+    """Return the checkpoint that a run stands for: the best one in fine-tuning, if any was
+    evaluated, and the latest one in pretraining. Any path but that of a run is returned as it is.
     """
-    path = Path(name_or_path)
-    best = best_checkpoint(path) if is_finetuning_run(path) else None
+    path, config_file = Path(name_or_path), Path(name_or_path) / "config.yaml"
+    is_finetuning = config_file.is_file() and "model_name_or_path" in read_run_config(path)
+    best = best_checkpoint(path) if is_finetuning else None
     saved = [*list_checkpoints(path, within="best"), *list_checkpoints(path)]
     return best or next(reversed(saved), path)
-
-
-def is_finetuning_run(run: Path) -> bool:
-    return (run / "config.yaml").is_file() and "model_name_or_path" in read_run_config(run)
 
 
 def find_checkpoint(name_or_path: str | Path, quiet: bool = False) -> Path:
@@ -90,7 +87,7 @@ def find_checkpoint(name_or_path: str | Path, quiet: bool = False) -> Path:
     """
     path = choose_checkpoint(name_or_path)
     if path != Path(name_or_path) and not quiet:
-        kind = "best" if is_finetuning_run(Path(name_or_path)) else "latest"
+        kind = "latest" if path in list_checkpoints(name_or_path)[-1:] else "best"
         print_notice(f"{name_or_path}: using its {kind} checkpoint, {path.parent.name}/{path.name}")
     return path if path.exists() else find_pretrained(path)
 

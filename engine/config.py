@@ -123,7 +123,7 @@ class TrainConfig(Settings):
 
     eval_every: int = flag(250, "steps between evaluations", group="evaluation", may_change=True)
     patience: int | None = flag(
-        None, "end after N evaluations without a lower validation loss", may_change=True
+        None, "end after N evaluations in a row without a new best loss", may_change=True
     )
     sample_every: int = flag(250, "steps between samples; 0: none", may_change=True, at_least=0)
     hellaswag_every: int = flag(

@@ -52,6 +52,12 @@ def evaluations_since_best(val_losses: list[float | None]) -> int:
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
+def is_last_step(step: int, config: TrainConfig, val_losses: list[float | None]) -> bool:
+    """Return whether the run ends at `step`: at max_steps, or because patience is used up."""
+    patience = config.patience or math.inf
+    return step == config.max_steps or evaluations_since_best(val_losses) >= patience
+
+
 @dataclass
 class Evaluation:
     """Evaluates a model in training. Validation batches and HellaSwag are split over the ranks. All
@@ -67,7 +73,7 @@ class Evaluation:
     config: TrainConfig
     dist: Distributed
     has_fixed_shape: bool  # whether all batches have the shape that training is compiled for
-    val_losses: list[float | None]  # of all evaluations after step 0; None was not finite
+    val_losses: list[float | None]  # of all evaluations after step 0; None if not finite
 
     def is_any_due(self, step: int) -> bool:
         config = self.config
@@ -75,13 +81,11 @@ class Evaluation:
         return any(is_due(every, step, config) for every in intervals)
 
     def is_best(self) -> bool:
-        """Return whether no evaluation before the latest one was as good."""
+        """Return whether the latest evaluation beats all earlier ones."""
         return evaluations_since_best(self.val_losses) == 0
 
     def is_last_step(self, step: int) -> bool:
-        """Return whether the run ends at `step`: at max_steps, or because patience is used up."""
-        patience = self.config.patience or math.inf
-        return step == self.config.max_steps or evaluations_since_best(self.val_losses) >= patience
+        return is_last_step(step, self.config, self.val_losses)
 
     def evaluate_step(self, step: int) -> dict:
         """Run the evaluations that are due at this step. Return their entries for the log."""

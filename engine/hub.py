@@ -11,12 +11,12 @@ from typing import Any
 PROBE_SECONDS = 4.0
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 MODEL_REMEDY = (
-    "There is no local folder of that name; without a network, pass a folder with config.json, or "
-    "adapter_config.json, and the weights"
+    "There is no local folder of that name; without a network, pass a folder with the weights and "
+    "config.json (or adapter_config.json)"
 )
 # A name with one of these suffixes is a file, never a name on the hub.
 FILE_SUFFIXES: tuple[str, ...] = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt")
-FILE_SUFFIXES += (".pt", ".safetensors")
+FILE_SUFFIXES += (".pt", ".bin", ".safetensors")
 
 
 def check_hub_name(name: str, expected: str) -> None:
@@ -54,14 +54,15 @@ def reporting_hub_errors(what: str, remedy: str) -> Iterator[None]:
 
 def download_model_files(name: str, *patterns: str) -> Path:
     """Download the config of a model or an adapter and the files that match `patterns`, or find
-    them in the cache. Return their folder. `name` may end in @REVISION. Raises FileNotFoundError if
-    it cannot be a hub name, and ConnectionError if the hub does not provide the files.
+    them in the cache. Return their folder. `name` may end in @REVISION: a branch, tag or commit.
+    Raises FileNotFoundError if it cannot be a hub name, and ConnectionError if the hub does not
+    provide the files.
     """
-    check_hub_name(name, "a hub name, or the folder of a model, an adapter or a training run")
+    repo, _, revision = name.partition("@")
+    check_hub_name(repo, "a hub name, a run, a lora.pt, or the folder of a model or an adapter")
     from huggingface_hub import snapshot_download
 
     with reporting_hub_errors(name, MODEL_REMEDY):
-        repo, _, revision = name.partition("@")
         wanted = ["config.json", ADAPTER_CONFIG_FILE, *patterns]
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
 

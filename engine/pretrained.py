@@ -87,7 +87,7 @@ def find_pretrained(name_or_path: str | Path) -> Path:
     if (path / "config.json").is_file():
         return path
     if path.exists():
-        problem = f"is a file in {path.parent}" if path.is_file() else "has no config.json"
+        problem = "is a file" if path.is_file() else "has no config.json"
         raise FileNotFoundError(
             f"{path} {problem}; expected the folder of a model, checkpoint or run"
         )
@@ -95,7 +95,8 @@ def find_pretrained(name_or_path: str | Path) -> Path:
         folder = download_model_files(path.as_posix(), *files, *TOKENIZER_FILES)
         if any(found for file in files for found in folder.glob(file)):
             return folder
-    raise FileNotFoundError(f"{name_or_path} on the hub has none of {', '.join(WEIGHT_FILES)}")
+    expected = ", ".join(WEIGHT_FILES + ADAPTER_WEIGHT_FILES)
+    raise FileNotFoundError(f"{name_or_path} on the hub has none of {expected}")
 
 
 def load_tokenizer(model: GPT, name_or_path: str | None = None) -> Tokenizer:

@@ -39,7 +39,8 @@ def check_tensors(
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(
-                f"{source} is quantized: {name} has dtype {tensor.dtype}, expected floating point"
+                f"{source}: {name} has dtype {tensor.dtype}, expected floating point; quantized "
+                "weights are not supported"
             )
     shapes, expected = ({n: tuple(t.shape) for n, t in d.items()} for d in (tensors, targets))
     misshapen = [n for n in expected.keys() & shapes.keys() if shapes[n] != expected[n]]

@@ -80,7 +80,9 @@ def train(
             write_atomically(run / "config.yaml", to_yaml(config).encode())
         logger = RunLogger(config, dist, start)
         if start:
-            logger.print("already finished" if is_finished else f"resuming from step {start}")
+            more = "; to train further, set a larger patience" if start < config.max_steps else ""
+            finished = f"already finished at step {start}{more}"
+            logger.print(finished if is_finished else f"resuming from step {start}")
         else:
             logger.log({"step": 0, "tokens": 0} | evaluation.evaluate_step(0))
         if not is_finished:
@@ -120,8 +122,8 @@ def train_steps(
         profiler.step()
         save.check()
 
-        # `stop_requested` is the same on all ranks: the meter sums it together with the loss. So
-        # are the validation losses.
+        # `stop_requested` is the same on all ranks: the meter sums it together with the loss. The
+        # validation losses are the same on all ranks, too.
         is_last, val_loss = evaluation.is_last_step(step), evaluated.get("val_loss")
         is_save_due |= is_last or meter.stop_requested
         is_best = val_loss is not None and evaluation.is_best()
@@ -189,8 +191,8 @@ def start_save(
     results: dict[str, Any],
     full: bool,
 ) -> None:
-    """Start saving a checkpoint, the plot and the report in the background; unless `full`, only the
-    weights. `results` has the step and its validation loss.
+    """Start saving a checkpoint, the plot and the report in the background; only the weights if not
+    `full`. `results` has the step and its validation loss.
     """
     save.wait()  # a snapshot takes gigabytes: only one at a time
     params, tensors = training_step.snapshot(weights_only=not full)  # called by all ranks

@@ -70,7 +70,7 @@ WRONG = {
     "hellaswag --out_dir file": "file: File exists; expected a folder",
     "sample --model own_base": "own_base has no config.json; expected the folder of a model",
     "sample --model broken": "broken has weights that are not finite",
-    "sample --model broken/model.safetensors": "safetensors is a file in broken; expected the fold",
+    "sample --model broken/model.safetensors": "model.safetensors is a file; expected the folder",
     "share --run file": "file holds no checkpoint or model; expected a run",
     "sample --num_return_sequences 10001": "10001, expected at least 1 and at most 10,000",
     "fineweb --dataset nothing": "nothing is neither a known dataset",

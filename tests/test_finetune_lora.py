@@ -206,7 +206,9 @@ def test_a_finished_run_merges(folder, capsys):
     assert AutoTokenizer.from_pretrained("merged").chat_template == PLAIN_TEMPLATE
     assert AutoTokenizer.from_pretrained(choose_checkpoint(run)).chat_template == PLAIN_TEMPLATE
     for name in ("base", "other", "rows.jsonl"):
-        with pytest.raises(ValueError, match=f"merge_out {name} holds something other"):
+        with pytest.raises(
+            ValueError, match=f"merge_out {name} holds something other than this model"
+        ):
             finetune("runs/a", **settings, merge_out=name)
 
 
@@ -280,6 +282,8 @@ def test_patience_ends_a_run(folder, scripted_losses, capsys):
     assert "already finished" in capsys.readouterr().out
     finetune("runs/a", patience=2, merge_out="merged")
     finetune("runs/a", patience=2, merge_out="merged")  # finished, so it may exist
+    with pytest.raises(ValueError, match="merge_out merged already exists"):
+        finetune("runs/a", patience=5, merge_out="merged")  # not finished any more
     finetune("runs/a", patience=5)
     assert [r["step"] for r in read_metrics(run)] == [*range(9)]
     assert choose_checkpoint(run).name == "step_000008"
@@ -296,6 +300,8 @@ def test_precision_of_merged_weights(folder, given, dtype):
     assert {str(t.dtype) for t in read_tensors(Path("merged/model.safetensors")).values()} == {
         f"torch.{dtype}"
     }
+    with pytest.raises(ValueError, match="holds something other than this model in this precision"):
+        finetune("runs/a", max_steps=2, merge_out="merged", merge_dtype="fp32")
     theirs = AutoModelForCausalLM.from_pretrained("merged")
     assert theirs.dtype == getattr(torch, dtype)
     expected = merge_lora(load_model(run)).to(theirs.dtype)
@@ -314,7 +320,7 @@ def test_a_lone_lora_pt_needs_its_alpha(folder):
     before = read_metrics(first)[-1]["val_loss"]
     Path(list_checkpoints(first)[-1] / "lora.pt").rename("lora.pt")
     for settings in ({}, {"lora_dim": 2}):
-        with pytest.raises(ValueError, match=r"does not contain lora_alpha .* --lora_alpha it was"):
+        with pytest.raises(ValueError, match=r"does not contain lora_alpha .* its --lora_alpha"):
             finetune("runs/a", lora_load_path="lora.pt", **settings)
     settings = {"lora_load_path": "lora.pt", "lora_alpha": 3.0, "max_steps": 1}
     with pytest.raises(ValueError, match=r"lora_dim is 4, but the adapter of lora.pt has 2"):

@@ -344,7 +344,7 @@ def test_adapters_with_embeddings_are_refused(base, tmp_path):
     stock.resize_token_embeddings(stock.config.vocab_size + 3)
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
     peft.get_peft_model(stock, config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"its own lm_head, .*embeddings were resized"):
+    with pytest.raises(ValueError, match=r"has lm_head .*perhaps because tokens were added"):
         load_model(base, tmp_path / "adapter")
 
 
@@ -359,7 +359,7 @@ def test_adapters_know_the_weights_of_their_base(base, tmp_path):
     changed.transformer.ln_f.bias.data[0] += 1e-6
     changed.save_pretrained(base)
     for names in ((base, tmp_path / "adapter"), (tmp_path / "adapter",)):
-        with pytest.raises(ValueError, match=rf"was trained on other weights .*{sha256}; pass the"):
+        with pytest.raises(ValueError, match=rf"does not belong to .*{sha256}\); pass the"):
             load_model(*names)
 
 
@@ -472,7 +472,10 @@ def test_bad_adapter_files_are_refused(base, tmp_path):
     for tensors, expected in (
         ({n: t for n, t in state.items() if n != name}, f"missing tensors, such as {name}"),
         (state | {"h.9.lora_A": torch.zeros(2)}, "unexpected tensors, such as h.9"),
-        ({n: t.char() for n, t in state.items()}, "quantized: .* has dtype torch.int8"),
+        (
+            {n: t.char() for n, t in state.items()},
+            "has dtype torch.int8, expected floating point",
+        ),
         (state | {name: state[name].t()}, r"c_fc.lora_B \(8, 256\), expected \(256, 8\)"),
     ):
         save_adapter(model, folder, tensors=tensors)

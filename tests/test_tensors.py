@@ -51,7 +51,7 @@ def test_copying_tensors_is_all_or_nothing():
             copy_tensors(wrong, targets, "x")
         assert not any(target.any() for target in targets.values())
     quantized = tensors | {"h.2": torch.ones(2, 3, dtype=torch.int8)}
-    with pytest.raises(ValueError, match=r"^x is quantized: h\.2 has dtype torch.int8"):
+    with pytest.raises(ValueError, match=r"^x: h\.2 has dtype torch.int8, expected floating"):
         copy_tensors(quantized, targets, "x")
     copy_tensors(tensors, targets, "x")
     assert all(torch.equal(targets[name], tensors[name]) for name in names)
