@@ -89,10 +89,9 @@ def score_examples(
     records = dist.all_gather(logged)[0]  # those of rank 0
     done = frozenset(i for i, e in enumerate(examples) if e.record["row"] in records)
     disable = None if dist.is_main else True  # None: shown if stderr is a terminal
-    bar = tqdm(total=len(examples), initial=len(done), unit=" rows", disable=disable)
-    interval = PROGRESS_SECONDS if bar.disable else BAR_SECONDS
-    shown_at = time.perf_counter()
-    with bar:
+    with tqdm(total=len(examples), initial=len(done), unit=" rows", disable=disable) as bar:
+        interval = PROGRESS_SECONDS if bar.disable else BAR_SECONDS
+        shown_at = time.perf_counter()
         for batch in task.score_examples(model, examples, dist, done):
             new = [record for record in batch if record["row"] not in records]
             check_log_probs(new)

@@ -89,8 +89,7 @@ def build_upload_folder(config: ShareConfig) -> Path:
     checkpoint = best_checkpoint(given) if config.best else choose_checkpoint(given)
     if not checkpoint or not (is_adapter(checkpoint) or (checkpoint / "config.json").is_file()):
         wanted = "checkpoint with a validation loss" if config.best else "checkpoint or model"
-        expected = "a run's out_dir" if config.best else "a run's out_dir, or a model's folder"
-        raise FileNotFoundError(f"{given} holds no {wanted}; expected {expected}")
+        raise FileNotFoundError(f"{given} holds no {wanted}; expected a run's out_dir")
     base, revision = split_revision(find_base(checkpoint, config.base_model))
     parent = checkpoint.absolute().parent
     # Otherwise it is a merged model, an adapter, or a copy of a checkpoint.

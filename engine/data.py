@@ -37,8 +37,7 @@ class Batch(NamedTuple):
         return Batch(*(None if t is None else t.pin_memory() for t in self))  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> "Batch":
-        copies = (None if t is None else t.to(device, non_blocking=True) for t in self)
-        return Batch(*copies)  # type: ignore[arg-type]  # only target_positions may be None
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]  # only target_positions may be None
 
 
 def make_batch(idx: np.ndarray, targets: np.ndarray) -> Batch:
@@ -46,6 +45,18 @@ def make_batch(idx: np.ndarray, targets: np.ndarray) -> Batch:
     is_target = targets != IGNORE_INDEX
     positions = None if is_target.all() else torch.from_numpy(np.flatnonzero(is_target))
     return Batch(torch.from_numpy(idx), torch.from_numpy(targets), positions)
+
+
+def pad_rows(rows: list[tuple[np.ndarray, np.ndarray]], length: int) -> Batch:
+    """Make a batch from the inputs and targets of each row. Pad them on the right to `length`, with
+    0 and IGNORE_INDEX.
+    """
+    idx = np.zeros((len(rows), length), dtype=np.int64)
+    targets = np.full_like(idx, IGNORE_INDEX)
+    for i, (row_inputs, row_targets) in enumerate(rows):
+        idx[i, : len(row_inputs)] = row_inputs
+        targets[i, : len(row_targets)] = row_targets
+    return make_batch(idx, targets)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -154,16 +165,12 @@ def read_windows(shards: TokenShards, ids: list[int], block_size: int, n_targets
     """Read the windows `ids` into a batch. It predicts only the first `n_targets` targets of the
     stream: past these, idx is padded with 0 and targets with IGNORE_INDEX.
     """
-    idx = np.zeros((len(ids), block_size), dtype=np.int64)
-    targets = np.full((len(ids), block_size), IGNORE_INDEX, dtype=np.int64)
-    for row, window in enumerate(ids):
-        start = window * block_size
-        length = min(block_size, n_targets - start)
-        if length > 0:
-            tokens = shards.read(start, start + length + 1)
-            idx[row, :length] = tokens[:-1]
-            targets[row, :length] = tokens[1:]
-    return make_batch(idx, targets)
+    rows = []
+    for window in ids:
+        start, stop = window * block_size, min((window + 1) * block_size, n_targets)
+        tokens = shards.read(start, stop + 1) if start < stop else np.empty(0, dtype=np.int64)
+        rows.append((tokens[:-1], tokens[1:]))
+    return pad_rows(rows, block_size)
 
 
 @lru_cache(maxsize=2)  # a step may end one epoch and begin the next

@@ -25,8 +25,7 @@ def speed_up_decoding(model: GPT) -> None:
     elif device_type == "cpu":
         for module in model.modules():
             if isinstance(module, nn.Linear) and not hasattr(module, "lora_A"):
-                forward = partial(linear_few_rows, weight=module.weight, bias=module.bias)
-                module.forward = forward  # type: ignore[method-assign]  # for this instance
+                module.forward = partial(linear_few_rows, weight=module.weight, bias=module.bias)  # type: ignore[method-assign]  # for this instance
 
 
 def force_prompts(

@@ -217,8 +217,6 @@ def keep_freed_memory(dist: Distributed) -> None:
         return
     mallopt = ctypes.CDLL(None).mallopt
     kept = mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, MAX_C_INT)
+    done = "keeps freed memory, to avoid page faults" if kept else "refused to keep freed memory"
     if dist.is_main:
-        done = (
-            "keeps freed memory, to avoid page faults" if kept else "refused to keep freed memory"
-        )
         print(f"allocator: glibc {done} (mallopt)", flush=True)

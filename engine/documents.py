@@ -261,8 +261,10 @@ def read_pieces(
     if the file cannot be decoded, ValueError if it is a .parquet that is damaged or has no text
     column.
     """
+    field = text_format.text_field
+    chunks: Iterable[Chunk]
     if file.suffix == ".parquet":
-        chunks = read_parquet(file, text_format.text_field)
+        chunks = ((row[field] or "", True) for row in read_table(file, field))
     elif ".jsonl" in file.suffixes:
         chunks = read_jsonl(file, text_format, problems)
     else:
@@ -282,9 +284,8 @@ def decode_lines(file: Path, text_format: TextFormat, problems: Problems) -> Ite
             lines = io.TextIOWrapper(stream, encoding, errors, newline="\n")
             for line in lines:
                 if errors == "replace" and (n := line.count("\ufffd")):
-                    note_problem(
-                        problems, "replaced characters", f"{file} has U+FFFD characters", n
-                    )
+                    message = f"{file} has U+FFFD characters"
+                    note_problem(problems, "replaced characters", message, n)
                 yield line
         except DAMAGED_GZIP:
             message = f"{file} is truncated or damaged; only the text before the damage is used"
@@ -320,11 +321,6 @@ def read_jsonl(file: Path, text_format: TextFormat, problems: Problems) -> Itera
             yield clean_text(text) if "\\u" in line else text, True
 
 
-def read_parquet(file: Path, text_field: str) -> Iterator[Chunk]:
-    for row in read_table(file, text_field):
-        yield row[text_field] or "", True
-
-
 def read_table(file: Path, text_column: str | None = None) -> Iterator[dict]:
     """Yield the rows of a Parquet file, or of an Arrow file that `save_to_disk` wrote: all columns,
     or only `text_column`. Raises ValueError if that is not a column of text, or if the file is
@@ -346,8 +342,7 @@ def read_table(file: Path, text_column: str | None = None) -> Iterator[dict]:
                         f"{file} has no text column {text_column!r}; expected text_field to be one "
                         f"of its text columns: {', '.join(texts) or 'none'}"
                     )
-                columns = [text_column] if text_column else None
-                batches = parquet.iter_batches(batch_size=1000, columns=columns)
+                batches = parquet.iter_batches(1000, columns=[text_column] if text_column else None)
             for batch in batches:
                 yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError, *DAMAGED_GZIP) as error:

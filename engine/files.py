@@ -105,7 +105,7 @@ class JSONLinesLog:
     """
 
     def __init__(self, path: Path, key: str):
-        self.path, self.key = path, key
+        self.path = path
         self.records: list[dict] = []  # those in the file when it is opened
         if path.exists():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
@@ -113,10 +113,9 @@ class JSONLinesLog:
 
     @staticmethod
     def read(path: Path, key: str) -> list[dict]:
-        lines = path.read_bytes()
-        lines = lines[: lines.rfind(b"\n") + 1]
+        lines = path.read_bytes().split(b"\n")[:-1]  # without a last line that was cut short
         try:
-            records = [dict(json.loads(line)) for line in lines.splitlines()]
+            records = [dict(json.loads(line)) for line in lines]
             _ = [record[key] + 0 for record in records]  # raises if there is no number under key
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from engine import chat
 from engine.chat import ChatTemplate, Messages
 from engine.config import Settings, flag
-from engine.data import IGNORE_INDEX, Batch, TrainingData, epoch_order, make_batch, round_up
+from engine.data import IGNORE_INDEX, Batch, TrainingData, epoch_order, pad_rows, round_up
 from engine.files import sha256_text
 from engine.rows import convert_rows, get_text, open_rows
 from engine.tokenizer import Tokenizer
@@ -206,12 +206,10 @@ def read_examples(
     counts[f"rows skipped (prompt over {block_size} tokens)"] = len(found) - len(fitting)
     counts["completions cut to fit"] = int((excess > 1).sum())
     counts["completions without their end"] = int((excess > 0).sum())
-    lines = [f"{n:,} {what}" for what, n in counts.items() if n]
+    summary = "; ".join(f"{n:,} {what}" for what, n in counts.items() if n)
     if not fitting:
-        raise ValueError(
-            f"{source} has no usable rows ({'; '.join(lines) or 'it has none at all'})"
-        )
-    print(f"{source}: {'; '.join(lines)}{'; not used: ' if unused else ''}{', '.join(unused)}")
+        raise ValueError(f"{source} has no usable rows ({summary or 'it has none at all'})")
+    print(f"{source}: {summary}{'; not used: ' if unused else ''}{', '.join(unused)}")
     end = block_size + 1
     return [replace(e, tokens=e.tokens[:end], targets=e.targets[:end]) for e in fitting]
 
@@ -255,14 +253,8 @@ def pad(examples: list[PromptCompletion]) -> Batch:
         targets   - - c c c - - -     -: IGNORE_INDEX
     """
     longest = max(len(e.tokens) - 1 for e in examples)
-    shape = len(examples), round_up(longest, PAD_MULTIPLE)
-    idx = np.zeros(shape, dtype=np.int64)
-    targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-    for row, example in enumerate(examples):
-        end = len(example.tokens) - 1
-        idx[row, :end] = example.tokens[:-1]
-        targets[row, :end] = example.targets[1:]
-    return make_batch(idx, targets)
+    rows = [(e.tokens[:-1], e.targets[1:]) for e in examples]
+    return pad_rows(rows, round_up(longest, PAD_MULTIPLE))
 
 
 class InstructionData(TrainingData):
@@ -315,8 +307,7 @@ def held_out_batches(
     batches; a rank with no examples left gets a batch without targets.
     """
     examples = sorted(examples, key=lambda example: len(example.tokens))
-    nothing = np.zeros(2, dtype=np.int64), np.full(2, IGNORE_INDEX)
-    dummy = PromptCompletion("", "", *nothing, n_prompt=2)
+    dummy = replace(examples[0], targets=np.full_like(examples[0].targets, IGNORE_INDEX))
     for first in range(0, len(examples), batch_size * world_size):
         start = first + rank * batch_size
         yield pad(examples[start : start + batch_size] or [dummy])

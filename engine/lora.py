@@ -1,12 +1,11 @@
 """LoRA (Hu et al., 2021): low-rank updates of frozen linear layers."""
 
-import functools
 import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, TypeVar
 
 import torch
@@ -99,7 +98,7 @@ def low_rank_gradients(
     blocks = zip(d_y.split(n_rows), xA.split(n_rows), strict=True)
     products = [(d_rows @ scaled_B.t(), xA_rows.t() @ d_rows) for d_rows, xA_rows in blocks]
     d_xA, d_scaled_B = zip(*products, strict=True)
-    return torch.cat(d_xA), functools.reduce(torch.add, d_scaled_B)
+    return torch.cat(d_xA), reduce(torch.add, d_scaled_B)
 
 
 class LoRALinear(nn.Linear):
@@ -146,9 +145,8 @@ class LoRALinear(nn.Linear):
         # Under autocast the sum would be rounded to 16 bits, and W would swallow small updates.
         with torch.autocast(self.weight.device.type, enabled=False):
             matrix = self._matrix().to(self.lora_A.dtype)
-            return torch.addmm(matrix, self.lora_B, self.lora_A, alpha=self.scaling).to(
-                dtype or matrix.dtype
-            )
+            summed = torch.addmm(matrix, self.lora_B, self.lora_A, alpha=self.scaling)
+            return summed.to(dtype or matrix.dtype)
 
     def _matrix(self) -> torch.Tensor:  # (out, in)
         return self.weight.t() if self.is_conv1d else self.weight
@@ -190,11 +188,11 @@ def cast_frozen_weights(model: GPT, dtype: torch.dtype) -> None:
     """
     for module in model.modules():
         is_embedding = module is model.transformer.wte
-        if not (is_embedding or isinstance(module, nn.Linear)) or module.weight.requires_grad:
-            continue
-        module.weight.data = module.weight.data.to(dtype)
-        if not is_embedding and not isinstance(module, LoRALinear):  # LoRALinear casts by itself
-            module.forward = partial(frozen_linear, module)  # type: ignore[arg-type]
+        if (is_embedding or isinstance(module, nn.Linear)) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(dtype)
+            # LoRALinear casts by itself.
+            if isinstance(module, nn.Linear) and not isinstance(module, LoRALinear):
+                module.forward = partial(frozen_linear, module)  # type: ignore[method-assign]  # for this instance
 
 
 def frozen_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -223,13 +221,10 @@ def convertible_linears(model: nn.Module) -> list[str]:
     """Return the names of the linear layers without LoRA, except the head: its weight is the
     embedding.
     """
-    return [
-        name
-        for name, module in model.named_modules()
-        # Conv1D by name, because importing transformers is slow.
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-        and not (isinstance(module, LoRALinear) or name.endswith("lm_head"))
-    ]
+    modules = [(n, m) for n, m in model.named_modules() if not isinstance(m, LoRALinear)]
+    # Conv1D by name, because importing transformers is slow.
+    linears = [n for n, m in modules if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    return [name for name in linears if not name.endswith("lm_head")]
 
 
 def convert_linear_layer_to_lora(
@@ -275,14 +270,11 @@ def get_lora_state_dict(model: nn.Module) -> Tensors:
     """Return lora_A and lora_B of all layers by name, as in `lora.pt`. Raises ValueError if no
     layer has LoRA.
     """
-    linears = lora_linears(model)
-    if not linears:
+    params = model.named_parameters()
+    state = {name: p.detach() for name, p in params if name.endswith((".lora_A", ".lora_B"))}
+    if not state:
         raise ValueError("the model has no LoRA; call convert_linear_layer_to_lora first")
-    return {
-        f"{name}.{matrix}": linear.get_parameter(matrix).detach()
-        for name, linear in linears.items()
-        for matrix in ("lora_A", "lora_B")
-    }
+    return state
 
 
 def merge_lora(model: Model) -> Model:

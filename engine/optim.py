@@ -69,11 +69,10 @@ def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, config: Tra
     rate = learning_rate(step, config)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
+            group["lr"] = rate
             if isinstance(optimizer, Muon):
                 group["lr"] = rate * (config.muon_lr / config.max_lr)
                 group["momentum"] = muon_momentum(step)
-            else:
-                group["lr"] = rate
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -106,9 +105,8 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     groups = parameter_groups(model, config.weight_decay)
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in in_muon]
-    adamw = torch.optim.AdamW(
-        groups, lr=config.max_lr, betas=(config.beta1, config.beta2), eps=ADAMW_EPS, fused=True
-    )
+    betas = config.beta1, config.beta2
+    adamw = torch.optim.AdamW(groups, lr=config.max_lr, betas=betas, eps=ADAMW_EPS, fused=True)
     if not in_muon:
         return [adamw]
     dtype = newton_schulz_dtype(model.lm_head.weight.device, config)

@@ -51,8 +51,7 @@ def recompute(first: nn.Module, second: nn.Module, x: torch.Tensor, *args: Any) 
     # before it, but a compiled one does not. So if `second` is a single linear layer, compiled code
     # stores its output rather than computing it twice.
     if isinstance(second, nn.Linear) and torch.compiler.is_compiling():
-        contexts = keep_matmuls_contexts
-        return checkpoint(run_both, x, *args, use_reentrant=False, context_fn=contexts)
+        return checkpoint(run_both, x, *args, use_reentrant=False, context_fn=keep_matmuls_contexts)
     return checkpoint(run_both, x, *args, use_reentrant=False)
 
 

@@ -107,9 +107,8 @@ def read_csv(file: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
     """
     csv.field_size_limit(MAX_FIELD)  # for the whole process; there is no other way
     with open_binary(file) as binary:
-        reader = csv.DictReader(
-            io.TextIOWrapper(binary, "utf-8-sig", newline=""), delimiter=delimiter, strict=True
-        )
+        text = io.TextIOWrapper(binary, "utf-8-sig", newline="")
+        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
         try:
             yield from enumerate(reader, start=1)
         except (*DAMAGED_GZIP, UnicodeDecodeError, csv.Error) as error:

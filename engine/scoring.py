@@ -107,9 +107,8 @@ def compute_log_probs(model: GPT, batch: PackedBatch) -> tuple[torch.Tensor, tor
     # j <= i < ends[j], for each query i and key j of a row: (B, 1, T, T)
     mask = (index <= index[:, None]) & (index[:, None] < batch.ends[:, None, None])
     x = model.hidden(batch.idx, positions=batch.positions, mask=mask)
-    x = x.flatten(0, 1)[batch.sources]  # (P, C)
     weight = model.lm_head.weight[: model.config.vocab_size]
-    x = x.to(weight.dtype)
+    x = x.flatten(0, 1)[batch.sources].to(weight.dtype)  # (P, C)
     target_logits = torch.zeros(len(batch.targets), device=x.device)
     sums, maxima = [], []
     with torch.autocast(x.device.type, enabled=False):
@@ -217,11 +216,9 @@ def collate(rows: list[PackedRow], multiple: int) -> PackedBatch:
     return PackedBatch(*map(torch.from_numpy, arrays))
 
 
-def score_batch(
-    model: GPT, requests: list[Request], device: torch.device, multiple: int
-) -> list[list[Score]]:
+def score_batch(model: GPT, requests: list[Request], multiple: int) -> list[list[Score]]:
     """Score the continuations of each request, in one forward pass."""
-    block_size = model.config.block_size
+    block_size, device = model.config.block_size, model.lm_head.weight.device
     packed = [(n, row) for n, r in enumerate(requests) for row in pack_request(r, block_size)]
     batch = collate([row for _, row in packed], multiple)
     batch = PackedBatch(*(tensor.to(device) for tensor in batch))
@@ -253,5 +250,5 @@ def score(
     for first in range(0, len(batches), dist.world_size):
         is_mine = first + dist.rank < len(batches)
         batch = batches[first + dist.rank if is_mine else first]
-        scores = score_batch(model, [requests[i] for i in batch], dist.device, multiple)
+        scores = score_batch(model, [requests[i] for i in batch], multiple)
         yield list(zip(batch, scores, strict=True)) if is_mine else []

@@ -218,11 +218,10 @@ class Lambada(Task):
         variance = math.fsum((x - mean) ** 2 for x in nats) / max(1, n - 1)
         half = Z_95 * math.sqrt(variance / n)
         interval = perplexity(mean - half), perplexity(mean + half)
+        meaning = "lm-eval's perplexity of the last word"
         return {
             "acc": accuracy("lm-eval's acc: greedy decoding gives the last word", greedy),
-            "perplexity": make_metric(
-                "lm-eval's perplexity of the last word", perplexity(mean), interval
-            ),
+            "perplexity": make_metric(meaning, perplexity(mean), interval),
         }
 
 
@@ -262,11 +261,9 @@ class TextPerplexity(Task):
         `skip_bad_rows`, leave these parts out instead.
         """
         problems: Counter = Counter()
-        documents = join_pieces(
-            piece
-            for file in self.find_files()
-            for piece in read_pieces(file, TextFormat(), problems, MAX_PIECE_CHARS)
-        )
+        documents = []
+        for file in self.find_files():
+            documents += join_pieces(read_pieces(file, TextFormat(), problems, MAX_PIECE_CHARS))
         if problems and not self.skip_bad_rows:
             counts = ", ".join(f"{n} {problem}" for problem, n in problems.items())
             raise ValueError(f"{self.source} has {counts}; repair it, or set skip_bad_rows")

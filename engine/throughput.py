@@ -8,9 +8,6 @@ import torch
 
 from model import GPT
 
-if sys.platform != "win32":
-    import resource
-
 # Dense peak TFLOP/s of the tensor cores in 16-bit floating point with fp32 accumulation, from the
 # data sheets.
 PEAK_TFLOPS = {
@@ -54,6 +51,8 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return 0
+    import resource  # Windows has no such module
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 

@@ -169,15 +169,15 @@ class Tokenizer:
         config |= dict.fromkeys(missing, self.backend.id_to_token(self.end_of_text))
         if not self.is_gpt2_style or not config.get("tokenizer_class"):
             config["tokenizer_class"] = "PreTrainedTokenizerFast"  # uses tokenizer.json as it is
-        files = self.files
+        files = dict(self.files)
         if self.chat_template != read_chat_template(files):
             config["chat_template"] = self.chat_template
-            files = {name: f for name, f in files.items() if name != CHAT_TEMPLATE_FILE}
+            files.pop(CHAT_TEMPLATE_FILE, None)
         if block_size:
             config["model_max_length"] = block_size
         spec = self.files.get("tokenizer.json") or self.backend.to_str(pretty=True).encode()
         config_json = (json.dumps(config, indent=2) + "\n").encode()
-        files = {**files, "tokenizer.json": spec, CONFIG_FILE: config_json}
+        files |= {"tokenizer.json": spec, CONFIG_FILE: config_json}
         with adding_path_to_errors(Path(folder)):
             for file, content in files.items():
                 (Path(folder) / file).write_bytes(content)
@@ -244,12 +244,11 @@ def find_tokenizer(name_or_path: str) -> Tokenizer | None:
     no tokenizer files.
     """
     folder = Path(name_or_path)
-    if name_or_path == GPT2 and not folder.exists():
+    if folder.exists():
+        return Tokenizer.from_folder(folder)
+    if name_or_path == GPT2:
         return Tokenizer.gpt2()
-    if not folder.exists():
-        downloaded = download_model_files(name_or_path, *TOKENIZER_FILES)
-        return Tokenizer.from_folder(downloaded, folder.name)
-    return Tokenizer.from_folder(folder)
+    return Tokenizer.from_folder(download_model_files(name_or_path, *TOKENIZER_FILES), folder.name)
 
 
 def build_byte_level(model: models.BPE) -> Backend:

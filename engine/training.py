@@ -80,8 +80,7 @@ def train(
             write_atomically(run / "config.yaml", to_yaml(config).encode())
         logger = RunLogger(config, dist, start)
         if start:
-            more = "; to train further, set a larger patience" if start < config.max_steps else ""
-            finished = f"already finished at step {start}{more}"
+            finished = f"already finished after step {start} of {config.max_steps}"
             logger.print(finished if is_finished else f"resuming from step {start}")
         else:
             logger.log({"step": 0, "tokens": 0} | evaluation.evaluate_step(0))

@@ -407,7 +407,8 @@ def test_an_adapter_has_its_own_chat_template(chat_model, fed, tmp_path):
     model, tokenizer = load_model(chat_model), find_tokenizer(str(chat_model))
     tokenizer.chat_template = CHATML.replace("user", "human").replace("m.role", "m.role | upper")
     convert_linear_layer_to_lora(model, "h.", LoRAConfig(lora_dim=4))
-    state = RunState({"step": 1}, {})
+    state = RunState({"step": 1}, {"moment": torch.zeros(1)})
+    (tmp_path / "config.yaml").write_text("model_name_or_path: base\n")
     save_checkpoint(tmp_path, model, tokenizer, get_lora_state_dict(model), state, keep=1)
     checkpoint = tmp_path / "checkpoints" / "step_000001"
     for path in (None, str(tmp_path), str(checkpoint / "lora.pt")):
