@@ -48,8 +48,9 @@ LORA_SETTINGS = tuple(f.name for f in fields(LoRAConfig))
 # dropout to the inputs of A, would lose small updates if W were in bf16, and needs W as a whole.
 SUMMED_FORM_NEEDS = {"lora_dropout": 0.0, "base_precision": "fp32", "parallel": "ddp"}
 # Defaults. With little data, `resolve_config` limits them to a tenth of the examples and of the
-# steps.
-EXAMPLES_PER_STEP, WARMUP_STEPS = 64, 10
+# steps. docs/lora.md compares batch sizes.
+EXAMPLES_PER_STEP, WARMUP_STEPS = 16, 10
+N_EVALUATIONS = 20  # of a run, by default
 N_ANSWERS, ANSWER_TOKENS = 3, 64  # how many answers to sample, and their maximum length
 
 
@@ -65,15 +66,17 @@ class FinetuneConfig(RowSettings, TrainConfig):
     max_lr: float = flag(None, "peak learning rate (default: 5e-4 with LoRA, else 5e-5)", above=0)
     min_lr: float = flag(0.0)
     weight_decay: float = flag(0.0)
-    eval_every: int = flag(20)
-    sample_every: int = flag(100)
-    save_every: int = flag(100)
+    eval_every: int = flag(
+        None, "steps between evaluations (default: 20 in all)", group="evaluation", may_change=True
+    )
+    sample_every: int = flag(400)
+    save_every: int = flag(400)
     recompute: Literal["none", "light", "block"] = flag("light")
     save_best: ClassVar[bool] = True
 
     examples_per_step: int = flag(
         None,
-        "examples per optimizer step over all devices (default: 64, at most a tenth of the data)",
+        "examples per optimizer step over all devices (default: 16, at most a tenth of the data)",
     )
     epochs: int = flag(3, "passes over the examples")
     val_data: str | None = flag(None, "validation rows, in the forms of --data")
@@ -243,6 +246,7 @@ def resolve_config(
     per_step = config.examples_per_step or min(EXAMPLES_PER_STEP, most)
     max_steps = config.max_steps or ceil_div(config.epochs * n_examples, per_step)
     resolved: dict[str, Any] = {"examples_per_step": per_step, "max_steps": max_steps}
+    resolved["eval_every"] = config.eval_every or ceil_div(max_steps, N_EVALUATIONS)
     resolved["batch_size"] = min(config.batch_size, max(1, per_step // dist.world_size))
     if config.warmup_steps is None:
         resolved["warmup_steps"] = min(WARMUP_STEPS, max_steps // 10)

@@ -1,6 +1,7 @@
 """finetune_lora.py from end to end: in this process, in another, on several ranks, and killed."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -131,7 +132,7 @@ def test_the_adapter_is_merged_into_the_base_it_was_trained_on(folder, monkeypat
 
 @pytest.mark.parametrize(
     ("n_examples", "per_step", "batch_size", "steps", "warmup"),
-    [(43, 4, 4, 33, 3), (5, 1, 1, 15, 1), (640, 64, 16, 30, 3), (5000, 64, 16, 235, 10)],
+    [(43, 4, 4, 33, 3), (5, 1, 1, 15, 1), (160, 16, 16, 30, 3), (5000, 16, 16, 938, 10)],
 )
 def test_defaults_fit_few_examples(n_examples, per_step, batch_size, steps, warmup):
     """By default, a step has at most a tenth of the examples, and warmup a tenth of the steps."""
@@ -140,13 +141,14 @@ def test_defaults_fit_few_examples(n_examples, per_step, batch_size, steps, warm
     resolved = resolve_config(config, model, n_examples, CPU_DIST)
     assert (resolved.examples_per_step, resolved.batch_size) == (per_step, batch_size)
     assert (resolved.max_steps, resolved.warmup_steps) == (steps, warmup)
+    assert resolved.eval_every == math.ceil(steps / 20)
     two = resolve_config(config, model, n_examples, replace(CPU_DIST, world_size=2))
     assert two.examples_per_step == per_step
     assert two.batch_size == max(1, min(16, per_step // 2))
-    given = replace(config, examples_per_step=32, warmup_steps=7, max_steps=9)
+    given = replace(config, examples_per_step=32, warmup_steps=7, max_steps=9, eval_every=5)
     resolved = resolve_config(given, model, n_examples, CPU_DIST)
     assert (resolved.examples_per_step, resolved.batch_size) == (32, 16)
-    assert (resolved.warmup_steps, resolved.max_steps) == (7, 9)
+    assert (resolved.warmup_steps, resolved.max_steps, resolved.eval_every) == (7, 9, 5)
 
 
 def test_few_examples_resume_with_the_same_command(folder):
