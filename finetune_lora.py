@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -121,11 +122,14 @@ class FinetuneConfig(RowSettings, TrainConfig):
         if self.merge_dtype and not self.merge_out:
             raise ValueError(f"merge_dtype is {self.merge_dtype}, but it needs --merge_out")
         if not self.use_lora:
-            for name in ("lora_load_path", "lora_form", "base_precision", *LORA_SETTINGS):
+            needing_lora = "lora_load_path", "lora_module_name", "lora_form", "base_precision"
+            for name in (*needing_lora, *LORA_SETTINGS):
                 default = getattr(FinetuneConfig, name)
                 if (value := getattr(self, name)) != default:
                     raise ValueError(f"{name} is {value}, but it needs --use_lora")
             return
+        if self.lora_load_path and self.lora_module_name != FinetuneConfig.lora_module_name:
+            raise ValueError("lora_module_name is given, but lora_load_path decides; omit one")
         new_lora_config(self)  # raises for bad values
         for name, needed in SUMMED_FORM_NEEDS.items():
             if self.lora_form == "summed" and getattr(self, name) not in (None, needed):
@@ -252,12 +256,13 @@ def resolve_config(
         resolved["warmup_steps"] = min(WARMUP_STEPS, max_steps // 10)
     if config.max_lr is None:
         resolved["max_lr"] = 5e-4 if config.use_lora else 5e-5
-    for linear in list(lora_linears(model).values())[:1]:  # PEFT allows others to differ
-        for name, found in asdict(linear.config).items():
-            if (value := getattr(config, name)) not in (None, found):
-                path = config.lora_load_path
-                raise ValueError(f"{name} is {value}, but the adapter of {path} has {found}")
-            resolved[name] = found
+    adapter = [asdict(linear.config) for linear in lora_linears(model).values()]
+    for name in LORA_SETTINGS if adapter else ():
+        found = [settings[name] for settings in adapter]  # in PEFT, layers may differ
+        if (value := getattr(config, name)) not in (None, *found):
+            path = config.lora_load_path
+            raise ValueError(f"{name} is {value}, but the adapter of {path} has {found[0]}")
+        resolved[name] = found[0]
     return resolve_device_settings(replace(config, **resolved), dist)
 
 
@@ -303,11 +308,14 @@ def save_merged(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dty
         print(f"merged model              {folder}, already saved")
         return
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    save_pretrained(model, temporary, tokenizer)
-    if tokenizer.chat_template:
-        modelfile = ChatTemplate(tokenizer.chat_template, tokenizer).modelfile()
-        (temporary / "Modelfile").write_text(modelfile, encoding="utf-8")
-    temporary.rename(folder)
+    try:
+        save_pretrained(model, temporary, tokenizer)
+        if tokenizer.chat_template:
+            modelfile = ChatTemplate(tokenizer.chat_template, tokenizer).modelfile()
+            (temporary / "Modelfile").write_text(modelfile, encoding="utf-8")
+        temporary.rename(folder)
+    finally:  # if it failed, free the space
+        shutil.rmtree(temporary, ignore_errors=True)
     print(f"merged model              {folder}")
 
 

@@ -28,7 +28,7 @@ from engine.tensors import copy_tensors, read_tensors
 from model import GPT
 
 LORA_STATE_FILE = "lora.pt"
-EXPECTED_FILES = f"a folder with {ADAPTER_CONFIG_FILE} and its weights, or a {LORA_STATE_FILE}"
+EXPECTED_FILES = f"a folder with {ADAPTER_CONFIG_FILE} and weights, or a path to {LORA_STATE_FILE}"
 PEFT_PREFIX = "base_model.model."  # of every tensor name in PEFT's files
 # Options of adapter_config.json.
 #   - READ_OPTIONS are used.
@@ -40,6 +40,7 @@ READ_OPTIONS |= {"alpha_pattern", "lora_dropout", "use_rslora", "target_modules"
 READ_OPTIONS |= {"layers_to_transform"}
 OTHER_OPTIONS = {"auto_mapping", "peft_version", "task_type", "fan_in_fan_out", "inference_mode"}
 OTHER_OPTIONS |= {"layers_pattern", "megatron_core", "runtime_config", "qalora_group_size"}
+OTHER_OPTIONS |= {"eva_config"}
 SUPPORTED_VALUES: dict[str, tuple] = {
     "peft_type": ("LORA",),
     # Others change the base weights.
@@ -145,7 +146,8 @@ def read_adapter_config(folder: Path | str) -> AdapterConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not an adapter; expected {EXPECTED_FILES}")
     options = read_json(path, remedy="save the adapter again")
-    for option in sorted(options.keys() - READ_OPTIONS - OTHER_OPTIONS):
+    others = options.keys() - READ_OPTIONS - OTHER_OPTIONS
+    for option in sorted(others, key=lambda option: (option != "peft_type", option)):
         if (value := options[option]) not in SUPPORTED_VALUES.get(option, OFF):
             raise ValueError(
                 f"{path}: {option} {value!r} is not supported; use PEFT to merge the adapter"
@@ -184,8 +186,8 @@ def load_adapter(model: Model, path: Path | str, config: LoRAConfig | None = Non
     adapter = read_adapter_config(folder) if path.is_dir() or is_adapter(folder) else None
     weights = [folder / name for name in ADAPTER_WEIGHT_FILES]
     file = next(filter(Path.is_file, weights), weights[0]) if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; expected {EXPECTED_FILES}")
+    if not file.is_file() or file.suffix not in (".safetensors", ".bin", ".pt"):
+        raise FileNotFoundError(f"{file} is not a file of tensors; expected {EXPECTED_FILES}")
     tensors = {
         name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor
         for name, tensor in read_tensors(file).items()
@@ -193,8 +195,9 @@ def load_adapter(model: Model, path: Path | str, config: LoRAConfig | None = Non
     for name, tensor in tensors.items():
         if "lora_" not in name or name.startswith(("transformer.w", "lm_head")):  # wte, wpe
             raise ValueError(
-                f"{path} has {name} {tuple(tensor.shape)}, perhaps because tokens were added, but "
-                "only LoRA on the linear layers of the blocks is supported; use PEFT to merge it"
+                f"{path} has {name} {tuple(tensor.shape)}. It is a full model, or an adapter for "
+                "which tokens were added; only LoRA on the linear layers of the blocks is "
+                "supported. Use PEFT to merge such an adapter"
             )
     names = convertible_linears(model)
     if adapter:
@@ -210,18 +213,19 @@ def load_adapter(model: Model, path: Path | str, config: LoRAConfig | None = Non
     if not configs:
         raise ValueError(f"{path} has LoRA for none of the model's linear layers")
     if file.suffix == ".safetensors" and isinstance(model, GPT):
-        check_base(model, file)  # the other formats do not say which model they were trained on
+        # The other formats do not say which model they were trained on.
+        check_base(model, file, (adapter and adapter.base_model) or "a model")
     replace_linears(model, configs)
     copy_tensors(tensors, get_lora_state_dict(model), str(path))
     return model
 
 
-def check_base(model: GPT, file: Path) -> None:
+def check_base(model: GPT, file: Path, base: str) -> None:
     """Raise ValueError if the adapter in `file` was trained on a model with other weights."""
     with safe_open(file, "pt") as opened:
         expected = (opened.metadata() or {}).get("base_sha256")
     if expected and hash_weights(model) != expected:
         raise ValueError(
-            f"the adapter {file} does not belong to {model.name_or_path}: its base had other "
-            f"weights (base_sha256 {expected}); pass the model that it was trained on"
+            f"the adapter {file} does not belong to {model.name_or_path}: it was trained on {base} "
+            f"with other weights (base_sha256 {expected}); pass that model as it was"
         )

@@ -17,7 +17,6 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,8 +63,10 @@ def best_checkpoint(run: Path | str) -> Path | None:
     """
     losses: dict[Path, Any] = {}
     for folder in [*list_checkpoints(run), *list_checkpoints(run, within="best")]:
-        with suppress(OSError, ValueError):  # a damaged checkpoint is not the best one
+        try:
             losses[folder] = read_progress(folder).get("val_loss")
+        except (OSError, ValueError) as error:
+            print_notice(f"left out when looking for the best checkpoint: {error}")
     evaluated = [folder for folder, loss in losses.items() if loss is not None]
     return min(evaluated, key=lambda folder: losses[folder], default=None)
 
@@ -211,7 +212,7 @@ def save_checkpoint(
     checkpoints, weights = list_checkpoints(run), list_checkpoints(run, within="best")
     for old in {*checkpoints, *weights} - {best_checkpoint(run), *checkpoints[-keep:]}:
         if checkpoint_step(old) != kept_step and not (old / BASE_MARK).exists():
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # if killed here: a leftover
 
 
 def remove(path: Path) -> None:

@@ -105,7 +105,7 @@ class JSONLinesLog:
     """
 
     def __init__(self, path: Path, key: str):
-        self.path = path
+        self.path, self.key = path, key
         self.records: list[dict] = []  # those in the file when it is opened
         if path.exists():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
@@ -123,6 +123,14 @@ class JSONLinesLog:
                 "line; repair the line, or choose another folder"
             ) from error
         return records
+
+    def drop_after(self, number: int) -> None:
+        """Drop the records with a number above `number`, also from the file."""
+        kept = [record for record in self.records if record[self.key] <= number]
+        if kept != self.records:
+            self.records = kept
+            lines = "".join(json.dumps(record) + "\n" for record in kept)
+            write_atomically(self.path, lines.encode())
 
     def append(self, *records: dict) -> None:
         with adding_path_to_errors(self.path), self.path.open("a") as file:

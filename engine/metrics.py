@@ -184,6 +184,8 @@ class WandbLogger:
         )
 
     def write(self, record: dict) -> None:
+        if record["step"] < self.wandb_run.step:
+            return  # W&B keeps the record of a step that a resumed run repeats
         samples = {f"sample_{i + 1}": text for i, text in enumerate(record.get("samples", []))}
         self.wandb_run.log(select_numbers(record) | samples, step=record["step"])
 
@@ -216,9 +218,8 @@ class RunLogger:
         )
         if self.is_main:
             self.metrics = JSONLinesLog(self.run / "metrics.jsonl", "step")
-            # A resumed run repeats the steps after its checkpoint. Their results are the same, so
-            # those that were logged are not logged again.
-            self.last_logged = max((r["step"] for r in self.metrics.records), default=-1)
+            # A resumed run repeats the steps after its checkpoint, so their records go.
+            self.metrics.drop_after(start or -1)
             self.loggers: dict[str, Logger] = {}
             for name in config.loggers:
                 self._call_safely(name, self._open, name)
@@ -250,10 +251,9 @@ class RunLogger:
         if not self.is_main:
             return
         step = record["step"]
-        if step > self.last_logged:
-            for name, logger in list(self.loggers.items()):
-                self._call_safely(name, logger.write, record)
-            self.metrics.append(record)
+        for name, logger in list(self.loggers.items()):
+            self._call_safely(name, logger.write, record)
+        self.metrics.append(record)
         self.bar.update(step - self.bar.n)
         if record.get("train_loss") is not None:
             speed = f"{record['tokens_per_s']:,.0f} tokens/s"

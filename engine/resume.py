@@ -1,6 +1,5 @@
 """Open a run: a new one, one to resume with the same settings, or one to extend to more steps."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
@@ -87,8 +86,8 @@ def check_extension(run: Path, config: TrainConfig, earlier_max_steps: int) -> N
     if config.schedule != "wsd":
         raise ValueError(
             f"{run} has a cosine schedule with max_steps {earlier_max_steps}; only runs with "
-            "schedule wsd can be extended. Start a new run from its weights (init_from, or "
-            "lora_load_path) with a lower max_lr and another out_dir"
+            "schedule wsd can be extended. Start a new run from its weights (init_from, "
+            "model_name_or_path or lora_load_path) with a lower max_lr and another out_dir"
         )
     end = plateau_end(replace(config, max_steps=earlier_max_steps))
     later = list_checkpoints(run, after=end)
@@ -122,9 +121,8 @@ def extend_run(run: Path, config: TrainConfig) -> None:
         return
     max_steps = read_run_config(run)["max_steps"]
     later = list_checkpoints(run, after=end) + list_checkpoints(run, after=end, within="best")
-    records = JSONLinesLog.read(run / "metrics.jsonl", "step")
-    kept = [record for record in records if record["step"] <= end]
-    if not later and kept == records:
+    log = JSONLinesLog(run / "metrics.jsonl", "step")
+    if not later and log.records[-1:] and log.records[-1]["step"] <= end:
         return
     archive = run / f"until_step_{max_steps}"
     archive.mkdir(exist_ok=True)
@@ -136,7 +134,6 @@ def extend_run(run: Path, config: TrainConfig) -> None:
     for path in later:
         (archive / path.parent.name).mkdir(exist_ok=True)
         path.rename(archive / path.parent.name / path.name)
-    lines = "".join(json.dumps(record) + "\n" for record in kept)
-    write_atomically(run / "metrics.jsonl", lines.encode())
+    log.drop_after(end)
     (run / "wandb_id").unlink(missing_ok=True)  # the steps of a W&B run cannot go down
     print(f"extending {run} to {config.max_steps} steps; what followed step {end} is in {archive}")
