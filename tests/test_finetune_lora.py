@@ -161,6 +161,37 @@ def test_few_examples_resume_with_the_same_command(folder):
     assert [p.name for p in list_checkpoints(run)] == ["step_000002", "step_000004"]
 
 
+def test_the_log_follows_what_was_computed(folder):
+    """A resumed run drops the records after its checkpoint, so its log has every evaluation, even
+    if eval_every has changed.
+    """
+    finetune("runs/a")
+    whole = read_metrics("runs/a")
+    shutil.rmtree("runs/a/checkpoints/step_000008")
+    run = finetune("runs/a", eval_every=1)
+    records = read_metrics(run)
+    assert [r["step"] for r in records if "val_loss" in r] == [0, 4, 5, 6, 7, 8]
+    assert [r["step"] for r in records] == [*range(9)]
+    assert records[:5] == whole[:5]
+    assert [r.get("train_loss") for r in records] == [r.get("train_loss") for r in whole]
+
+
+def test_settings_of_layers_may_differ(folder):
+    """An adapter from PEFT with other ranks in some layers is fine-tuned further as it is."""
+    config = peft.LoraConfig(
+        r=4, target_modules=["c_attn", "c_fc"], rank_pattern={"c_attn": 2}, fan_in_fan_out=True
+    )
+    model = AutoModelForCausalLM.from_pretrained("base")
+    peft.get_peft_model(model, config).save_pretrained("adapter")
+    for lora_dim in (2, 4, None):
+        run = finetune(f"runs/{lora_dim}", lora_load_path="adapter", lora_dim=lora_dim, max_steps=1)
+        linears = lora_linears(load_model("base", run))
+        ranks = {name.split(".", 3)[-1]: m.config.lora_dim for name, m in linears.items()}
+        assert ranks == {"attn.c_attn": 2, "mlp.c_fc": 4}
+    with pytest.raises(ValueError, match="lora_dim is 3, but the adapter of adapter has 2"):
+        finetune("runs/b", lora_load_path="adapter", lora_dim=3)
+
+
 def test_data_may_move(folder):
     """A run resumes if its data file has moved. If the content differs, that is an error."""
     finetune("runs/a", max_steps=4)
@@ -551,6 +582,8 @@ WRONG_SETTINGS = [
     ({"lora_dropout": 1.0}, "lora_dropout is 1.0, expected at least 0 and below 1"),
     ({"use_lora": False, "lora_load_path": "x"}, "lora_load_path is x, but it needs --use_lora"),
     ({"use_lora": False, "lora_dim": 4}, "lora_dim is 4, but it needs --use_lora"),
+    ({"use_lora": False, "lora_module_name": "mlp"}, "mlp, but it needs --use_lora"),
+    ({"lora_load_path": "x", "lora_module_name": "mlp"}, "lora_load_path decides; omit one"),
     ({"lora_alpha": 0.0}, "lora_alpha is 0.0, expected above 0"),
     ({"examples_per_step": 0}, "examples_per_step is 0"),
 ]

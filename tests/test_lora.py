@@ -448,7 +448,7 @@ def test_lora_state_file(base, idx, tmp_path):
         ({"alpha_pattern": {"c_fc": "x"}}, "lora_alpha is x, expected a number"),
         ({"layers_to_transform": [1]}, "8 unexpected tensors, such as transformer.h.0"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported"),
-        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
+        ({"peft_type": "IA3", "feedforward_modules": ["x"]}, "peft_type 'IA3' is not supported"),
         ({"r": 10**15}, "and at most 1,000,000,000,000; save the adapter again"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
         ({"lora_alpha": None}, "lora_alpha is null"),
@@ -481,11 +481,12 @@ def test_bad_adapter_files_are_refused(base, tmp_path):
         save_adapter(model, folder, tensors=tensors)
         with pytest.raises(ValueError, match=expected):
             load_model(base, folder)
+    with pytest.raises(FileNotFoundError, match=r"adapter_config.json is not a file of tensors"):
+        load_model(base, folder / "adapter_config.json")
+    with pytest.raises(ValueError, match=r"has transformer.* It is a full model, or"):
+        load_model(base, base / "model.safetensors")
     for file, expected in (
-        (
-            "adapter_model.safetensors",
-            "adapter_model.safetensors is not a file of tensors; expected a",
-        ),
+        ("adapter_model.safetensors", "safetensors is not a file of tensors; expected a folder"),
         ("adapter_config.json", "expected a folder with adapter_config.json"),
     ):
         (folder / file).unlink()
