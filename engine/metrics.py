@@ -316,7 +316,8 @@ class RunLogger:
 
 def describe_checkpoint(checkpoint: Path) -> str:
     loss = read_progress(checkpoint).get("val_loss")
-    return f"{checkpoint}, " + (f"validation loss {loss:.4f}" if loss else "not evaluated")
+    result = "not evaluated" if loss is None else f"validation loss {loss:.4f}"
+    return f"{checkpoint}, {result}"
 
 
 def collapse_newlines(text: str) -> str:

@@ -122,7 +122,7 @@ def extend_run(run: Path, config: TrainConfig) -> None:
     max_steps = read_run_config(run)["max_steps"]
     later = list_checkpoints(run, after=end) + list_checkpoints(run, after=end, within="best")
     log = JSONLinesLog(run / "metrics.jsonl", "step")
-    if not later and log.records[-1:] and log.records[-1]["step"] <= end:
+    if not later and all(record["step"] <= end for record in log.records):
         return
     archive = run / f"until_step_{max_steps}"
     archive.mkdir(exist_ok=True)
