@@ -205,7 +205,8 @@ def test_every_key_and_file_is_documented(used_workdir):
         record = json.loads((run_folder / "run.json").read_text())
         written |= {*record, *record["processes"][-1]}
         written |= {file.name for file in checkpoint.iterdir()}
-        written |= {file.name for file in run_folder.iterdir()} - {"checkpoints"}
+        folders = {"checkpoints", "best"}  # documented with the name of a checkpoint
+        written |= {file.name for file in run_folder.iterdir()} - folders
     manifest = read_manifest(used_workdir / "data" / "mine")
     results = json.loads((used_workdir / "results" / "demo" / "results.json").read_text())
     written |= {*manifest, *manifest["shards"][0], *results["acc"], "config", "rows"}
