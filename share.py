@@ -89,13 +89,12 @@ def build_upload_folder(config: ShareConfig) -> Path:
     checkpoint = best_checkpoint(given) if config.best else choose_checkpoint(given)
     if not checkpoint or not (is_adapter(checkpoint) or (checkpoint / "config.json").is_file()):
         wanted = "checkpoint with a validation loss" if config.best else "checkpoint or model"
-        raise FileNotFoundError(f"{given} holds no {wanted}; expected a run's out_dir")
+        raise FileNotFoundError(f"{given} holds no {wanted}; expected the folder of one, or a run")
     base, revision = split_revision(find_base(checkpoint, config.base_model))
     parent = checkpoint.absolute().parent
     # Otherwise it is a merged model, an adapter, or a copy of a checkpoint.
     is_in_run = parent.name in ("checkpoints", "best") and (checkpoint / "progress.json").is_file()
-    is_checkpoint = is_in_run and checkpoint == given
-    run = parent.parent if is_checkpoint else given
+    run = parent.parent if is_in_run and checkpoint == given else given
     card = render_card(config, checkpoint, base, run if is_in_run else None)
     record = read_record(run)
     for process in record.get("processes", []):

@@ -71,7 +71,7 @@ WRONG = {
     "sample --model own_base": "own_base has no config.json; expected the folder of a model",
     "sample --model broken": "broken has weights that are not finite",
     "sample --model broken/model.safetensors": "model.safetensors is a file; expected the folder",
-    "share --run file": "file holds no checkpoint or model; expected a run",
+    "share --run file": "file holds no checkpoint or model; expected the folder",
     "sample --num_return_sequences 10001": "10001, expected at least 1 and at most 10,000",
     "fineweb --dataset nothing": "nothing is neither a known dataset",
     "fineweb --dataset text.txt": "fewer than two different sections",

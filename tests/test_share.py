@@ -291,7 +291,7 @@ def test_malformed_repo_ids_are_refused(name):
 )
 def test_run_without_a_checkpoint(tmp_path, best, wanted):
     """A folder without a checkpoint is an error that names it, and nothing is written there."""
-    message = f"holds no checkpoint{wanted}; expected a run's out_dir"
+    message = f"holds no checkpoint{wanted}; expected the folder of one, or a run"
     with pytest.raises(FileNotFoundError, match=message):
         share.main(ShareConfig(str(tmp_path), "me/x", best=best, dry_run=True))
     assert not list(tmp_path.iterdir())
