@@ -212,7 +212,8 @@ def save_checkpoint(
     checkpoints, weights = list_checkpoints(run), list_checkpoints(run, within="best")
     for old in {*checkpoints, *weights} - {best_checkpoint(run), *checkpoints[-keep:]}:
         if checkpoint_step(old) != kept_step and not (old / BASE_MARK).exists():
-            shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # if killed here: a leftover
+            # A kill leaves a .tmp, which the next save removes, but never half a checkpoint.
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
 
 def remove(path: Path) -> None:
