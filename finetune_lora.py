@@ -37,9 +37,10 @@ from engine.lora import (
 )
 from engine.metrics import read_metrics
 from engine.plots import curve_points
-from engine.pretrained import DTYPES, hash_weights, load_tokenizer, read_dtype, save_pretrained
+from engine.pretrained import hash_weights, load_tokenizer, read_dtype, save_pretrained
 from engine.resume import open_run
 from engine.rows import find_row_files
+from engine.tensors import DTYPES
 from engine.tokenizer import Tokenizer
 from engine.training import train
 from model import GPT
@@ -148,8 +149,8 @@ def main(given: FinetuneConfig) -> None:
     with dist.main_process_first(), nullcontext() if dist.is_main else redirect_stdout(None):
         base = load_model(given.model_name_or_path)
         tokenizer = load_tokenizer(base, given.tokenizer)
-        if given.lora_load_path:
-            adapter = find_checkpoint(given.lora_load_path, quiet=True)
+        adapter = find_checkpoint(given.lora_load_path) if given.lora_load_path else None
+        if adapter:
             tokenizer.chat_template = find_chat_template(adapter, tokenizer)
         read = partial(read_examples, tokenizer=tokenizer, block_size=base.config.block_size)
         examples = read(given.data, settings=given)
@@ -159,7 +160,7 @@ def main(given: FinetuneConfig) -> None:
     set_chat_template(tokenizer, examples)
     given = replace(given, base_sha256=hash_base(base, given))
     base_path = str(base.name_or_path)
-    build = partial(add_adapter, base)
+    build = partial(add_adapter, base, adapter=adapter)
     resolve = partial(resolve_config, n_examples=len(examples), dist=dist)
     del base  # only `build` has it now
     adapter_base = base_path if given.use_lora else None
@@ -167,10 +168,10 @@ def main(given: FinetuneConfig) -> None:
         del build  # frees gigabytes if the run was resumed, so that the base is not `model`
         run = Path(config.out_dir)
         merged = Path(config.merge_out) if config.merge_out else None
-        step = resumed.progress["step"] if resumed else 0
-        is_finished = is_last_step(step, config, read_val_losses(run, step))
-        if merged and is_occupied(merged) and not is_finished:
-            raise ValueError(f"merge_out {merged} already exists; choose another folder")
+        if merged and is_occupied(merged):
+            step = resumed.progress["step"] if resumed else 0
+            if not is_last_step(step, config, read_val_losses(run, step)):
+                raise ValueError(f"merge_out {merged} already exists; choose another folder")
         if config.use_lora:
             freeze_base(model, config, dist)
         sizes = {"batch_size": config.batch_size, "rank": dist.rank, "world_size": dist.world_size}
@@ -226,17 +227,16 @@ def new_lora_config(config: FinetuneConfig) -> LoRAConfig:
     return LoRAConfig(lora_dim, lora_alpha, config.lora_dropout or 0.0, bool(config.use_rslora))
 
 
-def add_adapter(base: GPT, config: FinetuneConfig) -> GPT:
-    """Add a new adapter to the base, or load lora_load_path. Without use_lora, change nothing."""
+def add_adapter(base: GPT, config: FinetuneConfig, adapter: Path | None = None) -> GPT:
+    """Add a new adapter to the base, or load `adapter`. Without use_lora, change nothing."""
     torch.manual_seed(config.seed)
     if not config.use_lora:
         return base
     lora_config = new_lora_config(config)
-    if config.lora_load_path is None:
+    if adapter is None:
         return convert_linear_layer_to_lora(base, config.lora_module_name, lora_config)
     has_scaling = config.lora_alpha is not None  # a lora.pt alone does not contain it
-    path = find_checkpoint(config.lora_load_path)
-    return load_adapter(base, path, lora_config if has_scaling else None)
+    return load_adapter(base, adapter, lora_config if has_scaling else None)
 
 
 def resolve_config(

@@ -32,8 +32,8 @@ EXPECTED_FILES = f"a folder with {ADAPTER_CONFIG_FILE} and weights, or a path to
 PEFT_PREFIX = "base_model.model."  # of every tensor name in PEFT's files
 # Options of adapter_config.json.
 #   - READ_OPTIONS are used.
-#   - OTHER_OPTIONS only describe the adapter, or have no effect here: fan_in_fan_out is about the
-#     layout of the base weights, and layers_pattern names a list of blocks; GPT-2 has only one.
+#   - OTHER_OPTIONS describe the adapter, or have no effect here. For example, fan_in_fan_out is the
+#     layout of the base weights. layers_pattern names a list of blocks, and GPT-2 has only one.
 #   - Any other option must have one of its SUPPORTED_VALUES or, if it is not listed there, be OFF.
 READ_OPTIONS = {"base_model_name_or_path", "revision", "r", "rank_pattern", "lora_alpha"}
 READ_OPTIONS |= {"alpha_pattern", "lora_dropout", "use_rslora", "target_modules", "exclude_modules"}
@@ -195,9 +195,9 @@ def load_adapter(model: Model, path: Path | str, config: LoRAConfig | None = Non
     for name, tensor in tensors.items():
         if "lora_" not in name or name.startswith(("transformer.w", "lm_head")):  # wte, wpe
             raise ValueError(
-                f"{path} has {name} {tuple(tensor.shape)}. It is a full model, or an adapter for "
-                "which tokens were added; only LoRA on the linear layers of the blocks is "
-                "supported. Use PEFT to merge such an adapter"
+                f"{path} has {name} {tuple(tensor.shape)}, but only LoRA on the linear layers of "
+                "the blocks is supported. If it is an adapter for which tokens were added, use "
+                "PEFT to merge it. If it is a full model, do not pass it as an adapter"
             )
     names = convertible_linears(model)
     if adapter:

@@ -43,11 +43,13 @@ class RunState(NamedTuple):
     tensors: dict  # state.pt: optimizer, scaler, rng; {} to save only the weights, in RUN/best
 
 
-def list_checkpoints(run: Path | str, after: int = -1, within: str = "checkpoints") -> list[Path]:
-    """Return the run's checkpoints after step `after`, oldest first. All were saved completely, but
-    files in them may have been damaged since.
+def list_checkpoints(run: Path | str, after: int = -1, with_best: bool = False) -> list[Path]:
+    """Return the run's checkpoints after step `after`, oldest first; `with_best` includes RUN/best.
+    All were saved completely, but files in them may have been damaged since.
     """
-    found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in Path(run, within).glob("*")]
+    folders = ("checkpoints", "best") if with_best else ("checkpoints",)
+    paths = [path for name in folders for path in Path(run, name).glob("*")]
+    found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in paths]
     steps = sorted((int(match[1]), path) for match, path in found if match)
     return [path for n, path in steps if n > after and path.is_dir() and any(path.iterdir())]
 
@@ -62,7 +64,7 @@ def best_checkpoint(run: Path | str) -> Path | None:
     fine-tuning it is the best of all evaluations, in pretraining the best of those that were saved.
     """
     losses: dict[Path, Any] = {}
-    for folder in [*list_checkpoints(run), *list_checkpoints(run, within="best")]:
+    for folder in list_checkpoints(run, with_best=True):
         try:
             losses[folder] = read_progress(folder).get("val_loss")
         except (OSError, ValueError) as error:
@@ -78,7 +80,7 @@ def choose_checkpoint(name_or_path: str | Path) -> Path:
     path, config_file = Path(name_or_path), Path(name_or_path) / "config.yaml"
     is_finetuning = config_file.is_file() and "model_name_or_path" in read_run_config(path)
     best = best_checkpoint(path) if is_finetuning else None
-    saved = [*list_checkpoints(path, within="best"), *list_checkpoints(path)]
+    saved = list_checkpoints(path) or list_checkpoints(path, with_best=True)
     return best or next(reversed(saved), path)
 
 
@@ -209,8 +211,8 @@ def save_checkpoint(
             f"step {step} could not be saved: {error}. Free some space and run the same command "
             f"again; it resumes from {earlier[-1] if earlier else 'the start'}"
         ) from error
-    checkpoints, weights = list_checkpoints(run), list_checkpoints(run, within="best")
-    for old in {*checkpoints, *weights} - {best_checkpoint(run), *checkpoints[-keep:]}:
+    kept = {best_checkpoint(run), *list_checkpoints(run)[-keep:]}
+    for old in set(list_checkpoints(run, with_best=True)) - kept:
         if checkpoint_step(old) != kept_step and not (old / BASE_MARK).exists():
             # A kill leaves a .tmp, which the next save removes, but never half a checkpoint.
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 
 from engine.config import Precision, TrainConfig
+from engine.tensors import DTYPES
 from model import GPT
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -151,7 +152,7 @@ def resolve_device_settings(config: Config, dist: Distributed) -> Config:
 
 def autocast_dtype(precision: Precision | None) -> torch.dtype | None:
     """Return the dtype that autocast uses for matmuls, or None for fp32 (no autocast)."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "fp32")
+    return None if precision in (None, "fp32") else DTYPES[precision]
 
 
 def autocast(device: torch.device, precision: Precision | None) -> torch.autocast:

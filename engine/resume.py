@@ -90,13 +90,13 @@ def check_extension(run: Path, config: TrainConfig, earlier_max_steps: int) -> N
             "model_name_or_path or lora_load_path) with a lower max_lr and another out_dir"
         )
     end = plateau_end(replace(config, max_steps=earlier_max_steps))
-    later = list_checkpoints(run, after=end)
-    if later and later == list_checkpoints(run):
+    checkpoints = list_checkpoints(run)
+    if checkpoints and checkpoints == list_checkpoints(run, after=end):
         raise ValueError(
             f"{run} cannot be extended: it has no checkpoint from before the decay (step {end} or "
             f"earlier); use init_from {run} and another out_dir"
         )
-    later += list_checkpoints(run, after=end, within="best")
+    later = list_checkpoints(run, after=end, with_best=True)
     if bases := [path for path in later if (path / BASE_MARK).exists()]:
         raise ValueError(
             f"extending {run} would move {bases[0]}, the base of an adapter; copy the run, delete "
@@ -120,7 +120,7 @@ def extend_run(run: Path, config: TrainConfig) -> None:
         # `config` does not have more steps, or the run has not begun.
         return
     max_steps = read_run_config(run)["max_steps"]
-    later = list_checkpoints(run, after=end) + list_checkpoints(run, after=end, within="best")
+    later = list_checkpoints(run, after=end, with_best=True)
     log = JSONLinesLog(run / "metrics.jsonl", "step")
     if not later and all(record["step"] <= end for record in log.records):
         return

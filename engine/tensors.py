@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 # What torch.load raises if a file is damaged, and what our code raises on unexpected contents.
 TORCH_LOAD_ERRORS = (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError)
 MAX_NAMES_SHOWN = 4  # in an error
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

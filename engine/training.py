@@ -128,7 +128,8 @@ def train_steps(
         is_best = val_loss is not None and evaluation.is_best()
         if is_save_due or (is_best and config.save_best):
             results = {"step": step, "val_loss": val_loss}
-            start_save(save, training_step, evaluation.tokenizer, results, full=is_save_due)
+            weights_only = not is_save_due
+            start_save(save, training_step, evaluation.tokenizer, results, weights_only)
         if is_last or meter.stop_requested:
             save.wait()
             dist.barrier()  # if a rank left early, torchrun would stop the one that saves
@@ -188,13 +189,13 @@ def start_save(
     training_step: TrainingStep,
     tokenizer: Tokenizer,
     results: dict[str, Any],
-    full: bool,
+    weights_only: bool,
 ) -> None:
-    """Start saving a checkpoint, the plot and the report in the background; only the weights if not
-    `full`. `results` has the step and its validation loss.
+    """Start saving a checkpoint, the plot and the report in the background, or only the weights.
+    `results` has the step and its validation loss.
     """
     save.wait()  # a snapshot takes gigabytes: only one at a time
-    params, tensors = training_step.snapshot(weights_only=not full)  # called by all ranks
+    params, tensors = training_step.snapshot(weights_only)  # called by all ranks
     dist, config = training_step.dist, training_step.config
     if not dist.is_main:
         return
@@ -210,7 +211,7 @@ def start_save(
         # Always keep the checkpoint at the end of the plateau: a longer run can start from it.
         keep, kept_step = config.keep, plateau_end(config)
         save_checkpoint(run, model, tokenizer, params, state, keep=keep, kept_step=kept_step)
-        if full:
+        if not weights_only:
             plot_runs([run], run / "loss.png")
             write_report(run)
 

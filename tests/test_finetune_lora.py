@@ -346,8 +346,8 @@ def test_precision_of_merged_weights(folder, given, dtype):
 
 
 def test_a_lone_lora_pt_needs_its_alpha(folder):
-    """A lora.pt without its config loads only with --lora_alpha. Its rank is that of the tensors,
-    and another --lora_dim is an error.
+    """A lora.pt without its config loads only with --lora_alpha. The tensors give its rank; if
+    --lora_dim differs from it, that is an error.
     """
     first = finetune("runs/first", lora_dim=2, lora_alpha=3.0, max_steps=4)
     before = read_metrics(first)[-1]["val_loss"]

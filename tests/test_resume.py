@@ -8,8 +8,9 @@ import yaml
 from conftest import read_curve
 from safetensors.torch import load_file
 
-from engine.checkpoint import list_checkpoints
+from engine.checkpoint import choose_checkpoint, list_checkpoints
 from engine.config import flag
+from engine.evaluation import Evaluation
 from engine.metrics import read_metrics
 from engine.optim import learning_rate, plateau_end
 from engine.resume import inherit_settings
@@ -180,6 +181,25 @@ def test_a_run_that_was_killed_before_it_logged_may_change_max_steps(tmp_path, d
         (tmp_path / "run" / name).rename(tmp_path / name)
     main(replace(config, max_steps=3))
     assert [r["step"] for r in read_metrics(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+def test_patience_ends_pretraining(tmp_path, data_dir, monkeypatch, capsys):
+    """Pretraining ends after `patience` evaluations without a new best, and stands for its latest
+    checkpoint.
+    """
+    losses = [9.0, 5.0, 4.0, 6.0, 4.5, 3.0]  # of each step
+
+    def evaluate_step(self: Evaluation, step: int) -> dict:
+        self.val_losses += losses[step : step + 1] if step else []
+        return {"val_loss": losses[step], "val_bpb": None}
+
+    monkeypatch.setattr(Evaluation, "evaluate_step", evaluate_step)
+    config = wsd_config(tmp_path / "run", data_dir, max_steps=5, patience=2, schedule="cosine")
+    main(config)
+    assert [r["step"] for r in read_metrics(config.out_dir)] == [0, 1, 2, 3, 4]
+    assert choose_checkpoint(config.out_dir).name == "step_000004"
+    main(config)
+    assert "already finished after step 4 of 5" in capsys.readouterr().out
 
 
 def test_a_run_of_the_other_command_is_refused(tmp_path):
