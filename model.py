@@ -190,12 +190,12 @@ class GPT(nn.Module):
         caches: list[KVCache] | None = None,
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        residual_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Return the final hidden states (B, T, C) for token ids (B, T). Pass them to `logits`.
 
         With `caches`, one per layer, `idx` continues the cached tokens. The first call may pass any
-        number of tokens, later calls one token each.
-
+        number of tokens, later calls one token each. `residual_dtype` is for the residual stream.
         `positions` (T) or (B, T) replaces 0, 1, 2, ... The boolean `mask` (B, 1, T, T), true if a
         token may attend to another, replaces the causal mask. Both together let several texts share
         a row.
@@ -208,7 +208,7 @@ class GPT(nn.Module):
             if start + T > self.config.block_size:
                 raise ValueError(f"{start + T} tokens exceed block_size {self.config.block_size}")
             positions = torch.arange(start, start + T, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = (self.transformer.wte(idx) + self.transformer.wpe(positions)).to(residual_dtype)
         for i, block in enumerate(self.transformer.h):
             x = block(x, caches[i] if caches else None, mask)
         return self.transformer.ln_f(x)

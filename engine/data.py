@@ -9,7 +9,7 @@ token that follows it. Together, the windows predict every token but the first e
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import ClassVar, NamedTuple
@@ -82,6 +82,7 @@ class TrainingData(ABC):
 
     has_fixed_shape: ClassVar[bool]  # whether all batches have the same shape
     step_size_flag: ClassVar[str]  # the flag that sets step_size, for error messages
+    graph_lengths: Sequence[int] = ()  # lengths of batches if each gets a CUDA graph
     fingerprint: str  # a hash that identifies the data
     epoch_contents: str  # printed at the start of a run, such as "1,000 tokens"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from engine.config import Settings, flag
-from engine.tensors import matmul_dtype
+from engine.tensors import matmul_dtype, product_in_fp32
 from model import GPT
 
 CPU_GRAD_ROWS = 128  # rows of a gradient in one block: 1.5 MB for 124M, which fit the cache
@@ -34,6 +34,17 @@ class LoRAConfig(Settings):
         return self.lora_alpha / (math.sqrt(self.lora_dim) if self.use_rslora else self.lora_dim)
 
 
+class LoRACopies(NamedTuple):
+    """What a LoRALinear multiplies with. Biases, A and B are in the dtype of the matmuls. A weight
+    that is not a copy may be in another dtype; it is cast where it is used.
+    """
+
+    weight: torch.Tensor  # W (out, in), or the sum S = W + s B A, where s is the scaling
+    bias: torch.Tensor
+    A: torch.Tensor  # (r, in)
+    scaled_B: torch.Tensor  # s B' (r, out); row-major, which is several times faster on a CPU
+
+
 class LoRAFunction(torch.autograd.Function):
     """The forward pass of a LoRALinear, except x W', and its complete backward pass. s is the
     scaling, W is (out, in), A is (r, in), B is (out, r):
@@ -42,7 +53,7 @@ class LoRAFunction(torch.autograd.Function):
 
     or, with a summed weight S = W + s B A:
 
-        y = x S' + b                    x S' is added by the caller
+        y = x S' + b                    computed by the caller
 
     Backward returns the gradients of the complete layer. Those of A and B always come from
     low-rank products, never from the (out, in) gradient of S:
@@ -56,17 +67,23 @@ class LoRAFunction(torch.autograd.Function):
         ctx: Any,  # torch's FunctionCtx, which accepts any attribute
         x: torch.Tensor,  # (n, in)
         dropped: torch.Tensor | None,  # x after dropout, if there is any
-        weight: torch.Tensor,  # W or S (out, in), maybe in fewer bits than x
+        _weight: torch.Tensor,  # this and the next three get gradients
         bias: torch.Tensor,
-        A: torch.Tensor,  # (r, in)
-        scaled_B: torch.Tensor,  # s B' (r, out)
-        is_summed: bool,  # whether `weight` is S
+        _lora_A: torch.Tensor,
+        _lora_B: torch.Tensor,
+        copies: LoRACopies,
+        scaling: float,
+        is_summed: bool,  # whether copies.weight is S
     ) -> torch.Tensor:
-        xA = (x if dropped is None else dropped) @ A.t()  # (n, r)
         needs_x = dropped is None or ctx.needs_input_grad[2]  # for d_A or d_W
-        ctx.save_for_backward(x if needs_x else None, dropped, weight, A, scaled_B, xA)
-        ctx.is_summed = is_summed
-        return bias.repeat(len(x), 1) if is_summed else torch.addmm(bias, xA, scaled_B)
+        saved = x if needs_x else None, dropped, copies.weight, copies.A, copies.scaled_B
+        ctx.scaling, ctx.is_summed = scaling, is_summed
+        if is_summed:
+            ctx.save_for_backward(*saved, None)
+            return x.new_empty(len(x), len(bias))
+        xA = (x if dropped is None else dropped) @ copies.A.t()  # (n, r)
+        ctx.save_for_backward(*saved, xA)
+        return torch.addmm(copies.bias, xA, copies.scaled_B)
 
     @staticmethod
     @once_differentiable
@@ -74,8 +91,9 @@ class LoRAFunction(torch.autograd.Function):
         x, dropped, weight, A, scaled_B, xA = ctx.saved_tensors
         needs_d_x, needs_d_dropped, needs_d_weight, needs_d_bias, *_ = ctx.needs_input_grad
         d_x = d_y @ weight.to(d_y.dtype) if needs_d_x else None
+        xA = x @ A.t() if xA is None else xA
         d_xA, d_scaled_B = low_rank_gradients(d_y, xA, scaled_B)
-        d_A = d_xA.t() @ (x if dropped is None else dropped)
+        d_A = product_in_fp32(d_xA.t(), x if dropped is None else dropped)
         # d_xA A is the gradient of `dropped` if there is dropout. Otherwise it is added to that of
         # x, unless the weight is summed: then d_y S includes it.
         d_dropped = d_xA @ A if needs_d_dropped else None
@@ -83,7 +101,8 @@ class LoRAFunction(torch.autograd.Function):
             d_x.addmm_(d_xA, A)
         d_weight = d_y.t() @ x if needs_d_weight else None
         d_bias = d_y.sum(0) if needs_d_bias else None
-        return d_x, d_dropped, d_weight, d_bias, d_A, d_scaled_B, None
+        d_B = (ctx.scaling * d_scaled_B.t()).contiguous()
+        return d_x, d_dropped, d_weight, d_bias, d_A, d_B, None, None, None
 
 
 def low_rank_gradients(
@@ -94,8 +113,9 @@ def low_rank_gradients(
     """
     # In 16 bits, adding up the blocks would round after each of them.
     in_blocks = d_y.device.type == "cpu" and d_y.dtype.itemsize >= 4
-    n_rows = CPU_GRAD_ROWS if in_blocks and not torch.compiler.is_compiling() else len(d_y)
-    blocks = zip(d_y.split(n_rows), xA.split(n_rows), strict=True)
+    if not in_blocks or torch.compiler.is_compiling():
+        return d_y @ scaled_B.t(), product_in_fp32(xA.t(), d_y)
+    blocks = zip(d_y.split(CPU_GRAD_ROWS), xA.split(CPU_GRAD_ROWS), strict=True)
     products = [(d_rows @ scaled_B.t(), xA_rows.t() @ d_rows) for d_rows, xA_rows in blocks]
     d_xA, d_scaled_B = zip(*products, strict=True)
     return torch.cat(d_xA), reduce(torch.add, d_scaled_B)
@@ -117,7 +137,7 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in PEFT and nn.Linear
         self.is_merged = False
         self.use_summed_form = False  # set by finetune_lora.py --lora_form summed
-        self.summed_weight: torch.Tensor | None = None  # set within `hold_summed_weights`
+        self.uses_copies = False  # true within `hold_copies`
         self.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -125,28 +145,56 @@ class LoRALinear(nn.Linear):
         if self.is_merged:
             return F.linear(x, self._matrix().to(x.dtype), self.bias.to(x.dtype))
         shape, x = x.shape[:-1], x.flatten(0, -2)
-        is_summed = self.summed_weight is not None
-        weight = self._matrix() if self.summed_weight is None else self.summed_weight
-        scaled_B = (self.scaling * self.lora_B).t().contiguous()  # row-major: several times faster
-        bias, A, scaled_B = (t.to(x.dtype) for t in (self.bias, self.lora_A, scaled_B))
         is_dropping = self.training and self.config.lora_dropout > 0
         dropped = F.dropout(x, self.config.lora_dropout) if is_dropping else None
-        y = LoRAFunction.apply(x, dropped, weight, bias, A, scaled_B, is_summed)
+        copies = self._held_copies() if self.uses_copies else self._new_copies(x.dtype)
+        is_summed = self.uses_copies and self.is_summed
+        trained = self._matrix(), self.bias, self.lora_A, self.lora_B
+        y = LoRAFunction.apply(x, dropped, *trained, copies, self.scaling, is_summed)
         # The large product, x W'. LoRAFunction.backward computes its gradients, so autograd need
         # not see it. It comes last because backward does not need its result: activation
         # checkpointing stops recomputing as soon as LoRAFunction has saved its tensors.
         with torch.no_grad():
-            y.addmm_(x, weight.t().to(x.dtype))
+            torch.addmm(copies.bias if is_summed else y, x, copies.weight.t().to(x.dtype), out=y)
         return y.view(*shape, self.out_features)
 
+    @property
+    def is_summed(self) -> bool:
+        """Whether `hold_copies` sums the weights. Then dropout could not apply to A's inputs, and W
+        would get no gradient.
+        """
+        is_trained = self.weight.requires_grad
+        return self.use_summed_form and not self.config.lora_dropout and not is_trained
+
     @torch.no_grad()
-    def build_summed_weight(self, dtype: torch.dtype | None) -> torch.Tensor:
-        """Return a new tensor W + scaling * B A (out, in) in `dtype` (None: the dtype of A)."""
+    def _new_copies(self, dtype: torch.dtype, is_summed: bool = False) -> LoRACopies:
         # Under autocast the sum would be rounded to 16 bits, and W would swallow small updates.
         with torch.autocast(self.weight.device.type, enabled=False):
-            matrix = self._matrix().to(self.lora_A.dtype)
-            summed = torch.addmm(matrix, self.lora_B, self.lora_A, alpha=self.scaling)
-            return summed.to(dtype or matrix.dtype)
+            weight = self._matrix()
+            if is_summed:
+                weight = weight.to(self.lora_A.dtype)
+                weight = torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scaling)
+            scaled_B = (self.scaling * self.lora_B).t().contiguous()
+            return LoRACopies(weight, *(t.to(dtype) for t in (self.bias, self.lora_A, scaled_B)))
+
+    @torch.no_grad()
+    def update_copies(self, dtype: torch.dtype | None) -> None:
+        """Write copies in `dtype` (None: that of A) into buffers. Frozen tensors are copied once.
+        Buffers stay at their addresses, so CUDA graphs can read them.
+        """
+        changes = {"weight": self.is_summed or self.weight.requires_grad}
+        changes["bias"] = self.bias.requires_grad
+        dtype = dtype or self.lora_A.dtype
+        for name, value in self._new_copies(dtype, self.is_summed)._asdict().items():
+            buffer, does_change = self._buffers.get(f"{name}_copy"), changes.get(name, True)
+            if buffer is None or buffer.dtype != dtype:
+                buffer = value.to(dtype, copy=does_change)
+                self.register_buffer(f"{name}_copy", buffer, persistent=False)
+            elif does_change:
+                buffer.copy_(value)
+
+    def _held_copies(self) -> LoRACopies:
+        return LoRACopies(*(self.get_buffer(f"{name}_copy") for name in LoRACopies._fields))
 
     def _matrix(self) -> torch.Tensor:  # (out, in)
         return self.weight.t() if self.is_conv1d else self.weight
@@ -167,19 +215,18 @@ def lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 @contextmanager
-def hold_summed_weights(linears: list[LoRALinear], dtype: torch.dtype | None) -> Iterator[None]:
-    """Build W + scaling * B A of each layer in `dtype` (default: that of A), and use it until the
-    context ends. Layers with dropout or a trained W are left alone: a summed weight cannot apply
-    dropout to A's inputs, and W would get no gradient.
+def hold_copies(linears: list[LoRALinear], dtype: torch.dtype | None) -> Iterator[None]:
+    """Copy the weights of each layer in `dtype` (None: that of A), and multiply with the copies
+    until the context ends. In the summed form, the copy of W is W + scaling * B A.
     """
     for linear in linears:
-        if not linear.config.lora_dropout and not linear.weight.requires_grad:
-            linear.summed_weight = linear.build_summed_weight(dtype)
+        linear.update_copies(dtype)
+        linear.uses_copies = True
     try:
         yield
     finally:
         for linear in linears:
-            linear.summed_weight = None
+            linear.uses_copies = False
 
 
 def cast_frozen_weights(model: GPT, dtype: torch.dtype) -> None:

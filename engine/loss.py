@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from engine.data import Batch
-from engine.tensors import matmul_dtype
+from engine.tensors import matmul_dtype, product_in_fp32
 from model import GPT
 
 # How many rows of logits to compute at a time. On a CPU, 512 rows take 100 MB. Smaller chunks fit
@@ -25,11 +25,11 @@ CPU_ROW_MULTIPLE = 64
 CPU_SOFTMAX_ROWS = 32  # 6 MB in fp32: small enough to stay in the cache from pass to pass
 
 WeightParts = tuple[torch.Tensor, ...]  # the weight of the head, split by rows
-Softmax = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+CrossEntropy = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
-def softmax_(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Turn `logits` (n, padded V) into probabilities in place. Return the log-probabilities (n, 1)
+def cross_entropy_(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Turn `logits` (n, padded V) into their gradient in place. Return the log-probabilities (n, 1)
     of `ids` (n, 1) in fp32.
     """
     logits[:, vocab_size:] = -torch.inf  # padding is not in the vocabulary
@@ -40,11 +40,24 @@ def softmax_(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> torch.
         log_probs = torch.log_softmax(rows, dim=-1, dtype=torch.float32, out=out)
         target_log_probs.append(log_probs.gather(1, row_ids))
         torch.exp(log_probs, out=rows)
-    return torch.cat(target_log_probs)
+    return subtract_targets_(logits, ids, torch.cat(target_log_probs))
 
 
-def compile_softmax() -> Softmax:
-    """`softmax_` for 16-bit logits as one kernel that reads them twice and writes them once."""
+def subtract_targets_(
+    probs: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tensor
+) -> torch.Tensor:
+    """Subtract 1 from the probabilities of `ids`. Return their log-probabilities."""
+    # Compute p - 1 from log p in fp32, because p near 1 has been rounded to bf16.
+    probs.scatter_(1, ids, log_probs.expm1().to(probs.dtype))
+    return log_probs
+
+
+def compile_cross_entropy(device: torch.device) -> CrossEntropy:
+    """Return a `cross_entropy_` for 16-bit logits: a Triton kernel on CUDA, else compiled code."""
+    if device.type == "cuda":
+        from engine.triton_loss import triton_cross_entropy_  # other devices may lack Triton
+
+        return triton_cross_entropy_
 
     def normalize_(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
         logits[:, vocab_size:] = -torch.inf
@@ -54,12 +67,12 @@ def compile_softmax() -> Softmax:
 
     compiled = torch.compile(normalize_, options={"coordinate_descent_tuning": True})
 
-    def softmax(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    def cross_entropy(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
         # Gather outside the compiled function: inside, this would split it into two kernels.
         target_logits = logits.gather(1, ids).float()
-        return target_logits - compiled(logits, vocab_size)
+        return subtract_targets_(logits, ids, target_logits - compiled(logits, vocab_size))
 
-    return softmax
+    return cross_entropy
 
 
 class HeadLoss(torch.autograd.Function):
@@ -81,42 +94,38 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # torch's FunctionCtx, which accepts any attribute
-        x: torch.Tensor,  # (n, C)
+        x: torch.Tensor,  # (n, C), in the dtype for the matmuls
         weight: torch.Tensor,  # (padded V, C)
         targets: torch.Tensor,  # (n), without IGNORE_INDEX
         vocab_size: int,
-        dtype: torch.dtype,  # for the matmuls
         with_grad: bool,
-        softmax: Softmax,
+        cross_entropy: CrossEntropy,
     ) -> torch.Tensor:
-        if x.device.type == "cpu" and dtype != torch.float32:
-            # Rows of zeros have logits of zero. They are left out of the softmax, so their gradient
-            # stays zero as well.
+        if x.device.type == "cpu" and x.dtype != torch.float32:
+            # Rows of zeros have logits of zero. Below, `cross_entropy` skips them, so these zeros
+            # remain as their gradient.
             x = F.pad(x, (0, 0, 0, -len(x) % CPU_ROW_MULTIPLE))
         needs_d_weight = with_grad and weight.requires_grad
-        weight_parts = split_head(weight, dtype)
+        weight_parts = split_head(weight, x.dtype)
         chunk_rows = choose_chunk_rows(x, needs_d_weight)
         # One buffer for all chunks: on a CPU, touching new memory costs more than the softmax.
-        buffer = x.new_empty(chunk_rows, len(weight), dtype=dtype)
+        buffer = x.new_empty(chunk_rows, len(weight))
         total = x.new_zeros((), dtype=torch.float32)
-        d_x = torch.zeros_like(x) if with_grad else None
+        d_x = torch.empty_like(x) if with_grad else None
         d_weight = None
 
         with torch.autocast(x.device.type, enabled=False):
             # Even if x is empty, run once, so that the gradients are zeros rather than None.
             for start in range(0, max(1, len(x)), chunk_rows):
                 rows = slice(start, start + chunk_rows)
-                x_chunk, ids = x[rows].to(dtype), targets[rows, None]
+                x_chunk, ids = x[rows], targets[rows, None]
                 logits = buffer[: len(x_chunk)]
                 multiply_by_head(x_chunk, weight_parts, out=logits)
-                log_probs = softmax(logits[: len(ids)], ids, vocab_size)  # turns logits into p
-                total -= log_probs.sum()
+                total -= cross_entropy(logits[: len(ids)], ids, vocab_size).sum()
+                d_logits = logits  # overwritten by `cross_entropy`
                 if d_x is None:
                     continue
-                # At a target, the gradient is p - 1. Compute it as expm1(log p) in fp32, because p
-                # near 1 has been rounded to bf16.
-                d_logits = logits.scatter_(1, ids, log_probs.expm1().to(dtype))
-                add_input_gradient(d_logits, weight_parts, d_x[rows])
+                multiply_gradient(d_logits, weight_parts, out=d_x[rows])
                 if needs_d_weight:
                     d_weight = add_product(d_weight, d_logits.t(), x_chunk)
 
@@ -130,7 +139,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (d_x, d_weight), ctx.gradients = ctx.gradients, None  # scaled in place, so used only once
         d_weight = None if d_weight is None else d_weight.mul_(grad)
-        return d_x.mul_(grad), d_weight, None, None, None, None, None
+        return d_x.mul_(grad), d_weight, None, None, None, None
 
 
 def choose_chunk_rows(x: torch.Tensor, needs_d_weight: bool) -> int:
@@ -158,25 +167,21 @@ def multiply_by_head(x: torch.Tensor, weight_parts: WeightParts, out: torch.Tens
         torch.mm(x, part.to(x.dtype).t(), out=logits)
 
 
-def add_input_gradient(
-    d_logits: torch.Tensor, weight_parts: WeightParts, d_x: torch.Tensor
-) -> None:
-    """d_x += d_logits W, in place."""
+def multiply_gradient(d_logits: torch.Tensor, weight_parts: WeightParts, out: torch.Tensor) -> None:
+    """out = d_logits W"""
     columns = d_logits.split([len(part) for part in weight_parts], dim=1)
-    for part, d_columns in zip(weight_parts, columns, strict=True):
-        d_x += d_columns @ part.to(d_columns.dtype)
+    for i, (part, d_columns) in enumerate(zip(weight_parts, columns, strict=True)):
+        out.addmm_(d_columns, part.to(d_columns.dtype), beta=int(i > 0))  # 0: overwrite
 
 
 def add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Add a @ b to `total` in place, in fp32; None starts a new total. On CUDA, the product of
     16-bit matrices is not rounded to 16 bits first.
     """
-    if a.device.type == "cuda" and a.dtype != torch.float32:
-        if total is None:
-            total = a.new_zeros(len(a), b.size(1), dtype=torch.float32)
-        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     if total is None:
-        return (a @ b).float()
+        return product_in_fp32(a, b)
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     return total.addmm_(a, b) if a.dtype == torch.float32 else total.add_(a @ b)
 
 
@@ -187,20 +192,51 @@ class SummedLoss(nn.Module):
     evaluated, sampled and saved stays plain.
     """
 
-    def __init__(self, model: GPT, *, compile_trunk: bool = False, compile_head: bool = False):
+    def __init__(
+        self,
+        model: GPT,
+        *,
+        compile_trunk: bool = False,
+        compile_head: bool = False,
+        use_graphs: bool = False,
+    ):
+        """With `use_graphs`, training replays a CUDA graph of the compiled trunk for each shape."""
         super().__init__()
         self.model = model
-        # torch.compile assumes a static length, and recompiles with a dynamic one if it changes.
-        self.hidden = torch.compile(model.hidden) if compile_trunk else model.hidden
-        self.softmax_for_16_bits = compile_softmax() if compile_head else softmax_
+        self.trunk = self.evaluation_trunk = self.run_trunk
+        if compile_trunk:
+            # torch.compile assumes a static length. If that changes, it compiles for a dynamic one.
+            self.trunk = self.evaluation_trunk = torch.compile(self.run_trunk)
+        if compile_trunk and use_graphs:
+            self.trunk = torch.compile(self.run_trunk, mode="reduce-overhead", dynamic=True)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.register_forward_pre_hook(cast_to_weight_dtype)
+        device = model.lm_head.weight.device
+        compiled = compile_cross_entropy(device) if compile_head else cross_entropy_
+        self.cross_entropy_for_16_bits: CrossEntropy = compiled
+
+    def run_trunk(self, idx: torch.Tensor) -> torch.Tensor:
+        """Return the final hidden states (B*T, C) in the dtype for the matmuls of the head. If that
+        is bf16, the residual stream is in bf16, too.
+        """
+        dtype = matmul_dtype(self.model.transformer.wpe.weight)
+        residual_dtype = dtype if dtype == torch.bfloat16 else None
+        return self.model.hidden(idx, residual_dtype=residual_dtype).flatten(0, 1).to(dtype)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        x = self.hidden(batch.idx).flatten(0, 1)  # (B*T, C)
+        with_grad = torch.is_grad_enabled()
+        x = (self.trunk if with_grad else self.evaluation_trunk)(batch.idx)
         targets = batch.targets.flatten()
         if batch.target_positions is not None:  # skip the head for rows without a target
-            x, targets = x[batch.target_positions], targets[batch.target_positions]
-        dtype = matmul_dtype(x)
-        softmax = softmax_ if dtype == torch.float32 else self.softmax_for_16_bits
+            x = x.index_select(0, batch.target_positions)  # faster backward than x[positions]
+            targets = targets[batch.target_positions]
+        is_fp32 = x.dtype == torch.float32
+        cross_entropy = cross_entropy_ if is_fp32 else self.cross_entropy_for_16_bits
         weight, vocab_size = self.model.lm_head.weight, self.model.config.vocab_size
-        with_grad = torch.is_grad_enabled()
-        return HeadLoss.apply(x, weight, targets, vocab_size, dtype, with_grad, softmax)
+        return HeadLoss.apply(x, weight, targets, vocab_size, with_grad, cross_entropy)
+
+
+def cast_to_weight_dtype(layer_norm: nn.LayerNorm, args: tuple[torch.Tensor]) -> torch.Tensor:
+    """A forward pre-hook. Autocast runs LayerNorm in fp32 on CUDA, but not on a CPU."""
+    return args[0].to(layer_norm.weight.dtype)

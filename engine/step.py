@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.config import TrainConfig
-from engine.data import Prefetcher, TrainingData
+from engine.data import Batch, Prefetcher, TrainingData
 from engine.distributed import (
     Distributed,
     autocast,
@@ -18,11 +18,14 @@ from engine.distributed import (
     full_tensor,
     shard_model,
 )
-from engine.lora import hold_summed_weights, lora_linears
+from engine.lora import hold_copies, lora_linears
 from engine.loss import SummedLoss
 from engine.optim import build_optimizers, set_schedule
 from engine.recompute import apply_recompute
 from model import GPT
+
+CLIP_EPS = 1e-6  # as in torch's clip_grad_norm_
+GRAPH_RUNS = 3  # of a CUDA graph before training: to warm up, to record, to replay
 
 
 class TrainingStep:
@@ -41,8 +44,11 @@ class TrainingStep:
         if dist.world_size > 1 and not self.is_sharded:
             self.loss = DistributedDataParallel(self.summed_loss, gradient_as_bucket_view=True)
         self.optimizers = build_optimizers(model, config)
-        linears = lora_linears(model).values()
-        self.summed_linears = [linear for linear in linears if linear.use_summed_form]
+        linears = [*lora_linears(model).values()]
+        self.has_dropout = any(linear.config.lora_dropout for linear in linears)
+        # FSDP gathers weights one block at a time, so there is no room for copies of all layers.
+        self.copied_linears = [] if self.is_sharded else linears
+        self.kept_grads: list[torch.Tensor] = []  # with CUDA graphs, see `_record_graphs`
 
     def _build_loss(self) -> SummedLoss:
         """Wrap the model in the order PyTorch needs: recomputation, then compile, then FSDP2."""
@@ -53,7 +59,8 @@ class TrainingStep:
                 raise ValueError("precision fp16 does not work with fsdp; use bf16 or fp32")
             shard_model(self.model, dist, self.dtype, compile_blocks=config.compile)
             return SummedLoss(self.model, compile_head=config.compile)
-        return SummedLoss(self.model, compile_trunk=config.compile, compile_head=config.compile)
+        compiled = {"compile_trunk": config.compile, "compile_head": config.compile}
+        return SummedLoss(self.model, **compiled, use_graphs=bool(self.data.graph_lengths))
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Do step `step`, counted from 1. Return this rank's share of the mean loss, and the
@@ -67,20 +74,21 @@ class TrainingStep:
         n_micro_steps = self.data.grad_accum_steps
         mean_loss = torch.zeros((), device=self.dist.device)
 
-        # Autocast keeps its 16-bit copies of the weights until the `with` block ends, and LoRA
-        # layers in the summed form keep W + scaling * B A. So one block spans all micro-steps.
+        # Autocast keeps its 16-bit copies of the weights until the `with` block ends, and so do
+        # layers with LoRA. So one block spans all micro-steps.
         autocasting = autocast(self.dist.device, self.config.precision)
-        summing = hold_summed_weights(self.summed_linears, self.dtype)
+        copying = hold_copies(self.copied_linears, self.dtype)
         # cuDNN is fast, but takes a second to plan for every new shape. The backward pass needs the
         # same setting, because what it recomputes must use the kernel of the forward pass.
-        with autocasting, summing, cudnn_attention(enabled=self.data.has_fixed_shape):
+        with autocasting, copying, cudnn_attention(enabled=self.data.has_fixed_shape):
+            if self.data.graph_lengths and not self.kept_grads:
+                self._record_graphs()
             for micro_step in range(1, n_micro_steps + 1):
                 batch = self.batches(step, micro_step)  # also starts to prepare the next one
-                self._seed_dropout(step, micro_step)
+                if self.has_dropout:
+                    self._seed_dropout(step, micro_step)
                 with self._sync_gradients(is_last=micro_step == n_micro_steps):
-                    loss = self.loss(batch) / n_targets
-                    self._backward(loss)
-                mean_loss += loss.detach()
+                    mean_loss += self._add_gradients(batch, n_targets)
 
         set_schedule(self.optimizers, step, self.config)  # learning rates and Muon's momentum
 
@@ -94,7 +102,10 @@ class TrainingStep:
         for optimizer in self.optimizers:
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # GradScaler sets it too
             optimizer.step()
-            optimizer.zero_grad()
+            if not self.kept_grads:
+                optimizer.zero_grad()
+        if self.kept_grads:
+            torch._foreach_zero_(self.kept_grads)
         self.scaler.update()
         return mean_loss, grad_norm
 
@@ -118,23 +129,57 @@ class TrainingStep:
             return self.loss.no_sync()
         return nullcontext()
 
-    def _backward(self, loss: torch.Tensor) -> None:
-        """Run backward for this rank's share of the loss. Gradients add up in param.grad."""
+    def _add_gradients(self, batch: Batch, n_targets: int) -> torch.Tensor:
+        """Return this rank's share of the mean loss. Its gradients add up in param.grad."""
+        if self.kept_grads:
+            torch.compiler.cudagraph_mark_step_begin()
+        loss = self.loss(batch) / n_targets
         # PyTorch recommends running backward outside autocast.
         with torch.autocast(self.dist.device.type, enabled=False):
             # DDP and FSDP average gradients over ranks, but shares of a mean must be summed.
             self.scaler.scale(loss * self.dist.world_size).backward()
+        return loss.detach()
+
+    def _record_graphs(self) -> None:
+        """Record the CUDA graphs of the forward and the backward pass for each length of a batch.
+
+        The backward pass of a graph returns gradients in memory that its next replay overwrites.
+        So they are added to gradients that stay where they are, and that are set to zero after the
+        update. We make those in the first step, because `restore` needs a step without gradients.
+        """
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        for param in trained:
+            param.grad = torch.zeros_like(param)
+        self.kept_grads = [param.grad for param in trained if param.grad is not None]
+        # The graphs share their memory, so it grows least if the longest comes first.
+        for length in sorted(self.data.graph_lengths, reverse=True):
+            ids = torch.zeros(self.data.batch_size, length, dtype=torch.long)
+            batch = Batch(ids, ids).to(self.dist.device)
+            for _ in range(GRAPH_RUNS):
+                self._add_gradients(batch, n_targets=ids.numel())
+        torch._foreach_zero_(self.kept_grads)
+        if self.dist.device.type == "cuda":
+            n, reserved = len(self.data.graph_lengths), torch.cuda.memory_reserved() / 1e9
+            print(f"CUDA graphs: {n} batch lengths; the GPU holds {reserved:.2f} GB", flush=True)
 
     def _clip_gradients(self) -> torch.Tensor:
-        """Clip the gradients to a norm of grad_clip. Return their norm before clipping."""
+        """Have the optimizers clip the gradients to a norm of grad_clip. Return their norm."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        # The norm of the norms of rows. A single fp32 sum over the embedding would lose four digits
-        # on a CPU, and would differ with the number of ranks.
-        norms = [torch.linalg.vector_norm(g, dim=-1) if g.dim() > 1 else g for g in grads]
-        norm = nn.utils.get_total_norm(norms)
+        if self.dist.device.type == "cpu":
+            # Take the norm of the norms of rows. A single fp32 sum over the embedding would lose
+            # four digits, and would differ with the number of ranks.
+            grads = [torch.linalg.vector_norm(g, dim=-1) if g.dim() > 1 else g for g in grads]
+        norm = nn.utils.get_total_norm(grads)
         max_norm = self.config.grad_clip or math.inf
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
-        return full_tensor(norm)
+        if self.dist.device.type == "mps":  # its AdamW ignores `grad_scale`
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
+            return norm
+        norm = full_tensor(norm)
+        # Fused AdamW and our Muon divide the gradients by this number when they read them.
+        grad_scale = ((norm + CLIP_EPS) / max_norm).clamp(min=1)
+        for optimizer in self.optimizers:
+            optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]  # GradScaler sets it too
+        return norm
 
     def snapshot(self, weights_only: bool = False) -> tuple[dict, dict]:
         """Return copies on the CPU: the trained parameters by name, and the state of optimizers,

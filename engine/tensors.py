@@ -67,6 +67,13 @@ def copy_tensors(
         target.copy_(tensors[name])
 
 
+def product_in_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a @ b in fp32. On CUDA, it is not rounded to 16 bits first."""
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """Return the dtype that autocast uses for matmuls, or the dtype of x if autocast is off."""
     device_type = x.device.type

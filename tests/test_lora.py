@@ -24,7 +24,7 @@ from engine.lora import (
     cast_frozen_weights,
     convert_linear_layer_to_lora,
     get_lora_state_dict,
-    hold_summed_weights,
+    hold_copies,
     lora_linears,
     merge_lora,
     only_optimize_lora_parameters,
@@ -61,9 +61,12 @@ def load_with_lora(base: Path, part_module_name: str = "h.", **settings) -> GPT:
     return randomize(convert_linear_layer_to_lora(model, part_module_name, LoRAConfig(**settings)))
 
 
-def layers_to_sum(model: GPT, is_summed: bool) -> list[LoRALinear]:
-    """Return the layers for `hold_summed_weights`: all that have LoRA if `is_summed`, else none."""
-    return [*lora_linears(model).values()] if is_summed else []
+def hold_all_copies(model: torch.nn.Module, is_summed: bool, dtype: torch.dtype | None = None):
+    """Multiply with copies of the weights in all layers that have LoRA."""
+    linears = [*lora_linears(model).values()]
+    for linear in linears:
+        linear.use_summed_form = is_summed
+    return hold_copies(linears, dtype)
 
 
 def trained_parameters(model: GPT) -> list[torch.nn.Parameter]:
@@ -128,10 +131,10 @@ def test_gradients_equal_those_of_a_plain_model(tiny_model, idx, recompute, trai
     if trained == "adapter":
         only_optimize_lora_parameters(tiny_model)
     apply_recompute(tiny_model, recompute)
-    with hold_summed_weights(layers_to_sum(tiny_model, is_summed), None):
+    with hold_all_copies(tiny_model, is_summed):
         loss = mean_loss(tiny_model, idx)
         loss.backward()
-    assert all(linear.summed_weight is None for linear in lora_linears(tiny_model).values())
+    assert not any(linear.uses_copies for linear in lora_linears(tiny_model).values())
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     for name, param in params.items():
         assert torch.equal(param, values[name])
@@ -154,8 +157,9 @@ def test_layer_gradients_pass_gradcheck(monkeypatch, is_summed, dropout):
     def forward(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         linear.lora_A, linear.lora_B = a, b
         torch.manual_seed(1)  # the same dropout in every call
-        with hold_summed_weights([linear] if is_summed else [], None):
-            assert (linear.summed_weight is None) == (not is_summed or dropout > 0)
+        linear._buffers.clear()  # the copies that an earlier call needs for its backward pass
+        with hold_all_copies(linear, is_summed):
+            assert linear.is_summed == (is_summed and not dropout)
             return linear(x)
 
     shapes = (3, 3, 5), (2, 5), (6, 2)
@@ -171,7 +175,7 @@ def test_compiled_gradients(idx, is_summed):
     only_optimize_lora_parameters(randomize(convert_linear_layer_to_lora(model)))
     apply_recompute(model, "light")
     compiled = torch.compile(model.hidden, backend="aot_eager", fullgraph=True)
-    with hold_summed_weights(layers_to_sum(model, is_summed), None):
+    with hold_all_copies(model, is_summed):
         eager, traced = (
             torch.autograd.grad(hidden(idx).square().mean(), trained_parameters(model))
             for hidden in (model.hidden, compiled)
@@ -185,7 +189,7 @@ def test_no_gradient_has_the_size_of_the_weight(is_summed):
     """The backward pass of a frozen layer allocates nothing as large as its weight."""
     linear = LoRALinear(torch.nn.Linear(256, 256).requires_grad_(False), LoRAConfig())
     x = torch.randn(4, 8, 256, requires_grad=True)
-    with hold_summed_weights([linear] if is_summed else [], None):
+    with hold_all_copies(linear, is_summed):
         y = linear(x).sum()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
             y.backward()
@@ -200,8 +204,8 @@ def test_sums_keep_small_updates():
     linear.requires_grad_(False).weight.normal_(std=0.14)
     linear.lora_B.normal_(std=5e-4)
     update = linear.scaling * linear.lora_B @ linear.lora_A
-    with torch.autocast("cpu", torch.bfloat16), hold_summed_weights([linear], torch.bfloat16):
-        difference = linear.summed_weight.float() - linear.weight
+    with torch.autocast("cpu", torch.bfloat16), hold_all_copies(linear, True, torch.bfloat16):
+        difference = linear.weight_copy.float() - linear.weight
     assert (difference * update).sum() / update.square().sum() == pytest.approx(1, abs=0.1)
 
 
@@ -265,8 +269,8 @@ def test_autocast(tiny_model, idx, is_summed, base_dtype):
     for dtype in (None, torch.bfloat16):
         if dtype:
             cast_frozen_weights(tiny_model, base_dtype)
-        summing = hold_summed_weights(layers_to_sum(tiny_model, is_summed), dtype)
-        with torch.autocast("cpu", dtype, enabled=dtype is not None), summing:
+        copying = hold_all_copies(tiny_model, is_summed, dtype)
+        with torch.autocast("cpu", dtype, enabled=dtype is not None), copying:
             grads = torch.autograd.grad(mean_loss(tiny_model, idx), trained_parameters(tiny_model))
         assert {g.dtype for g in grads} == {torch.float32}
         flat.append(torch.cat([g.flatten() for g in grads]))

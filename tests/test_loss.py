@@ -4,18 +4,18 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_ids
+from conftest import CPU_DIST, random_ids
 from torch.profiler import ProfilerActivity, profile
 
 from engine import loss as loss_module
 from engine.data import Batch, make_batch
-from engine.loss import HeadLoss, SummedLoss, compile_softmax, softmax_
+from engine.loss import HeadLoss, SummedLoss, compile_cross_entropy, cross_entropy_
 from model import GPT, GPTConfig
 
 
-def head_loss(x, weight, targets, dtype, softmax=softmax_) -> torch.Tensor:
+def head_loss(x, weight, targets, dtype, softmax=cross_entropy_) -> torch.Tensor:
     """Compute the loss, and its gradients, of hidden states `x` for a vocabulary of 1000."""
-    return HeadLoss.apply(x, weight, targets, 1000, dtype, True, softmax)  # True: with_grad
+    return HeadLoss.apply(x.to(dtype), weight, targets, 1000, True, softmax)  # True: with_grad
 
 
 def test_untrained_loss_is_log_vocab_size():
@@ -41,7 +41,8 @@ def test_loss_equals_plain_cross_entropy(tiny_model, chunk_rows, dtype, monkeypa
             SummedLoss(tiny_model)(make_batch(idx.numpy(), t.numpy()))
             for t in (targets, torch.full_like(targets, -100))
         )
-        logits = tiny_model(idx).flatten(0, 1).float()
+        hidden = tiny_model.hidden(idx, residual_dtype=dtype)
+        logits = tiny_model.logits(hidden).flatten(0, 1).float()
     plain = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
     params = list(tiny_model.parameters())
     gradients, expected = (
@@ -90,7 +91,7 @@ def test_gradients_in_16_bits_if_the_model_is_certain(monkeypatch, dtype, tolera
         pytest.skip("torch.compile on a CPU needs gcc")
     if softmax_kind == "uncompiled kernel":  # test its formula without compiling it
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    softmax = softmax_ if softmax_kind == "eager" else compile_softmax()
+    softmax = cross_entropy_ if softmax_kind == "eager" else compile_cross_entropy(CPU_DIST.device)
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 64, generator=generator) for n in (300, 1024))
     targets = torch.randint(1000, (300,), generator=generator)
@@ -122,13 +123,13 @@ def test_loss_never_holds_all_logits(monkeypatch):
 
 def test_bf16_matmuls_of_the_head_share_shapes(tiny_model):
     """In bf16 on a CPU, 1 to 64 targets share matmul shapes, so oneDNN builds few kernels."""
-    shapes = []
+    shapes, matmul_names = [], ("aten::mm", "aten::addmm_")
     for n_targets in (1, 33, 64):
         x = torch.randn(n_targets, 64, requires_grad=True)
         weight, ids = tiny_model.lm_head.weight, random_ids(n_targets)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as prof:
             head_loss(x, weight, ids, torch.bfloat16)
-        matmuls = [event.input_shapes for event in prof.events() if event.name == "aten::mm"]
+        matmuls = [event.input_shapes for event in prof.events() if event.name in matmul_names]
         assert len(matmuls) == 3  # logits, and the gradients of x and weight
         shapes.append(matmuls)
     assert shapes[0] == shapes[1] == shapes[2]

@@ -120,11 +120,12 @@ def test_validation_is_compiled_and_samples_are_not(shards, monkeypatch, has_fix
 
         return call
 
-    model, hidden = step.model, step.model.hidden
+    model, trunk = step.model, step.summed_loss.run_trunk
     val = validation(shards)
     expected, bpb = evaluate_loss(SummedLoss(model), val(), GPT2_TOKENIZER.token_bytes, CPU_DIST)
-    model.hidden = spy("eager", hidden)
-    step.summed_loss.hidden = torch.compile(hidden, backend=lambda graph, _: spy("compiled", graph))
+    model.last_hidden = spy("eager", model.last_hidden)
+    compiled = torch.compile(trunk, backend=lambda graph, _: spy("compiled", graph))
+    step.summed_loss.trunk = step.summed_loss.evaluation_trunk = compiled
     options = {"summed_loss": step.summed_loss, "val": val, "hellaswag": [], "dist": CPU_DIST}
     options |= {"prompts": [Prompt("!", max_new_tokens=3)], "has_fixed_shape": has_fixed_shape}
     options |= {"val_losses": []}
