@@ -1,9 +1,9 @@
 """Examples for fine-tuning: recognize the form of rows, encode them, build batches."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 from tqdm import tqdm
@@ -11,7 +11,15 @@ from tqdm import tqdm
 from engine import chat
 from engine.chat import ChatTemplate, Messages
 from engine.config import Settings, flag
-from engine.data import IGNORE_INDEX, Batch, TrainingData, epoch_order, pad_rows, round_up
+from engine.data import (
+    IGNORE_INDEX,
+    Batch,
+    TrainingData,
+    ceil_div,
+    epoch_order,
+    pad_rows,
+    round_up,
+)
 from engine.files import sha256_text
 from engine.rows import convert_rows, get_text, open_rows
 from engine.tokenizer import Tokenizer
@@ -19,6 +27,8 @@ from engine.tokenizer import Tokenizer
 DEFAULT_DATA = "yahma/alpaca-cleaned"
 PROGRESS_DELAY = 5  # seconds until a progress bar is shown on a terminal
 PAD_MULTIPLE = 8  # tensor cores need sizes that are multiples of 8
+MAX_GRAPHS = 8  # PyTorch warns if there are more
+LENGTH_STEPS = 1000  # choose the lengths of graphs by the batches of this many steps
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 ROLES |= {"human": "user", "gpt": "assistant"}  # in ShareGPT
 
@@ -244,17 +254,31 @@ def split_examples(
     return [examples[i] for i in order[n_val:]], [examples[i] for i in order[:n_val]]
 
 
-def pad(examples: list[PromptCompletion]) -> Batch:
+def choose_lengths(lengths: Iterable[int], n: int) -> list[int]:
+    """Choose at most n lengths, including the largest, so that little padding is added if each of
+    `lengths` is rounded up to the next one. Greedily drops the length that adds the least.
+    """
+    counts = Counter(lengths)
+    while len(counts) > n:
+        pairs = pairwise(sorted(counts))
+        shorter, longer = min(pairs, key=lambda pair: counts[pair[0]] * (pair[1] - pair[0]))
+        counts[longer] += counts.pop(shorter)
+    return sorted(counts)
+
+
+def pad(examples: list[PromptCompletion], lengths: Sequence[int] = ()) -> Batch:
     """Build a batch with one example per row. Only answers are targets. Rows are padded on the
     right, so the causal mask hides the padding from real tokens.
 
         tokens    p p p c c c         n_prompt = 3
         idx       p p p c c 0 0 0     0: padding
         targets   - - c c c - - -     -: IGNORE_INDEX
+
+    With `lengths`, in ascending order, the length of the rows is the first that fits.
     """
-    longest = max(len(e.tokens) - 1 for e in examples)
+    longest = round_up(max(len(e.tokens) - 1 for e in examples), PAD_MULTIPLE)
     rows = [(e.tokens[:-1], e.targets[1:]) for e in examples]
-    return pad_rows(rows, round_up(longest, PAD_MULTIPLE))
+    return pad_rows(rows, next((n for n in lengths if n >= longest), longest))
 
 
 class InstructionData(TrainingData):
@@ -265,7 +289,15 @@ class InstructionData(TrainingData):
     has_fixed_shape = False
     step_size_flag = "examples_per_step"
 
-    def __init__(self, examples: list[PromptCompletion], *, examples_per_step: int, **options: int):
+    def __init__(
+        self,
+        examples: list[PromptCompletion],
+        *,
+        examples_per_step: int,
+        use_graphs: bool = False,
+        **options: int,
+    ):
+        """With `use_graphs`, batches have at most MAX_GRAPHS different lengths."""
         self.examples = examples
         # The input of the model is one token shorter than the example.
         self.lengths = np.array([len(example.tokens) - 1 for example in examples])
@@ -280,12 +312,18 @@ class InstructionData(TrainingData):
         )
         sizes = {"row_size": 1, "block_size": int(self.lengths.max())}
         super().__init__(len(examples), examples_per_step, **sizes, **options)
+        if use_graphs:
+            steps = range(1, 1 + min(LENGTH_STEPS, ceil_div(self.n_rows, self.rows_per_step)))
+            rows = self.lengths[[self.row_ids(step) for step in steps]].reshape(-1, self.batch_size)
+            longest = [*rows.max(axis=1).tolist(), self.block_size]
+            lengths = (round_up(length, PAD_MULTIPLE) for length in longest)
+            self.graph_lengths = choose_lengths(lengths, MAX_GRAPHS)
 
     def row_ids(self, step: int) -> list[int]:
         return sorted(super().row_ids(step), key=lambda i: (self.lengths[i], i))
 
     def read_batch(self, ids: list[int]) -> Batch:
-        return pad([self.examples[i] for i in ids])
+        return pad([self.examples[i] for i in ids], self.graph_lengths)
 
     def targets_in_step(self, step: int) -> int:
         return count_targets([self.examples[i] for i in self.row_ids(step)])

@@ -202,13 +202,13 @@ class SummedLoss(nn.Module):
     ):
         """With `use_graphs`, training replays a CUDA graph of the compiled trunk for each shape."""
         super().__init__()
-        self.model = model
+        self.model, self.use_graphs = model, use_graphs
         self.trunk = self.evaluation_trunk = self.run_trunk
         if compile_trunk:
             # torch.compile assumes a static length. If that changes, it compiles for a dynamic one.
             self.trunk = self.evaluation_trunk = torch.compile(self.run_trunk)
         if compile_trunk and use_graphs:
-            self.trunk = torch.compile(self.run_trunk, mode="reduce-overhead", dynamic=True)
+            self.trunk = torch.compile(self.run_trunk, mode="reduce-overhead")
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.register_forward_pre_hook(cast_to_weight_dtype)
@@ -226,6 +226,8 @@ class SummedLoss(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         with_grad = torch.is_grad_enabled()
+        if self.use_graphs:  # compile for any length at once. dynamic=True would include floats
+            torch._dynamo.maybe_mark_dynamic(batch.idx, 1)
         x = (self.trunk if with_grad else self.evaluation_trunk)(batch.idx)
         targets = batch.targets.flatten()
         if batch.target_positions is not None:  # skip the head for rows without a target

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -92,6 +94,14 @@ def tiny_run(out_dir: str, **settings: object) -> list[str]:
 def worker_env() -> dict[str, str]:
     """Return the environment for tests/workers: one thread, the project on PYTHONPATH."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run_worker(name: str) -> str:
+    """Run a program of tests/workers. Return what it prints."""
+    command = [sys.executable, str(WORKERS / name)]
+    done = subprocess.run(command, env=worker_env(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def expect_error(script: str, *args: object, **options) -> str:

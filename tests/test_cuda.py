@@ -2,10 +2,10 @@
 
 import copy
 import itertools
-import subprocess
-import sys
 import time
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,25 +16,34 @@ from conftest import (
     HELLASWAG_ROWS,
     NEEDS_GPU,
     SHARED_DATA,
-    WORKERS,
     make_data,
     make_step,
     random_ids,
+    run_worker,
     small_gpt2,
-    worker_env,
 )
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 from engine.data import Batch
 from engine.decode import speed_up_decoding
 from engine.distributed import shard_model
 from engine.evaluation import eval_mode, evaluate_loss, evaluate_task
-from engine.lora import LoRAConfig, convert_linear_layer_to_lora, only_optimize_lora_parameters
-from engine.loss import HeadLoss, SummedLoss, compile_softmax, softmax_
+from engine.instructions import InstructionData, PromptCompletion
+from engine.lora import (
+    LoRAConfig,
+    cast_frozen_weights,
+    convert_linear_layer_to_lora,
+    hold_copies,
+    lora_linears,
+    only_optimize_lora_parameters,
+)
+from engine.loss import HeadLoss, SummedLoss, compile_cross_entropy, cross_entropy_
 from engine.metrics import Meter
 from engine.optim import build_optimizers
 from engine.recompute import apply_recompute
+from engine.step import TrainingStep
 from engine.tasks import Task, make_task
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
@@ -83,8 +92,9 @@ def test_head_loss_equals_cross_entropy(dtype, tolerance, is_compiled):
     targets = torch.randint(vocab_size, (n,), generator=generator).to(CUDA)
     x[: n // 2] += 40 * weight[targets[: n // 2]]  # these logits are about 12 above the others
     leaves = [t.clone().requires_grad_() for t in (x, weight)]
-    softmax = compile_softmax() if is_compiled else softmax_
-    loss = HeadLoss.apply(*leaves, targets, vocab_size, dtype, True, softmax)
+    cross_entropy = compile_cross_entropy(CUDA) if is_compiled else cross_entropy_
+    x16 = leaves[0].to(dtype)
+    loss = HeadLoss.apply(x16, leaves[1], targets, vocab_size, True, cross_entropy)
     grads = torch.autograd.grad(loss, leaves)
     exact = [t.to(dtype).double().requires_grad_() for t in (x, weight)]
     logits = exact[0] @ exact[1][:vocab_size].t()
@@ -187,7 +197,104 @@ def test_lora_does_not_recompile_for_every_length():
         with torch.autocast("cuda", BF16):
             summed_loss(Batch(idx, idx)).backward()
     assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] <= 2 + 2  # of the trunk and of the softmax
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+def finetuning_step(use_graphs: bool, form: str, batch_size: int = 8, **options) -> TrainingStep:
+    """Return a compiled step over 8 examples of up to 120 tokens. `form` is full or one of LoRA."""
+    rows = [np.arange(n) % 1000 for n in range(8, 122, 2)]
+    examples = [PromptCompletion("", "", row, row, n_prompt=1) for row in rows]
+    sizes = {"examples_per_step": 8, "batch_size": batch_size, "seed": 1}
+    data = InstructionData(examples, use_graphs=use_graphs, **sizes)
+    model = cuda_model()
+    if form != "full":
+        lora_config = LoRAConfig(lora_dropout=options.pop("lora_dropout", 0.0))
+        convert_linear_layer_to_lora(model, config=lora_config)
+        only_optimize_lora_parameters(model)
+    for linear in lora_linears(model).values():
+        torch.nn.init.normal_(linear.lora_B, std=0.05)
+        linear.use_summed_form = form == "summed"
+    if options.pop("base_precision", "fp32") == "bf16":
+        cast_frozen_weights(model, BF16)
+    settings = {"batch_size": batch_size, "max_steps": 100, "warmup_steps": 2, "max_lr": 1e-3}
+    settings |= {"precision": "bf16", "compile": True}
+    return TrainingStep(model, data, PretrainConfig(**settings | options), GPU_DIST)
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("full", {"recompute": "none"}),
+        ("full", {"recompute": "block", "batch_size": 2}),
+        ("full", {"optimizer": "muon", "batch_size": 2}),
+        ("separate", {"recompute": "light", "batch_size": 2}),
+        ("separate", {"recompute": "none", "base_precision": "bf16"}),
+        ("summed", {"recompute": "light"}),
+        ("summed", {"recompute": "block", "batch_size": 2}),
+    ],
+)
+def test_cuda_graphs_do_not_change_the_curve(form, options):
+    """With CUDA graphs, losses and gradient norms equal those of the compiled step without them: for
+    each length, with one and with four micro-steps, and after a validation. No graph is skipped.
+    """
+    results = []
+    for use_graphs in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        step = finetuning_step(use_graphs, form, **options)
+        curve = [step(s) for s in range(1, 17)]
+        with torch.no_grad(), torch.autocast("cuda", BF16):
+            curve.append((step.summed_loss(step.batches(1, 1)),) * 2)
+        curve += [step(s) for s in range(17, 21)]
+        results.append([(loss.item(), norm.item()) for loss, norm in curve])
+        if use_graphs:
+            assert counters["inductor"]["cudagraph_skips"] == 0
+    for (loss, norm), (expected_loss, expected_norm) in zip(*reversed(results), strict=True):
+        assert loss == pytest.approx(expected_loss, rel=2e-3)
+        assert norm == pytest.approx(expected_norm, rel=3e-2)
+
+
+def test_a_micro_step_replays_two_graphs():
+    """A micro-step launches the graph of its forward pass and that of its backward pass, and few
+    kernels besides.
+    """
+    step = finetuning_step(True, "summed", batch_size=2)
+    for s in (1, 2):
+        step(s)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+        step(3)
+        torch.cuda.synchronize()
+    launches = Counter(event.name for event in prof.events() if event.name.startswith("cuda"))
+    assert launches["cudaGraphLaunch"] == 2 * step.data.grad_accum_steps
+    assert launches["cudaLaunchKernel"] < 400  # 24 LoRA layers' copies, four heads, one update
+
+
+def test_dropout_in_a_graph_depends_on_the_seed():
+    """A replay draws the masks of the seed that was set before it: the same seed repeats the loss,
+    another one changes it.
+    """
+    step = finetuning_step(True, "separate", lora_dropout=0.5)
+    step(1)
+    batch, losses = step.batches(1, 1), []
+    with torch.autocast("cuda", BF16), hold_copies(step.copied_linears, BF16):
+        for s in (1, 2, 1):
+            step._seed_dropout(s, 1)
+            losses.append(step._add_gradients(batch, 1).item())
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_clipping_launches_few_kernels():
+    """The gradient norm needs a few launches in all, not several per parameter."""
+    step = finetuning_step(False, "full")
+    for param in step.model.parameters():
+        param.grad = torch.ones_like(param)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+        norm = step._clip_gradients()
+        torch.cuda.synchronize()
+    n_launches = sum("Launch" in e.name or "Memset" in e.name for e in prof.events())
+    assert n_launches < len(list(step.model.parameters()))
+    n_elements = sum(p.numel() for p in step.model.parameters())
+    assert norm.item() == pytest.approx(n_elements**0.5, rel=1e-5)
 
 
 def load_hellaswag() -> Task:
@@ -267,15 +374,12 @@ def test_one_rank_over_nccl(nccl, parallel):
     assert results[1] == pytest.approx(results[0], rel=1e-3)
 
 
-def test_resuming_is_exact_with_deterministic_kernels():
+def test_resuming_is_exact_with_deterministic_kernels(monkeypatch):
     """With deterministic kernels, a compiled bf16 run that is stopped and resumed has the same
     losses as an uninterrupted one, bit for bit.
     """
-    env = worker_env() | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    command = [sys.executable, str(WORKERS / "resume_on_cuda.py")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    straight, resumed = done.stdout.splitlines()[-2:]
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    straight, resumed = run_worker("resume_on_cuda.py").splitlines()[-2:]
     assert straight == resumed
 
 

@@ -18,6 +18,7 @@ from engine.instructions import (
     InstructionData,
     PromptCompletion,
     RowSettings,
+    choose_lengths,
     held_out_batches,
     pad,
     read_examples,
@@ -374,6 +375,36 @@ def test_every_example_once_an_epoch(examples):
     assert expected[:5] != expected[5:]
     assert data.tokens_through(5) == sum(len(e.tokens) - 1 for e in examples)
     assert data.tokens_through(10) == 2 * data.tokens_through(5)
+
+
+def test_batches_with_graphs_have_few_lengths():
+    """With CUDA graphs, batches have at most eight lengths, all of them listed. Rows keep all of
+    their tokens, and get less padding than if all had the largest length.
+    """
+    examples = [make_example(np.arange(1, 3 * i), 2) for i in range(1, 51)]
+    sizes = {"examples_per_step": 10, "batch_size": 2, "seed": 3}
+    plain, rounded = (InstructionData(examples, use_graphs=g, **sizes) for g in (False, True))
+    assert plain.graph_lengths == ()
+    widths, real_widths = [], []
+    for step in range(1, 21):  # four epochs
+        for micro_step in range(1, 6):
+            batch, padded = (data.micro_batch(step, micro_step) for data in (plain, rounded))
+            T = batch.idx.size(1)
+            assert torch.equal(padded.idx[:, :T], batch.idx)
+            assert torch.equal(padded.targets[:, :T], batch.targets)
+            assert (padded.targets[:, T:] == IGNORE_INDEX).all()
+            widths.append(padded.idx.size(1))
+            real_widths.append(T)
+    assert set(widths) <= set(rounded.graph_lengths)
+    assert len(rounded.graph_lengths) <= 8 < len(set(real_widths))
+    assert max(widths) == max(real_widths)
+    assert sum(widths) < 1.1 * sum(real_widths)
+
+
+def test_lengths_are_chosen_for_little_padding():
+    """Of many equal lengths and a few outliers, the common ones stay, and the largest does."""
+    assert choose_lengths([8] * 50 + [16] + [24] * 50 + [64] * 2 + [72], 3) == [8, 24, 72]
+    assert choose_lengths([8, 16], 3) == [8, 16]
 
 
 def test_the_fingerprint_identifies_the_data(examples, write_rows):

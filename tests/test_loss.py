@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU_DIST, random_ids
+from conftest import CPU_DIST, random_ids, run_worker
 from torch.profiler import ProfilerActivity, profile
 
 from engine import loss as loss_module
@@ -107,6 +107,12 @@ def test_gradients_in_16_bits_if_the_model_is_certain(monkeypatch, dtype, tolera
     assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
     for mine, theirs in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
         assert (mine - theirs).norm() < tolerance * theirs.norm()
+
+
+def test_the_triton_kernel_equals_float64():
+    """In Triton's interpreter, losses and gradients equal float64, for any number of columns."""
+    pytest.importorskip("triton", reason="needs Triton")
+    assert run_worker("triton_cross_entropy.py") == "equal\n"
 
 
 def test_loss_never_holds_all_logits(monkeypatch):

@@ -10,8 +10,11 @@ from conftest import make_data, make_step, new_step_model, on_cpu_and_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel
 
+from engine.data import PretrainingData
+from engine.lora import convert_linear_layer_to_lora, lora_linears, only_optimize_lora_parameters
 from engine.loss import SummedLoss
 from engine.optim import learning_rate
+from model import GPT
 
 
 def test_recomputed_attention_uses_the_same_kernels(shards, monkeypatch):
@@ -111,6 +114,54 @@ def test_16_bit_training_follows_fp32(shards, precision):
         assert rounded(s)[0].item() == pytest.approx(exact(s)[0].item(), rel=5e-3)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert rounded.scaler.is_enabled() == (precision == "fp16")
+
+
+def lora_model() -> GPT:
+    """Make a model with LoRA in the summed form, in which nothing is zero."""
+    model = only_optimize_lora_parameters(convert_linear_layer_to_lora(new_step_model()))
+    for linear in lora_linears(model).values():
+        torch.nn.init.normal_(linear.lora_B, std=0.1)
+        linear.use_summed_form = True
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make_model", "options"),
+    [
+        (new_step_model, {"precision": "fp16"}),
+        (new_step_model, {"optimizer": "muon", "muon_beta2": 0.95}),
+        (lora_model, {"precision": "bf16"}),
+    ],
+    ids=["AdamW, fp16", "NorMuon", "LoRA"],
+)
+def test_gradients_kept_for_graphs_change_nothing(shards, monkeypatch, make_model, options):
+    """With CUDA graphs, weights, gradients and LoRA's copies stay at their addresses. Losses, norms
+    and weights equal, bit for bit, those of a run that makes new gradients in each step: with three
+    micro-steps, after a step that is skipped, and after restoring a snapshot.
+    """
+    plain = make_step(make_model(), shards, **options)
+    monkeypatch.setattr(PretrainingData, "graph_lengths", [16, 8])
+    model = make_model()
+    kept = make_step(model, shards, **options)
+    assert kept(1) == plain(1)
+    tensors = [*model.parameters(), *model.buffers(), *kept.kept_grads]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    assert kept(2) == plain(2)
+    for step in (kept, plain):
+        parameter = next(p for p in step.model.parameters() if p.requires_grad)
+        handle = parameter.register_hook(lambda grad: grad * math.nan)
+        assert not step(3)[1].isfinite()
+        handle.remove()
+    weights, state = kept.snapshot()
+    assert kept(4) == plain(4)
+    assert [tensor.data_ptr() for tensor in tensors] == addresses
+    assert all(map(torch.equal, model.parameters(), plain.model.parameters()))
+    restored = make_model()
+    restored.load_state_dict(weights, strict=False)
+    step = make_step(restored, shards, **options)
+    step.restore(state)
+    step(4)
+    assert all(map(torch.equal, restored.parameters(), model.parameters()))
 
 
 class CountCasts(TorchDispatchMode):
