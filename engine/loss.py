@@ -226,8 +226,8 @@ class SummedLoss(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         with_grad = torch.is_grad_enabled()
-        if self.use_graphs:  # compile for any length at once. dynamic=True would include floats
-            torch._dynamo.maybe_mark_dynamic(batch.idx, 1)
+        if self.use_graphs:  # compile once for all lengths; dynamic=True would include floats
+            torch._dynamo.maybe_mark_dynamic(batch.idx, 1)  # noqa: SLF001  # no public name
         x = (self.trunk if with_grad else self.evaluation_trunk)(batch.idx)
         targets = batch.targets.flatten()
         if batch.target_positions is not None:  # skip the head for rows without a target

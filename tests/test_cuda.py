@@ -234,7 +234,7 @@ def finetuning_step(use_graphs: bool, form: str, batch_size: int = 8, **options)
     ],
 )
 def test_cuda_graphs_do_not_change_the_curve(form, options):
-    """With CUDA graphs, losses and gradient norms equal those of the compiled step without them: for
+    """Losses and gradient norms with CUDA graphs equal those of the compiled step without: for
     each length, with one and with four micro-steps, and after a validation. No graph is skipped.
     """
     results = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import random_ids, small_transformers_gpt2
+from conftest import random_ids, run_worker, small_transformers_gpt2
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2LMHeadModel
