@@ -1,7 +1,7 @@
 """Compare this project with its peers on a GPU: training step, LoRA, HellaSwag, sampling.
 
     python benchmarks/gpu.py --peer ../nanoGPT --data hellaswag_val.jsonl
-    python benchmarks/gpu.py --parts lora   # one part
+    python benchmarks/gpu.py --parts lora_139   # one part
     python benchmarks/gpu.py --dry_run      # on a CPU: 1 minute
 
 Each part is one of the other benchmarks, in its own process. Compiling takes most of the time. So
@@ -29,13 +29,14 @@ from engine.config import flag, run_command
 
 ROOT = Path(__file__).parents[1]
 PART_SECONDS = 240  # a part that takes longer is stopped
-LORA_NAMES = "'full none' 'lora light' 'summed light' 'autograd none' 'peft none'"
+LORA_NAMES = "'full none' 'lora light' 'summed light' 'peft none'"
 ON_GPU = "--device cuda --precision bf16 --compile"
 # train_step.py and hellaswag.py take pieces of names as --contenders; lora.py takes entire names.
 PARTS = {
     "train_step_16": f"train_step.py --sizes 12x768:16x1024 {ON_GPU}",
     "train_step_64": f"train_step.py --sizes 12x768:64x1024 {ON_GPU} --contenders project compiled",
-    "lora": f"lora.py --size 12x768:16x512 {ON_GPU} --contenders {LORA_NAMES} 'peft compiled'",
+    "lora_139": f"lora.py --size 12x768:16x139 {ON_GPU} --graphs --contenders {LORA_NAMES}",
+    "lora_1024": f"lora.py --size 12x768:16x1024 {ON_GPU} --graphs --contenders {LORA_NAMES}",
     "hellaswag": "hellaswag.py --rows 500 --rounds 2 --device cuda --precision bf16",
     "generate": "generate.py --rounds 3 --device cuda --compile",
 }
@@ -62,7 +63,7 @@ def make_command(part: str, config: GPUBenchmarkConfig) -> list[str]:
     """Return the script of a part, relative to ROOT, and its flags."""
     line = PARTS[part]
     if config.dry_run:
-        line = re.sub(r"12x768:\d+x\d+", "1x64:2x32", line).removesuffix(" 'peft compiled'")
+        line = re.sub(r"12x768:\d+x\d+", "1x64:2x32", line)
         line += f" {DRY_RUN_FLAGS} {DRY_RUN_FLAGS_OF_SCRIPT[line.split()[0]]}"
     script, *flags = shlex.split(line)
     if config.peer and part.startswith("train_step"):

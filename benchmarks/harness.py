@@ -278,8 +278,9 @@ class RandomBatches:
 
     has_fixed_shape, grad_accum_steps = True, 1
 
-    def __init__(self, size: Size):
-        self.size, self.block_size = size, size.T
+    def __init__(self, size: Size, use_graphs: bool = False):
+        self.size, self.block_size, self.batch_size = size, size.T, size.batch_size
+        self.graph_lengths = [size.T] if use_graphs else []
 
     def micro_batch(self, _step: int, _micro_step: int) -> Batch:
         ids = self.size.random_ids(CPU)
@@ -290,13 +291,18 @@ class RandomBatches:
 
 
 def random_training_step(
-    model: GPT, size: Size, config: BenchmarkConfig, step_class: Any = TrainingStep, **settings: Any
+    model: GPT,
+    size: Size,
+    config: BenchmarkConfig,
+    step_class: Any = TrainingStep,
+    use_graphs: bool = False,
+    **settings: Any,
 ) -> Any:
     """Return a real training step, an instance of `step_class`, that trains on random tokens."""
     dist = Distributed(rank=0, world_size=1, device=config.init_device())
     defaults = {"batch_size": size.batch_size, "precision": config.precision, "compile": False}
     train_config = TrainConfig(**(defaults | settings))
-    data: Any = RandomBatches(size)
+    data: Any = RandomBatches(size, use_graphs)
     return step_class(model.to(dist.device), data, train_config, dist)
 
 

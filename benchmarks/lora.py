@@ -2,7 +2,7 @@
 
     python benchmarks/lora.py   # four contenders, one CPU thread, fp32: 5 minutes
     python benchmarks/lora.py --size 12x768:2x512 --contenders "full none" "summed light 64"
-    python benchmarks/lora.py --device cuda --precision bf16 --compile --size 12x768:16x1024
+    python benchmarks/lora.py --device cuda --precision bf16 --compile --graphs --size 12x768:16x139
 
 A contender is METHOD RECOMPUTE [RANK]. RECOMPUTE is none, light (LayerNorm and GELU) or block; the
 default rank is 8. `full` trains all weights. `lora` computes x W.T + s (x A.T) B.T. `summed`
@@ -52,6 +52,7 @@ class LoRABenchmarkConfig(BenchmarkConfig):
     rounds: int = flag(3, "measured steps of each contender, after one warmup step")
     threads: int = flag(1, "CPU threads of each contender")
     compile: bool = flag(False, "torch.compile this project's contenders")
+    graphs: bool = flag(False, "use CUDA graphs in this project's contenders")
 
 
 class AutogradLoRA(lora.LoRALinear):
@@ -126,7 +127,7 @@ def make_contender(name: str, size: Size, config: LoRABenchmarkConfig) -> Conten
         forward: Any = torch.compile(peer) if recompute == "compiled" else peer
         step = PeerStep(peer, lambda idx: forward(idx, labels=idx).loss, size, config)
     else:
-        settings = {"recompute": recompute, "compile": config.compile}
+        settings: Any = {"recompute": recompute, "compile": config.compile, "use_graphs": config.graphs}
         model = make_model(method, size, rank)
         step = harness.random_training_step(model, size, config, HookedStep, **settings)
     memory = measure_memory(step, size.tokens, config.init_device())
