@@ -59,7 +59,7 @@ class AutogradLoRA(lora.LoRALinear):
     """Computes x (W + s B A).T and lets autograd differentiate through the sum."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self._matrix() + self.scaling * self.lora_B @ self.lora_A
+        weight = self.matrix() + self.scaling * self.lora_B @ self.lora_A
         return F.linear(x, weight, self.bias)
 
 
@@ -127,7 +127,11 @@ def make_contender(name: str, size: Size, config: LoRABenchmarkConfig) -> Conten
         forward: Any = torch.compile(peer) if recompute == "compiled" else peer
         step = PeerStep(peer, lambda idx: forward(idx, labels=idx).loss, size, config)
     else:
-        settings: Any = {"recompute": recompute, "compile": config.compile, "use_graphs": config.graphs}
+        settings: Any = {
+            "recompute": recompute,
+            "compile": config.compile,
+            "use_graphs": config.graphs,
+        }
         model = make_model(method, size, rank)
         step = harness.random_training_step(model, size, config, HookedStep, **settings)
     memory = measure_memory(step, size.tokens, config.init_device())

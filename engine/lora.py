@@ -17,6 +17,7 @@ from engine.config import Settings, flag
 from engine.tensors import matmul_dtype, product_in_fp32
 from model import GPT
 
+SUM_ELEMENTS = 2**24  # of the sums that exist in fp32 at a time: 64 MB
 CPU_GRAD_ROWS = 128  # rows of a gradient in one block: 1.5 MB for 124M, which fit the cache
 Model = TypeVar("Model", bound=nn.Module)
 Tensors = dict[str, torch.Tensor]
@@ -126,12 +127,18 @@ class LoRALinear(nn.Linear):
     an `nn.Linear`, or transformers' Conv1D, whose weight is (in, out).
     """
 
+    # Buffers, see `make_buffers`.
+    weight_copy: torch.Tensor
+    bias_copy: torch.Tensor
+    A_copy: torch.Tensor
+    scaled_B_copy: torch.Tensor
+
     def __init__(self, linear: nn.Module, config: LoRAConfig):
         nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a second weight
         self.config, self.scaling = config, config.scaling
         self.is_conv1d = not isinstance(linear, nn.Linear)
         self.weight, self.bias = linear.get_parameter("weight"), linear.get_parameter("bias")
-        self.out_features, self.in_features = self._matrix().shape
+        self.out_features, self.in_features = self.matrix().shape
         self.lora_A = nn.Parameter(self.weight.new_empty(config.lora_dim, self.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, config.lora_dim))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in PEFT and nn.Linear
@@ -143,13 +150,13 @@ class LoRALinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(matmul_dtype(x))
         if self.is_merged:
-            return F.linear(x, self._matrix().to(x.dtype), self.bias.to(x.dtype))
+            return F.linear(x, self.matrix().to(x.dtype), self.bias.to(x.dtype))
         shape, x = x.shape[:-1], x.flatten(0, -2)
         is_dropping = self.training and self.config.lora_dropout > 0
         dropped = F.dropout(x, self.config.lora_dropout) if is_dropping else None
-        copies = self._held_copies() if self.uses_copies else self._new_copies(x.dtype)
+        copies = self.held_copies() if self.uses_copies else self.new_copies(x.dtype)
         is_summed = self.uses_copies and self.is_summed
-        trained = self._matrix(), self.bias, self.lora_A, self.lora_B
+        trained = self.matrix(), self.bias, self.lora_A, self.lora_B
         y = LoRAFunction.apply(x, dropped, *trained, copies, self.scaling, is_summed)
         # The large product, x W'. LoRAFunction.backward computes its gradients, so autograd need
         # not see it. It comes last because backward does not need its result: activation
@@ -160,43 +167,26 @@ class LoRALinear(nn.Linear):
 
     @property
     def is_summed(self) -> bool:
-        """Whether `hold_copies` sums the weights. Then dropout could not apply to A's inputs, and W
-        would get no gradient.
-        """
-        is_trained = self.weight.requires_grad
-        return self.use_summed_form and not self.config.lora_dropout and not is_trained
+        """Whether the copy of the weight is S. S cannot apply dropout to A's inputs."""
+        return self.use_summed_form and not self.config.lora_dropout
 
     @torch.no_grad()
-    def _new_copies(self, dtype: torch.dtype, is_summed: bool = False) -> LoRACopies:
-        # Under autocast the sum would be rounded to 16 bits, and W would swallow small updates.
-        with torch.autocast(self.weight.device.type, enabled=False):
-            weight = self._matrix()
-            if is_summed:
-                weight = weight.to(self.lora_A.dtype)
-                weight = torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scaling)
-            scaled_B = (self.scaling * self.lora_B).t().contiguous()
-            return LoRACopies(weight, *(t.to(dtype) for t in (self.bias, self.lora_A, scaled_B)))
+    def new_copies(self, dtype: torch.dtype) -> LoRACopies:
+        scaled_B = (self.scaling * self.lora_B).t()
+        if scaled_B.device.type == "cpu":
+            scaled_B = scaled_B.contiguous()  # several times faster
+        return LoRACopies(self.matrix(), *(t.to(dtype) for t in (self.bias, self.lora_A, scaled_B)))
 
-    @torch.no_grad()
-    def update_copies(self, dtype: torch.dtype | None) -> None:
-        """Write copies in `dtype` (None: that of A) into buffers. Frozen tensors are copied once.
-        Buffers stay at their addresses, so CUDA graphs can read them.
-        """
-        changes = {"weight": self.is_summed or self.weight.requires_grad}
-        changes["bias"] = self.bias.requires_grad
-        dtype = dtype or self.lora_A.dtype
-        for name, value in self._new_copies(dtype, self.is_summed)._asdict().items():
-            buffer, does_change = self._buffers.get(f"{name}_copy"), changes.get(name, True)
-            if buffer is None or buffer.dtype != dtype:
-                buffer = value.to(dtype, copy=does_change)
-                self.register_buffer(f"{name}_copy", buffer, persistent=False)
-            elif does_change:
-                buffer.copy_(value)
+    def held_copies(self) -> LoRACopies:
+        return LoRACopies(self.weight_copy, self.bias_copy, self.A_copy, self.scaled_B_copy)
 
-    def _held_copies(self) -> LoRACopies:
-        return LoRACopies(*(self.get_buffer(f"{name}_copy") for name in LoRACopies._fields))
+    def make_buffers(self, dtype: torch.dtype) -> None:
+        """Register buffers for the copies. CUDA graphs need them to stay at their addresses."""
+        for name, value in self.new_copies(dtype)._asdict().items():
+            copy = name != "weight" or self.is_summed  # a frozen W may be in `dtype` already
+            self.register_buffer(f"{name}_copy", value.to(dtype, copy=copy), persistent=False)
 
-    def _matrix(self) -> torch.Tensor:  # (out, in)
+    def matrix(self) -> torch.Tensor:  # (out, in)
         return self.weight.t() if self.is_conv1d else self.weight
 
     @torch.no_grad()
@@ -217,16 +207,50 @@ def lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
 @contextmanager
 def hold_copies(linears: list[LoRALinear], dtype: torch.dtype | None) -> Iterator[None]:
     """Copy the weights of each layer in `dtype` (None: that of A), and multiply with the copies
-    until the context ends. In the summed form, the copy of W is W + scaling * B A.
+    until the context ends. In the summed form, the copy of W is W + scaling * B A. Layers whose W
+    or bias is trained are left alone.
     """
+    linears = [m for m in linears if not (m.weight.requires_grad or m.bias.requires_grad)]
+    update_copies(linears, dtype)
     for linear in linears:
-        linear.update_copies(dtype)
         linear.uses_copies = True
     try:
         yield
     finally:
         for linear in linears:
             linear.uses_copies = False
+
+
+@torch.no_grad()
+def update_copies(linears: list[LoRALinear], dtype: torch.dtype | None) -> None:
+    """Copy A, s B' and S. Layers share kernels, because launching one for each layer would take
+    longer than running them. What is frozen is copied only at the first call.
+    """
+    for linear in linears:
+        copy, copy_dtype = getattr(linear, "A_copy", None), dtype or linear.lora_A.dtype
+        if copy is None or copy.dtype != copy_dtype:
+            linear.make_buffers(copy_dtype)
+    by_size: dict[tuple[int, ...], list[LoRALinear]] = {}
+    for linear in linears:
+        key = linear.is_summed, *linear.lora_A.shape, *linear.lora_B.shape
+        by_size.setdefault(key, []).append(linear)
+    for (_, _, n_in, n_out, _), same_size in by_size.items():
+        at_once = max(1, SUM_ELEMENTS // (n_in * n_out))
+        for start in range(0, len(same_size), at_once):
+            update_same_size(same_size[start : start + at_once])
+
+
+def update_same_size(linears: list[LoRALinear]) -> None:
+    A, B = [m.lora_A for m in linears], [m.lora_B for m in linears]
+    scaled_B = torch._foreach_mul(B, [m.scaling for m in linears])  # noqa: SLF001
+    torch._foreach_copy_([m.A_copy for m in linears], A)
+    torch._foreach_copy_([m.scaled_B_copy for m in linears], [t.t() for t in scaled_B])
+    if linears[0].is_summed:
+        # Under autocast the sum would be rounded to 16 bits, and W would swallow small updates.
+        with torch.autocast(A[0].device.type, enabled=False):
+            sums = torch.bmm(torch.stack(scaled_B), torch.stack(A)).unbind()
+        torch._foreach_add_(sums, [m.matrix() for m in linears])
+        torch._foreach_copy_([m.weight_copy for m in linears], sums)
 
 
 def cast_frozen_weights(model: GPT, dtype: torch.dtype) -> None:
