@@ -230,26 +230,27 @@ def update_copies(linears: list[LoRALinear], dtype: torch.dtype | None) -> None:
         copy, copy_dtype = getattr(linear, "A_copy", None), dtype or linear.lora_A.dtype
         if copy is None or copy.dtype != copy_dtype:
             linear.make_buffers(copy_dtype)
-    by_size: dict[tuple[int, ...], list[LoRALinear]] = {}
+    alike: dict[tuple, list[LoRALinear]] = {}
     for linear in linears:
-        key = linear.is_summed, *linear.lora_A.shape, *linear.lora_B.shape
-        by_size.setdefault(key, []).append(linear)
-    for (_, _, n_in, n_out, _), same_size in by_size.items():
-        at_once = max(1, SUM_ELEMENTS // (n_in * n_out))
-        for start in range(0, len(same_size), at_once):
-            update_same_size(same_size[start : start + at_once])
+        key = linear.matrix().shape, linear.lora_A.shape, linear.scaling, linear.is_summed
+        alike.setdefault(key, []).append(linear)
+    for (shape, *_), group in alike.items():
+        at_once = max(1, SUM_ELEMENTS // shape.numel())
+        for start in range(0, len(group), at_once):
+            update_alike(group[start : start + at_once])
 
 
-def update_same_size(linears: list[LoRALinear]) -> None:
-    A, B = [m.lora_A for m in linears], [m.lora_B for m in linears]
-    scaled_B = torch._foreach_mul(B, [m.scaling for m in linears])  # noqa: SLF001
-    torch._foreach_copy_([m.A_copy for m in linears], A)
-    torch._foreach_copy_([m.scaled_B_copy for m in linears], [t.t() for t in scaled_B])
+def update_alike(linears: list[LoRALinear]) -> None:
+    """Update the copies of layers with the same shapes and settings."""
+    A = torch.stack([m.lora_A for m in linears])  # (n, r, in)
+    scaled_B = linears[0].scaling * torch.stack([m.lora_B for m in linears])  # (n, out, r)
+    torch._foreach_copy_([m.A_copy for m in linears], A.unbind())
+    torch._foreach_copy_([m.scaled_B_copy for m in linears], scaled_B.mT.unbind())
     if linears[0].is_summed:
+        weights = torch.stack([m.matrix() for m in linears]).to(A.dtype)
         # Under autocast the sum would be rounded to 16 bits, and W would swallow small updates.
-        with torch.autocast(A[0].device.type, enabled=False):
-            sums = torch.bmm(torch.stack(scaled_B), torch.stack(A)).unbind()
-        torch._foreach_add_(sums, [m.matrix() for m in linears])
+        with torch.autocast(A.device.type, enabled=False):
+            sums = torch.baddbmm(weights, scaled_B, A).unbind()
         torch._foreach_copy_([m.weight_copy for m in linears], sums)
 
 
