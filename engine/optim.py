@@ -228,14 +228,18 @@ def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     """
     a, b, c = NS_COEFFICIENTS
     is_tall = matrices.size(1) > matrices.size(2)
-    x = matrices.mT if is_tall else matrices  # so that x x' is the smaller of the two products
-    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    x = x / norm.clamp(min=NS_EPS).to(x.dtype)
+    norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    x = matrices / norm.clamp(min=NS_EPS).to(matrices.dtype)
     for _ in range(NS_STEPS):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b g + c g g
-        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + (b g + c g g) x
-    return x.mT if is_tall else x
+        # x becomes (a + b g + c g g) x, where g is the smaller of x x' and x' x. baddbmm would copy
+        # g and x to add b g and a x. So we complete the square: a + b g + c g g equals
+        # c (g + s)^2 + a - c s^2 with s = b / 2c, and these sums only change diagonals.
+        gram = torch.bmm(x.mT, x) if is_tall else torch.bmm(x, x.mT)
+        gram.diagonal(dim1=1, dim2=2).add_(b / (2 * c))
+        polynomial = torch.baddbmm(gram, gram, gram, beta=0, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a - b * b / (4 * c))
+        x = torch.bmm(x, polynomial) if is_tall else torch.bmm(polynomial, x)
+    return x
 
 
 def distributed_newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
