@@ -1,11 +1,11 @@
 """Learning-rate schedule, parameter groups, AdamW and Muon."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 
 from engine.config import TrainConfig
 from engine.data import ceil_div
@@ -18,7 +18,9 @@ NS_STEPS, NS_COEFFICIENTS, NS_EPS = 5, (3.4445, -4.7750, 2.0315), 1e-7
 # modded-nanogpt: momentum rises over the first steps, when old gradients mean little.
 FIRST_MOMENTUM, MOMENTUM, MOMENTUM_WARMUP_STEPS = 0.85, 0.95, 300
 MIN_SECOND_MOMENT = 1e-10  # NorMuon, as in modded-nanogpt
-NS_BATCH_ELEMENTS = 2**24  # per batched Newton-Schulz: enough to fill a GPU, 64 MB in fp32
+NS_BATCH_ELEMENTS = 2**25  # per batched Newton-Schulz: enough to fill a GPU, 64 MB in bf16
+
+Tensors = Sequence[Tensor]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -111,9 +113,9 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
         return [adamw]
     dtype = newton_schulz_dtype(model.lm_head.weight.device, config)
     groups = [{"params": single, "parts": 1}, {"params": stacked, "parts": 3}]
-    muon = Muon(
-        groups, config.muon_lr, config.muon_weight_decay, beta2=config.muon_beta2, dtype=dtype
-    )
+    compiled = config.compile and config.parallel != "fsdp"  # sharded tensors: not tried
+    lr, decay = config.muon_lr, config.muon_weight_decay
+    muon = Muon(groups, lr, decay, beta2=config.muon_beta2, dtype=dtype, compiled=compiled)
     return [adamw, muon]
 
 
@@ -123,16 +125,19 @@ class Muon(torch.optim.Optimizer):
         mean   = lerp(mean, gradient, 1 - momentum)
         update = lerp(gradient, mean, momentum)         Nesterov's look-ahead
         update = newton_schulz(update)                  all singular values near 1
-        update = normalize(update)                      only with beta2: NorMuon
+        update = update * normuon_scales(update)        only with beta2: NorMuon
         W      = (1 - lr * weight_decay) W - lr * sqrt(max(1, rows / cols)) * update
 
     If a group sets `parts` to n, each of its parameters is n matrices on top of each other (c_attn:
     q, k and v). Parameters may be replicated or sharded by FSDP2; each rank orthogonalizes a share
-    of the matrices. Like PyTorch's fused optimizers, a step changes nothing if `found_inf` is 1.
-    We do not use torch.optim.Muon: it always uses bf16, and every rank computes all matrices.
+    of the matrices. Like PyTorch's fused optimizers, a step divides the gradients by `grad_scale`,
+    and changes nothing if `found_inf` is 1. We do not use torch.optim.Muon: it always uses bf16,
+    and every rank computes all matrices.
     """
 
-    found_inf: torch.Tensor | None = None  # a scalar on the device, so that nothing waits for it
+    # Scalars on the device, so that nothing waits for them.
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
 
     def __init__(
         self,
@@ -142,16 +147,21 @@ class Muon(torch.optim.Optimizer):
         *,
         beta2: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
     ):
         self.beta2 = beta2  # decay rate of NorMuon's second moments; 0 is plain Muon
         self.dtype = dtype  # for Newton-Schulz
+        # All but Newton-Schulz is limited by memory bandwidth. Compiled, each of these functions
+        # reads and writes a tensor once. Shapes are static, because a model has few of them.
+        functions: tuple[Callable, ...] = look_ahead, normuon_scales, change_weights
+        self.functions = [torch.compile(f, dynamic=False) if compiled else f for f in functions]
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM, "parts": 1}
         super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002  # torch passes None
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for param in group["params"]:
                 if param.grad is not None:
                     by_shape.setdefault(param.shape, []).append(param)
@@ -160,82 +170,97 @@ class Muon(torch.optim.Optimizer):
                 for start in range(0, len(params), at_once):
                     self._update(group, params[start : start + at_once])
 
-    def _update(self, group: dict, params: list[torch.Tensor]) -> None:
+    def _update(self, group: dict, params: Tensors) -> None:
         """Update parameters of the same shape together. One by one, a GPU would take longer to
         launch the kernels than to run them.
         """
-        shape, lr = params[0].shape, group["lr"]
-        rows, cols = shape[0] // group["parts"], shape[1]
-        # Every change is multiplied by `keep`: 1 keeps it, 0 drops it because the step is skipped.
-        keep = 1.0 if self.found_inf is None else 1 - self.found_inf
-        lookaheads = self._update_momenta(group, params)
-        stacked = torch.stack([full_tensor(t) for t in lookaheads]).view(-1, rows, cols)
-        updates = distributed_newton_schulz(stacked.to(self.dtype)).to(stacked.dtype)
-        if self.beta2:
-            updates = self._normalize(params, updates, keep * (1 - self.beta2))
-        # Jordan's factor, sqrt(max(1, rows / cols)): updates of tall and of square matrices then
-        # change the outputs of their layers by as much.
-        updates = updates * (keep * (-lr * max(1.0, rows / cols) ** 0.5))
-        torch._foreach_mul_(params, 1 - keep * (lr * group["weight_decay"]))
-        changes = zip(params, updates.view(-1, *shape).unbind(), strict=True)
-        torch._foreach_add_(params, [shard_like(param, change) for param, change in changes])
-
-    def _update_momenta(self, group: dict, params: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Update the running means of the gradients. Return their Nesterov look-aheads. This may
-        overwrite the gradients.
-        """
+        look_ahead, normuon_scales, change_weights = self.functions
+        parts, (rows, cols) = group["parts"], params[0].shape
         grads = [param.grad for param in params if param.grad is not None]
         for param, grad in zip(params, grads, strict=True):
             if "momentum_buffer" not in self.state[param]:
                 self.state[param]["momentum_buffer"] = torch.zeros_like(grad)
+                if self.beta2:  # a number for each row, or for each column if matrices are wide
+                    zeros = torch.zeros(max(rows, parts * cols), device=grad.device)
+                    self.state[param]["second_moment"] = zeros
         means = [self.state[param]["momentum_buffer"] for param in params]
-        if self.found_inf is not None:
-            # In a skipped step, replace the gradients with the means, so that nothing changes.
-            skip = self.found_inf.bool()
-            grads = [torch.where(skip, m, g) for m, g in zip(means, grads, strict=True)]
-        torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-        torch._foreach_lerp_(grads, means, group["momentum"])
-        return grads
-
-    def _normalize(
-        self, params: list[torch.Tensor], updates: torch.Tensor, new_share: float | torch.Tensor
-    ) -> torch.Tensor:
-        """NorMuon: divide each row of the updates (n, rows, cols), or each column if they are wide,
-        by the running root mean square of its elements. Then scale each matrix back to the norm it
-        had. `new_share` is the share of the new squares in the running mean, 0 in a skipped step.
-        """
-        is_wide = updates.size(1) < updates.size(2)
-        # One number per row, or per column if the matrices are wide.
-        squares = updates.square().mean(1 if is_wide else 2, keepdim=True)
-        for param in params:
-            if "second_moment" not in self.state[param]:
-                zeros = squares.new_zeros(squares.numel() // len(params))
-                self.state[param]["second_moment"] = zeros
-        moments = [self.state[param]["second_moment"] for param in params]
-        means = torch.stack(moments).view_as(squares).lerp(squares, new_share)
-        torch._foreach_copy_(moments, list(means.view(len(params), -1).unbind()))
-        scales = means.clamp(min=MIN_SECOND_MOMENT).rsqrt()
-        # The squared norm of a matrix before and after, both divided by the length of its rows.
-        before = squares.sum((1, 2), keepdim=True)
-        after = (squares * scales.square()).sum((1, 2), keepdim=True)
-        return updates * scales * (before / after.clamp(min=MIN_SECOND_MOMENT)).sqrt()
+        # Every change is multiplied by `keep`: 1 keeps it, 0 drops it because the step is skipped.
+        # Numbers that differ from step to step are tensors, or torch.compile would recompile.
+        inf = torch.zeros((), device=grads[0].device) if self.found_inf is None else self.found_inf
+        keep = 1 - inf
+        momentum = 1 - keep * (1 - group["momentum"])
+        lookaheads = look_ahead(grads, means, momentum, self.grad_scale, self.dtype)
+        updates = distributed_newton_schulz(full_tensor(lookaheads).view(-1, rows // parts, cols))
+        # Jordan's factor, sqrt(max(1, rows / cols)): updates of tall and of square matrices then
+        # change the outputs of their layers by as much.
+        rate = keep * (-group["lr"] * max(1.0, rows / parts / cols) ** 0.5)
+        scales = rate.expand(len(updates), 1, 1)
+        if self.beta2:
+            moments = [self.state[param]["second_moment"] for param in params]
+            stacked = torch.stack(moments)
+            scales = scales * normuon_scales(updates, stacked, keep * (1 - self.beta2))
+            torch._foreach_copy_(moments, list(stacked.unbind()))
+        decay = 1 - keep * (group["lr"] * group["weight_decay"])
+        change_weights(params, updates.split(parts), scales.split(parts), decay)
 
 
-def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
+def look_ahead(
+    grads: Tensors, means: Tensors, momentum: Tensor, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Divide the gradients by `scale` and update their running means. Return their Nesterov
+    look-aheads, stacked. A momentum of 1 leaves the means as they are, even if a gradient is NaN.
+    """
+    lookaheads, is_kept, new_share = [], momentum < 1, 1 - momentum
+    for grad, mean in zip(grads, means, strict=True):
+        new = torch.where(is_kept, grad if scale is None else grad / scale, mean)
+        mean.add_((new - mean) * new_share)
+        lookaheads.append((new + (mean - new) * momentum).to(dtype))
+    return torch.stack(lookaheads)
+
+
+def normuon_scales(updates: Tensor, moments: Tensor, new_share: Tensor) -> Tensor:
+    """NorMuon: divide each row of the updates (n, rows, cols), or each column if they are wide, by
+    the running root mean square of its elements. Then scale each matrix back to the norm it had.
+
+    Return the scales (n, rows, 1) or (n, 1, cols), and update `moments`, the running mean squares.
+    `new_share` is the share of the new squares in them, 0 in a skipped step.
+    """
+    dim = 1 if updates.size(1) < updates.size(2) else 2
+    norms = torch.linalg.vector_norm(updates, dim=dim, keepdim=True, dtype=torch.float32)
+    squares = norms.square() / updates.size(dim)
+    scales = moments.view_as(squares).lerp_(squares, new_share).clamp(min=MIN_SECOND_MOMENT).rsqrt()
+    # The squared norm of a matrix before and after, both divided by the length of its rows.
+    before = squares.sum((1, 2), keepdim=True)
+    after = (squares * scales.square()).sum((1, 2), keepdim=True)
+    return scales * (before / after.clamp(min=MIN_SECOND_MOMENT)).sqrt()
+
+
+def change_weights(weights: Tensors, updates: Tensors, scales: Tensors, decay: Tensor) -> None:
+    """W = decay * W + scale * update, where W may be several matrices on top of each other."""
+    for weight, update, scale in zip(weights, updates, scales, strict=True):
+        change = (update * scale).view(weight.shape)
+        weight.mul_(decay).add_(shard_like(weight, change))
+
+
+def newton_schulz(matrices: Tensor) -> Tensor:
     """Replace the singular values of each matrix (n, rows, cols) with values near 1, using Jordan's
     quintic Newton-Schulz iteration. Singular values of at least 0.002 times the Frobenius norm end
     up between about 0.7 and 1.2; much smaller ones stay smaller. The dtype stays the same.
     """
     a, b, c = NS_COEFFICIENTS
     is_tall = matrices.size(1) > matrices.size(2)
-    x = matrices.mT if is_tall else matrices  # so that x x' is the smaller of the two products
-    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    x = x / norm.clamp(min=NS_EPS).to(x.dtype)
+    norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    x = matrices / norm.clamp(min=NS_EPS).to(matrices.dtype)
     for _ in range(NS_STEPS):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b g + c g g
-        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + (b g + c g g) x
-    return x.mT if is_tall else x
+        # x becomes (a + b g + c g g) x, where g is the smaller of x x' and x' x. baddbmm would copy
+        # g and x to add b g and a x. So we complete the square: a + b g + c g g equals
+        # c (g + s)^2 + a - c s^2 with s = b / 2c, and these sums only change diagonals.
+        gram = torch.bmm(x.mT, x) if is_tall else torch.bmm(x, x.mT)
+        gram.diagonal(dim1=1, dim2=2).add_(b / (2 * c))
+        polynomial = torch.baddbmm(gram, gram, gram, beta=0, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a - b * b / (4 * c))
+        x = torch.bmm(x, polynomial) if is_tall else torch.bmm(polynomial, x)
+    return x
 
 
 def distributed_newton_schulz(matrices: torch.Tensor) -> torch.Tensor:

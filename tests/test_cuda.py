@@ -155,9 +155,14 @@ def test_recompute_and_compile_do_not_change_gradients(mode, is_compiled):
         assert relative_error(grad, expected) < 1e-5
 
 
-def test_a_step_does_not_wait_for_the_device(shards):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"optimizer": "muon", "muon_beta2": 0.95}, {"optimizer": "muon", "compile": True}],
+    ids=str,
+)
+def test_a_step_does_not_wait_for_the_device(shards, options):
     """A training step, from forward pass to optimizer update, never waits for the GPU."""
-    step = cuda_step(shards, precision="bf16")
+    step = cuda_step(shards, precision="bf16", **options)
     step(1)
     torch.cuda.set_sync_debug_mode("error")  # a synchronization raises
     try:

@@ -1,9 +1,13 @@
 import math
+import shutil
+from functools import partial
 
 import pytest
 import torch
 import torch.optim._muon as torch_muon
 from conftest import STEP_CONFIG, make_step, new_step_model, run_script
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import optim
 from engine.optim import Muon, build_optimizers, learning_rate, newton_schulz, parameter_groups
@@ -153,6 +157,108 @@ def test_a_zero_gradient_changes_nothing(beta2):
     before, param.grad = param.detach().clone(), torch.zeros(8, 4)
     Muon([{"params": [param]}], lr=0.02, weight_decay=0.0, beta2=beta2).step()
     assert torch.equal(param, before)
+
+
+class CountOps(TorchDispatchMode):
+    """Counts operations that are not views. Inside `count_compiled` calls, it counts only them."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_ops, self.compiled = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n_ops += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+    def count_compiled(self, function, **options):
+        """Use this instead of torch.compile: it does not compile, but counts a call as one."""
+
+        def call(*args):
+            n_ops = self.n_ops
+            result = function(*args)
+            self.n_ops = n_ops
+            self.compiled.append(function.__name__)
+            return result
+
+        return call
+
+
+def test_compiled_muon_needs_few_launches(monkeypatch):
+    """At 124M, a step has four batches. Each calls three compiled functions, for everything that
+    passes over gradients, means and weights, and at most 40 other operations.
+    """
+    counter = CountOps()
+    monkeypatch.setattr(torch, "compile", counter.count_compiled)
+    with torch.device("meta"):
+        blocks = GPT(GPTConfig()).transformer.h
+    matrices = [p for block in blocks for p in block.parameters() if p.dim() == 2]
+    groups = [{"params": [p for p in matrices if p.size(0) != 2304]}]
+    groups.append({"params": [p for p in matrices if p.size(0) == 2304], "parts": 3})
+    muon = Muon(groups, lr=0.02, weight_decay=0.1, beta2=0.95, dtype=torch.bfloat16, compiled=True)
+    muon.found_inf = muon.grad_scale = torch.ones((), device="meta")
+    for _ in range(2):
+        for param in matrices:
+            param.grad = torch.empty_like(param)
+        counter.n_ops, counter.compiled = 0, []
+        with counter:
+            muon.step()
+    assert counter.compiled == ["look_ahead", "normuon_scales", "change_weights"] * 4
+    assert counter.n_ops <= 40 * 4
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.95])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_muon_equals_eager(monkeypatch, backend, beta2):
+    """Compiled and eager steps are equal, even if gradients are scaled and a step is skipped.
+    Another rate or momentum compiles nothing again.
+    """
+    if backend == "inductor" and shutil.which("gcc") is None:
+        pytest.skip("torch.compile on a CPU needs gcc")
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in (*SHAPES, (24, 96))]
+    weights, optimizers = [], []
+    for compiled in (False, True):
+        qkv, *others = params = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+        groups = [{"params": [qkv], "parts": 3}, {"params": others}]
+        muon = Muon(groups, lr=0.02, weight_decay=0.1, beta2=beta2, compiled=compiled)
+        muon.grad_scale = torch.tensor(2.0)
+        weights.append(params)
+        optimizers.append(muon)
+    n_graphs = []
+    for s in range(5):
+        grads = [torch.randn_like(matrix) * (math.nan if s == 2 else 1.0) for matrix in start]
+        for params, muon in zip(weights, optimizers, strict=True):
+            muon.found_inf = torch.tensor(float(s == 2))
+            for group in muon.param_groups:
+                group["lr"], group["momentum"] = 0.02 / (s + 1), 0.85 + 0.01 * s
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad.clone()
+            before = [param.detach().clone() for param in params]
+            muon.step()
+            assert all(map(torch.equal, params, before)) == (s == 2)
+        n_graphs.append(counters["stats"]["unique_graphs"])
+        for eager, compiled_param in zip(*weights, strict=True):
+            torch.testing.assert_close(compiled_param, eager, atol=1e-5, rtol=1e-4)
+    n_functions = 3 if beta2 else 2
+    assert n_graphs == [len(SHAPES) * n_functions] * 5
+
+
+def test_muon_divides_gradients_by_their_scale():
+    """Like fused AdamW: with 8 times the gradients and a grad_scale of 8, steps are the same."""
+    results = []
+    for scale in (None, 8.0):
+        torch.manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(24, 24))
+        muon = Muon([{"params": [param]}], lr=0.02, weight_decay=0.1)
+        muon.grad_scale = None if scale is None else torch.tensor(scale)
+        for _ in range(3):
+            param.grad = torch.randn(24, 24) * (scale or 1.0)
+            muon.step()
+        results += [param.detach(), muon.state[param]["momentum_buffer"]]
+    assert all(map(torch.equal, results[:2], results[2:]))
 
 
 def test_batching_matrices_does_not_change_muon(monkeypatch, shards):
