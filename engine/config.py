@@ -167,6 +167,14 @@ class TrainConfig(Settings):
         if self.max_lr is not None and self.min_lr > self.max_lr:
             raise ValueError(f"min_lr is {self.min_lr}, expected at most max_lr {self.max_lr}")
 
+    def is_due(self, every: int, step: int) -> bool:
+        """Return whether `step` is a multiple of `every`, or the last step. If it is 0: never."""
+        return every > 0 and (step % every == 0 or step == self.max_steps)
+
+    def is_any_evaluation_due(self, step: int) -> bool:
+        intervals = self.eval_every, self.sample_every, self.hellaswag_every
+        return any(self.is_due(every, step) for every in intervals)
+
     @property
     def loggers(self) -> list[str]:
         return [name.strip() for name in self.log.split(",") if name.strip()]
