@@ -1,9 +1,12 @@
 """Command-line flags, YAML config files, and the settings of a training run."""
 
 import argparse
+import atexit
+import gc
 import importlib.util
 import io
 import json
+import logging
 import math
 import sys
 import typing
@@ -186,7 +189,11 @@ def run_command(main: Callable[[Config], None], config_class: type[Config], doc:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show every sample
+    atexit.register(gc.freeze)  # or Python would look for garbage for seconds before it exits
     values, debug = parse_flags(config_class, doc)
+    if debug:  # print when each part of the command is done
+        logging.basicConfig(level=logging.INFO, format="%(relativeCreated)6d ms: %(message)s")
+    logging.root.info("imports done")
     run_and_report_errors(lambda: main(config_class(**values)), debug)
 
 
@@ -197,7 +204,7 @@ class Parser(argparse.ArgumentParser):
         help_format = partial(argparse.HelpFormatter, max_help_position=HELP_COLUMN)
         options |= {"allow_abbrev": False, "formatter_class": help_format}
         super().__init__(description=doc, **options)
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.add_argument("--debug", action="store_true", help="show tracebacks and times")
 
     def error(self, message: str) -> NoReturn:
         exit_with_error(f"{message} (-h lists the flags)")

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import logging
 import os
 import signal
 import sys
@@ -50,6 +51,7 @@ def train(
             f"the run in {config.out_dir} was trained on different data; resume it with that data"
         )
     start, run = resumed.progress["step"] if resumed else 0, Path(config.out_dir)
+    logging.root.info("data checked, model built")
     hellaswag: list[Example] = []
     if config.hellaswag_every:
         with dist.main_process_first():
@@ -83,6 +85,7 @@ def train(
             logger.print(finished if is_finished else f"resuming from step {start}")
         else:
             logger.log({"step": 0, "tokens": 0} | evaluation.evaluate_step(0))
+            logging.root.info("step 0 evaluated")
         if not is_finished:
             steps = range(start + 1, config.max_steps + 1)
             train_steps(steps, training_step, evaluation, logger, interrupt, profiler)
@@ -211,9 +214,11 @@ def start_save(
         # Always keep the checkpoint at the end of the plateau: a longer run can start from it.
         keep, kept_step = config.keep, plateau_end(config)
         save_checkpoint(run, model, tokenizer, params, state, keep=keep, kept_step=kept_step)
+        logging.root.info("checkpoint saved")
         if not weights_only:
             plot_runs([run], run / "loss.png")
             write_report(run)
+            logging.root.info("plot and report written")
 
     save.start(write)
 
