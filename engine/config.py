@@ -1,9 +1,12 @@
 """Command-line flags, YAML config files, and the settings of a training run."""
 
 import argparse
+import atexit
+import gc
 import importlib.util
 import io
 import json
+import logging
 import math
 import sys
 import typing
@@ -167,6 +170,14 @@ class TrainConfig(Settings):
         if self.max_lr is not None and self.min_lr > self.max_lr:
             raise ValueError(f"min_lr is {self.min_lr}, expected at most max_lr {self.max_lr}")
 
+    def is_due(self, every: int, step: int) -> bool:
+        """Return whether `step` is a multiple of `every`, or the last step. If it is 0: never."""
+        return every > 0 and (step % every == 0 or step == self.max_steps)
+
+    def is_any_evaluation_due(self, step: int) -> bool:
+        intervals = self.eval_every, self.sample_every, self.hellaswag_every
+        return any(self.is_due(every, step) for every in intervals)
+
     @property
     def loggers(self) -> list[str]:
         return [name.strip() for name in self.log.split(",") if name.strip()]
@@ -178,7 +189,11 @@ def run_command(main: Callable[[Config], None], config_class: type[Config], doc:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show every sample
+    atexit.register(gc.freeze)  # or Python would look for garbage for seconds before it exits
     values, debug = parse_flags(config_class, doc)
+    if debug:  # print when each part of the command is done
+        logging.basicConfig(level=logging.INFO, format="%(relativeCreated)6d ms: %(message)s")
+    logging.root.info("imports done")
     run_and_report_errors(lambda: main(config_class(**values)), debug)
 
 
@@ -189,7 +204,7 @@ class Parser(argparse.ArgumentParser):
         help_format = partial(argparse.HelpFormatter, max_help_position=HELP_COLUMN)
         options |= {"allow_abbrev": False, "formatter_class": help_format}
         super().__init__(description=doc, **options)
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.add_argument("--debug", action="store_true", help="show tracebacks and times")
 
     def error(self, message: str) -> NoReturn:
         exit_with_error(f"{message} (-h lists the flags)")

@@ -1,6 +1,7 @@
 """Evaluation during training: validation loss, samples, HellaSwag."""
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,11 +34,6 @@ class Prompt:
     top_k: int = 50
     reference: str | None = None
     ids: list[int] | None = None
-
-
-def is_due(every: int, step: int, config: TrainConfig) -> bool:
-    """Return whether `step` is a multiple of `every` or the last step; never if `every` is 0."""
-    return every > 0 and (step % every == 0 or step == config.max_steps)
 
 
 def read_val_losses(run: Path, last_step: int) -> list[float | None]:
@@ -75,25 +71,17 @@ class Evaluation:
     has_fixed_shape: bool  # whether all batches have the shape that training is compiled for
     val_losses: list[float | None]  # of all evaluations after step 0; None if not finite
 
-    def is_any_due(self, step: int) -> bool:
-        config = self.config
-        intervals = config.eval_every, config.sample_every, config.hellaswag_every
-        return any(is_due(every, step, config) for every in intervals)
-
     def is_best(self) -> bool:
         """Return whether the latest evaluation beats all earlier ones."""
         return evaluations_since_best(self.val_losses) == 0
 
-    def is_last_step(self, step: int) -> bool:
-        return is_last_step(step, self.config, self.val_losses)
-
     def evaluate_step(self, step: int) -> dict:
         """Run the evaluations that are due at this step. Return their entries for the log."""
         record: dict[str, Any] = {}
-        if not self.is_any_due(step):
+        model, config, dist, started = self.model, self.config, self.dist, time.perf_counter()
+        if not config.is_any_evaluation_due(step):
             return record
-        model, config, dist = self.model, self.config, self.dist
-        if is_due(config.eval_every, step, config):
+        if config.is_due(config.eval_every, step):
             with eval_mode(model, config, dist, compiled=True, fixed_shape=self.has_fixed_shape):
                 token_bytes = self.tokenizer.token_bytes
                 loss, bpb = evaluate_loss(self.summed_loss, self.val(), token_bytes, dist)
@@ -101,14 +89,13 @@ class Evaluation:
             self.val_losses += [record["val_loss"]] if step else []
             record["val_bpb"] = None if bpb is None else finite_or_none(bpb)
         with eval_mode(model, config, dist):
-            if is_due(config.sample_every, step, config):
-                seed = config.seed + step
-                record["samples"] = generate_samples(
-                    model, self.tokenizer, self.prompts, seed=seed, device=dist.device
-                )
-            if is_due(config.hellaswag_every, step, config) and step:  # not at step 0
+            if config.is_due(config.sample_every, step):
+                options: dict[str, Any] = {"seed": config.seed + step, "device": dist.device}
+                record["samples"] = generate_samples(model, self.tokenizer, self.prompts, **options)
+            if config.is_due(config.hellaswag_every, step) and step:  # not at step 0
                 record |= evaluate_task("hellaswag", model, self.hellaswag, dist)
-        return record
+        # Nothing is left in the queue of the GPU: each evaluation returns its results as numbers.
+        return record | {"eval_ms": round((time.perf_counter() - started) * 1e3, 2)}
 
 
 @contextmanager

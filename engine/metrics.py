@@ -32,7 +32,7 @@ from engine.throughput import flops_per_token, format_seconds, peak_flops, peak_
 from model import GPT
 
 PROGRESS_SECONDS = 10.0  # between two lines of progress if there is no terminal
-ESTIMATE_STEPS = 2  # print a time estimate after this many steps; the first may compile
+RECENT_STEPS = 100  # the time left assumes that later steps take as long as these
 SUMMARY_COLUMN = 26  # where the values of the summary start
 # Lines of the summary: label -> key in the log, and a function that shows its logged values.
 SUMMARY_METRICS: dict[str, tuple[str, Callable[[list], str]]] = {
@@ -52,18 +52,29 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+Time = float | torch.cuda.Event
+
+
+def clock(device: torch.device) -> Time:
+    """Return the time: on CUDA an event, which is reached once the work launched so far is done."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+
+
 class PendingStep(NamedTuple):
     """A step that was launched, and whose results have not been read yet."""
 
     record: dict  # its number and learning rate
-    started: float  # when it was launched
+    begin: Time
+    end: Time  # when `results` have reached the CPU
     results: torch.Tensor  # its loss, the number of ranks that want to stop, its gradient norm
-    copied: torch.cuda.Event | None  # on CUDA: recorded when `results` have reached the CPU
 
 
 class Meter:
     """Turns the results of steps into records for the log. On CUDA it reads the results of a step
-    after the next one was launched, so that the GPU always has work:
+    after the next one was launched, so that the GPU always has work. It takes the time of a step
+    from the GPU, as the CPU may run ahead of the GPU or behind it:
 
         GPU   |--- step 1 ---|--- step 2 ---|--- step 3 ---|
         CPU   launch 1, launch 2 |read 1, launch 3 |read 2, launch 4
@@ -75,14 +86,19 @@ class Meter:
         self.peak_flops = peak_flops(dist.device)
         self.pending: deque[PendingStep] = deque()
         self.max_pending = int(dist.device.type == "cuda")  # a step on a CPU is not asynchronous
-        self.last_read = -math.inf
         self.skipped_in_a_row = 0  # steps whose gradient was not finite
         self.stop_requested = False  # by any rank
 
+    def begin_step(self) -> Time:
+        """Return when the step begins that is launched next: at the end of the previous step, or
+        now if that has been read, because then an evaluation or a save may have come in between.
+        """
+        return self.pending[-1].end if self.pending else clock(self.dist.device)
+
     def add(
-        self, record: dict, started: float, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool
+        self, record: dict, begin: Time, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool
     ) -> None:
-        """Queue a step that was launched at time `started`. `record` has its number and learning
+        """Queue a step that was launched after `begin_step`. `record` has its number and learning
         rate, `loss` is this rank's share of the mean loss, and `stop` says whether this rank wants
         to stop after it.
         """
@@ -90,13 +106,11 @@ class Meter:
         # their requests, in the all-reduce that the loss needs anyway.
         shared = torch.stack([loss, torch.full_like(loss, stop)])
         mean_loss, n_stopping = self.dist.all_reduce(shared)
-        results, copied = torch.stack([mean_loss, n_stopping, grad_norm]), None
-        if self.dist.device.type == "cuda":
-            # Start the copy to the CPU now. Later it would queue behind the next step.
-            results = torch.empty(3, pin_memory=True).copy_(results, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-        self.pending.append(PendingStep(record, started, results, copied))
+        results = torch.stack([mean_loss, n_stopping, grad_norm])
+        # Start the copy to the CPU now. Later it would queue behind the next step.
+        is_cuda = self.dist.device.type == "cuda"
+        results = torch.empty(3, pin_memory=is_cuda).copy_(results, non_blocking=is_cuda)
+        self.pending.append(PendingStep(record, begin, clock(self.dist.device), results))
 
     def read(self, wait: bool) -> Iterator[dict]:
         """Yield the records of all queued steps. On CUDA, leave the latest in the queue, unless
@@ -106,20 +120,19 @@ class Meter:
             yield self._read_step()
 
     def _read_step(self) -> dict:
-        step = self.pending.popleft()
-        if step.copied is not None:
-            step.copied.synchronize()
-        loss, n_stopping, norm = step.results.tolist()
+        record, begin, end, results = self.pending.popleft()
+        if isinstance(begin, float) or isinstance(end, float):
+            seconds = end - begin  # type: ignore[operator]  # both are floats, or both are events
+        else:
+            end.synchronize()
+            seconds = begin.elapsed_time(end) / 1e3
+        loss, n_stopping, norm = results.tolist()
         self.stop_requested |= n_stopping > 0
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
-        # If the previous step was still running when this one was launched, measure from its end.
-        now = time.perf_counter()
-        seconds = now - max(step.started, self.last_read)
-        self.last_read = now
-        tokens = self.data.tokens_through(step.record["step"])
-        speed = (tokens - self.data.tokens_through(step.record["step"] - 1)) / seconds
+        tokens = self.data.tokens_through(record["step"])
+        speed = (tokens - self.data.tokens_through(record["step"] - 1)) / seconds
         peak = self.peak_flops  # None if unknown
-        return step.record | {
+        return record | {
             "train_loss": finite_or_none(loss),
             "grad_norm": finite_or_none(norm),
             "tokens": tokens,
@@ -208,13 +221,13 @@ class RunLogger:
     """
 
     def __init__(self, config: TrainConfig, dist: Distributed, start: int):
-        self.run = Path(config.out_dir)
-        self.is_main = dist.is_main
-        self.start_step, self.max_steps = start, config.max_steps
-        self.start_time, self.last_print = time.perf_counter(), -math.inf
+        self.run, self.is_main = Path(config.out_dir), dist.is_main
+        self.start_step, self.config, self.last_print = start, config, -math.inf
+        self.step_times: deque[float] = deque(maxlen=RECENT_STEPS)  # in ms
+        self.eval_times: list[float] = []
         hidden = None if dist.is_main else True  # None: tqdm shows the bar only in a terminal
         self.bar = tqdm(
-            desc=self.run.name, initial=start, total=self.max_steps, unit=" steps", disable=hidden
+            desc=self.run.name, initial=start, total=config.max_steps, unit=" steps", disable=hidden
         )
         if self.is_main:
             self.metrics = JSONLinesLog(self.run / "metrics.jsonl", "step")
@@ -258,36 +271,41 @@ class RunLogger:
         if record.get("train_loss") is not None:
             speed = f"{record['tokens_per_s']:,.0f} tokens/s"
             self.bar.set_postfix_str(f"loss {record['train_loss']:.4f}, {speed}")
-        if step == self.start_step + ESTIMATE_STEPS and step < self.max_steps:
-            seconds, left = record["step_ms"] / 1e3, self.max_steps - step
-            self.print(
-                f"estimate: {format_seconds(seconds)} for a step, {format_seconds(left * seconds)} "
-                f"for the {left:,} left, without evaluations"
-            )
-        evaluated = {"val_loss", "samples", "hellaswag_acc"} & record.keys()
+        if step > self.start_step + 1:  # the first step may compile
+            self.step_times.append(record["step_ms"])
+        self.eval_times += [record["eval_ms"]] if "eval_ms" in record else []
         is_due = self.bar.disable and time.perf_counter() - self.last_print > PROGRESS_SECONDS
-        if evaluated or is_due:
+        if "eval_ms" in record or is_due:
             self._print_step(record)
 
     def _print_step(self, record: dict) -> None:
         step, self.last_print = record["step"], time.perf_counter()
-        parts = [f"step {step}/{self.max_steps}"]
+        parts = [f"step {step}/{self.config.max_steps}"]
         for key, label, spec in (
             ("train_loss", "loss", ".4f"),
             ("val_loss", "val", ".4f"),
             ("hellaswag_acc_norm", "HellaSwag acc_norm", ".4f"),
             ("lr", "lr", ".2e"),
             ("grad_norm", "norm", ".2f"),
+            ("tokens_per_s", "tokens/s", ",.0f"),
         ):
             if record.get(key) is not None:
                 parts.append(f"{label} {record[key]:{spec}}")
-        if step > self.start_step:
-            seconds_per_step = (self.last_print - self.start_time) / (step - self.start_step)
-            left = timedelta(seconds=round(seconds_per_step * (self.max_steps - step)))
-            parts += [f"{record['tokens_per_s']:,.0f} tokens/s", f"{left} left"]
+        if self.step_times:
+            parts.append(f"{format_seconds(self.estimate_seconds_left(step))} left")
         self.print(" | ".join(parts))
         for sample in record.get("samples", []):
             self.print("  sample: " + collapse_newlines(sample).replace("\n", "\n  "))
+
+    def estimate_seconds_left(self, step: int) -> float:
+        """Return the time of the steps and evaluations after `step`, without saves. Compiling does
+        not count: the median leaves out new batch lengths, and we drop the first evaluation if
+        there are others.
+        """
+        steps = range(step + 1, self.config.max_steps + 1)
+        step_ms = statistics.median(self.step_times) * len(steps)
+        eval_ms = statistics.mean(self.eval_times[1:] or self.eval_times or [0.0])
+        return (step_ms + eval_ms * sum(map(self.config.is_any_evaluation_due, steps))) / 1e3
 
     def finish(self) -> None:
         """Close the loggers and print a summary. It is built from the files of the run, so starting

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -232,10 +233,11 @@ class TokenShards:
                 " offline, run `python fineweb.py --dataset stdlib` and set data_dir to data/stdlib"
             )
         disable = None if check_with else True  # None: tqdm shows the bar only in a terminal
-        bar = tqdm(files, f"checking {split}", leave=False, unit=" shards", disable=disable)
-        self.shards = [open_and_check(file, hashes.get(file.name), check_with) for file in bar]
-        self.starts = np.cumsum([0, *map(len, self.shards)])
         sha256s = [hashes.get(file.name) for file in files]
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(open_and_check, files, sha256s, [check_with] * len(files))
+            self.shards = [*tqdm(found, f"checking {split}", len(files), False, disable=disable)]
+        self.starts = np.cumsum([0, *map(len, self.shards)])
         identity = list(zip(map(len, self.shards), sha256s, strict=True))
         self.fingerprint = sha256_text(repr(identity))
 

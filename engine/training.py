@@ -1,9 +1,9 @@
 """The training loop."""
 
+import logging
 import os
 import signal
 import sys
-import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from engine.checkpoint import BackgroundSave, RunState, save_checkpoint
 from engine.config import TrainConfig, fixed_settings, to_yaml
 from engine.data import TrainingData
 from engine.distributed import Distributed
-from engine.evaluation import Evaluation, Prompt, ValidationBatches, is_due, read_val_losses
+from engine.evaluation import Evaluation, Prompt, ValidationBatches, is_last_step, read_val_losses
 from engine.files import drop_lost_terminal, write_atomically
 from engine.metrics import Meter, RunLogger
 from engine.optim import plateau_end
@@ -51,6 +51,7 @@ def train(
             f"the run in {config.out_dir} was trained on different data; resume it with that data"
         )
     start, run = resumed.progress["step"] if resumed else 0, Path(config.out_dir)
+    logging.root.info("data checked, model built")
     hellaswag: list[Example] = []
     if config.hellaswag_every:
         with dist.main_process_first():
@@ -69,7 +70,7 @@ def train(
         evaluation = Evaluation(
             model, tokenizer, loss, val, prompts, hellaswag, config, dist, fixed_shape, earlier
         )
-        is_finished = start > 0 and evaluation.is_last_step(start)
+        is_finished = start > 0 and is_last_step(start, config, earlier)
         # Nothing above writes to the run: if the settings, the data or the checkpoint are refused,
         # it stays as it was.
         if dist.is_main:
@@ -84,6 +85,7 @@ def train(
             logger.print(finished if is_finished else f"resuming from step {start}")
         else:
             logger.log({"step": 0, "tokens": 0} | evaluation.evaluate_step(0))
+            logging.root.info("step 0 evaluated")
         if not is_finished:
             steps = range(start + 1, config.max_steps + 1)
             train_steps(steps, training_step, evaluation, logger, interrupt, profiler)
@@ -103,17 +105,17 @@ def train_steps(
     meter = Meter(training_step.model, training_step.data, dist)
     save = BackgroundSave()
     for step in steps:
-        started = time.perf_counter()
+        begin = meter.begin_step()
         loss, grad_norm = training_step(step)
         record = {"step": step, "lr": training_step.lr}
-        meter.add(record, started, loss, grad_norm, stop=interrupt.signum is not None)
+        meter.add(record, begin, loss, grad_norm, stop=interrupt.signum is not None)
 
         # On CUDA, the meter returns the record of a step only after the next step was launched, so
         # the GPU never waits for Python. If this step has to be evaluated or saved, wait for its
         # record: `read` then returns it last.
-        is_save_due = is_due(config.save_every, step, config) or step == plateau_end(config)
+        is_save_due = config.is_due(config.save_every, step) or step == plateau_end(config)
         evaluated: dict[str, Any] = {}
-        for finished in meter.read(wait=is_save_due or evaluation.is_any_due(step)):
+        for finished in meter.read(wait=is_save_due or config.is_any_evaluation_due(step)):
             if finished["step"] == step:
                 evaluated = evaluation.evaluate_step(step)
             logger.log(finished | evaluated)
@@ -123,7 +125,8 @@ def train_steps(
 
         # `stop_requested` is the same on all ranks: the meter sums it together with the loss. The
         # validation losses are the same on all ranks, too.
-        is_last, val_loss = evaluation.is_last_step(step), evaluated.get("val_loss")
+        is_last = is_last_step(step, config, evaluation.val_losses)
+        val_loss = evaluated.get("val_loss")
         is_save_due |= is_last or meter.stop_requested
         is_best = val_loss is not None and evaluation.is_best()
         if is_save_due or (is_best and config.save_best):
@@ -211,9 +214,11 @@ def start_save(
         # Always keep the checkpoint at the end of the plateau: a longer run can start from it.
         keep, kept_step = config.keep, plateau_end(config)
         save_checkpoint(run, model, tokenizer, params, state, keep=keep, kept_step=kept_step)
+        logging.root.info("checkpoint saved")
         if not weights_only:
             plot_runs([run], run / "loss.png")
             write_report(run)
+            logging.root.info("plot and report written")
 
     save.start(write)
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import time
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from engine.data import Batch
+from engine.data import Batch, validation_batches
 from engine.decode import speed_up_decoding
 from engine.distributed import shard_model
 from engine.evaluation import eval_mode, evaluate_loss, evaluate_task
@@ -40,11 +41,12 @@ from engine.lora import (
     only_optimize_lora_parameters,
 )
 from engine.loss import HeadLoss, SummedLoss, compile_cross_entropy, cross_entropy_
-from engine.metrics import Meter
+from engine.metrics import read_metrics
 from engine.optim import build_optimizers
 from engine.recompute import apply_recompute
 from engine.step import TrainingStep
 from engine.tasks import Task, make_task
+from engine.training import train
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 
@@ -388,14 +390,46 @@ def test_resuming_is_exact_with_deterministic_kernels(monkeypatch):
     assert straight == resumed
 
 
-def test_the_time_of_a_step_does_not_include_the_next(shards):
-    """Each step logs its own time, although its results are read while the next step runs."""
-    meter = Meter(cuda_model(), make_data(shards), GPU_DIST)
-    records, result = [], torch.zeros((), device=CUDA)
-    for step in range(1, 5):
+def test_each_step_logs_its_own_time(shards, tmp_path, monkeypatch, no_plots):
+    """Each step logs how long the GPU worked on it, although its results are read while the next
+    step runs, and evaluations and saves come in between.
+    """
+    unit = 200_000_000  # cycles, about 0.1 s; the model itself takes much less
+
+    def sleep(cycles: int) -> float:
+        """Let the GPU wait. Return how many seconds it waits if nothing else is in its queue."""
+        torch.cuda.synchronize()
         started = time.perf_counter()
-        torch.cuda._sleep(100_000_000)  # cycles, about 50 ms
-        meter.add({"step": step}, started, result, result, stop=False)
-        records += meter.read(wait=step == 4)
-    assert [record["step"] for record in records] == [1, 2, 3, 4]
-    assert all(record["step_ms"] > 20 for record in records)
+        torch.cuda._sleep(cycles)
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    class SlowStep(TrainingStep):
+        def __call__(self, step):
+            results = super().__call__(step)
+            torch.cuda._sleep(unit * (1 + step % 3))
+            return results
+
+    def evaluate_slowly(*args):
+        torch.cuda._sleep(5 * unit)
+        return evaluate_loss(*args)
+
+    monkeypatch.setattr("engine.training.TrainingStep", SlowStep)
+    monkeypatch.setattr("engine.evaluation.evaluate_loss", evaluate_slowly)
+    sizes = {"batch_size": 4, "total_batch_size": 192, "warmup_steps": 3, "sample_every": 0}
+    often = {"max_steps": 10, "eval_every": 5, "save_every": 7}
+    config = PretrainConfig(
+        out_dir=str(tmp_path), precision="bf16", compile=False, **sizes, **often
+    )
+    val = partial(validation_batches, shards, block_size=16, batch_size=4, eval_tokens=100)
+    model, data = cuda_model(block_size=16), make_data(shards)
+    train(model, GPT2_TOKENIZER, data, val, [], config, GPU_DIST)
+    sleep(unit)  # warm up
+    expected = {n: sleep(unit * n) for n in (1, 2, 3, 5)}
+    records = read_metrics(tmp_path)
+    for record in records[2:]:  # step 1 also waits for libraries to load
+        extra = record["step_ms"] / 1e3 - expected[1 + record["step"] % 3]
+        assert -0.01 < extra < 0.08, record
+    evaluated = {r["step"]: r["eval_ms"] / 1e3 for r in records if "eval_ms" in r}
+    assert [*evaluated] == [0, 5, 10]
+    assert all(seconds > expected[5] - 0.01 for seconds in evaluated.values())

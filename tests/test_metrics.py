@@ -107,6 +107,33 @@ def test_samples_are_shown_without_blank_lines(tmp_path, capsys):
     assert read_metrics(tmp_path)[0]["samples"] == ["a\n\n \n\n\nb\nc"]
 
 
+def test_time_left(tmp_path, capsys):
+    """The time left is the median of recent steps times the steps left, plus the mean of the
+    evaluations times those that are due. The first step and, if there are others, the first
+    evaluation do not count, because they compile. Nor does a step that compiles again.
+    """
+    config = TrainConfig(out_dir=str(tmp_path), max_steps=1000, eval_every=50, sample_every=100)
+    logger, left = RunLogger(config, CPU_DIST, 0), {}
+    logger.log({"step": 0, "tokens": 0, "eval_ms": 60_000.0})
+    for step in range(1, 101):
+        compiles = step in (1, 7, 30)
+        record = make_record(step) | {"step_ms": 20_000.0 if compiles else 500.0}
+        logger.log(record | ({"eval_ms": 10_000.0} if step % 50 == 0 else {}))
+        text = re.search(r"\| ([^|]+) left$", capsys.readouterr().out, re.MULTILINE)
+        left |= {step: text[1]} if text else {}
+    # The evaluated steps are printed. 950 x 0.5 s + 19 x 10 s; 900 x 0.5 s + 18 x 10 s
+    assert left == {50: "11 minutes", 100: "10 minutes"}
+
+
+def test_time_left_of_a_resumed_run(tmp_path, capsys, monkeypatch):
+    """Before the first evaluation of a resumed run, only its own steps count, without the first."""
+    monkeypatch.setattr(metrics, "PROGRESS_SECONDS", -1)  # print every step
+    logger = RunLogger(TrainConfig(out_dir=str(tmp_path), max_steps=48), CPU_DIST, 10)
+    for step in (11, 12):
+        logger.log(make_record(step) | {"step_ms": 60_000.0 if step == 11 else 2000.0})
+    assert "| 72 s left" in capsys.readouterr().out.splitlines()[-1]
+
+
 def save_run(run: Path, progress: dict) -> Path:
     """Write a run folder with records of the steps 0 to 20. Return its checkpoint."""
     (run / "config.yaml").write_text("max_steps: 40\ndata_dir: none\n")

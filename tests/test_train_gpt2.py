@@ -50,10 +50,11 @@ def new_gpt(**settings: object) -> GPT:
 
 @pytest.fixture(scope="module")
 def uninterrupted(workdir) -> Path:
-    """A complete run. What it printed is in whole.out."""
-    result = run_script(*tiny_run("runs/whole"), cwd=workdir)
+    """A complete run. What it printed is in whole.out and whole.err."""
+    result = run_script(*tiny_run("runs/whole"), "--debug", cwd=workdir)
     assert result.returncode == 0, result.stderr
     (workdir / "whole.out").write_text(result.stdout)
+    (workdir / "whole.err").write_text(result.stderr)
     return workdir / "runs" / "whole"
 
 
@@ -64,7 +65,7 @@ def test_a_run_writes_what_is_documented(workdir, uninterrupted):
     out = (workdir / "whole.out").read_text()
     for text in ("max_lr: 0.01", "trainable parameters: ", "grad_accum_steps 2"):
         assert text in out
-    assert re.search(r"estimate: \S+ s for a step, \S+ s for the 28 left, without evaluat", out)
+    assert re.search(r"^step 10/30 \| loss .* \| tokens/s \S+ \| \S+ s left$", out, re.MULTILINE)
     records = read_metrics(uninterrupted)
     assert [r["step"] for r in records] == list(range(N_STEPS + 1))
     assert records[-1]["val_loss"] < records[0]["val_loss"] - 2
@@ -82,6 +83,15 @@ def test_a_run_writes_what_is_documented(workdir, uninterrupted):
     assert line.startswith("in transformers")
     model = AutoModelForCausalLM.from_pretrained(workdir / line.split("'")[1])
     assert model.config.vocab_size == 50257
+
+
+def test_debug_shows_how_long_the_start_and_the_end_take(workdir, uninterrupted):
+    """With --debug, each part of a run is printed to stderr when it is done, with the time."""
+    found = re.findall(r"^ *(\d+) ms: (.+)$", (workdir / "whole.err").read_text(), re.MULTILINE)
+    times, parts = zip(*((int(ms), part) for ms, part in found), strict=True)
+    assert list(times) == sorted(times)
+    saves = ["checkpoint saved", "plot and report written"] * 3
+    assert list(parts) == ["imports done", "data checked, model built", "step 0 evaluated", *saves]
 
 
 def test_a_finished_run_prints_its_results_again(workdir, uninterrupted):

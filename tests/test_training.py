@@ -2,14 +2,17 @@ import contextlib
 import json
 import math
 import signal
+import time
 from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CPU_DIST, GPT2_TOKENIZER, TIKTOKEN, make_data, make_step, new_step_model
 
+from engine import training
 from engine.checkpoint import list_checkpoints
 from engine.data import IGNORE_INDEX, Batch, PretrainingData, validation_batches
 from engine.distributed import Distributed, init_device
@@ -22,6 +25,7 @@ from engine.evaluation import (
 )
 from engine.loss import SummedLoss
 from engine.metrics import Meter
+from engine.step import TrainingStep
 from engine.training import announce_run, collect_facts, train, warn_about_settings
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
@@ -146,6 +150,14 @@ def test_validation_is_compiled_and_samples_are_not(shards, monkeypatch, has_fix
     assert training_calls == [("compiled", has_fixed_shape)] * 3
 
 
+class LateMeter(Meter):
+    """Reads the results of a step after the next one was launched, as on CUDA."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.max_pending = 1
+
+
 @pytest.mark.parametrize("stop_at", [None, 5])
 def test_reading_results_late_changes_nothing(shards, tmp_path, monkeypatch, no_plots, stop_at):
     """If the results of a step are read only after the next one was launched, as on CUDA, the log,
@@ -166,12 +178,7 @@ def test_reading_results_late_changes_nothing(shards, tmp_path, monkeypatch, no_
             self.asked += 1
             return signal.SIGTERM if self.step and self.asked >= self.step else None
 
-    class LateMeter(Meter):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.max_pending = 1
-
-    timed = {"tokens_per_s", "step_ms", "mfu", "peak_memory_gb"}
+    timed = {"tokens_per_s", "step_ms", "mfu", "peak_memory_gb", "eval_ms"}
     logs, weights = [], []
     # Both runs must stop after step 5. The late one reads the request only a step later, after step
     # 5 was launched, so it gets the request in step 4.
@@ -189,6 +196,84 @@ def test_reading_results_late_changes_nothing(shards, tmp_path, monkeypatch, no_
     assert logs[0] == logs[1]
     assert [r["step"] for r in logs[0]] == list(range((stop_at or 9) + 1))
     assert weights[0] == weights[1]
+
+
+class FakeGPU:
+    """Runs kernels one after another, while the CPU launches more. It queues up to 15 kernels; if
+    it has that many, a launch waits. `now` is the time of the CPU.
+    """
+
+    def __init__(self):
+        self.now, self.ends = 0.0, [0.0] * 15  # when each kernel ends
+
+    def launch(self, seconds: float) -> None:
+        self.now = max(self.now + 0.001, self.ends[-15])
+        self.ends.append(max(self.now, self.ends[-1]) + seconds)
+
+    def event(self, device=None) -> "FakeEvent":
+        return FakeEvent(self, max(self.now, self.ends[-1]))
+
+
+class FakeEvent(NamedTuple):
+    """What a torch.cuda.Event is: reached once the kernels launched before it have ended."""
+
+    gpu: FakeGPU
+    time: float
+
+    def synchronize(self) -> None:
+        self.gpu.now = max(self.gpu.now, self.time)
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        assert self.gpu.now >= end.time, "torch raises an error if an event is not reached yet"
+        return (end.time - self.time) * 1e3
+
+
+def test_each_step_logs_its_own_time_on_the_device(shards, tmp_path, monkeypatch, no_plots):
+    """Each step logs how long the device worked on it, although launches wait for room in the
+    queue, results are read late, and evaluations and saves come in between.
+    """
+    gpu = FakeGPU()
+    evaluate_step, start_save = Evaluation.evaluate_step, training.start_save
+    seconds = {step: 0.1 + 0.05 * (step % 3) for step in range(1, 16)}
+
+    def launch_step(self, step):
+        for _ in range(10):
+            gpu.launch(seconds[step] / 10)
+        return torch.tensor(1.0), torch.tensor(1.0)
+
+    def evaluate_slowly(self, step):
+        gpu.now += 0.3
+        gpu.launch(3.0)
+        gpu.event().synchronize()
+        return evaluate_step(self, step)
+
+    def save_slowly(*args):
+        gpu.now += 5.0
+        start_save(*args)
+
+    monkeypatch.setattr("engine.metrics.clock", gpu.event)
+    monkeypatch.setattr("engine.training.Meter", LateMeter)
+    monkeypatch.setattr(TrainingStep, "__call__", launch_step)
+    monkeypatch.setattr(Evaluation, "evaluate_step", evaluate_slowly)
+    monkeypatch.setattr("engine.training.start_save", save_slowly)
+    settings = {"max_steps": 15, "eval_every": 5, "save_every": 7}
+    train_without_samples(tmp_path, shards, new_step_model(), **settings)
+    logged = [record["step_ms"] / 1e3 for record in read_log(tmp_path)[1:]]
+    assert logged == pytest.approx([*seconds.values()], abs=0.002)
+
+
+def test_the_log_has_the_time_of_evaluations(shards, tmp_path, monkeypatch, no_plots):
+    """The lines of evaluated steps, and no others, have the time of the evaluation."""
+
+    def evaluate_loss(*args):
+        time.sleep(0.3)
+        return 1.0, None
+
+    monkeypatch.setattr("engine.evaluation.evaluate_loss", evaluate_loss)
+    train_without_samples(tmp_path, shards, new_step_model(), max_steps=6, eval_every=3)
+    times = {r["step"]: r["eval_ms"] for r in read_log(tmp_path) if "eval_ms" in r}
+    assert [*times] == [0, 3, 6]
+    assert min(times.values()) >= 300
 
 
 def test_training_stops_after_five_steps_that_are_not_finite(shards, tmp_path, no_plots, capsys):
