@@ -33,7 +33,7 @@ LORA_NAMES = "'full none' 'lora light' 'summed light' 'peft none'"
 ON_GPU = "--device cuda --precision bf16 --compile"
 # train_step.py and hellaswag.py take pieces of names as --contenders; lora.py takes entire names.
 PARTS = {
-    "train_step_16": f"train_step.py --sizes 12x768:16x1024 {ON_GPU}",
+    "train_step_32": f"train_step.py --sizes 12x768:32x1024 {ON_GPU}",
     "train_step_64": f"train_step.py --sizes 12x768:64x1024 {ON_GPU} --contenders project compiled",
     "lora_139": f"lora.py --size 12x768:16x139 {ON_GPU} --graphs --contenders {LORA_NAMES}",
     "lora_1024": f"lora.py --size 12x768:16x1024 {ON_GPU} --graphs --contenders {LORA_NAMES}",
