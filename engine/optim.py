@@ -89,8 +89,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def block_matrices(model: GPT) -> dict[str, nn.Parameter]:
     """Return the trainable matrices of the blocks by name. Muon trains them."""
     params = model.transformer.h.named_parameters()
-    trainable = {name: p for name, p in params if p.requires_grad and name.endswith(".weight")}
-    return {name: p for name, p in trainable.items() if p.dim() == 2}
+    return {n: p for n, p in params if p.requires_grad and p.dim() == 2 and n.endswith(".weight")}
 
 
 def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:

@@ -159,7 +159,10 @@ def peak(model: GPT, batch_size: int = 8, recompute: str = "light") -> float:
 def test_remedies(model, set_limit):
     """A smaller batch size is preferred to recomputation, and that to a smaller model."""
     for limit, remedy in (
-        (peak(model) - 1, "use --batch_size 4 --recompute light, which gives the same loss curve"),
+        (
+            peak(model) - 1e6,
+            "use --batch_size 4 --recompute light, which gives the same loss curve",
+        ),
         (peak(model, 1, "light"), "use --batch_size 1 --recompute light"),
         (peak(model, 2, "block"), "use --batch_size 2 --recompute block"),
         (peak(model, 1, "block"), "use --batch_size 1 --recompute block"),
