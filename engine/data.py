@@ -84,6 +84,7 @@ class TrainingData(ABC):
     step_size_flag: ClassVar[str]  # the flag that sets step_size, for error messages
     graph_lengths: Sequence[int] = ()  # lengths of batches if each gets a CUDA graph
     fingerprint: str  # a hash that identifies the data
+    batch_sizes: list[int]  # up to batch_size, largest first, that give the same loss curve
     epoch_contents: str  # printed at the start of a run, such as "1,000 tokens"
 
     def __init__(
@@ -107,12 +108,12 @@ class TrainingData(ABC):
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         self.rank, self.world_size = rank, world_size
         micro_step_size = batch_size * row_size * world_size
+        smaller = range(min(batch_size, self.rows_per_step), 0, -1)
+        self.batch_sizes = [n for n in smaller if step_size % (n * row_size * world_size) == 0]
         if step_size % micro_step_size:
             remedy = f"use {self.step_size_flag} {round_up(step_size, micro_step_size)}"
-            smaller = range(min(batch_size, self.rows_per_step), 0, -1)
-            fitting = (n for n in smaller if step_size % (n * row_size * world_size) == 0)
-            if n := next(fitting, None):
-                remedy = f"use batch_size {n}, which gives the same loss curve"
+            if self.batch_sizes:
+                remedy = f"use batch_size {self.batch_sizes[0]}, which gives the same loss curve"
             raise ValueError(
                 f"{self.step_size_flag} {step_size} is not a multiple of batch_size {batch_size} x "
                 f"{row_size} per row x {world_size} ranks = {micro_step_size}; {remedy}"

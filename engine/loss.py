@@ -107,7 +107,7 @@ class HeadLoss(torch.autograd.Function):
             x = F.pad(x, (0, 0, 0, -len(x) % CPU_ROW_MULTIPLE))
         needs_d_weight = with_grad and weight.requires_grad
         weight_parts = split_head(weight, x.dtype)
-        chunk_rows = choose_chunk_rows(x, needs_d_weight)
+        chunk_rows = choose_chunk_rows(len(x), x.device, needs_d_weight)
         # One buffer for all chunks: on a CPU, touching new memory costs more than the softmax.
         buffer = x.new_empty(chunk_rows, len(weight))
         total = x.new_zeros((), dtype=torch.float32)
@@ -142,12 +142,12 @@ class HeadLoss(torch.autograd.Function):
         return d_x.mul_(grad), d_weight, None, None, None, None
 
 
-def choose_chunk_rows(x: torch.Tensor, needs_d_weight: bool) -> int:
-    """Return how many rows of x (n, C) to process at a time."""
+def choose_chunk_rows(n: int, device: torch.device, needs_d_weight: bool) -> int:
+    """Return how many of n rows to process at a time."""
     n_rows = DEFAULT_CHUNK_ROWS
-    if x.device.type == "cpu":
+    if device.type == "cpu":
         n_rows = CPU_CHUNK_ROWS if needs_d_weight else CPU_SMALL_CHUNK_ROWS
-    return max(1, min(n_rows, len(x)))
+    return max(1, min(n_rows, n))
 
 
 def split_head(weight: torch.Tensor, dtype: torch.dtype) -> WeightParts:

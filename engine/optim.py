@@ -88,6 +88,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def block_matrices(model: GPT) -> dict[str, nn.Parameter]:
+    """Return the trainable matrices of the blocks by name. Muon trains them."""
+    params = model.transformer.h.named_parameters()
+    return {n: p for n, p in params if p.requires_grad and p.dim() == 2 and n.endswith(".weight")}
+
+
 def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all trainable parameters, or Muon for the matrices of the blocks and AdamW for the
     rest.
@@ -95,9 +101,8 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     single: list[nn.Parameter] = []  # matrices of the blocks
     stacked: list[nn.Parameter] = []  # c_attn: the matrices of q, k and v on top of each other
     if config.optimizer == "muon":
-        for name, param in model.transformer.h.named_parameters():
-            if param.requires_grad and name.endswith(".weight") and param.dim() == 2:
-                (stacked if name.endswith("c_attn.weight") else single).append(param)
+        for name, param in block_matrices(model).items():
+            (stacked if name.endswith("c_attn.weight") else single).append(param)
         if not single + stacked:
             raise ValueError(
                 "optimizer is muon, which trains the matrices of the blocks, but they are frozen; "

@@ -17,6 +17,7 @@ from engine.data import TrainingData
 from engine.distributed import Distributed
 from engine.evaluation import Evaluation, Prompt, ValidationBatches, is_last_step, read_val_losses
 from engine.files import drop_lost_terminal, write_atomically
+from engine.memory import check_memory
 from engine.metrics import Meter, RunLogger
 from engine.optim import plateau_end
 from engine.plots import plot_runs
@@ -60,6 +61,7 @@ def train(
     if dist.is_main:
         announce_run(model, data, config, dist)
         warn_about_settings(model, data, config, dist)
+    check_memory(model, data, config, dist)
     with Interrupt() as interrupt, profile_steps(config, dist) as profiler:
         training_step = TrainingStep(model.to(dist.device), data, config, dist)
         if resumed:

@@ -38,7 +38,7 @@ LAYERS = [
     {"adapter", "data", "distributed", "rows"},
     {"instructions", "loss", "scoring"},
     {"optim", "checkpoint", "tasks"},
-    {"step", "throughput", "resume"},
+    {"memory", "step", "throughput", "resume"},
     {"metrics"},
     {"plots"},
     {"report", "evaluation"},
