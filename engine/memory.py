@@ -17,7 +17,6 @@ from engine.optim import block_matrices
 from model import GPT
 
 FP32 = 4  # bytes per element
-RESIDUAL = FP32  # bytes per element of the residual stream
 # What a block stores per token for its matmuls, in multiples of C: LayerNorm outputs (2), q, k, v
 # (3), attention output (1), and MLP before and after GELU (8). `light` recomputes the outputs of
 # LayerNorm and GELU, `block` recomputes everything.
@@ -45,17 +44,21 @@ def predict_memory(
     if n_shards > 1:  # FSDP gathers the embeddings (root) and a block when they are used
         root = (V + model.config.block_size) * C
         weights += matmul * (root + max(root, (sum(p.numel() for p in params) - root) / L))
-    else:  # copies that autocast makes and the backward pass needs again; and W + s B A of LoRA
-        copied = (p for p in params if p.itemsize > matmul and (p.requires_grad or p is head))
-        summed = (m.weight for m in lora_linears(model).values() if m.use_summed_form)
-        weights += matmul * sum(p.numel() for p in (*copied, *summed))
+    else:  # copies that autocast and LoRA make and the backward pass needs again
+        copied = [p for p in params if p.itemsize > matmul and (p.requires_grad or p is head)]
+        linears = lora_linears(model).values()
+        copied += [m.weight for m in linears if m.is_summed or m.weight.itemsize > matmul]
+        weights += matmul * sum(p.numel() for p in copied)
     muon = block_matrices(model).values() if config.optimizer == "muon" else []
     optimizer = FP32 * (2 * trained - sum(p.numel() for p in muon)) / n_shards  # Muon: one moment
     # Besides, a block stores its input and the residual after attention. With recomputation, one
     # block at a time stores everything.
-    none, stored = (2 * RESIDUAL + matmul * STORED[mode] for mode in ("none", config.recompute))
+    is_eager = not config.compile and config.recompute == "none"
+    # Eager LayerNorms store their inputs in fp32.
+    residual = matmul if config.precision == "bf16" and not is_eager else FP32
+    none, stored = (2 * residual + matmul * STORED[mode] for mode in ("none", config.recompute))
     values = L * stored + (none if config.recompute != "none" else 0)
-    values += 3 * FP32  # input, output and output gradient of ln_f
+    values += 3 * residual  # input, output and output gradient of ln_f
     rows = choose_chunk_rows(config.batch_size * block_size, dist.device, head.requires_grad)
     logits = rows * V * matmul  # only one chunk exists at a time
     if head.requires_grad:  # its gradient; on a CPU, 16-bit gradients of a chunk are cast
