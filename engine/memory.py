@@ -45,7 +45,8 @@ def predict_memory(
         root = (V + model.config.block_size) * C
         weights += matmul * (root + max(root, (sum(p.numel() for p in params) - root) / L))
     else:  # copies that autocast and LoRA make and the backward pass needs again
-        copied = [p for p in params if p.itemsize > matmul and (p.requires_grad or p is head)]
+        copied: list[torch.Tensor] = []
+        copied += [p for p in params if p.itemsize > matmul and (p.requires_grad or p is head)]
         linears = lora_linears(model).values()
         copied += [m.weight for m in linears if m.is_summed or m.weight.itemsize > matmul]
         weights += matmul * sum(p.numel() for p in copied)
