@@ -109,6 +109,51 @@ def test_gradients_in_16_bits_if_the_model_is_certain(monkeypatch, dtype, tolera
         assert (mine - theirs).norm() < tolerance * theirs.norm()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
+)
+def test_the_residual_stream_is_in_bf16(tiny_model, dtype, expected):
+    """Under bf16 autocast, the loss keeps the residual stream in bf16, but not under fp16 autocast,
+    and never outside the loss: samples and HellaSwag stay as they are. Gradients are in fp32.
+    """
+    idx, dtypes = random_ids(8, 40), []
+    for block in tiny_model.transformer.h:
+        block.register_forward_pre_hook(lambda _, args: dtypes.append(args[0].dtype))
+    with torch.autocast("cpu", dtype):
+        loss = SummedLoss(tiny_model)(Batch(idx, idx.roll(1)))
+        tiny_model(idx)
+    n_layer = len(tiny_model.transformer.h)
+    assert dtypes == [expected] * n_layer + [torch.float32] * n_layer
+    gradients = torch.autograd.grad(loss, [*tiny_model.parameters()])
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+
+
+def test_layer_norm_computes_in_fp32(monkeypatch):
+    """With the residual stream in bf16, the gradients of LayerNorms are about as close to those of
+    fp32 training as with the stream in fp32. On a CPU, too, LayerNorm computes in fp32.
+    """
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=48, vocab_size=1000, n_layer=2, n_head=2, n_embd=64))
+    for param in model.parameters():
+        if param.dim() > 1:
+            torch.nn.init.normal_(param, std=0.15)
+    idx, hidden, gradients = random_ids(8, 40), model.hidden, []
+    params = [p for name, p in model.named_parameters() if ".ln_" in name]
+    for dtype, is_stream_rounded in (
+        (None, False),
+        (torch.bfloat16, False),
+        (torch.bfloat16, True),
+    ):
+        if not is_stream_rounded:
+            monkeypatch.setattr(model, "hidden", lambda idx, residual_dtype: hidden(idx))
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = SummedLoss(model)(Batch(idx, idx.roll(1)))
+        gradients.append(torch.cat(torch.autograd.grad(loss, params)))
+        monkeypatch.undo()
+    exact, with_fp32_stream, with_bf16_stream = gradients
+    assert (with_bf16_stream - exact).norm() < 1.3 * (with_fp32_stream - exact).norm()
+
+
 def test_the_triton_kernel_equals_float64():
     """In Triton's interpreter, losses and gradients equal float64, for any number of columns."""
     pytest.importorskip("triton", reason="needs Triton")
