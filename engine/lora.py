@@ -78,12 +78,11 @@ class LoRAFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         needs_x = dropped is None or ctx.needs_input_grad[2]  # for d_A or d_W
         saved = x if needs_x else None, dropped, copies.weight, copies.A, copies.scaled_B
-        ctx.scaling, ctx.is_summed = scaling, is_summed
-        if is_summed:
-            ctx.save_for_backward(*saved, None)
-            return x.new_empty(len(x), len(bias))
-        xA = (x if dropped is None else dropped) @ copies.A.t()  # (n, r)
+        xA = None if is_summed else (x if dropped is None else dropped) @ copies.A.t()  # (n, r)
         ctx.save_for_backward(*saved, xA)
+        ctx.scaling = scaling
+        if xA is None:
+            return x.new_empty(len(x), len(bias))
         return torch.addmm(copies.bias, xA, copies.scaled_B)
 
     @staticmethod
@@ -92,13 +91,14 @@ class LoRAFunction(torch.autograd.Function):
         x, dropped, weight, A, scaled_B, xA = ctx.saved_tensors
         needs_d_x, needs_d_dropped, needs_d_weight, needs_d_bias, *_ = ctx.needs_input_grad
         d_x = d_y @ weight.to(d_y.dtype) if needs_d_x else None
-        xA = x @ A.t() if xA is None else xA
+        is_summed = xA is None
+        xA = x @ A.t() if is_summed else xA
         d_xA, d_scaled_B = low_rank_gradients(d_y, xA, scaled_B)
         d_A = product_in_fp32(d_xA.t(), x if dropped is None else dropped)
         # d_xA A is the gradient of `dropped` if there is dropout. Otherwise it is added to that of
         # x, unless the weight is summed: then d_y S includes it.
         d_dropped = d_xA @ A if needs_d_dropped else None
-        if d_x is not None and dropped is None and not ctx.is_summed:
+        if d_x is not None and dropped is None and not is_summed:
             d_x.addmm_(d_xA, A)
         d_weight = d_y.t() @ x if needs_d_weight else None
         d_bias = d_y.sum(0) if needs_d_bias else None
@@ -154,8 +154,7 @@ class LoRALinear(nn.Linear):
         shape, x = x.shape[:-1], x.flatten(0, -2)
         is_dropping = self.training and self.config.lora_dropout > 0
         dropped = F.dropout(x, self.config.lora_dropout) if is_dropping else None
-        copies = self.held_copies() if self.uses_copies else self.new_copies(x.dtype)
-        is_summed = self.uses_copies and self.is_summed
+        copies, is_summed = self.copies(x.dtype), self.uses_copies and self.is_summed
         trained = self.matrix(), self.bias, self.lora_A, self.lora_B
         y = LoRAFunction.apply(x, dropped, *trained, copies, self.scaling, is_summed)
         # The large product, x W'. LoRAFunction.backward computes its gradients, so autograd need
@@ -171,18 +170,18 @@ class LoRALinear(nn.Linear):
         return self.use_summed_form and not self.config.lora_dropout
 
     @torch.no_grad()
-    def new_copies(self, dtype: torch.dtype) -> LoRACopies:
+    def copies(self, dtype: torch.dtype) -> LoRACopies:
+        """Return the buffers within `hold_copies`, or else new copies in `dtype`."""
+        if self.uses_copies:
+            return LoRACopies(self.weight_copy, self.bias_copy, self.A_copy, self.scaled_B_copy)
         scaled_B = (self.scaling * self.lora_B).t()
         if scaled_B.device.type == "cpu":
             scaled_B = scaled_B.contiguous()  # several times faster
         return LoRACopies(self.matrix(), *(t.to(dtype) for t in (self.bias, self.lora_A, scaled_B)))
 
-    def held_copies(self) -> LoRACopies:
-        return LoRACopies(self.weight_copy, self.bias_copy, self.A_copy, self.scaled_B_copy)
-
     def make_buffers(self, dtype: torch.dtype) -> None:
         """Register buffers for the copies. CUDA graphs need them to stay at their addresses."""
-        for name, value in self.new_copies(dtype)._asdict().items():
+        for name, value in self.copies(dtype)._asdict().items():
             copy = name != "weight" or self.is_summed  # a frozen W may be in `dtype` already
             self.register_buffer(f"{name}_copy", value.to(dtype, copy=copy), persistent=False)
 
@@ -268,25 +267,8 @@ def cast_frozen_weights(model: GPT, dtype: torch.dtype) -> None:
 
 
 def frozen_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return FrozenLinear.apply(x.to(matmul_dtype(x)), linear.weight, linear.bias)
-
-
-class FrozenLinear(torch.autograd.Function):
-    """A linear layer that casts its weight in both passes, so autograd does not store the copy."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        d_bias = d_y.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return d_y @ weight.to(d_y.dtype), None, d_bias
+    x = x.to(matmul_dtype(x))
+    return F.linear(x, linear.weight.to(x.dtype), linear.bias)
 
 
 def convertible_linears(model: nn.Module) -> list[str]:

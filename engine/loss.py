@@ -192,23 +192,17 @@ class SummedLoss(nn.Module):
     evaluated, sampled and saved stays plain.
     """
 
-    def __init__(
-        self,
-        model: GPT,
-        *,
-        compile_trunk: bool = False,
-        compile_head: bool = False,
-        use_graphs: bool = False,
-    ):
-        """With `use_graphs`, training replays a CUDA graph of the compiled trunk for each shape."""
+    def __init__(self, model: GPT, *, trunk_mode: str | None = None, compile_head: bool = False):
+        """`trunk_mode` is a mode of torch.compile, or None to run the trunk eagerly. In mode
+        reduce-overhead, training replays a CUDA graph for each shape.
+        """
         super().__init__()
-        self.model, self.use_graphs = model, use_graphs
+        self.model, self.use_graphs = model, trunk_mode == "reduce-overhead"
         self.trunk = self.evaluation_trunk = self.run_trunk
-        if compile_trunk:
+        if trunk_mode:
             # torch.compile assumes a static length. If that changes, it compiles for a dynamic one.
-            self.trunk = self.evaluation_trunk = torch.compile(self.run_trunk)
-        if compile_trunk and use_graphs:
-            self.trunk = torch.compile(self.run_trunk, mode="reduce-overhead")
+            self.trunk = torch.compile(self.run_trunk, mode=trunk_mode)
+            self.evaluation_trunk = torch.compile(self.run_trunk)
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.register_forward_pre_hook(cast_to_weight_dtype)

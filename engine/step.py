@@ -59,8 +59,9 @@ class TrainingStep:
                 raise ValueError("precision fp16 does not work with fsdp; use bf16 or fp32")
             shard_model(self.model, dist, self.dtype, compile_blocks=config.compile)
             return SummedLoss(self.model, compile_head=config.compile)
-        compiled = {"compile_trunk": config.compile, "compile_head": config.compile}
-        return SummedLoss(self.model, **compiled, use_graphs=bool(self.data.graph_lengths))
+        mode = "reduce-overhead" if self.data.graph_lengths else "default"
+        trunk_mode = mode if config.compile else None
+        return SummedLoss(self.model, trunk_mode=trunk_mode, compile_head=config.compile)
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Do step `step`, counted from 1. Return this rank's share of the mean loss, and the
@@ -102,10 +103,7 @@ class TrainingStep:
         for optimizer in self.optimizers:
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # GradScaler sets it too
             optimizer.step()
-            if not self.kept_grads:
-                optimizer.zero_grad()
-        if self.kept_grads:
-            torch._foreach_zero_(self.kept_grads)
+            optimizer.zero_grad(set_to_none=not self.kept_grads)
         self.scaler.update()
         return mean_loss, grad_norm
 
