@@ -17,14 +17,13 @@ from engine.hub import ADAPTER_CONFIG_FILE
 from engine.lora import (
     LoRAConfig,
     Model,
-    Tensors,
     convertible_linears,
     get_lora_state_dict,
     lora_linears,
     replace_linears,
 )
 from engine.pretrained import ADAPTER_WEIGHT_FILES, hash_weights
-from engine.tensors import copy_tensors, read_tensors
+from engine.tensors import Tensors, copy_tensors, read_tensors
 from model import GPT
 
 LORA_STATE_FILE = "lora.pt"

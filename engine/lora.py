@@ -10,17 +10,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from engine.config import Settings, flag
-from engine.tensors import matmul_dtype, product_in_fp32
+from engine.tensors import Tensors, matmul_dtype, product_in_fp32
 from model import GPT
 
 SUM_ELEMENTS = 2**24  # of the sums that exist in fp32 at a time: 64 MB
 CPU_GRAD_ROWS = 128  # rows of a gradient in one block: 1.5 MB for 124M, which fit the cache
 Model = TypeVar("Model", bound=nn.Module)
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ class LoRACopies(NamedTuple):
     that is not a copy may be in another dtype; it is cast where it is used.
     """
 
-    weight: torch.Tensor  # W (out, in), or the sum S = W + s B A, where s is the scaling
-    bias: torch.Tensor
-    A: torch.Tensor  # (r, in)
-    scaled_B: torch.Tensor  # s B' (r, out); row-major, which is several times faster on a CPU
+    weight: Tensor  # W (out, in), or the sum S = W + s B A, where s is the scaling
+    bias: Tensor
+    A: Tensor  # (r, in)
+    scaled_B: Tensor  # s B' (r, out); row-major, which is several times faster on a CPU
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -66,16 +65,16 @@ class LoRAFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # torch's FunctionCtx, which accepts any attribute
-        x: torch.Tensor,  # (n, in)
-        dropped: torch.Tensor | None,  # x after dropout, if there is any
-        _weight: torch.Tensor,  # this and the next three get gradients
-        bias: torch.Tensor,
-        _lora_A: torch.Tensor,
-        _lora_B: torch.Tensor,
+        x: Tensor,  # (n, in)
+        dropped: Tensor | None,  # x after dropout, if there is any
+        _weight: Tensor,  # this and the next three get gradients
+        bias: Tensor,
+        _lora_A: Tensor,
+        _lora_B: Tensor,
         copies: LoRACopies,
         scaling: float,
         is_summed: bool,  # whether copies.weight is S
-    ) -> torch.Tensor:
+    ) -> Tensor:
         needs_x = dropped is None or ctx.needs_input_grad[2]  # for d_A or d_W
         saved = x if needs_x else None, dropped, copies.weight, copies.A, copies.scaled_B
         xA = None if is_summed else (x if dropped is None else dropped) @ copies.A.t()  # (n, r)
@@ -87,7 +86,7 @@ class LoRAFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, dropped, weight, A, scaled_B, xA = ctx.saved_tensors
         needs_d_x, needs_d_dropped, needs_d_weight, needs_d_bias, *_ = ctx.needs_input_grad
         d_x = d_y @ weight.to(d_y.dtype) if needs_d_x else None
@@ -106,9 +105,7 @@ class LoRAFunction(torch.autograd.Function):
         return d_x, d_dropped, d_weight, d_bias, d_A, d_B, None, None, None
 
 
-def low_rank_gradients(
-    d_y: torch.Tensor, xA: torch.Tensor, scaled_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def low_rank_gradients(d_y: Tensor, xA: Tensor, scaled_B: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of xA (n, r) and of scaled_B (r, out). Both read all of `d_y` (n, out). On a
     CPU we take a block of its rows at a time, so that the second product finds it in the cache.
     """
@@ -128,10 +125,10 @@ class LoRALinear(nn.Linear):
     """
 
     # Buffers, see `make_buffers`.
-    weight_copy: torch.Tensor
-    bias_copy: torch.Tensor
-    A_copy: torch.Tensor
-    scaled_B_copy: torch.Tensor
+    weight_copy: Tensor
+    bias_copy: Tensor
+    A_copy: Tensor
+    scaled_B_copy: Tensor
 
     def __init__(self, linear: nn.Module, config: LoRAConfig):
         nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a second weight
@@ -147,7 +144,7 @@ class LoRALinear(nn.Linear):
         self.uses_copies = False  # true within `hold_copies`
         self.train(linear.training)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = x.to(matmul_dtype(x))
         if self.is_merged:
             return F.linear(x, self.matrix().to(x.dtype), self.bias.to(x.dtype))
@@ -185,7 +182,7 @@ class LoRALinear(nn.Linear):
             copy = name != "weight" or self.is_summed  # a frozen W may be in `dtype` already
             self.register_buffer(f"{name}_copy", value.to(dtype, copy=copy), persistent=False)
 
-    def matrix(self) -> torch.Tensor:  # (out, in)
+    def matrix(self) -> Tensor:  # (out, in)
         return self.weight.t() if self.is_conv1d else self.weight
 
     @torch.no_grad()
@@ -266,7 +263,7 @@ def cast_frozen_weights(model: GPT, dtype: torch.dtype) -> None:
                 module.forward = partial(frozen_linear, module)  # type: ignore[method-assign]  # for this instance
 
 
-def frozen_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+def frozen_linear(linear: nn.Linear, x: Tensor) -> Tensor:
     x = x.to(matmul_dtype(x))
     return F.linear(x, linear.weight.to(x.dtype), linear.bias)
 

@@ -17,11 +17,10 @@ from safetensors.torch import save_file
 from engine.errors import print_notice
 from engine.files import read_json, write_json
 from engine.hub import download_model_files
-from engine.tensors import DTYPES, check_tensors, copy_tensors, read_tensors
+from engine.tensors import DTYPES, Tensors, check_tensors, copy_tensors, read_tensors
 from engine.tokenizer import GPT2_VOCAB_SIZE, TOKENIZER_FILES, Tokenizer, find_tokenizer
 from model import GPT, GPTConfig
 
-Tensors = dict[str, torch.Tensor]  # by name
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference
 ADAPTER_WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Options of config.json that affect what a GPT-2 computes, as option: (default in transformers,

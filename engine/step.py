@@ -10,18 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.config import TrainConfig
 from engine.data import Batch, Prefetcher, TrainingData
-from engine.distributed import (
-    Distributed,
-    autocast,
-    autocast_dtype,
-    cudnn_attention,
-    full_tensor,
-    shard_model,
-)
+from engine.distributed import Distributed, autocast, cudnn_attention, full_tensor, shard_model
 from engine.lora import hold_copies, lora_linears
 from engine.loss import SummedLoss
 from engine.optim import build_optimizers, set_schedule
 from engine.recompute import apply_recompute
+from engine.tensors import autocast_dtype
 from model import GPT
 
 CLIP_EPS = 1e-6  # as in torch's clip_grad_norm_
