@@ -104,17 +104,13 @@ class FinetuneConfig(RowSettings, TrainConfig):
     use_rslora: bool = flag(
         None, "scaling is lora_alpha / sqrt(lora_dim) (default: no, or the loaded adapter's)"
     )
-    lora_module_name: Names = flag(
-        "h.", "adapt layers whose names have any of these: attn.c_attn mlp"
-    )
+    lora_module_name: Names = flag("h.", "layers to adapt, by parts of names: attn.c_attn mlp")
     lora_load_path: str | None = flag(None, ADAPTER_HELP)
 
     lora_form: Literal["separate", "summed"] = flag(
         "separate", "summed: build W + s B A once a step, and multiply with it", may_change=True
     )
-    base_precision: Literal["fp32", "bf16"] = flag(
-        "fp32", "precision of the base; bf16 halves its memory"
-    )
+    base_precision: Literal["fp32", "bf16"] = flag("fp32", "bf16 halves the memory of the base")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -113,9 +113,7 @@ class TrainConfig(Settings):
     )
     max_lr: float = flag(6e-4, "peak learning rate", above=0)
     min_lr: float = flag(6e-5, "final learning rate of cosine")
-    decay_fraction: float = flag(
-        0.4, "fraction of steps in which wsd decays", at_least=0, at_most=1
-    )
+    decay_fraction: float = flag(0.4, "wsd: fraction of steps that decay", at_least=0, at_most=1)
     beta1: float = flag(0.9, "AdamW: decay rate of the mean gradient", at_least=0, below=1)
     beta2: float = flag(0.95, "AdamW: decay rate of the mean squared gradient", at_least=0, below=1)
     weight_decay: float = flag(0.1, "AdamW: weight decay of tensors with two or more dimensions")

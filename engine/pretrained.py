@@ -5,19 +5,17 @@ model.safetensors or pytorch_model.bin, which may be split into several files.
 """
 
 import hashlib
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from engine.errors import print_notice
 from engine.files import read_json, write_json
 from engine.hub import download_model_files
-from engine.tensors import DTYPES, Tensors, check_tensors, copy_tensors, read_tensors
+from engine.tensors import DTYPES, Tensors, check_tensors, copy_tensors, read_tensors, save_tensors
 from engine.tokenizer import GPT2_VOCAB_SIZE, TOKENIZER_FILES, Tokenizer, find_tokenizer
 from model import GPT, GPTConfig
 
@@ -222,9 +220,7 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         write_json(folder / "config.json", hf)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        # safetensors makes the file private (mode 0600). Give it the usual permissions.
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")
+        save_tensors(tensors, folder / "model.safetensors")
         if tokenizer:
             tokenizer.save(folder, config.block_size)
     except (OSError, SafetensorError) as error:

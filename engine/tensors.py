@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 # What torch.load raises if a file is damaged, and what our code raises on unexpected contents.
 TORCH_LOAD_ERRORS = (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError)
@@ -30,6 +30,14 @@ def read_tensors(path: Path) -> Tensors:
     except (SafetensorError, *TORCH_LOAD_ERRORS) as error:
         raise ValueError(f"{path} is damaged: {error}; save or download it again") from error
     return tensors
+
+
+def save_tensors(tensors: Tensors, path: Path, **metadata: str) -> None:
+    """Write a .safetensors file."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, {"format": "pt", **metadata})
+    path.chmod(mode)  # safetensors makes the file private
 
 
 def check_tensors(tensors: Tensors, targets: Tensors, source: str) -> None:

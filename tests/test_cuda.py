@@ -40,7 +40,7 @@ from engine.lora import (
     lora_linears,
     only_optimize_lora_parameters,
 )
-from engine.loss import HeadLoss, SummedLoss, compile_cross_entropy, cross_entropy_
+from engine.loss import HeadLoss, SummedLoss, cross_entropy_
 from engine.metrics import read_metrics
 from engine.optim import build_optimizers
 from engine.recompute import apply_recompute
@@ -94,7 +94,9 @@ def test_head_loss_equals_cross_entropy(dtype, tolerance, is_compiled):
     targets = torch.randint(vocab_size, (n,), generator=generator).to(CUDA)
     x[: n // 2] += 40 * weight[targets[: n // 2]]  # these logits are about 12 above the others
     leaves = [t.clone().requires_grad_() for t in (x, weight)]
-    cross_entropy = compile_cross_entropy(CUDA) if is_compiled else cross_entropy_
+    cross_entropy = cross_entropy_
+    if is_compiled:
+        from engine.triton_loss import triton_cross_entropy_ as cross_entropy
     x16 = leaves[0].to(dtype)
     loss = HeadLoss.apply(x16, leaves[1], targets, vocab_size, True, cross_entropy)
     grads = torch.autograd.grad(loss, leaves)
