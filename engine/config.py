@@ -243,20 +243,18 @@ def normalize_flags(argv: Sequence[str], config_class: type) -> list[str]:
     switches = {f.name for f in fields(config_class) if base_type(f.type) is bool}
     normalized, rest = [], list(argv)
     while rest:
-        argument = rest.pop(0)
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
+        arg = rest.pop(0)
+        if arg.startswith("--"):
+            name, equals, value = arg[2:].partition("=")
             no = "no-" if name.startswith("no-") else ""
             name = name.removeprefix("no-")
             name = names.get(name, name)
-            argument = f"--{no}{name}{equals}{value}"
+            arg = f"--{no}{name}{equals}{value}"
             if name in switches and not no:
                 if not equals and rest and rest[0].lower() in ("true", "false"):
                     value = rest.pop(0)
-                argument = {"true": f"--{name}", "false": f"--no-{name}"}.get(
-                    value.lower(), argument
-                )
-        normalized.append(argument)
+                arg = {"true": f"--{name}", "false": f"--no-{name}"}.get(value.lower(), arg)
+        normalized.append(arg)
     return normalized
 
 

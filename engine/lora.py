@@ -222,12 +222,11 @@ def update_copies(linears: list[LoRALinear], dtype: torch.dtype | None) -> None:
     """Copy A, s B' and S. Layers share kernels, because launching one for each layer would take
     longer than running them. What is frozen is copied only at the first call.
     """
+    alike: dict[tuple, list[LoRALinear]] = {}
     for linear in linears:
         copy, copy_dtype = getattr(linear, "A_copy", None), dtype or linear.lora_A.dtype
         if copy is None or copy.dtype != copy_dtype:
             linear.make_buffers(copy_dtype)
-    alike: dict[tuple, list[LoRALinear]] = {}
-    for linear in linears:
         key = linear.matrix().shape, linear.lora_A.shape, linear.scaling, linear.is_summed
         alike.setdefault(key, []).append(linear)
     for (shape, *_), group in alike.items():
@@ -304,9 +303,7 @@ def convert_linear_layer_to_lora(
 def replace_linears(model: nn.Module, configs: dict[str, LoRAConfig]) -> None:
     """Add LoRA to the layers with these names."""
     for name, config in configs.items():
-        linear = model.get_submodule(name)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(linear, config))
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), config))
 
 
 def only_optimize_lora_parameters(model: Model) -> Model:

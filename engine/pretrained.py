@@ -121,20 +121,16 @@ def read_config(path: Path) -> GPTConfig:
     hf = read_json(path, remedy="save or download it again")
     for option, (default, accepted) in OPTIONS.items():
         if (value := hf.get(option, default)) not in accepted:
-            expected = " or ".join(map(repr, accepted))
-            raise ValueError(
-                f"{path}: {option} is {value!r}, but model.py supports only {expected}"
-            )
+            allowed = " or ".join(map(repr, accepted))
+            raise ValueError(f"{path}: {option} is {value!r}, but model.py supports only {allowed}")
     keys = {field: key for field, key in CONFIG_KEYS.items() if key in hf or key in REQUIRED_KEYS}
     values: dict[str, Any] = {field: hf.get(key) for field, key in keys.items()}
     for field, value in values.items():
         kind, expected = FIELD_TYPES.get(field, (int, "an integer"))
         if type(value) is not kind:
             raise ValueError(f"{path}: {CONFIG_KEYS[field]} is {value!r}, expected {expected}")
-    if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
-        raise ValueError(
-            f"{path}: n_inner is {hf['n_inner']}, but model.py supports only 4 * n_embd"
-        )
+    if (n_inner := hf.get("n_inner")) not in (None, 4 * hf["n_embd"]):
+        raise ValueError(f"{path}: n_inner is {n_inner}, but model.py supports only 4 * n_embd")
     try:
         return GPTConfig(**values)
     except ValueError as error:

@@ -201,10 +201,8 @@ class TrainingStep:
         """Load the state that `snapshot` returned, on the same or another number of ranks."""
         from torch.distributed.checkpoint import state_dict as dcp
 
-        options = dcp.StateDictOptions(full_state_dict=True)
-        dcp.set_optimizer_state_dict(
-            self.model, self.optimizers, state["optimizer"], options=options
-        )
+        saved, options = state["optimizer"], dcp.StateDictOptions(full_state_dict=True)
+        dcp.set_optimizer_state_dict(self.model, self.optimizers, saved, options=options)
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.dist.device.type == "cuda" and state["rng"]["cuda"] is not None:
