@@ -301,9 +301,8 @@ class InstructionData(TrainingData):
         """Pad batches to at most MAX_GRAPHS different lengths, so that each gets a CUDA graph."""
         steps = range(1, LENGTH_STEPS + 1)
         rows = self.lengths[[self.row_ids(step) for step in steps]].reshape(-1, self.batch_size)
-        longest = [*rows.max(axis=1).tolist(), self.block_size]
-        lengths = (round_up(length, PAD_MULTIPLE) for length in longest)
-        self.graph_lengths = choose_lengths(lengths, MAX_GRAPHS)
+        maxima = [*rows.max(axis=1).tolist(), self.block_size]
+        self.graph_lengths = choose_lengths([round_up(n, PAD_MULTIPLE) for n in maxima], MAX_GRAPHS)
 
     def row_ids(self, step: int) -> list[int]:
         return sorted(super().row_ids(step), key=lambda i: (self.lengths[i], i))

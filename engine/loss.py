@@ -115,10 +115,8 @@ class HeadLoss(torch.autograd.Function):
 
 def choose_chunk_rows(n: int, device: torch.device, needs_d_weight: bool) -> int:
     """Return how many of n rows to process at a time."""
-    n_rows = DEFAULT_CHUNK_ROWS
-    if device.type == "cpu":
-        n_rows = CPU_CHUNK_ROWS if needs_d_weight else CPU_SMALL_CHUNK_ROWS
-    return max(1, min(n_rows, n))
+    cpu_rows = CPU_CHUNK_ROWS if needs_d_weight else CPU_SMALL_CHUNK_ROWS
+    return max(1, min(cpu_rows if device.type == "cpu" else DEFAULT_CHUNK_ROWS, n))
 
 
 def split_head(weight: Tensor, dtype: torch.dtype) -> WeightParts:

@@ -59,8 +59,8 @@ def predict_memory(
     # Eager LayerNorms store their inputs in fp32.
     residual = matmul if config.precision == "bf16" and not is_eager else FP32
     none, stored = (2 * residual + matmul * STORED[mode] for mode in ("none", config.recompute))
-    values = L * stored + (none if config.recompute != "none" else 0)
-    values += 3 * residual  # input, output and output gradient of ln_f
+    # ln_f has its input, its output and the gradient of its output.
+    values = L * stored + (none if config.recompute != "none" else 0) + 3 * residual
     rows = choose_chunk_rows(config.batch_size * block_size, dist.device, head.requires_grad)
     logits = rows * V * matmul  # only one chunk exists at a time
     if head.requires_grad:  # its gradient; on a CPU, 16-bit gradients of a chunk are cast
