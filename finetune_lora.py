@@ -104,17 +104,13 @@ class FinetuneConfig(RowSettings, TrainConfig):
     use_rslora: bool = flag(
         None, "scaling is lora_alpha / sqrt(lora_dim) (default: no, or the loaded adapter's)"
     )
-    lora_module_name: Names = flag(
-        "h.", "adapt layers whose names have any of these: attn.c_attn mlp"
-    )
+    lora_module_name: Names = flag("h.", "layers to adapt, by parts of names: attn.c_attn mlp")
     lora_load_path: str | None = flag(None, ADAPTER_HELP)
 
     lora_form: Literal["separate", "summed"] = flag(
         "separate", "summed: build W + s B A once a step, and multiply with it", may_change=True
     )
-    base_precision: Literal["fp32", "bf16"] = flag(
-        "fp32", "precision of the base; bf16 halves its memory"
-    )
+    base_precision: Literal["fp32", "bf16"] = flag("fp32", "bf16 halves the memory of the base")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,11 +172,11 @@ def main(given: FinetuneConfig) -> None:
             freeze_base(model, config, dist)
         sizes = {"batch_size": config.batch_size, "rank": dist.rank, "world_size": dist.world_size}
         per_step = config.examples_per_step
+        data = InstructionData(examples, examples_per_step=per_step, seed=config.seed, **sizes)
         val = partial(held_out_batches, held_out, **sizes)
-        # DDP and FSDP2 move memory that a CUDA graph needs in one place.
-        use_graphs = config.compile and dist.device.type == "cuda" and dist.world_size == 1
-        sizes["seed"] = config.seed
-        data = InstructionData(examples, examples_per_step=per_step, use_graphs=use_graphs, **sizes)
+        # CUDA graphs need memory that stays in one place, but DDP and FSDP2 move it.
+        if config.compile and dist.device.type == "cuda" and dist.world_size == 1:
+            data.limit_lengths()
         prompts = [
             Prompt(e.prompt, ANSWER_TOKENS, 1, e.completion, e.tokens[: e.n_prompt].tolist())
             for e in held_out[:N_ANSWERS]

@@ -29,14 +29,7 @@ from engine.documents import (
 )
 from engine.files import lock_folder, sha256_file
 from engine.hub import reporting_hub_errors
-from engine.shards import (
-    ShardWriter,
-    count_tokens,
-    load_data_tokenizer,
-    open_shard,
-    read_manifest,
-    write_manifest,
-)
+from engine.shards import ShardWriter, load_data_tokenizer, open_shard, read_manifest, save_manifest
 from engine.tokenizer import GPT2, BatchEncoder, Tokenizer, find_tokenizer
 
 # Shards of 100M tokens on the hub, from modded-nanogpt (data/cached_*.py): repository, prefix of
@@ -106,9 +99,7 @@ def main(config: PrepareConfig) -> None:
         with lock_folder(out_dir):
             download_shards(config.dataset[0], out_dir, config.max_tokens)
         return
-    text_format = TextFormat(
-        config.text_field, config.encoding, config.decode_errors, config.skip_bad_files
-    )
+    text_format = TextFormat(**{name: getattr(config, name) for name in TextFormat._fields})
     source = open_source(config.dataset, text_format, config.val_tokens, config.max_tokens)
     tokenizer = None if config.train_tokenizer else open_tokenizer(config.tokenizer)
     with lock_folder(out_dir):
@@ -295,7 +286,9 @@ def tokenize_pieces(encoder: BatchEncoder, pieces: list[Piece]) -> list[Tokenize
 
 def finish_manifest(manifest: dict, out_dir: Path, cursor: dict, problems: Counter) -> None:
     """Mark the manifest as complete and print a summary. Raises ValueError for tiny splits."""
-    counts = {split: count_tokens(manifest, split) for split in ("val", "train")}
+    counts = dict.fromkeys(("val", "train"), 0)
+    for shard in manifest["shards"]:
+        counts[shard["split"]] += shard["tokens"]
     if min(counts.values()) < MIN_TOKENS:
         raise ValueError(
             f"the text gives {counts['val']} tokens for validation and {counts['train']} for "
@@ -310,7 +303,7 @@ def finish_manifest(manifest: dict, out_dir: Path, cursor: dict, problems: Count
         "empty documents": cursor["empty"],
         **{kind: problems[kind] for kind in kinds},
     }
-    write_manifest(out_dir, manifest)
+    save_manifest(out_dir, manifest)
     print(f"{out_dir}: {summarize_manifest(manifest)}")
 
 
@@ -338,11 +331,11 @@ def download_shards(dataset: str, out_dir: Path, max_tokens: int | None) -> None
             file = Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=out_dir))
         n_tokens, sha256 = len(open_shard(file)), sha256_file(file)
         shards[name] = {"name": name, "tokens": n_tokens, "sha256": sha256, "split": split}
-        write_manifest(out_dir, {**manifest, "shards": list(shards.values())})
+        save_manifest(out_dir, {**manifest, "shards": list(shards.values())})
         n_train_tokens += n_tokens if split == "train" else 0
         if max_tokens is not None and n_train_tokens >= max_tokens:
             break
-    write_manifest(out_dir, {**manifest, "complete": True, "shards": list(shards.values())})
+    save_manifest(out_dir, {**manifest, "complete": True, "shards": list(shards.values())})
     print(f"{out_dir}: {n_train_tokens:,} tokens for training, and a validation shard")
 
 

@@ -26,9 +26,7 @@ BAR_SECONDS = 1.0  # between updates of the metric shown beside a progress bar
 @dataclass(frozen=True)
 class EvalConfig(ModelSettings):
     task: str = flag("hellaswag", ", ".join(TASKS))
-    text: HellaSwagText = flag(
-        "lm-eval", "hellaswag: cleaned as in lm-eval, or raw as in build-nanogpt"
-    )
+    text: HellaSwagText = flag("lm-eval", "hellaswag: cleaned (lm-eval) or raw (build-nanogpt)")
     data: str | None = flag(
         None,
         ".json(l) file or hub dataset (default: the task's); perplexity: text files, folder, glob",

@@ -1,14 +1,12 @@
 """Save and load PEFT adapters: an adapter_config.json and the LoRA tensors of all layers."""
 
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from engine.config import convert_setting
@@ -17,14 +15,13 @@ from engine.hub import ADAPTER_CONFIG_FILE
 from engine.lora import (
     LoRAConfig,
     Model,
-    Tensors,
     convertible_linears,
     get_lora_state_dict,
     lora_linears,
     replace_linears,
 )
 from engine.pretrained import ADAPTER_WEIGHT_FILES, hash_weights
-from engine.tensors import copy_tensors, read_tensors
+from engine.tensors import Tensors, copy_tensors, read_tensors, save_tensors
 from model import GPT
 
 LORA_STATE_FILE = "lora.pt"
@@ -123,10 +120,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / ADAPTER_CONFIG_FILE, config)
     named = {f"{PEFT_PREFIX}{name}.weight": tensor for name, tensor in tensors.items()}
-    weights_file = folder / ADAPTER_WEIGHT_FILES[0]
-    save_file(named, weights_file, metadata={"format": "pt", "base_sha256": base_sha256})
-    # safetensors makes the file private (mode 0600). Give it the usual permissions.
-    shutil.copymode(folder / ADAPTER_CONFIG_FILE, weights_file)
+    save_tensors(named, folder / ADAPTER_WEIGHT_FILES[0], base_sha256=base_sha256)
     torch.save(tensors, folder / LORA_STATE_FILE)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, KVCache
@@ -28,9 +28,7 @@ def speed_up_decoding(model: GPT) -> None:
                 module.forward = partial(linear_few_rows, weight=module.weight, bias=module.bias)  # type: ignore[method-assign]  # for this instance
 
 
-def force_prompts(
-    idx: torch.Tensor, logits: torch.Tensor, prompts: list[list[int]]
-) -> torch.Tensor:
+def force_prompts(idx: Tensor, logits: Tensor, prompts: list[list[int]]) -> Tensor:
     """While a row's prompt is longer than `idx` (B, T), force the next token of the prompt. So
     prompts of different lengths run in one batch, all from position 0 and without padding.
     """
@@ -41,7 +39,7 @@ def force_prompts(
     return logits
 
 
-def penalize_repetition(idx: torch.Tensor, logits: torch.Tensor, penalty: float) -> torch.Tensor:
+def penalize_repetition(idx: Tensor, logits: Tensor, penalty: float) -> Tensor:
     """Make the tokens in `idx` (B, T) less likely: divide their logits (B, V) by `penalty` if they
     are positive, else multiply them, as in transformers (CTRL, arXiv:1909.05858).
     """
@@ -49,9 +47,7 @@ def penalize_repetition(idx: torch.Tensor, logits: torch.Tensor, penalty: float)
     return logits.scatter(1, idx, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
-def linear_few_rows(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, but faster for at most FEW_ROWS rows on a CPU without gradients.
 
     For one row, MKL reads the weight on a single thread. For two to eight rows, it is also slower
@@ -75,14 +71,14 @@ class StaticCache(KVCache):
     slots, including unused ones.
     """
 
-    def __init__(self, batch_size: int, model: GPT, position: torch.Tensor):
+    def __init__(self, batch_size: int, model: GPT, position: Tensor):
         config, weight = model.config, model.lm_head.weight
         super().__init__(config.block_size)
         self.position = position
         shape = batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
         self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
 
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.k.index_copy_(2, self.position, k), self.v.index_copy_(2, self.position, v)
 
 
@@ -97,7 +93,7 @@ class TokenGraph:
         self.key_positions = torch.arange(model.config.block_size, device=device)
         self.capture()
 
-    def compute_hidden(self) -> torch.Tensor:
+    def compute_hidden(self) -> Tensor:
         mask = (self.key_positions <= self.position)[None, None, None]
         # For one query, the other backends leave most of a GPU idle. The list is copied only for
         # mypy, because a list[StaticCache] is not a list[KVCache].
@@ -123,7 +119,7 @@ class TokenGraph:
             mine.k[:, :, : cache.length] = cache.k[:, :, : cache.length]
             mine.v[:, :, : cache.length] = cache.v[:, :, : cache.length]
 
-    def __call__(self, idx: torch.Tensor, position: int) -> torch.Tensor:
+    def __call__(self, idx: Tensor, position: int) -> Tensor:
         self.idx.copy_(idx)
         self.position.fill_(position)
         self.graph.replay()
@@ -141,7 +137,7 @@ class GraphedDecoder:
         self.model = model
         self.graphs: dict[int, TokenGraph] = {}  # by batch size
 
-    def __call__(self, idx: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
+    def __call__(self, idx: Tensor, caches: list[KVCache]) -> Tensor:
         if len(idx) not in self.graphs:
             self.graphs[len(idx)] = TokenGraph(self.model, len(idx))
         graph = self.graphs[len(idx)]

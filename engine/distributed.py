@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 
 from engine.config import Precision, TrainConfig
-from engine.tensors import DTYPES
+from engine.tensors import autocast_dtype
 from model import GPT
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -148,11 +148,6 @@ def resolve_device_settings(config: Config, dist: Distributed) -> Config:
         print("precision: this CPU has no bf16 units, so bf16 is many times slower than fp32")
     compile_step = device.type == "cuda" if config.compile is None else config.compile
     return replace(config, precision=precision, compile=compile_step)
-
-
-def autocast_dtype(precision: Precision | None) -> torch.dtype | None:
-    """Return the dtype that autocast uses for matmuls, or None for fp32 (no autocast)."""
-    return None if precision in (None, "fp32") else DTYPES[precision]
 
 
 def autocast(device: torch.device, precision: Precision | None) -> torch.autocast:

@@ -11,15 +11,7 @@ from tqdm import tqdm
 from engine import chat
 from engine.chat import ChatTemplate, Messages
 from engine.config import Settings, flag
-from engine.data import (
-    IGNORE_INDEX,
-    Batch,
-    TrainingData,
-    ceil_div,
-    epoch_order,
-    pad_rows,
-    round_up,
-)
+from engine.data import IGNORE_INDEX, Batch, TrainingData, epoch_order, pad_rows, round_up
 from engine.files import sha256_text
 from engine.rows import convert_rows, get_text, open_rows
 from engine.tokenizer import Tokenizer
@@ -289,15 +281,7 @@ class InstructionData(TrainingData):
     has_fixed_shape = False
     step_size_flag = "examples_per_step"
 
-    def __init__(
-        self,
-        examples: list[PromptCompletion],
-        *,
-        examples_per_step: int,
-        use_graphs: bool = False,
-        **options: int,
-    ):
-        """With `use_graphs`, batches have at most MAX_GRAPHS different lengths."""
+    def __init__(self, examples: list[PromptCompletion], *, examples_per_step: int, **options: int):
         self.examples = examples
         # The input of the model is one token shorter than the example.
         self.lengths = np.array([len(example.tokens) - 1 for example in examples])
@@ -312,12 +296,13 @@ class InstructionData(TrainingData):
         )
         sizes = {"row_size": 1, "block_size": int(self.lengths.max())}
         super().__init__(len(examples), examples_per_step, **sizes, **options)
-        if use_graphs:
-            steps = range(1, 1 + min(LENGTH_STEPS, ceil_div(self.n_rows, self.rows_per_step)))
-            rows = self.lengths[[self.row_ids(step) for step in steps]].reshape(-1, self.batch_size)
-            longest = [*rows.max(axis=1).tolist(), self.block_size]
-            lengths = (round_up(length, PAD_MULTIPLE) for length in longest)
-            self.graph_lengths = choose_lengths(lengths, MAX_GRAPHS)
+
+    def limit_lengths(self) -> None:
+        """Pad batches to at most MAX_GRAPHS different lengths, so that each gets a CUDA graph."""
+        steps = range(1, LENGTH_STEPS + 1)
+        rows = self.lengths[[self.row_ids(step) for step in steps]].reshape(-1, self.batch_size)
+        maxima = [*rows.max(axis=1).tolist(), self.block_size]
+        self.graph_lengths = choose_lengths([round_up(n, PAD_MULTIPLE) for n in maxima], MAX_GRAPHS)
 
     def row_ids(self, step: int) -> list[int]:
         return sorted(super().row_ids(step), key=lambda i: (self.lengths[i], i))

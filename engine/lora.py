@@ -10,17 +10,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from engine.config import Settings, flag
-from engine.tensors import matmul_dtype, product_in_fp32
+from engine.tensors import Tensors, matmul_dtype, product_in_fp32
 from model import GPT
 
 SUM_ELEMENTS = 2**24  # of the sums that exist in fp32 at a time: 64 MB
 CPU_GRAD_ROWS = 128  # rows of a gradient in one block: 1.5 MB for 124M, which fit the cache
 Model = TypeVar("Model", bound=nn.Module)
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ class LoRACopies(NamedTuple):
     that is not a copy may be in another dtype; it is cast where it is used.
     """
 
-    weight: torch.Tensor  # W (out, in), or the sum S = W + s B A, where s is the scaling
-    bias: torch.Tensor
-    A: torch.Tensor  # (r, in)
-    scaled_B: torch.Tensor  # s B' (r, out); row-major, which is several times faster on a CPU
+    weight: Tensor  # W (out, in), or the sum S = W + s B A, where s is the scaling
+    bias: Tensor
+    A: Tensor  # (r, in)
+    scaled_B: Tensor  # s B' (r, out); row-major, which is several times faster on a CPU
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -66,39 +65,39 @@ class LoRAFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # torch's FunctionCtx, which accepts any attribute
-        x: torch.Tensor,  # (n, in)
-        dropped: torch.Tensor | None,  # x after dropout, if there is any
-        _weight: torch.Tensor,  # this and the next three get gradients
-        bias: torch.Tensor,
-        _lora_A: torch.Tensor,
-        _lora_B: torch.Tensor,
+        x: Tensor,  # (n, in)
+        dropped: Tensor | None,  # x after dropout, if there is any
+        _weight: Tensor,  # this and the next three get gradients
+        bias: Tensor,
+        _lora_A: Tensor,
+        _lora_B: Tensor,
         copies: LoRACopies,
         scaling: float,
         is_summed: bool,  # whether copies.weight is S
-    ) -> torch.Tensor:
+    ) -> Tensor:
         needs_x = dropped is None or ctx.needs_input_grad[2]  # for d_A or d_W
         saved = x if needs_x else None, dropped, copies.weight, copies.A, copies.scaled_B
-        ctx.scaling, ctx.is_summed = scaling, is_summed
-        if is_summed:
-            ctx.save_for_backward(*saved, None)
-            return x.new_empty(len(x), len(bias))
-        xA = (x if dropped is None else dropped) @ copies.A.t()  # (n, r)
+        xA = None if is_summed else (x if dropped is None else dropped) @ copies.A.t()  # (n, r)
         ctx.save_for_backward(*saved, xA)
+        ctx.scaling = scaling
+        if xA is None:
+            return x.new_empty(len(x), len(bias))
         return torch.addmm(copies.bias, xA, copies.scaled_B)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, dropped, weight, A, scaled_B, xA = ctx.saved_tensors
         needs_d_x, needs_d_dropped, needs_d_weight, needs_d_bias, *_ = ctx.needs_input_grad
         d_x = d_y @ weight.to(d_y.dtype) if needs_d_x else None
-        xA = x @ A.t() if xA is None else xA
+        is_summed = xA is None
+        xA = x @ A.t() if is_summed else xA
         d_xA, d_scaled_B = low_rank_gradients(d_y, xA, scaled_B)
         d_A = product_in_fp32(d_xA.t(), x if dropped is None else dropped)
         # d_xA A is the gradient of `dropped` if there is dropout. Otherwise it is added to that of
         # x, unless the weight is summed: then d_y S includes it.
         d_dropped = d_xA @ A if needs_d_dropped else None
-        if d_x is not None and dropped is None and not ctx.is_summed:
+        if d_x is not None and dropped is None and not is_summed:
             d_x.addmm_(d_xA, A)
         d_weight = d_y.t() @ x if needs_d_weight else None
         d_bias = d_y.sum(0) if needs_d_bias else None
@@ -106,9 +105,7 @@ class LoRAFunction(torch.autograd.Function):
         return d_x, d_dropped, d_weight, d_bias, d_A, d_B, None, None, None
 
 
-def low_rank_gradients(
-    d_y: torch.Tensor, xA: torch.Tensor, scaled_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def low_rank_gradients(d_y: Tensor, xA: Tensor, scaled_B: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of xA (n, r) and of scaled_B (r, out). Both read all of `d_y` (n, out). On a
     CPU we take a block of its rows at a time, so that the second product finds it in the cache.
     """
@@ -128,10 +125,10 @@ class LoRALinear(nn.Linear):
     """
 
     # Buffers, see `make_buffers`.
-    weight_copy: torch.Tensor
-    bias_copy: torch.Tensor
-    A_copy: torch.Tensor
-    scaled_B_copy: torch.Tensor
+    weight_copy: Tensor
+    bias_copy: Tensor
+    A_copy: Tensor
+    scaled_B_copy: Tensor
 
     def __init__(self, linear: nn.Module, config: LoRAConfig):
         nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a second weight
@@ -147,15 +144,14 @@ class LoRALinear(nn.Linear):
         self.uses_copies = False  # true within `hold_copies`
         self.train(linear.training)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = x.to(matmul_dtype(x))
         if self.is_merged:
             return F.linear(x, self.matrix().to(x.dtype), self.bias.to(x.dtype))
         shape, x = x.shape[:-1], x.flatten(0, -2)
         is_dropping = self.training and self.config.lora_dropout > 0
         dropped = F.dropout(x, self.config.lora_dropout) if is_dropping else None
-        copies = self.held_copies() if self.uses_copies else self.new_copies(x.dtype)
-        is_summed = self.uses_copies and self.is_summed
+        copies, is_summed = self.copies(x.dtype), self.uses_copies and self.is_summed
         trained = self.matrix(), self.bias, self.lora_A, self.lora_B
         y = LoRAFunction.apply(x, dropped, *trained, copies, self.scaling, is_summed)
         # The large product, x W'. LoRAFunction.backward computes its gradients, so autograd need
@@ -171,22 +167,22 @@ class LoRALinear(nn.Linear):
         return self.use_summed_form and not self.config.lora_dropout
 
     @torch.no_grad()
-    def new_copies(self, dtype: torch.dtype) -> LoRACopies:
+    def copies(self, dtype: torch.dtype) -> LoRACopies:
+        """Return the buffers within `hold_copies`, or else new copies in `dtype`."""
+        if self.uses_copies:
+            return LoRACopies(self.weight_copy, self.bias_copy, self.A_copy, self.scaled_B_copy)
         scaled_B = (self.scaling * self.lora_B).t()
         if scaled_B.device.type == "cpu":
             scaled_B = scaled_B.contiguous()  # several times faster
         return LoRACopies(self.matrix(), *(t.to(dtype) for t in (self.bias, self.lora_A, scaled_B)))
 
-    def held_copies(self) -> LoRACopies:
-        return LoRACopies(self.weight_copy, self.bias_copy, self.A_copy, self.scaled_B_copy)
-
     def make_buffers(self, dtype: torch.dtype) -> None:
         """Register buffers for the copies. CUDA graphs need them to stay at their addresses."""
-        for name, value in self.new_copies(dtype)._asdict().items():
+        for name, value in self.copies(dtype)._asdict().items():
             copy = name != "weight" or self.is_summed  # a frozen W may be in `dtype` already
             self.register_buffer(f"{name}_copy", value.to(dtype, copy=copy), persistent=False)
 
-    def matrix(self) -> torch.Tensor:  # (out, in)
+    def matrix(self) -> Tensor:  # (out, in)
         return self.weight.t() if self.is_conv1d else self.weight
 
     @torch.no_grad()
@@ -226,12 +222,11 @@ def update_copies(linears: list[LoRALinear], dtype: torch.dtype | None) -> None:
     """Copy A, s B' and S. Layers share kernels, because launching one for each layer would take
     longer than running them. What is frozen is copied only at the first call.
     """
+    alike: dict[tuple, list[LoRALinear]] = {}
     for linear in linears:
         copy, copy_dtype = getattr(linear, "A_copy", None), dtype or linear.lora_A.dtype
         if copy is None or copy.dtype != copy_dtype:
             linear.make_buffers(copy_dtype)
-    alike: dict[tuple, list[LoRALinear]] = {}
-    for linear in linears:
         key = linear.matrix().shape, linear.lora_A.shape, linear.scaling, linear.is_summed
         alike.setdefault(key, []).append(linear)
     for (shape, *_), group in alike.items():
@@ -267,26 +262,9 @@ def cast_frozen_weights(model: GPT, dtype: torch.dtype) -> None:
                 module.forward = partial(frozen_linear, module)  # type: ignore[method-assign]  # for this instance
 
 
-def frozen_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return FrozenLinear.apply(x.to(matmul_dtype(x)), linear.weight, linear.bias)
-
-
-class FrozenLinear(torch.autograd.Function):
-    """A linear layer that casts its weight in both passes, so autograd does not store the copy."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        d_bias = d_y.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return d_y @ weight.to(d_y.dtype), None, d_bias
+def frozen_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    x = x.to(matmul_dtype(x))
+    return F.linear(x, linear.weight.to(x.dtype), linear.bias)
 
 
 def convertible_linears(model: nn.Module) -> list[str]:
@@ -325,9 +303,7 @@ def convert_linear_layer_to_lora(
 def replace_linears(model: nn.Module, configs: dict[str, LoRAConfig]) -> None:
     """Add LoRA to the layers with these names."""
     for name, config in configs.items():
-        linear = model.get_submodule(name)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(linear, config))
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), config))
 
 
 def only_optimize_lora_parameters(model: Model) -> Model:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from engine.data import Batch
@@ -24,11 +24,11 @@ CAST_ROWS = 8192
 CPU_ROW_MULTIPLE = 64
 CPU_SOFTMAX_ROWS = 32  # 6 MB in fp32: small enough to stay in the cache from pass to pass
 
-WeightParts = tuple[torch.Tensor, ...]  # the weight of the head, split by rows
-CrossEntropy = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+WeightParts = tuple[Tensor, ...]  # the weight of the head, split by rows
+CrossEntropy = Callable[[Tensor, Tensor, int], Tensor]
 
 
-def cross_entropy_(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def cross_entropy_(logits: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
     """Turn `logits` (n, padded V) into their gradient in place. Return the log-probabilities (n, 1)
     of `ids` (n, 1) in fp32.
     """
@@ -40,39 +40,10 @@ def cross_entropy_(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> 
         log_probs = torch.log_softmax(rows, dim=-1, dtype=torch.float32, out=out)
         target_log_probs.append(log_probs.gather(1, row_ids))
         torch.exp(log_probs, out=rows)
-    return subtract_targets_(logits, ids, torch.cat(target_log_probs))
-
-
-def subtract_targets_(
-    probs: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tensor
-) -> torch.Tensor:
-    """Subtract 1 from the probabilities of `ids`. Return their log-probabilities."""
+    log_probs = torch.cat(target_log_probs)
     # Compute p - 1 from log p in fp32, because p near 1 has been rounded to bf16.
-    probs.scatter_(1, ids, log_probs.expm1().to(probs.dtype))
+    logits.scatter_(1, ids, log_probs.expm1().to(logits.dtype))
     return log_probs
-
-
-def compile_cross_entropy(device: torch.device) -> CrossEntropy:
-    """Return a `cross_entropy_` for 16-bit logits: a Triton kernel on CUDA, else compiled code."""
-    if device.type == "cuda":
-        from engine.triton_loss import triton_cross_entropy_  # other devices may lack Triton
-
-        return triton_cross_entropy_
-
-    def normalize_(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        logits[:, vocab_size:] = -torch.inf
-        log_sum_exp = logits.float().logsumexp(dim=-1, keepdim=True)
-        logits.copy_((logits.float() - log_sum_exp).exp())
-        return log_sum_exp
-
-    compiled = torch.compile(normalize_, options={"coordinate_descent_tuning": True})
-
-    def cross_entropy(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        # Gather outside the compiled function: inside, this would split it into two kernels.
-        target_logits = logits.gather(1, ids).float()
-        return subtract_targets_(logits, ids, target_logits - compiled(logits, vocab_size))
-
-    return cross_entropy
 
 
 class HeadLoss(torch.autograd.Function):
@@ -94,13 +65,13 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # torch's FunctionCtx, which accepts any attribute
-        x: torch.Tensor,  # (n, C), in the dtype for the matmuls
-        weight: torch.Tensor,  # (padded V, C)
-        targets: torch.Tensor,  # (n), without IGNORE_INDEX
+        x: Tensor,  # (n, C), in the dtype for the matmuls
+        weight: Tensor,  # (padded V, C)
+        targets: Tensor,  # (n), without IGNORE_INDEX
         vocab_size: int,
         with_grad: bool,
         cross_entropy: CrossEntropy,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         if x.device.type == "cpu" and x.dtype != torch.float32:
             # Rows of zeros have logits of zero. Below, `cross_entropy` skips them, so these zeros
             # remain as their gradient.
@@ -136,7 +107,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (d_x, d_weight), ctx.gradients = ctx.gradients, None  # scaled in place, so used only once
         d_weight = None if d_weight is None else d_weight.mul_(grad)
         return d_x.mul_(grad), d_weight, None, None, None, None
@@ -144,13 +115,11 @@ class HeadLoss(torch.autograd.Function):
 
 def choose_chunk_rows(n: int, device: torch.device, needs_d_weight: bool) -> int:
     """Return how many of n rows to process at a time."""
-    n_rows = DEFAULT_CHUNK_ROWS
-    if device.type == "cpu":
-        n_rows = CPU_CHUNK_ROWS if needs_d_weight else CPU_SMALL_CHUNK_ROWS
-    return max(1, min(n_rows, n))
+    cpu_rows = CPU_CHUNK_ROWS if needs_d_weight else CPU_SMALL_CHUNK_ROWS
+    return max(1, min(cpu_rows if device.type == "cpu" else DEFAULT_CHUNK_ROWS, n))
 
 
-def split_head(weight: torch.Tensor, dtype: torch.dtype) -> WeightParts:
+def split_head(weight: Tensor, dtype: torch.dtype) -> WeightParts:
     """Return the weight of the head (padded V, C) in `dtype`, as a single part. But if the weight
     is stored in fewer bits, split it into parts that are cast one by one when they are used, so
     that there is never a complete copy in `dtype`.
@@ -160,21 +129,21 @@ def split_head(weight: torch.Tensor, dtype: torch.dtype) -> WeightParts:
     return (weight.to(dtype),)
 
 
-def multiply_by_head(x: torch.Tensor, weight_parts: WeightParts, out: torch.Tensor) -> None:
+def multiply_by_head(x: Tensor, weight_parts: WeightParts, out: Tensor) -> None:
     """out = x W'. Each part of the weight gives some columns of the logits."""
     columns = out.split([len(part) for part in weight_parts], dim=1)
     for part, logits in zip(weight_parts, columns, strict=True):
         torch.mm(x, part.to(x.dtype).t(), out=logits)
 
 
-def multiply_gradient(d_logits: torch.Tensor, weight_parts: WeightParts, out: torch.Tensor) -> None:
+def multiply_gradient(d_logits: Tensor, weight_parts: WeightParts, out: Tensor) -> None:
     """out = d_logits W"""
     columns = d_logits.split([len(part) for part in weight_parts], dim=1)
     for i, (part, d_columns) in enumerate(zip(weight_parts, columns, strict=True)):
         out.addmm_(d_columns, part.to(d_columns.dtype), beta=int(i > 0))  # 0: overwrite
 
 
-def add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """Add a @ b to `total` in place, in fp32; None starts a new total. On CUDA, the product of
     16-bit matrices is not rounded to 16 bits first.
     """
@@ -192,31 +161,28 @@ class SummedLoss(nn.Module):
     evaluated, sampled and saved stays plain.
     """
 
-    def __init__(
-        self,
-        model: GPT,
-        *,
-        compile_trunk: bool = False,
-        compile_head: bool = False,
-        use_graphs: bool = False,
-    ):
-        """With `use_graphs`, training replays a CUDA graph of the compiled trunk for each shape."""
+    def __init__(self, model: GPT, *, trunk_mode: str | None = None, compile_head: bool = False):
+        """`trunk_mode` is a mode of torch.compile, or None to run the trunk eagerly. In mode
+        reduce-overhead, training replays a CUDA graph for each shape. On CUDA, `compile_head` runs
+        the cross-entropy of 16-bit logits as one kernel.
+        """
         super().__init__()
-        self.model, self.use_graphs = model, use_graphs
+        self.model, self.use_graphs = model, trunk_mode == "reduce-overhead"
         self.trunk = self.evaluation_trunk = self.run_trunk
-        if compile_trunk:
+        if trunk_mode:
             # torch.compile assumes a static length. If that changes, it compiles for a dynamic one.
-            self.trunk = self.evaluation_trunk = torch.compile(self.run_trunk)
-        if compile_trunk and use_graphs:
-            self.trunk = torch.compile(self.run_trunk, mode="reduce-overhead")
+            self.trunk = torch.compile(self.run_trunk, mode=trunk_mode)
+            self.evaluation_trunk = torch.compile(self.run_trunk)
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.register_forward_pre_hook(cast_to_weight_dtype)
-        device = model.lm_head.weight.device
-        compiled = compile_cross_entropy(device) if compile_head else cross_entropy_
-        self.cross_entropy_for_16_bits: CrossEntropy = compiled
+        self.cross_entropy_for_16_bits: CrossEntropy = cross_entropy_
+        if compile_head and model.lm_head.weight.device.type == "cuda":
+            from engine.triton_loss import triton_cross_entropy_  # other devices may lack Triton
 
-    def run_trunk(self, idx: torch.Tensor) -> torch.Tensor:
+            self.cross_entropy_for_16_bits = triton_cross_entropy_
+
+    def run_trunk(self, idx: Tensor) -> Tensor:
         """Return the final hidden states (B*T, C) in the dtype for the matmuls of the head. If that
         is bf16, the residual stream is in bf16, too.
         """
@@ -224,7 +190,7 @@ class SummedLoss(nn.Module):
         residual_dtype = dtype if dtype == torch.bfloat16 else None
         return self.model.hidden(idx, residual_dtype=residual_dtype).flatten(0, 1).to(dtype)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         with_grad = torch.is_grad_enabled()
         if self.use_graphs:  # compile once for all lengths; dynamic=True would include floats
             torch._dynamo.maybe_mark_dynamic(batch.idx, 1)  # noqa: SLF001  # no public name
@@ -239,6 +205,6 @@ class SummedLoss(nn.Module):
         return HeadLoss.apply(x, weight, targets, vocab_size, with_grad, cross_entropy)
 
 
-def cast_to_weight_dtype(layer_norm: nn.LayerNorm, args: tuple[torch.Tensor]) -> torch.Tensor:
+def cast_to_weight_dtype(layer_norm: nn.LayerNorm, args: tuple[Tensor]) -> Tensor:
     """A forward pre-hook. Autocast runs LayerNorm in fp32 on CUDA, but not on a CPU."""
     return args[0].to(layer_norm.weight.dtype)

@@ -10,10 +10,11 @@ import torch
 
 from engine.config import TrainConfig
 from engine.data import TrainingData
-from engine.distributed import Distributed, autocast_dtype
+from engine.distributed import Distributed
 from engine.lora import lora_linears
 from engine.loss import choose_chunk_rows
 from engine.optim import block_matrices
+from engine.tensors import autocast_dtype
 from model import GPT
 
 FP32 = 4  # bytes per element
@@ -45,11 +46,11 @@ def predict_memory(
         root = (V + model.config.block_size) * C
         weights += matmul * (root + max(root, (sum(p.numel() for p in params) - root) / L))
     else:  # copies that autocast and LoRA make and the backward pass needs again
-        copied: list[torch.Tensor] = []
-        copied += [p for p in params if p.itemsize > matmul and (p.requires_grad or p is head)]
+        kept = [p for p in params if p.requires_grad or p is head]
+        sizes = [p.numel() for p in kept if p.itemsize > matmul]
         linears = lora_linears(model).values()
-        copied += [m.weight for m in linears if m.is_summed or m.weight.itemsize > matmul]
-        weights += matmul * sum(p.numel() for p in copied)
+        sizes += [m.weight.numel() for m in linears if m.is_summed or m.weight.itemsize > matmul]
+        weights += matmul * sum(sizes)
     muon = block_matrices(model).values() if config.optimizer == "muon" else []
     optimizer = FP32 * (2 * trained - sum(p.numel() for p in muon)) / n_shards  # Muon: one moment
     # Besides, a block stores its input and the residual after attention. With recomputation, one
@@ -58,8 +59,8 @@ def predict_memory(
     # Eager LayerNorms store their inputs in fp32.
     residual = matmul if config.precision == "bf16" and not is_eager else FP32
     none, stored = (2 * residual + matmul * STORED[mode] for mode in ("none", config.recompute))
-    values = L * stored + (none if config.recompute != "none" else 0)
-    values += 3 * residual  # input, output and output gradient of ln_f
+    # ln_f has its input, its output and the gradient of its output.
+    values = L * stored + (none if config.recompute != "none" else 0) + 3 * residual
     rows = choose_chunk_rows(config.batch_size * block_size, dist.device, head.requires_grad)
     logits = rows * V * matmul  # only one chunk exists at a time
     if head.requires_grad:  # its gradient; on a CPU, 16-bit gradients of a chunk are cast
@@ -116,10 +117,8 @@ def check_memory(model: GPT, data: TrainingData, config: TrainConfig, dist: Dist
         return n_sharing * predict_peak(model, changed, dist, data.block_size, n_micro_steps)
 
     needed = predict(config.batch_size, config.recompute)
-    text = (
-        f"batch_size {config.batch_size} needs about {needed / 1e9:.1f} GB of memory, expected at "
-        f"most {limit / 1e9:.1f} GB"
-    )
+    text = f"batch_size {config.batch_size} needs about {needed / 1e9:.1f} GB of memory"
+    text += f", expected at most {limit / 1e9:.1f} GB"
     if NEARLY_FULL * limit < needed <= limit and dist.is_main:
         print(f"{text}; that is close, so use a smaller batch_size if memory runs out")
     if needed > limit:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from engine.checkpoint import (
@@ -68,7 +69,7 @@ class PendingStep(NamedTuple):
     record: dict  # its number and learning rate
     begin: Time
     end: Time  # when `results` have reached the CPU
-    results: torch.Tensor  # its loss, the number of ranks that want to stop, its gradient norm
+    results: Tensor  # its loss, the number of ranks that want to stop, its gradient norm
 
 
 class Meter:
@@ -95,9 +96,7 @@ class Meter:
         """
         return self.pending[-1].end if self.pending else clock(self.dist.device)
 
-    def add(
-        self, record: dict, begin: Time, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool
-    ) -> None:
+    def add(self, record: dict, begin: Time, loss: Tensor, grad_norm: Tensor, stop: bool) -> None:
         """Queue a step that was launched after `begin_step`. `record` has its number and learning
         rate, `loss` is this rank's share of the mean loss, and `stop` says whether this rank wants
         to stop after it.

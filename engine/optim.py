@@ -98,17 +98,13 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     """AdamW for all trainable parameters, or Muon for the matrices of the blocks and AdamW for the
     rest.
     """
-    single: list[nn.Parameter] = []  # matrices of the blocks
-    stacked: list[nn.Parameter] = []  # c_attn: the matrices of q, k and v on top of each other
-    if config.optimizer == "muon":
-        for name, param in block_matrices(model).items():
-            (stacked if name.endswith("c_attn.weight") else single).append(param)
-        if not single + stacked:
-            raise ValueError(
-                "optimizer is muon, which trains the matrices of the blocks, but they are frozen; "
-                "use adamw, or train all weights"
-            )
-    in_muon = {id(param) for param in single + stacked}
+    matrices = block_matrices(model) if config.optimizer == "muon" else {}
+    if config.optimizer == "muon" and not matrices:
+        raise ValueError(
+            "optimizer is muon, which trains the matrices of the blocks, but they are frozen; use "
+            "adamw, or train all weights"
+        )
+    in_muon = {id(param) for param in matrices.values()}
     groups = parameter_groups(model, config.weight_decay)
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in in_muon]
@@ -117,6 +113,9 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
     if not in_muon:
         return [adamw]
     dtype = newton_schulz_dtype(model.lm_head.weight.device, config)
+    # c_attn has the matrices of q, k and v on top of each other.
+    stacked = [param for name, param in matrices.items() if name.endswith("c_attn.weight")]
+    single = [param for name, param in matrices.items() if not name.endswith("c_attn.weight")]
     groups = [{"params": single, "parts": 1}, {"params": stacked, "parts": 3}]
     compiled = config.compile and config.parallel != "fsdp"  # sharded tensors: not tried
     lr, decay = config.muon_lr, config.muon_weight_decay

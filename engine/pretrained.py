@@ -5,23 +5,20 @@ model.safetensors or pytorch_model.bin, which may be split into several files.
 """
 
 import hashlib
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from engine.errors import print_notice
 from engine.files import read_json, write_json
 from engine.hub import download_model_files
-from engine.tensors import DTYPES, check_tensors, copy_tensors, read_tensors
+from engine.tensors import DTYPES, Tensors, check_tensors, copy_tensors, read_tensors, save_tensors
 from engine.tokenizer import GPT2_VOCAB_SIZE, TOKENIZER_FILES, Tokenizer, find_tokenizer
 from model import GPT, GPTConfig
 
-Tensors = dict[str, torch.Tensor]  # by name
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference
 ADAPTER_WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Options of config.json that affect what a GPT-2 computes, as option: (default in transformers,
@@ -124,20 +121,16 @@ def read_config(path: Path) -> GPTConfig:
     hf = read_json(path, remedy="save or download it again")
     for option, (default, accepted) in OPTIONS.items():
         if (value := hf.get(option, default)) not in accepted:
-            expected = " or ".join(map(repr, accepted))
-            raise ValueError(
-                f"{path}: {option} is {value!r}, but model.py supports only {expected}"
-            )
+            allowed = " or ".join(map(repr, accepted))
+            raise ValueError(f"{path}: {option} is {value!r}, but model.py supports only {allowed}")
     keys = {field: key for field, key in CONFIG_KEYS.items() if key in hf or key in REQUIRED_KEYS}
     values: dict[str, Any] = {field: hf.get(key) for field, key in keys.items()}
     for field, value in values.items():
         kind, expected = FIELD_TYPES.get(field, (int, "an integer"))
         if type(value) is not kind:
             raise ValueError(f"{path}: {CONFIG_KEYS[field]} is {value!r}, expected {expected}")
-    if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
-        raise ValueError(
-            f"{path}: n_inner is {hf['n_inner']}, but model.py supports only 4 * n_embd"
-        )
+    if (n_inner := hf.get("n_inner")) not in (None, 4 * hf["n_embd"]):
+        raise ValueError(f"{path}: n_inner is {n_inner}, but model.py supports only 4 * n_embd")
     try:
         return GPTConfig(**values)
     except ValueError as error:
@@ -223,9 +216,7 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         write_json(folder / "config.json", hf)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        # safetensors makes the file private (mode 0600). Give it the usual permissions.
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")
+        save_tensors(tensors, folder / "model.safetensors")
         if tokenizer:
             tokenizer.save(folder, config.block_size)
     except (OSError, SafetensorError) as error:

@@ -121,7 +121,7 @@ class ShardWriter:
             entry = {**shard.finish(), "split": split, "cursor": dict(self.cursor)}
             self.manifest["shards"].append(entry)
         if self.unfinished:
-            write_manifest(self.out_dir, self.manifest)
+            save_manifest(self.out_dir, self.manifest)
         self.unfinished.clear()
 
 
@@ -132,7 +132,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> dict:
     return file.finish()
 
 
-def write_manifest(folder: Path, manifest: dict) -> None:
+def save_manifest(folder: Path, manifest: dict) -> None:
     write_json(folder / "manifest.json", manifest)
 
 
@@ -167,10 +167,6 @@ def load_data_tokenizer(folder: Path | str) -> Tokenizer:
             "or has changed; restore it, or delete the folder and prepare the data again"
         )
     return tokenizer
-
-
-def count_tokens(manifest: dict, split: str) -> int:
-    return sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == split)
 
 
 def open_shard(path: Path) -> np.ndarray:

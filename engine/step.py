@@ -10,18 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.config import TrainConfig
 from engine.data import Batch, Prefetcher, TrainingData
-from engine.distributed import (
-    Distributed,
-    autocast,
-    autocast_dtype,
-    cudnn_attention,
-    full_tensor,
-    shard_model,
-)
+from engine.distributed import Distributed, autocast, cudnn_attention, full_tensor, shard_model
 from engine.lora import hold_copies, lora_linears
 from engine.loss import SummedLoss
 from engine.optim import build_optimizers, set_schedule
 from engine.recompute import apply_recompute
+from engine.tensors import autocast_dtype
 from model import GPT
 
 CLIP_EPS = 1e-6  # as in torch's clip_grad_norm_
@@ -59,8 +53,9 @@ class TrainingStep:
                 raise ValueError("precision fp16 does not work with fsdp; use bf16 or fp32")
             shard_model(self.model, dist, self.dtype, compile_blocks=config.compile)
             return SummedLoss(self.model, compile_head=config.compile)
-        compiled = {"compile_trunk": config.compile, "compile_head": config.compile}
-        return SummedLoss(self.model, **compiled, use_graphs=bool(self.data.graph_lengths))
+        mode = "reduce-overhead" if self.data.graph_lengths else "default"
+        trunk_mode = mode if config.compile else None
+        return SummedLoss(self.model, trunk_mode=trunk_mode, compile_head=config.compile)
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Do step `step`, counted from 1. Return this rank's share of the mean loss, and the
@@ -102,10 +97,7 @@ class TrainingStep:
         for optimizer in self.optimizers:
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # GradScaler sets it too
             optimizer.step()
-            if not self.kept_grads:
-                optimizer.zero_grad()
-        if self.kept_grads:
-            torch._foreach_zero_(self.kept_grads)
+            optimizer.zero_grad(set_to_none=not self.kept_grads)
         self.scaler.update()
         return mean_loss, grad_norm
 
@@ -209,10 +201,8 @@ class TrainingStep:
         """Load the state that `snapshot` returned, on the same or another number of ranks."""
         from torch.distributed.checkpoint import state_dict as dcp
 
-        options = dcp.StateDictOptions(full_state_dict=True)
-        dcp.set_optimizer_state_dict(
-            self.model, self.optimizers, state["optimizer"], options=options
-        )
+        saved, options = state["optimizer"], dcp.StateDictOptions(full_state_dict=True)
+        dcp.set_optimizer_state_dict(self.model, self.optimizers, saved, options=options)
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.dist.device.type == "cuda" and state["rng"]["cuda"] is not None:

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 # What torch.load raises if a file is damaged, and what our code raises on unexpected contents.
 TORCH_LOAD_ERRORS = (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError)
 MAX_NAMES_SHOWN = 4  # in an error
+Tensors = dict[str, torch.Tensor]  # by name
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> Tensors:
     """Read the tensors of a .safetensors file or a file from torch.save. Raises ValueError if it is
     damaged or holds anything but tensors.
     """
@@ -31,9 +32,15 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def check_tensors(
-    tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], source: str
-) -> None:
+def save_tensors(tensors: Tensors, path: Path, **metadata: str) -> None:
+    """Write a .safetensors file."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, {"format": "pt", **metadata})
+    path.chmod(mode)  # safetensors makes the file private
+
+
+def check_tensors(tensors: Tensors, targets: Tensors, source: str) -> None:
     """Raise ValueError if tensors from `source` are missing, unexpected, of the wrong shape, or
     quantized.
     """
@@ -58,9 +65,7 @@ def check_tensors(
             )
 
 
-def copy_tensors(
-    tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], source: str
-) -> None:
+def copy_tensors(tensors: Tensors, targets: Tensors, source: str) -> None:
     """Copy each tensor into the target with the same name, or none if `check_tensors` raises."""
     check_tensors(tensors, targets, source)
     for name, target in targets.items():
@@ -72,6 +77,11 @@ def product_in_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.device.type == "cuda" and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
+
+
+def autocast_dtype(precision: str | None) -> torch.dtype | None:
+    """Return the dtype that autocast uses for matmuls, or None for fp32 (no autocast)."""
+    return None if precision in (None, "fp32") else DTYPES[precision]
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:

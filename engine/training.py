@@ -60,7 +60,7 @@ def train(
             hellaswag = task.load(tokenizer, model.config.block_size)
     if dist.is_main:
         announce_run(model, data, config, dist)
-        warn_about_settings(model, data, config, dist)
+        print_warnings(model, data, config, dist)
     check_memory(model, data, config, dist)
     with Interrupt() as interrupt, profile_steps(config, dist) as profiler:
         training_step = TrainingStep(model.to(dist.device), data, config, dist)
@@ -155,9 +155,7 @@ def announce_run(model: GPT, data: TrainingData, config: TrainConfig, dist: Dist
     print(to_yaml(config), sizes, sep="\n", flush=True)
 
 
-def warn_about_settings(
-    model: GPT, data: TrainingData, config: TrainConfig, dist: Distributed
-) -> None:
+def print_warnings(model: GPT, data: TrainingData, config: TrainConfig, dist: Distributed) -> None:
     """Print which settings keep the run from learning, or make it too slow for a CPU."""
     step_flops = flops_per_token(model, data.block_size) * data.tokens_through(1)
     if dist.device.type == "cpu" and step_flops > SLOW_STEP_FLOPS * dist.world_size:

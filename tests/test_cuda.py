@@ -40,7 +40,7 @@ from engine.lora import (
     lora_linears,
     only_optimize_lora_parameters,
 )
-from engine.loss import HeadLoss, SummedLoss, compile_cross_entropy, cross_entropy_
+from engine.loss import HeadLoss, SummedLoss, cross_entropy_
 from engine.metrics import read_metrics
 from engine.optim import build_optimizers
 from engine.recompute import apply_recompute
@@ -94,7 +94,9 @@ def test_head_loss_equals_cross_entropy(dtype, tolerance, is_compiled):
     targets = torch.randint(vocab_size, (n,), generator=generator).to(CUDA)
     x[: n // 2] += 40 * weight[targets[: n // 2]]  # these logits are about 12 above the others
     leaves = [t.clone().requires_grad_() for t in (x, weight)]
-    cross_entropy = compile_cross_entropy(CUDA) if is_compiled else cross_entropy_
+    cross_entropy = cross_entropy_
+    if is_compiled:
+        from engine.triton_loss import triton_cross_entropy_ as cross_entropy
     x16 = leaves[0].to(dtype)
     loss = HeadLoss.apply(x16, leaves[1], targets, vocab_size, True, cross_entropy)
     grads = torch.autograd.grad(loss, leaves)
@@ -148,10 +150,10 @@ def test_steps_on_cuda_equal_those_on_a_cpu(shards):
 def test_recompute_and_compile_do_not_change_gradients(mode, is_compiled):
     """Gradients equal those of the plain model, whatever is recomputed or compiled."""
     idx, results = random_ids(4, 128).to(CUDA), []
-    for recompute, compile_trunk in (("none", False), (mode, is_compiled)):
+    for recompute, trunk_mode in (("none", None), (mode, "default" if is_compiled else None)):
         model = cuda_model()
         apply_recompute(model, recompute)
-        loss = SummedLoss(model, compile_trunk=compile_trunk)
+        loss = SummedLoss(model, trunk_mode=trunk_mode)
         results.append(torch.autograd.grad(loss(Batch(idx, idx.roll(1))), [*model.parameters()]))
     for grad, expected in zip(*results, strict=True):
         assert relative_error(grad, expected) < 1e-5
@@ -197,7 +199,7 @@ def test_lora_does_not_recompile_for_every_length():
     convert_linear_layer_to_lora(model, config=LoRAConfig(lora_dim=8))
     only_optimize_lora_parameters(model)
     apply_recompute(model, "light")
-    summed_loss = SummedLoss(model.train(), compile_trunk=True, compile_head=True)
+    summed_loss = SummedLoss(model.train(), trunk_mode="default", compile_head=True)
     counters.clear()
     for T in range(20, 128, 9):
         idx = random_ids(4, T).to(CUDA)
@@ -212,7 +214,9 @@ def finetuning_step(use_graphs: bool, form: str, batch_size: int = 8, **options)
     rows = [np.arange(n) % 1000 for n in range(8, 122, 2)]
     examples = [PromptCompletion("", "", row, row, n_prompt=1) for row in rows]
     sizes = {"examples_per_step": 8, "batch_size": batch_size, "seed": 1}
-    data = InstructionData(examples, use_graphs=use_graphs, **sizes)
+    data = InstructionData(examples, **sizes)
+    if use_graphs:
+        data.limit_lengths()
     model = cuda_model()
     if form != "full":
         lora_config = LoRAConfig(lora_dropout=options.pop("lora_dropout", 0.0))
@@ -368,7 +372,7 @@ def test_one_rank_over_nccl(nccl, parallel):
         model = cuda_model()
         if kind == "fsdp":
             shard_model(model, GPU_DIST, None, compile_blocks=True)
-        loss = SummedLoss(model, compile_trunk=kind == "ddp")
+        loss = SummedLoss(model, trunk_mode="default" if kind == "ddp" else None)
         loss = DistributedDataParallel(loss) if kind == "ddp" else loss
         optimizers = build_optimizers(model, config)
         for _ in range(3):

@@ -62,8 +62,8 @@ def test_weights_gradients_and_moments_are_those_of_a_step(shards, options):
     if options.pop("lora", False):
         only_optimize_lora_parameters(convert_linear_layer_to_lora(model))
     step = make_step(model, shards, **options)
-    step.optimizers[0].zero_grad = lambda: None  # keep gradients
-    step.optimizers[-1].zero_grad = lambda: None
+    step.optimizers[0].zero_grad = lambda **_: None  # keep gradients
+    step.optimizers[-1].zero_grad = lambda **_: None
     step(1)
     predicted = predict_memory(model, step.config, CPU_DIST, block_size=16)
     states = [s for o in step.optimizers for state in o.state.values() for s in state.values()]

@@ -75,7 +75,7 @@ def test_a_copy_computes_with_its_own_weights(tiny_config, mode, base, copy_mode
         cast_frozen_weights(model, torch.bfloat16)
     apply_recompute(model, mode)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    SummedLoss(model, compile_trunk=True)(Batch(idx, idx.roll(1)))
+    SummedLoss(model, trunk_mode="default")(Batch(idx, idx.roll(1)))
     copied = copy_model(model)
     assert list(model.state_dict()) == list(copied.state_dict()) == names
     assert torch.equal(model(idx), copied(idx))

@@ -220,7 +220,7 @@ def test_compiled_loss_equals_the_eager_one(shards, monkeypatch, backend):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     eager, compiled = new_step_model(), new_step_model()
     batch = make_data(shards, 12, 0).micro_batch(1, 1)
-    losses = [SummedLoss(eager)(batch), SummedLoss(compiled, compile_trunk=True)(batch)]
+    losses = [SummedLoss(eager)(batch), SummedLoss(compiled, trunk_mode="default")(batch)]
     sum(losses).backward()
     torch.testing.assert_close(*losses, atol=0, rtol=1e-5)
     for (name, a), b in zip(compiled.named_parameters(), eager.parameters(), strict=True):

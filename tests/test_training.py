@@ -26,7 +26,7 @@ from engine.evaluation import (
 from engine.loss import SummedLoss
 from engine.metrics import Meter
 from engine.step import TrainingStep
-from engine.training import announce_run, collect_facts, train, warn_about_settings
+from engine.training import announce_run, collect_facts, print_warnings, train
 from model import GPT, GPTConfig
 from train_gpt2 import PretrainConfig
 
@@ -337,10 +337,10 @@ def test_settings_that_prevent_learning_get_a_warning(capsys):
         large = GPT(GPTConfig())
     data = SimpleNamespace(block_size=1024, steps_per_epoch=100.0)
     data.tokens_through = lambda step: step * 2**10
-    warn_about_settings(large, data, PretrainConfig(), CPU_DIST)
+    print_warnings(large, data, PretrainConfig(), CPU_DIST)
     assert not capsys.readouterr().out
     data.tokens_through, data.steps_per_epoch = lambda step: step * 2**19, 3.25
-    warn_about_settings(large, data, PretrainConfig(warmup_steps=5, max_steps=5), CPU_DIST)
+    print_warnings(large, data, PretrainConfig(warmup_steps=5, max_steps=5), CPU_DIST)
     size, warmup, epoch = capsys.readouterr().out.splitlines()
     assert "configs/demo.yaml and configs/small.yaml" in size
     assert "warmup_steps is 5 and max_steps 5, so the learning rate never reaches max_lr" in warmup
