@@ -142,6 +142,7 @@ class LoRALinear(nn.Linear):
         self.is_merged = False
         self.use_summed_form = False  # set by finetune_lora.py --lora_form summed
         self.uses_copies = False  # true within `hold_copies`
+        self.copied: tuple | None = None  # what the copies were made for
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -220,13 +221,14 @@ def hold_copies(linears: list[LoRALinear], dtype: torch.dtype | None) -> Iterato
 @torch.no_grad()
 def update_copies(linears: list[LoRALinear], dtype: torch.dtype | None) -> None:
     """Copy A, s B' and S. Layers share kernels, because launching one for each layer would take
-    longer than running them. What is frozen is copied only at the first call.
+    longer than running them. What is frozen is copied again only if it was changed.
     """
     alike: dict[tuple, list[LoRALinear]] = {}
     for linear in linears:
-        copy, copy_dtype = getattr(linear, "A_copy", None), dtype or linear.lora_A.dtype
-        if copy is None or copy.dtype != copy_dtype:
-            linear.make_buffers(copy_dtype)
+        needed = dtype or linear.lora_A.dtype, linear.is_summed, linear.weight._version  # noqa: SLF001
+        if linear.copied != needed:
+            linear.make_buffers(needed[0])
+            linear.copied = needed
         key = linear.matrix().shape, linear.lora_A.shape, linear.scaling, linear.is_summed
         alike.setdefault(key, []).append(linear)
     for (shape, *_), group in alike.items():

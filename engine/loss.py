@@ -40,10 +40,35 @@ def cross_entropy_(logits: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
         log_probs = torch.log_softmax(rows, dim=-1, dtype=torch.float32, out=out)
         target_log_probs.append(log_probs.gather(1, row_ids))
         torch.exp(log_probs, out=rows)
-    log_probs = torch.cat(target_log_probs)
+    return subtract_targets_(logits, ids, torch.cat(target_log_probs))
+
+
+def subtract_targets_(probs: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
+    """Subtract 1 from the probabilities of `ids`. Return `log_probs`, their logarithms."""
     # Compute p - 1 from log p in fp32, because p near 1 has been rounded to bf16.
-    logits.scatter_(1, ids, log_probs.expm1().to(logits.dtype))
+    probs.scatter_(1, ids, log_probs.expm1().to(probs.dtype))
     return log_probs
+
+
+def compile_cross_entropy(device: torch.device) -> CrossEntropy:
+    """Return a `cross_entropy_` for 16-bit logits: a Triton kernel on CUDA, else compiled code."""
+    if device.type == "cuda":
+        from engine.triton_loss import triton_cross_entropy_  # other devices may lack Triton
+
+        return triton_cross_entropy_
+
+    @torch.compile
+    def normalize_(logits: Tensor, vocab_size: int) -> Tensor:
+        logits[:, vocab_size:] = -torch.inf
+        log_sum_exp = logits.float().logsumexp(dim=-1, keepdim=True)
+        logits.copy_((logits.float() - log_sum_exp).exp())
+        return log_sum_exp
+
+    def cross_entropy(logits: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
+        target_logits = logits.gather(1, ids).float()
+        return subtract_targets_(logits, ids, target_logits - normalize_(logits, vocab_size))
+
+    return cross_entropy
 
 
 class HeadLoss(torch.autograd.Function):
@@ -163,8 +188,7 @@ class SummedLoss(nn.Module):
 
     def __init__(self, model: GPT, *, trunk_mode: str | None = None, compile_head: bool = False):
         """`trunk_mode` is a mode of torch.compile, or None to run the trunk eagerly. In mode
-        reduce-overhead, training replays a CUDA graph for each shape. On CUDA, `compile_head` runs
-        the cross-entropy of 16-bit logits as one kernel.
+        reduce-overhead, training replays a CUDA graph for each shape.
         """
         super().__init__()
         self.model, self.use_graphs = model, trunk_mode == "reduce-overhead"
@@ -177,10 +201,8 @@ class SummedLoss(nn.Module):
             if isinstance(module, nn.LayerNorm):
                 module.register_forward_pre_hook(cast_to_weight_dtype)
         self.cross_entropy_for_16_bits: CrossEntropy = cross_entropy_
-        if compile_head and model.lm_head.weight.device.type == "cuda":
-            from engine.triton_loss import triton_cross_entropy_  # other devices may lack Triton
-
-            self.cross_entropy_for_16_bits = triton_cross_entropy_
+        if compile_head:
+            self.cross_entropy_for_16_bits = compile_cross_entropy(model.lm_head.weight.device)
 
     def run_trunk(self, idx: Tensor) -> Tensor:
         """Return the final hidden states (B*T, C) in the dtype for the matmuls of the head. If that

@@ -157,7 +157,7 @@ def test_layer_gradients_pass_gradcheck(monkeypatch, is_summed, dropout):
     def forward(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         linear.lora_A, linear.lora_B = a, b
         torch.manual_seed(1)  # the same dropout in every call
-        linear._buffers.clear()  # the copies that an earlier call needs for its backward pass
+        linear.copied = None  # an earlier call needs its copies for its backward pass
         with hold_all_copies(linear, is_summed):
             assert linear.is_summed == (is_summed and not dropout)
             return linear(x)
@@ -207,6 +207,30 @@ def test_no_gradient_has_the_size_of_the_weight(is_summed):
             y.backward()
     assert linear.lora_B.grad.abs().sum() > 0
     assert 0 < max(event.cpu_memory_usage for event in prof.events()) < 256 * 256 * 4
+
+
+def test_copies_follow_the_weights(tiny_model, idx):
+    """Copies follow what they were made from: the form, the dtype, a trained adapter, and a base
+    that was loaded since. Making them changes no weight and adds nothing to the checkpoint.
+    """
+    only_optimize_lora_parameters(randomize(convert_linear_layer_to_lora(tiny_model)))
+    before = copy.deepcopy(tiny_model.state_dict())
+    for is_summed, dtype in ((False, None), (True, None), (True, torch.bfloat16), (False, None)):
+        with hold_all_copies(tiny_model, is_summed, dtype):
+            assert {m.weight_copy.dtype for m in lora_linears(tiny_model).values()} == {
+                dtype or torch.float32
+            }
+        assert all(torch.equal(t, before[name]) for name, t in tiny_model.state_dict().items())
+    assert tiny_model.state_dict().keys() == before.keys()
+    with torch.no_grad():
+        for linear in lora_linears(tiny_model).values():
+            linear.lora_B.mul_(2)
+            linear.weight.mul_(3)
+            linear.bias.add_(1)
+    expected = mean_loss(tiny_model, idx)
+    for is_summed in (False, True):
+        with hold_all_copies(tiny_model, is_summed):
+            torch.testing.assert_close(mean_loss(tiny_model, idx), expected, rtol=1e-5, atol=0)
 
 
 def test_sums_keep_small_updates():

@@ -1,21 +1,23 @@
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_ids, run_worker
+from conftest import CPU_DIST, random_ids, run_worker
 from torch.profiler import ProfilerActivity, profile
 
 from engine import loss as loss_module
 from engine.data import Batch, make_batch
-from engine.loss import HeadLoss, SummedLoss, cross_entropy_
+from engine.loss import HeadLoss, SummedLoss, compile_cross_entropy, cross_entropy_
 from model import GPT, GPTConfig
 
 
-def head_loss(x, weight, targets, dtype) -> torch.Tensor:
+def head_loss(x, weight, targets, dtype, cross_entropy=cross_entropy_) -> torch.Tensor:
     """Compute the loss, and its gradients, of hidden states `x` for a vocabulary of 1000."""
-    with_grad = True
-    return HeadLoss.apply(x.to(dtype), weight, targets, 1000, with_grad, cross_entropy_)
+    return HeadLoss.apply(
+        x.to(dtype), weight, targets, 1000, True, cross_entropy
+    )  # True: with_grad
 
 
 def test_untrained_loss_is_log_vocab_size():
@@ -75,18 +77,30 @@ def test_a_frozen_head_in_bf16(tiny_model, monkeypatch):
     assert max(event.cpu_memory_usage for event in prof.events()) < 4 * head.numel()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-def test_gradients_in_16_bits_if_the_model_is_certain(dtype, tolerance):
-    """For a target with p = 0.997, the gradient p - 1 has 16-bit precision. Rounding p itself to 16
-    bits would lose most of it. The loss is within 1% of float64.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "kind"),
+    [
+        (torch.bfloat16, 3e-2, "eager"),
+        (torch.float16, 4e-3, "uncompiled kernel"),
+        pytest.param(torch.bfloat16, 3e-2, "compiled kernel", marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_in_16_bits_if_the_model_is_certain(monkeypatch, dtype, tolerance, kind):
+    """For a target with p = 0.997, the gradient p - 1 has 16-bit precision, compiled or not.
+    Rounding p itself to 16 bits would lose most of it. The loss is within 1% of float64.
     """
+    if kind == "compiled kernel" and shutil.which("gcc") is None:
+        pytest.skip("torch.compile on a CPU needs gcc")
+    if kind == "uncompiled kernel":  # test its formula without compiling it
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    cross_entropy = cross_entropy_ if kind == "eager" else compile_cross_entropy(CPU_DIST.device)
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 64, generator=generator) for n in (300, 1024))
     targets = torch.randint(1000, (300,), generator=generator)
     weight *= 0.1
     x = 0.3 * x + 20 * F.normalize(weight[targets], dim=-1)  # target logits 16 above others
     leaves = [t.to(dtype).float().requires_grad_() for t in (x, weight)]
-    loss = head_loss(*leaves, targets, dtype)
+    loss = head_loss(*leaves, targets, dtype, cross_entropy)
     gradients = torch.autograd.grad(loss, leaves)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     logits = exact[0] @ exact[1][:1000].t()
