@@ -195,7 +195,7 @@ class GPT(nn.Module):
         """Return the final hidden states (B, T, C) for token ids (B, T). Pass them to `logits`.
 
         With `caches`, one per layer, `idx` continues the cached tokens. The first call may pass any
-        number of tokens, later calls one token each. `residual_dtype` is for the residual stream.
+        number of tokens, later calls one token each. `residual_dtype` casts the residual stream.
         `positions` (T) or (B, T) replaces 0, 1, 2, ... The boolean `mask` (B, 1, T, T), true if a
         token may attend to another, replaces the causal mask. Both together let several texts share
         a row.

@@ -169,7 +169,7 @@ class TrainConfig(Settings):
             raise ValueError(f"min_lr is {self.min_lr}, expected at most max_lr {self.max_lr}")
 
     def is_due(self, every: int, step: int) -> bool:
-        """Return whether `step` is a multiple of `every`, or the last step. If it is 0: never."""
+        """Return whether `step` is a multiple of `every`, or the last step. 0 is never due."""
         return every > 0 and (step % every == 0 or step == self.max_steps)
 
     def is_any_evaluation_due(self, step: int) -> bool:
@@ -187,7 +187,7 @@ def run_command(main: Callable[[Config], None], config_class: type[Config], doc:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show every sample
-    atexit.register(gc.freeze)  # or Python would look for garbage for seconds before it exits
+    atexit.register(gc.freeze)  # skip garbage collection at exit, which is slow
     values, debug = parse_flags(config_class, doc)
     if debug:  # print when each part of the command is done
         logging.basicConfig(level=logging.INFO, format="%(relativeCreated)6d ms: %(message)s")

@@ -82,9 +82,9 @@ class TrainingData(ABC):
 
     has_fixed_shape: ClassVar[bool]  # whether all batches have the same shape
     step_size_flag: ClassVar[str]  # the flag that sets step_size, for error messages
-    graph_lengths: Sequence[int] = ()  # lengths of batches if each gets a CUDA graph
+    graph_lengths: Sequence[int] = ()  # batch lengths that get a CUDA graph each; empty: no graphs
     fingerprint: str  # a hash that identifies the data
-    batch_sizes: list[int]  # up to batch_size, largest first, that give the same loss curve
+    batch_sizes: list[int]  # sizes up to batch_size that divide a step, largest first
     epoch_contents: str  # printed at the start of a run, such as "1,000 tokens"
 
     def __init__(

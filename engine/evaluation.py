@@ -94,7 +94,7 @@ class Evaluation:
                 record["samples"] = generate_samples(model, self.tokenizer, self.prompts, **options)
             if config.is_due(config.hellaswag_every, step) and step:  # not at step 0
                 record |= evaluate_task("hellaswag", model, self.hellaswag, dist)
-        # Nothing is left in the queue of the GPU: each evaluation returns its results as numbers.
+        # The GPU is idle here: each evaluation has returned numbers.
         return record | {"eval_ms": round((time.perf_counter() - started) * 1e3, 2)}
 
 

@@ -20,7 +20,7 @@ DEFAULT_DATA = "yahma/alpaca-cleaned"
 PROGRESS_DELAY = 5  # seconds until a progress bar is shown on a terminal
 PAD_MULTIPLE = 8  # tensor cores need sizes that are multiples of 8
 MAX_GRAPHS = 8  # PyTorch warns if there are more
-LENGTH_STEPS = 1000  # choose the lengths of graphs by the batches of this many steps
+LENGTH_STEPS = 1000  # choose the batch lengths from this many steps
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 ROLES |= {"human": "user", "gpt": "assistant"}  # in ShareGPT
 
@@ -248,7 +248,7 @@ def split_examples(
 
 def choose_lengths(lengths: Iterable[int], n: int) -> list[int]:
     """Choose at most n lengths, including the largest, so that little padding is added if each of
-    `lengths` is rounded up to the next one. Greedily drops the length that adds the least.
+    `lengths` is rounded up to the next chosen one. Greedily drops the length that adds the least.
     """
     counts = Counter(lengths)
     while len(counts) > n:
@@ -266,7 +266,7 @@ def pad(examples: list[PromptCompletion], lengths: Sequence[int] = ()) -> Batch:
         idx       p p p c c 0 0 0     0: padding
         targets   - - c c c - - -     -: IGNORE_INDEX
 
-    With `lengths`, in ascending order, the length of the rows is the first that fits.
+    With `lengths`, in ascending order, rows are padded to the first that fits.
     """
     longest = round_up(max(len(e.tokens) - 1 for e in examples), PAD_MULTIPLE)
     rows = [(e.tokens[:-1], e.targets[1:]) for e in examples]

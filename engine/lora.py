@@ -17,7 +17,7 @@ from engine.config import Settings, flag
 from engine.tensors import Tensors, matmul_dtype, product_in_fp32
 from model import GPT
 
-SUM_ELEMENTS = 2**24  # of the sums that exist in fp32 at a time: 64 MB
+SUM_ELEMENTS = 2**24  # weights that are summed in fp32 at a time; W and the sum take 64 MB each
 CPU_GRAD_ROWS = 128  # rows of a gradient in one block: 1.5 MB for 124M, which fit the cache
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,14 +35,14 @@ class LoRAConfig(Settings):
 
 
 class LoRACopies(NamedTuple):
-    """What a LoRALinear multiplies with. Biases, A and B are in the dtype of the matmuls. A weight
+    """What a LoRALinear multiplies by. Biases, A and B are in the dtype of the matmuls. A weight
     that is not a copy may be in another dtype; it is cast where it is used.
     """
 
     weight: Tensor  # W (out, in), or the sum S = W + s B A, where s is the scaling
     bias: Tensor
     A: Tensor  # (r, in)
-    scaled_B: Tensor  # s B' (r, out); row-major, which is several times faster on a CPU
+    scaled_B: Tensor  # s B' (r, out); row-major on a CPU, where that is several times faster
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -153,8 +153,8 @@ class LoRALinear(nn.Linear):
         is_dropping = self.training and self.config.lora_dropout > 0
         dropped = F.dropout(x, self.config.lora_dropout) if is_dropping else None
         copies, is_summed = self.copies(x.dtype), self.uses_copies and self.is_summed
-        trained = self.matrix(), self.bias, self.lora_A, self.lora_B
-        y = LoRAFunction.apply(x, dropped, *trained, copies, self.scaling, is_summed)
+        params = self.matrix(), self.bias, self.lora_A, self.lora_B
+        y = LoRAFunction.apply(x, dropped, *params, copies, self.scaling, is_summed)
         # The large product, x W'. LoRAFunction.backward computes its gradients, so autograd need
         # not see it. It comes last because backward does not need its result: activation
         # checkpointing stops recomputing as soon as LoRAFunction has saved its tensors.
@@ -174,7 +174,7 @@ class LoRALinear(nn.Linear):
             return LoRACopies(self.weight_copy, self.bias_copy, self.A_copy, self.scaled_B_copy)
         scaled_B = (self.scaling * self.lora_B).t()
         if scaled_B.device.type == "cpu":
-            scaled_B = scaled_B.contiguous()  # several times faster
+            scaled_B = scaled_B.contiguous()
         return LoRACopies(self.matrix(), *(t.to(dtype) for t in (self.bias, self.lora_A, scaled_B)))
 
     def make_buffers(self, dtype: torch.dtype) -> None:
@@ -203,9 +203,9 @@ def lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
 
 @contextmanager
 def hold_copies(linears: list[LoRALinear], dtype: torch.dtype | None) -> Iterator[None]:
-    """Copy the weights of each layer in `dtype` (None: that of A), and multiply with the copies
-    until the context ends. In the summed form, the copy of W is W + scaling * B A. Layers whose W
-    or bias is trained are left alone.
+    """Copy each layer's weights to `dtype` (None: that of A), and multiply by the copies until the
+    context ends. In the summed form, the copy of W is W + scaling * B A. Layers whose W or bias is
+    trained are left alone.
     """
     linears = [m for m in linears if not (m.weight.requires_grad or m.bias.requires_grad)]
     update_copies(linears, dtype)
@@ -234,10 +234,10 @@ def update_copies(linears: list[LoRALinear], dtype: torch.dtype | None) -> None:
     for (shape, *_), group in alike.items():
         at_once = max(1, SUM_ELEMENTS // shape.numel())
         for start in range(0, len(group), at_once):
-            update_alike(group[start : start + at_once])
+            update_group(group[start : start + at_once])
 
 
-def update_alike(linears: list[LoRALinear]) -> None:
+def update_group(linears: list[LoRALinear]) -> None:
     """Update the copies of layers with the same shapes and settings."""
     A = torch.stack([m.lora_A for m in linears])  # (n, r, in)
     scaled_B = linears[0].scaling * torch.stack([m.lora_B for m in linears])  # (n, out, r)

@@ -1,4 +1,4 @@
-"""The memory that training needs, predicted before the first step, and the memory that there is."""
+"""Predict the memory that training needs, and refuse a run that does not fit."""
 
 import math
 import os
@@ -22,7 +22,7 @@ FP32 = 4  # bytes per element
 # (3), attention output (1), and MLP before and after GELU (8). `light` recomputes the outputs of
 # LayerNorm and GELU, `block` recomputes everything.
 STORED = {"none": 14, "light": 8, "block": 0}
-# A process on a CPU also has code and buffers, and its heap has holes between the tensors. Both
+# A process on a CPU also has code and buffers, and its heap is fragmented. Both
 # numbers are fitted to measured peaks, see docs/scale.md.
 CPU_PROCESS_BYTES, CPU_HEAP_FACTOR = 0.45e9, 1.17
 NEARLY_FULL = 0.85  # of the memory: above this, print a warning
@@ -33,7 +33,7 @@ CGROUP_FILES = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_
 def predict_memory(
     model: GPT, config: TrainConfig, dist: Distributed, block_size: int
 ) -> dict[str, float]:
-    """Predict the bytes of the tensors on a device after the forward pass of a second micro-step,
+    """Predict the bytes of the tensors on a device after the forward pass of the second micro-step,
     when gradients exist. docs/scale.md explains them. `model` may be on the meta device.
     """
     C, L, V = model.config.n_embd, model.config.n_layer, model.config.padded_vocab_size
@@ -45,7 +45,7 @@ def predict_memory(
     if n_shards > 1:  # FSDP gathers the embeddings (root) and a block when they are used
         root = (V + model.config.block_size) * C
         weights += matmul * (root + max(root, (sum(p.numel() for p in params) - root) / L))
-    else:  # copies that autocast and LoRA make and the backward pass needs again
+    else:  # copies made by autocast and LoRA, which the backward pass reuses
         kept = [p for p in params if p.requires_grad or p is head]
         sizes = [p.numel() for p in kept if p.itemsize > matmul]
         linears = lora_linears(model).values()
@@ -53,7 +53,7 @@ def predict_memory(
         weights += matmul * sum(sizes)
     muon = block_matrices(model).values() if config.optimizer == "muon" else []
     optimizer = FP32 * (2 * trained - sum(p.numel() for p in muon)) / n_shards  # Muon: one moment
-    # Besides, a block stores its input and the residual after attention. With recomputation, one
+    # A block also stores its input and the residual after attention. With recomputation, one
     # block at a time stores everything.
     is_eager = not config.compile and config.recompute == "none"
     # Eager LayerNorms store their inputs in fp32.
@@ -63,7 +63,7 @@ def predict_memory(
     values = L * stored + (none if config.recompute != "none" else 0) + 3 * residual
     rows = choose_chunk_rows(config.batch_size * block_size, dist.device, head.requires_grad)
     logits = rows * V * matmul  # only one chunk exists at a time
-    if head.requires_grad:  # its gradient; on a CPU, 16-bit gradients of a chunk are cast
+    if head.requires_grad:  # its gradient; on a CPU, plus those of a chunk in 16 bits and in fp32
         casts = dist.device.type == "cpu" and matmul < FP32
         logits += V * C * (FP32 + (matmul + FP32 if casts else 0))
     # Gradients are complete on all ranks, even with FSDP, until they are reduced once per step.
@@ -96,7 +96,7 @@ def memory_limit(device: torch.device) -> float:
     """Return the bytes of the GPU, or of the machine or its container; infinity if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    if device.type != "cpu" or not hasattr(os, "sysconf"):  # Windows
+    if device.type != "cpu" or not hasattr(os, "sysconf"):  # MPS or Windows
         return math.inf
     limits = [Path(file).read_text().strip() for file in CGROUP_FILES if Path(file).is_file()]
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -120,11 +120,11 @@ def check_memory(model: GPT, data: TrainingData, config: TrainConfig, dist: Dist
     text = f"batch_size {config.batch_size} needs about {needed / 1e9:.1f} GB of memory"
     text += f", expected at most {limit / 1e9:.1f} GB"
     if NEARLY_FULL * limit < needed <= limit and dist.is_main:
-        print(f"{text}; that is close, so use a smaller batch_size if memory runs out")
+        print(f"{text}; if memory runs out, use a smaller batch_size")
     if needed > limit:
         options = [(n, mode) for mode in (config.recompute, "block") for n in data.batch_sizes]
         fitting = (f"{n} --recompute {mode}" for n, mode in options if predict(n, mode) <= limit)
-        remedy = "use a smaller model, such as configs/small.yaml"
+        remedy = "use a smaller model, or --parallel fsdp on several GPUs"
         if flags := next(fitting, None):
             remedy = f"use --batch_size {flags}, which gives the same loss curve"
         raise ValueError(f"{text}; {remedy}")

@@ -57,7 +57,7 @@ Time = float | torch.cuda.Event
 
 
 def clock(device: torch.device) -> Time:
-    """Return the time: on CUDA an event, which is reached once the work launched so far is done."""
+    """Return the time; on CUDA, an event that completes when all work launched so far is done."""
     if device.type != "cuda":
         return time.perf_counter()
     return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
@@ -91,8 +91,8 @@ class Meter:
         self.stop_requested = False  # by any rank
 
     def begin_step(self) -> Time:
-        """Return when the step begins that is launched next: at the end of the previous step, or
-        now if that has been read, because then an evaluation or a save may have come in between.
+        """Return when the next step begins: at the end of the previous one, or now if that one has
+        been read, because an evaluation or a save may have come in between.
         """
         return self.pending[-1].end if self.pending else clock(self.dist.device)
 
@@ -298,8 +298,8 @@ class RunLogger:
 
     def estimate_seconds_left(self, step: int) -> float:
         """Return the time of the steps and evaluations after `step`, without saves. Compiling does
-        not count: the median leaves out new batch lengths, and we drop the first evaluation if
-        there are others.
+        not count: the median ignores the few steps that compile a new length, and we drop the first
+        evaluation if there are others.
         """
         steps = range(step + 1, self.config.max_steps + 1)
         step_ms = statistics.median(self.step_times) * len(steps)

@@ -155,8 +155,8 @@ class Muon(torch.optim.Optimizer):
     ):
         self.beta2 = beta2  # decay rate of NorMuon's second moments; 0 is plain Muon
         self.dtype = dtype  # for Newton-Schulz
-        # All but Newton-Schulz is limited by memory bandwidth. Compiled, each of these functions
-        # reads and writes a tensor once. Shapes are static, because a model has few of them.
+        # Everything but Newton-Schulz is limited by memory bandwidth. Compiled, each of these
+        # functions reads and writes a tensor once. dynamic=False, because a model has few shapes.
         functions: tuple[Callable, ...] = look_ahead, normuon_scales, change_weights
         self.functions = [torch.compile(f, dynamic=False) if compiled else f for f in functions]
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM, "parts": 1}
@@ -175,8 +175,8 @@ class Muon(torch.optim.Optimizer):
                     self._update(group, params[start : start + at_once])
 
     def _update(self, group: dict, params: Tensors) -> None:
-        """Update parameters of the same shape together. One by one, a GPU would take longer to
-        launch the kernels than to run them.
+        """Update parameters of the same shape together. One by one, launching the kernels
+        would take longer than running them.
         """
         look_ahead, normuon_scales, change_weights = self.functions
         parts, (rows, cols) = group["parts"], params[0].shape
@@ -223,10 +223,9 @@ def look_ahead(
 
 
 def normuon_scales(updates: Tensor, moments: Tensor, new_share: Tensor) -> Tensor:
-    """NorMuon: divide each row of the updates (n, rows, cols), or each column if they are wide, by
-    the running root mean square of its elements. Then scale each matrix back to the norm it had.
-
-    Return the scales (n, rows, 1) or (n, 1, cols), and update `moments`, the running mean squares.
+    """Return NorMuon's scales (n, rows, 1) or (n, 1, cols). They divide each row of the updates
+    (n, rows, cols), or each column if they are wide, by the running root mean square of its
+    elements, and restore the norm of each matrix. Updates `moments`, the running mean squares.
     `new_share` is the share of the new squares in them, 0 in a skipped step.
     """
     dim = 1 if updates.size(1) < updates.size(2) else 2

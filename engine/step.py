@@ -19,7 +19,7 @@ from engine.tensors import autocast_dtype
 from model import GPT
 
 CLIP_EPS = 1e-6  # as in torch's clip_grad_norm_
-GRAPH_RUNS = 3  # of a CUDA graph before training: to warm up, to record, to replay
+GRAPH_RUNS = 3  # of each CUDA graph before training: warm up, record, replay
 
 
 class TrainingStep:
@@ -40,7 +40,7 @@ class TrainingStep:
         self.optimizers = build_optimizers(model, config)
         linears = [*lora_linears(model).values()]
         self.has_dropout = any(linear.config.lora_dropout for linear in linears)
-        # FSDP gathers weights one block at a time, so there is no room for copies of all layers.
+        # FSDP gathers weights one block at a time, so no rank can hold copies of all layers.
         self.copied_linears = [] if self.is_sharded else linears
         self.kept_grads: list[torch.Tensor] = []  # with CUDA graphs, see `_record_graphs`
 
@@ -122,7 +122,7 @@ class TrainingStep:
         return nullcontext()
 
     def _add_gradients(self, batch: Batch, n_targets: int) -> torch.Tensor:
-        """Return this rank's share of the mean loss. Its gradients add up in param.grad."""
+        """Add the gradients of a batch to param.grad. Return this rank's share of the mean loss."""
         if self.kept_grads:
             torch.compiler.cudagraph_mark_step_begin()
         loss = self.loss(batch) / n_targets
@@ -136,8 +136,8 @@ class TrainingStep:
         """Record the CUDA graphs of the forward and the backward pass for each length of a batch.
 
         The backward pass of a graph returns gradients in memory that its next replay overwrites.
-        So they are added to gradients that stay where they are, and that are set to zero after the
-        update. We make those in the first step, because `restore` needs a step without gradients.
+        So we add them to gradients at fixed addresses, and zero those after each update. They are
+        allocated in the first step, because `restore` needs param.grad to be None.
         """
         trained = [p for p in self.model.parameters() if p.requires_grad]
         for param in trained:
@@ -152,10 +152,10 @@ class TrainingStep:
         torch._foreach_zero_(self.kept_grads)
         if self.dist.device.type == "cuda":
             n, reserved = len(self.data.graph_lengths), torch.cuda.memory_reserved() / 1e9
-            print(f"CUDA graphs: {n} batch lengths; the GPU holds {reserved:.2f} GB", flush=True)
+            print(f"CUDA graphs: {n} batch lengths, {reserved:.2f} GB reserved", flush=True)
 
     def _clip_gradients(self) -> torch.Tensor:
-        """Have the optimizers clip the gradients to a norm of grad_clip. Return their norm."""
+        """Tell the optimizers to clip the gradients to a norm of grad_clip. Return their norm."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.dist.device.type == "cpu":
             # Take the norm of the norms of rows. A single fp32 sum over the embedding would lose

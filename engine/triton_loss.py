@@ -1,10 +1,10 @@
-"""The cross-entropy of the head as one Triton kernel. Import it only where there is Triton."""
+"""The cross-entropy of the head as one Triton kernel. Import it only if Triton is installed."""
 
 import torch
 import triton
 from triton import language as tl
 
-# With 32 warps per row, at most two rows are in work on each multiprocessor. So the second pass
+# With 32 warps per row, each multiprocessor works on at most two rows. So the second pass
 # over a row finds it in the L2 cache: on an H200, 264 rows of GPT-2's logits take 27 of 50 MB.
 BLOCK, NUM_WARPS = 8192, 32
 
@@ -17,7 +17,7 @@ def cross_entropy_kernel(logits, ids, log_probs, vocab_size, row_size, block_siz
         d = sum(exp(x - m))
 
     one block of columns at a time. If a block has a larger maximum, d is scaled down. The second
-    pass overwrites x with exp(x - m) / d, and with 0 in the padding.
+    pass overwrites x with its gradient: exp(x - m) / d, minus 1 at the target; 0 in the padding.
     """
     row = tl.program_id(0)
     logits += row.to(tl.int64) * row_size  # the offset may exceed 32 bits
@@ -36,7 +36,7 @@ def cross_entropy_kernel(logits, ids, log_probs, vocab_size, row_size, block_siz
         columns = start + tl.arange(0, block_size)
         x = tl.load(logits + columns, columns < vocab_size, -float("inf")).to(tl.float32)
         tl.store(logits + columns, tl.exp(x - m) / d, columns < row_size)
-    tl.debug_barrier()  # other threads have written to the target's column
+    tl.debug_barrier()  # wait until all threads have written; one wrote the target's column
     tl.store(logits + target, tl.exp(log_prob) - 1)
 
 

@@ -170,7 +170,7 @@ def test_remedies(model, set_limit):
         (peak(model, 1, "light"), "use --batch_size 1 --recompute light"),
         (peak(model, 2, "block"), "use --batch_size 2 --recompute block"),
         (peak(model, 1, "block"), "use --batch_size 1 --recompute block"),
-        (peak(model, 1, "block") - 1e6, "use a smaller model, such as configs/small.yaml"),
+        (peak(model, 1, "block") - 1e6, "use a smaller model, or --parallel fsdp on several GPUs"),
     ):
         set_limit(limit + 1)
         with pytest.raises(ValueError, match=remedy):
@@ -184,10 +184,10 @@ def test_nearly_full_memory_gets_a_warning(model, set_limit, capsys, monkeypatch
     not_main = Distributed(1, 1, CPU_DIST.device)
     for n_ranks, limit, dist, text in (
         ("1", 1.2, CPU_DIST, ""),
-        ("1", 1.1, CPU_DIST, "GB; that is close, so use a smaller batch_size if memory runs out\n"),
+        ("1", 1.1, CPU_DIST, "GB; if memory runs out, use a smaller batch_size\n"),
         ("1", 1.1, not_main, ""),
         ("2", 2.4, CPU_DIST, ""),
-        ("2", 2.1, CPU_DIST, "if memory runs out\n"),
+        ("2", 2.1, CPU_DIST, "use a smaller batch_size\n"),
     ):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", n_ranks)
         set_limit(limit * peak(model))

@@ -1,5 +1,5 @@
 """Print, as JSON, how many kernels a GPU would launch for a trunk of two blocks with full
-fine-tuning, and with each form of LoRA: {"full": 90, ...}. Runs on a CPU.
+fine-tuning, and with each form of LoRA: {"full": 87, ...}. Runs on a CPU.
 
 Inductor writes the Triton code for an H100. We count the launches in it, and do not run it. Calls
 of attention and copies inside matmuls are not counted.
