@@ -180,8 +180,10 @@ class LoRALinear(nn.Linear):
     def make_buffers(self, dtype: torch.dtype) -> None:
         """Register buffers for the copies. CUDA graphs need them to stay at their addresses."""
         for name, value in self.copies(dtype)._asdict().items():
-            copy = name != "weight" or self.is_summed  # a frozen W may be in `dtype` already
-            self.register_buffer(f"{name}_copy", value.to(dtype, copy=copy), persistent=False)
+            # A frozen W that takes no more bits needs no copy. It is cast where it is used.
+            is_copy = name != "weight" or self.is_summed or value.itemsize > dtype.itemsize
+            buffer = value.to(dtype, copy=True) if is_copy else value
+            self.register_buffer(f"{name}_copy", buffer, persistent=False)
 
     def matrix(self) -> Tensor:  # (out, in)
         return self.weight.t() if self.is_conv1d else self.weight
@@ -192,6 +194,7 @@ class LoRALinear(nn.Linear):
         update = self.scaling * self.lora_B.float() @ self.lora_A.float()
         self.weight.copy_(self.weight.float() + (update.t() if self.is_conv1d else update))
         del self.lora_A, self.lora_B
+        self._buffers.clear()  # the copies
         self.is_merged = True
 
 
@@ -225,10 +228,11 @@ def update_copies(linears: list[LoRALinear], dtype: torch.dtype | None) -> None:
     """
     alike: dict[tuple, list[LoRALinear]] = {}
     for linear in linears:
-        needed = dtype or linear.lora_A.dtype, linear.is_summed, linear.weight._version  # noqa: SLF001
-        if linear.copied != needed:
-            linear.make_buffers(needed[0])
-            linear.copied = needed
+        copy_dtype = dtype or linear.lora_A.dtype
+        versions = linear.weight._version, linear.bias._version  # noqa: SLF001
+        if linear.copied != (copy_dtype, linear.is_summed, versions):
+            linear.make_buffers(copy_dtype)
+            linear.copied = copy_dtype, linear.is_summed, versions
         key = linear.matrix().shape, linear.lora_A.shape, linear.scaling, linear.is_summed
         alike.setdefault(key, []).append(linear)
     for (shape, *_), group in alike.items():

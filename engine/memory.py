@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,11 @@ def memory_limit(device: torch.device) -> float:
         return torch.cuda.mem_get_info(device)[1]
     if device.type != "cpu" or not hasattr(os, "sysconf"):  # MPS or Windows
         return math.inf
-    limits = [Path(file).read_text().strip() for file in CGROUP_FILES if Path(file).is_file()]
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([physical, *(int(limit) for limit in limits if limit.isdecimal())])
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in CGROUP_FILES:
+        with suppress(OSError, ValueError):  # no such file; "max"
+            limits.append(int(Path(file).read_text()))
+    return min(limit for limit in limits if limit > 0)
 
 
 def check_memory(model: GPT, data: TrainingData, config: TrainConfig, dist: Distributed) -> None:

@@ -193,7 +193,8 @@ class Muon(torch.optim.Optimizer):
         inf = torch.zeros((), device=grads[0].device) if self.found_inf is None else self.found_inf
         keep = 1 - inf
         momentum = 1 - keep * (1 - group["momentum"])
-        lookaheads = look_ahead(grads, means, momentum, self.grad_scale, self.dtype)
+        scale = torch.ones_like(inf) if self.grad_scale is None else self.grad_scale
+        lookaheads = look_ahead(grads, means, momentum, scale, self.dtype)
         updates = distributed_newton_schulz(full_tensor(lookaheads).view(-1, rows // parts, cols))
         # Jordan's factor, sqrt(max(1, rows / cols)): updates of tall and of square matrices then
         # change the outputs of their layers by as much.
@@ -209,14 +210,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def look_ahead(
-    grads: Tensors, means: Tensors, momentum: Tensor, scale: Tensor | None, dtype: torch.dtype
+    grads: Tensors, means: Tensors, momentum: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Divide the gradients by `scale` and update their running means. Return their Nesterov
     look-aheads, stacked. A momentum of 1 leaves the means as they are, even if a gradient is NaN.
     """
     lookaheads, is_kept, new_share = [], momentum < 1, 1 - momentum
     for grad, mean in zip(grads, means, strict=True):
-        new = torch.where(is_kept, grad if scale is None else grad / scale, mean)
+        new = torch.where(is_kept, grad / scale, mean)
         mean.add_((new - mean) * new_share)
         lookaheads.append((new + (mean - new) * momentum).to(dtype))
     return torch.stack(lookaheads)

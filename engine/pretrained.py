@@ -174,20 +174,21 @@ def read_weights(folder: Path) -> Tensors:
 def hf_tensors(model: GPT, params: Tensors | None = None) -> Tensors:
     """Return views of the model's parameters, by name, in Hugging Face's layout: the linear layers
     in the blocks are transposed (Conv1D), and the vocabulary is not padded. If `params` is given,
-    a dict of other tensors by name, return views of these instead.
+    a dict of other tensors by name, return views of these instead, and do not look at the model's:
+    in another thread, FSDP may be replacing them.
     """
     tensors = {}
-    for name, param in model.named_parameters():
+    for name, tensor in (params or {n: p.data for n, p in model.named_parameters()}).items():
         if not name.endswith((".weight", ".bias")):
             raise ValueError(
                 f"{name} is not a parameter of GPT-2; call merge_lora first, or use save_adapter"
             )
-        tensor = params[name] if params else param.data
         if name in ("transformer.wte.weight", "lm_head.weight"):
-            tensor = tensor[: model.config.vocab_size]
+            tensors[name] = tensor[: model.config.vocab_size]
         elif name.startswith("transformer.h.") and tensor.dim() == 2:
-            tensor = tensor.t()
-        tensors[name] = tensor
+            tensors[name] = tensor.t()
+        else:
+            tensors[name] = tensor
     return tensors
 
 
@@ -198,7 +199,7 @@ def save_pretrained(
     `params` is given, save those tensors (by name) instead of the model's parameters. Raises
     OSError if the folder cannot be written.
     """
-    config = model.config
+    config, tensors = model.config, hf_tensors(model, params)
     gpt2_end = GPT2_VOCAB_SIZE - 1 if config.vocab_size == GPT2_VOCAB_SIZE else None
     hf = {
         "architectures": ["GPT2LMHeadModel"],
@@ -210,9 +211,9 @@ def save_pretrained(
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
         "bos_token_id": tokenizer.start_of_text if tokenizer else gpt2_end,
         "eos_token_id": tokenizer.end_of_text if tokenizer else gpt2_end,
-        "dtype": str(model.transformer.wte.weight.dtype).removeprefix("torch."),
+        "dtype": str(tensors["transformer.wte.weight"].dtype).removeprefix("torch."),
     }
-    tensors = {name: t.cpu().contiguous() for name, t in hf_tensors(model, params).items()}
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     try:
         write_json(folder / "config.json", hf)

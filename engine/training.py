@@ -52,6 +52,8 @@ def train(
             f"the run in {config.out_dir} was trained on different data; resume it with that data"
         )
     start, run = resumed.progress["step"] if resumed else 0, Path(config.out_dir)
+    earlier = read_val_losses(run, start)
+    is_finished = start > 0 and is_last_step(start, config, earlier)
     logging.root.info("data checked, model built")
     hellaswag: list[Example] = []
     if config.hellaswag_every:
@@ -61,18 +63,17 @@ def train(
     if dist.is_main:
         announce_run(model, data, config, dist)
         print_warnings(model, data, config, dist)
-    check_memory(model, data, config, dist)
+    if not is_finished:
+        check_memory(model, data, config, dist)
     with Interrupt() as interrupt, profile_steps(config, dist) as profiler:
         training_step = TrainingStep(model.to(dist.device), data, config, dist)
         if resumed:
             training_step.restore(resumed.tensors)
             resumed.tensors.clear()  # frees gigabytes
         loss, fixed_shape = training_step.summed_loss, data.has_fixed_shape
-        earlier = read_val_losses(run, start)
         evaluation = Evaluation(
             model, tokenizer, loss, val, prompts, hellaswag, config, dist, fixed_shape, earlier
         )
-        is_finished = start > 0 and is_last_step(start, config, earlier)
         # Nothing above writes to the run: if the settings, the data or the checkpoint are refused,
         # it stays as it was.
         if dist.is_main:
