@@ -231,6 +231,11 @@ def test_copies_follow_the_weights(tiny_model, idx):
     for is_summed in (False, True):
         with hold_all_copies(tiny_model, is_summed):
             torch.testing.assert_close(mean_loss(tiny_model, idx), expected, rtol=1e-5, atol=0)
+    cast_frozen_weights(tiny_model, torch.bfloat16)
+    with hold_all_copies(tiny_model, is_summed=False):  # in fp32, of which W would take more
+        assert {m.weight_copy.dtype for m in lora_linears(tiny_model).values()} == {torch.bfloat16}
+    merge_lora(tiny_model)
+    assert not [*tiny_model.buffers()]
 
 
 def test_sums_keep_small_updates():

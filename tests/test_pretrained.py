@@ -118,6 +118,17 @@ def test_unknown_name_without_a_network(monkeypatch):
         GPT.from_pretrained("runs/x/checkpoints")
 
 
+def test_saving_copies_does_not_read_the_parameters(tiny_model, tmp_path, monkeypatch):
+    """A snapshot is saved without the model's parameters, which FSDP replaces during training."""
+    params = {name: p.detach().clone() for name, p in tiny_model.named_parameters()}
+    tiny_model.bfloat16()
+    monkeypatch.setattr(tiny_model, "named_parameters", pytest.fail)
+    save_pretrained(tiny_model, tmp_path, params=params)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    saved = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(saved["transformer.wpe.weight"], params["transformer.wpe.weight"])
+
+
 def test_copies_of_the_parameters_are_saved(tiny_model, tmp_path):
     """save_pretrained writes the copies it is given. hf_tensors are views of the parameters."""
     copies = {name: param.detach() + 1 for name, param in tiny_model.named_parameters()}
