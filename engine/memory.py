@@ -23,8 +23,8 @@ FP32 = 4  # bytes per element
 # (3), attention output (1), and MLP before and after GELU (8). `light` recomputes the outputs of
 # LayerNorm and GELU, `block` recomputes everything.
 STORED = {"none": 14, "light": 8, "block": 0}
-# A process on a CPU also has code and buffers, and its heap is fragmented. Both
-# numbers are fitted to measured peaks, see docs/scale.md.
+# A process on a CPU also has code and buffers, and its heap is fragmented. Both numbers are fitted
+# to measured peaks, see docs/scale.md.
 CPU_PROCESS_BYTES, CPU_HEAP_FACTOR = 0.45e9, 1.17
 NEARLY_FULL = 0.85  # of the memory: above this, print a warning
 # Where Linux has the memory limit of a container: cgroup v2 (a number or "max") and v1.
@@ -54,10 +54,9 @@ def predict_memory(
         weights += matmul * sum(sizes)
     muon = block_matrices(model).values() if config.optimizer == "muon" else []
     optimizer = FP32 * (2 * trained - sum(p.numel() for p in muon)) / n_shards  # Muon: one moment
-    # A block also stores its input and the residual after attention. With recomputation, one
-    # block at a time stores everything.
+    # A block also stores its input and the residual after attention. With recomputation, one block
+    # at a time stores everything. Eager LayerNorms store their inputs in fp32.
     is_eager = not config.compile and config.recompute == "none"
-    # Eager LayerNorms store their inputs in fp32.
     residual = matmul if config.precision == "bf16" and not is_eager else FP32
     none, stored = (2 * residual + matmul * STORED[mode] for mode in ("none", config.recompute))
     # ln_f has its input, its output and the gradient of its output.
@@ -117,6 +116,7 @@ def check_memory(model: GPT, data: TrainingData, config: TrainConfig, dist: Dist
     def predict(batch_size: int, recompute: Any) -> float:
         changed = replace(config, batch_size=batch_size, recompute=recompute)
         n_micro_steps = data.rows_per_step // (batch_size * dist.world_size)
+        n_micro_steps += bool(data.graph_lengths)  # then gradients exist from the start
         return n_sharing * predict_peak(model, changed, dist, data.block_size, n_micro_steps)
 
     needed = predict(config.batch_size, config.recompute)

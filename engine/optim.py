@@ -161,6 +161,7 @@ class Muon(torch.optim.Optimizer):
         self.functions = [torch.compile(f, dynamic=False) if compiled else f for f in functions]
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM, "parts": 1}
         super().__init__(groups, defaults)
+        self.defaults["foreach"] = True  # for zero_grad() in one launch
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002  # torch passes None

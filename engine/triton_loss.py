@@ -4,8 +4,8 @@ import torch
 import triton
 from triton import language as tl
 
-# With 32 warps per row, each multiprocessor works on at most two rows. So the second pass
-# over a row finds it in the L2 cache: on an H200, 264 rows of GPT-2's logits take 27 of 50 MB.
+# With 32 warps per row, each multiprocessor works on at most two rows. So the second pass over a
+# row finds it in the L2 cache: on an H200, 264 rows of GPT-2's logits take 27 of 50 MB.
 BLOCK, NUM_WARPS = 8192, 32
 
 

@@ -146,7 +146,9 @@ def test_too_little_memory_is_refused_before_the_first_step(
 
 
 # Training data with a block size of 1024.
-DATA = SimpleNamespace(rows_per_step=32, batch_sizes=[8, 4, 2, 1], block_size=1024)
+DATA = SimpleNamespace(
+    rows_per_step=32, batch_sizes=[8, 4, 2, 1], block_size=1024, graph_lengths=()
+)
 CONFIG = PretrainConfig(batch_size=8, precision="bf16", recompute="light")
 
 

@@ -2,11 +2,13 @@ import copy
 import math
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_data, make_step, new_step_model, on_cpu_and_gpu
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel
 
@@ -14,6 +16,7 @@ from engine.data import PretrainingData
 from engine.lora import convert_linear_layer_to_lora, lora_linears, only_optimize_lora_parameters
 from engine.loss import SummedLoss
 from engine.optim import learning_rate
+from engine.step import TrainingStep
 from model import GPT
 
 
@@ -162,6 +165,39 @@ def test_gradients_kept_for_graphs_change_nothing(shards, monkeypatch, make_mode
     step.restore(state)
     step(4)
     assert all(map(torch.equal, restored.parameters(), model.parameters()))
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the operations on tensors."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func.namespace == "aten"
+        return func(*args, **(kwargs or {}))
+
+
+def test_clipping_takes_few_operations_on_a_gpu(monkeypatch):
+    """On CUDA, the norm of 148 gradients and the factor for clipping take a handful of operations,
+    each of them on all gradients. (The GPU is fake, so nothing is computed.)
+    """
+    # This is true of real tensors on a GPU, but not of fake ones.
+    monkeypatch.setattr("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True)
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.empty(8, 8, device="cuda")) for _ in range(148)]
+        for param in params:
+            param.grad = torch.empty(8, 8, device="cuda")
+        optimizer = SimpleNamespace()
+        step = SimpleNamespace(
+            model=SimpleNamespace(parameters=lambda: params),
+            dist=SimpleNamespace(device=torch.device("cuda")),
+            config=SimpleNamespace(grad_clip=1.0),
+            optimizers=[optimizer],
+        )
+        with CountOps() as counter:
+            norm = TrainingStep._clip_gradients(step)
+    assert counter.n <= 8
+    assert norm.device == optimizer.grad_scale.device == torch.device("cuda", 0)
 
 
 class CountCasts(TorchDispatchMode):
