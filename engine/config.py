@@ -1,8 +1,6 @@
 """Command-line flags, YAML config files, and the settings of a training run."""
 
 import argparse
-import atexit
-import gc
 import importlib.util
 import io
 import json
@@ -187,7 +185,6 @@ def run_command(main: Callable[[Config], None], config_class: type[Config], doc:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show every sample
-    atexit.register(gc.freeze)  # skip garbage collection at exit, which is slow
     values, debug = parse_flags(config_class, doc)
     if debug:  # print when each part of the command is done
         logging.basicConfig(level=logging.INFO, format="%(relativeCreated)6d ms: %(message)s")
