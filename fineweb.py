@@ -29,7 +29,13 @@ from engine.documents import (
 )
 from engine.files import lock_folder, sha256_file
 from engine.hub import reporting_hub_errors
-from engine.shards import ShardWriter, load_data_tokenizer, open_shard, read_manifest, save_manifest
+from engine.shards import (
+    ShardWriter,
+    load_data_tokenizer,
+    open_shard,
+    read_manifest,
+    write_manifest,
+)
 from engine.tokenizer import GPT2, BatchEncoder, Tokenizer, find_tokenizer
 
 # Shards of 100M tokens on the hub, from modded-nanogpt (data/cached_*.py): repository, prefix of
@@ -303,7 +309,7 @@ def finish_manifest(manifest: dict, out_dir: Path, cursor: dict, problems: Count
         "empty documents": cursor["empty"],
         **{kind: problems[kind] for kind in kinds},
     }
-    save_manifest(out_dir, manifest)
+    write_manifest(out_dir, manifest)
     print(f"{out_dir}: {summarize_manifest(manifest)}")
 
 
@@ -331,11 +337,11 @@ def download_shards(dataset: str, out_dir: Path, max_tokens: int | None) -> None
             file = Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=out_dir))
         n_tokens, sha256 = len(open_shard(file)), sha256_file(file)
         shards[name] = {"name": name, "tokens": n_tokens, "sha256": sha256, "split": split}
-        save_manifest(out_dir, {**manifest, "shards": list(shards.values())})
+        write_manifest(out_dir, {**manifest, "shards": list(shards.values())})
         n_train_tokens += n_tokens if split == "train" else 0
         if max_tokens is not None and n_train_tokens >= max_tokens:
             break
-    save_manifest(out_dir, {**manifest, "complete": True, "shards": list(shards.values())})
+    write_manifest(out_dir, {**manifest, "complete": True, "shards": list(shards.values())})
     print(f"{out_dir}: {n_train_tokens:,} tokens for training, and a validation shard")
 
 

@@ -30,7 +30,7 @@ from benchmarks import harness
 from engine.config import flag, run_command
 from engine.data import PretrainingData
 from engine.documents import TextFormat, join_pieces, open_source
-from engine.shards import TokenShards, read_manifest, save_manifest, write_shard
+from engine.shards import TokenShards, read_manifest, write_manifest, write_shard
 from engine.tokenizer import Tokenizer
 from model import GPTConfig
 
@@ -108,7 +108,7 @@ def measure_loading(folder: Path, config: DataBenchmarkConfig) -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(GPTConfig.vocab_size, size=config.tokens, dtype=np.uint16)
     entry = {**write_shard(folder / "random_train_000000.npy", ids), "split": "train"}
-    save_manifest(folder, {"shards": [entry]})
+    write_manifest(folder, {"shards": [entry]})
     total = BATCH_SIZE * BLOCK_SIZE
     sizes = {"block_size": BLOCK_SIZE, "batch_size": BATCH_SIZE, "total_batch_size": total}
     data = PretrainingData(TokenShards(folder, "train"), seed=0, **sizes)

@@ -1,8 +1,8 @@
 """Compare this project with its peers on a GPU: training step, LoRA, HellaSwag, sampling.
 
     python benchmarks/gpu.py --peer ../nanoGPT --data hellaswag_val.jsonl
-    python benchmarks/gpu.py --parts lora_139   # one part
-    python benchmarks/gpu.py --dry_run      # on a CPU: 1 minute
+    python benchmarks/gpu.py --parts lora_139  # one part
+    python benchmarks/gpu.py --dry_run         # on a CPU: 1 minute
 
 Each part is one of the other benchmarks, in its own process. Compiling takes most of the time. So
 we first run one round of every part that compiles, in parallel. This fills PyTorch's cache of

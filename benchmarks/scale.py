@@ -38,7 +38,7 @@ MFU = 0.4  # what llm.c reaches on an H100 at 124M
 WORLD_SIZE, TOTAL_BATCH_SIZE = 8, 524_288
 MAX_BATCH_SIZE = 512  # larger batches don't help
 FP32, BITS16 = 4, 2  # bytes per element
-DEFAULTS = TrainConfig(batch_size=1, precision="bf16", compile=True)
+CONFIG = TrainConfig(batch_size=1, precision="bf16", compile=True)
 
 
 @dataclass(frozen=True)
@@ -74,21 +74,21 @@ def print_memory(models: dict[str, GPT]) -> None:
     for name, model in models.items():
         memory, recomputing = (
             predict_memory(model, config, on_gpus(1), model.config.block_size)
-            for config in (DEFAULTS, replace(DEFAULTS, recompute="block"))
+            for config in (CONFIG, replace(CONFIG, recompute="block"))
         )
         *others, activations, logits = memory.values()
         cells = map(gb, (*others, activations, recomputing["activations"], logits))
-        rows.append([name, f"{count_params(model) / 1e6:,.0f} M", *cells])
+        rows.append([name, f"{count_params(model) / 1e6:,.0f}M", *cells])
     harness.print_table(["size", "parameters", *parts], rows)
 
 
 def print_cards(models: dict[str, GPT]) -> None:
     """Print the largest batch that fits, and the GB and seconds of a step on WORLD_SIZE GPUs."""
     setups = {
-        "DDP": DEFAULTS,
-        "DDP, recompute": replace(DEFAULTS, recompute="block"),
-        "FSDP": replace(DEFAULTS, parallel="fsdp"),
-        "FSDP, recompute": replace(DEFAULTS, parallel="fsdp", recompute="block"),
+        "DDP": CONFIG,
+        "DDP, recompute": replace(CONFIG, recompute="block"),
+        "FSDP": replace(CONFIG, parallel="fsdp"),
+        "FSDP, recompute": replace(CONFIG, parallel="fsdp", recompute="block"),
     }
     costs = "sent, DDP", "sent, FSDP", "step, DDP", "step, FSDP"  # GB per GPU; seconds
     # A ring all-gather or reduce-scatter sends this fraction of the data. An all-reduce is both.

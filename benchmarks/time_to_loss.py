@@ -39,7 +39,7 @@ from engine.data import PretrainingData, validation_batches
 from engine.distributed import Distributed, default_precision, init_device
 from engine.evaluation import eval_mode, evaluate_loss
 from engine.files import JSONLinesLog, lock_folder
-from engine.shards import TokenShards, save_manifest, write_shard
+from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
 from model import GPTConfig
 from train_gpt2 import PretrainConfig, new_model
@@ -216,7 +216,7 @@ def cut_vocabulary(source: Path, target: Path) -> str:
         {**write_shard(target / f"x_{split}_000000.npy", new_id[ids]), "split": split}
         for split, ids in tokens.items()
     ]
-    save_manifest(target, {"shards": entries})
+    write_manifest(target, {"shards": entries})
     return TokenShards(target, "train").fingerprint
 
 

@@ -111,7 +111,9 @@ class TrainConfig(Settings):
     )
     max_lr: float = flag(6e-4, "peak learning rate", above=0)
     min_lr: float = flag(6e-5, "final learning rate of cosine")
-    decay_fraction: float = flag(0.4, "wsd: fraction of steps that decay", at_least=0, at_most=1)
+    decay_fraction: float = flag(
+        0.4, "fraction of steps in which wsd decays", at_least=0, at_most=1
+    )
     beta1: float = flag(0.9, "AdamW: decay rate of the mean gradient", at_least=0, below=1)
     beta2: float = flag(0.95, "AdamW: decay rate of the mean squared gradient", at_least=0, below=1)
     weight_decay: float = flag(0.1, "AdamW: weight decay of tensors with two or more dimensions")
@@ -240,18 +242,20 @@ def normalize_flags(argv: Sequence[str], config_class: type) -> list[str]:
     switches = {f.name for f in fields(config_class) if base_type(f.type) is bool}
     normalized, rest = [], list(argv)
     while rest:
-        arg = rest.pop(0)
-        if arg.startswith("--"):
-            name, equals, value = arg[2:].partition("=")
+        argument = rest.pop(0)
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
             no = "no-" if name.startswith("no-") else ""
             name = name.removeprefix("no-")
             name = names.get(name, name)
-            arg = f"--{no}{name}{equals}{value}"
+            argument = f"--{no}{name}{equals}{value}"
             if name in switches and not no:
                 if not equals and rest and rest[0].lower() in ("true", "false"):
                     value = rest.pop(0)
-                arg = {"true": f"--{name}", "false": f"--no-{name}"}.get(value.lower(), arg)
-        normalized.append(arg)
+                argument = {"true": f"--{name}", "false": f"--no-{name}"}.get(
+                    value.lower(), argument
+                )
+        normalized.append(argument)
     return normalized
 
 

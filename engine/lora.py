@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from engine.config import Settings, flag
-from engine.tensors import Tensors, matmul_dtype, product_in_fp32
+from engine.tensors import Tensors, batches_alike, matmul_dtype, product_in_fp32
 from model import GPT
 
 SUM_ELEMENTS = 2**24  # weights that are summed in fp32 at a time; W and the sum take 64 MB each
@@ -226,19 +226,18 @@ def update_copies(linears: list[LoRALinear], dtype: torch.dtype | None) -> None:
     """Copy A, s B' and S. Layers share kernels, because launching one for each layer would take
     longer than running them. What is frozen is copied again only if it was changed.
     """
-    alike: dict[tuple, list[LoRALinear]] = {}
     for linear in linears:
         copy_dtype = dtype or linear.lora_A.dtype
         versions = linear.weight._version, linear.bias._version  # noqa: SLF001
         if linear.copied != (copy_dtype, linear.is_summed, versions):
             linear.make_buffers(copy_dtype)
             linear.copied = copy_dtype, linear.is_summed, versions
-        key = linear.matrix().shape, linear.lora_A.shape, linear.scaling, linear.is_summed
-        alike.setdefault(key, []).append(linear)
-    for (shape, *_), group in alike.items():
-        at_once = max(1, SUM_ELEMENTS // shape.numel())
-        for start in range(0, len(group), at_once):
-            update_group(group[start : start + at_once])
+
+    def key(linear: LoRALinear) -> tuple:
+        return linear.matrix().shape, linear.lora_A.shape, linear.scaling, linear.is_summed
+
+    for group in batches_alike(linears, key, SUM_ELEMENTS):
+        update_group(group)
 
 
 def update_group(linears: list[LoRALinear]) -> None:

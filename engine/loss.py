@@ -182,8 +182,8 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 class SummedLoss(nn.Module):
     """The summed cross-entropy of a batch in nats, as a module that DDP can wrap.
 
-    The trunk is everything but the head. Compiled code is kept here. The model itself only
-    gets hooks on its LayerNorms.
+    The trunk is everything but the head. Compiled code is kept here. The model itself only gets
+    hooks on its LayerNorms.
     """
 
     def __init__(self, model: GPT, *, trunk_mode: str | None = None, compile_head: bool = False):
@@ -205,8 +205,8 @@ class SummedLoss(nn.Module):
             self.cross_entropy_for_16_bits = compile_cross_entropy(model.lm_head.weight.device)
 
     def run_trunk(self, idx: Tensor) -> Tensor:
-        """Return the final hidden states (B*T, C) in the dtype of the head's matmuls. If that
-        is bf16, the residual stream is in bf16, too.
+        """Return the final hidden states (B*T, C) in the dtype of the head's matmuls. If that is
+        bf16, the residual stream is in bf16, too.
         """
         dtype = matmul_dtype(self.model.transformer.wpe.weight)
         residual_dtype = dtype if dtype == torch.bfloat16 else None

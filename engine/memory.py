@@ -27,7 +27,7 @@ STORED = {"none": 14, "light": 8, "block": 0}
 # to measured peaks, see docs/scale.md.
 CPU_PROCESS_BYTES, CPU_HEAP_FACTOR = 0.45e9, 1.17
 NEARLY_FULL = 0.85  # of the memory: above this, print a warning
-# Where Linux has the memory limit of a container: cgroup v2 (a number or "max") and v1.
+# Linux keeps the memory limit of a container here: cgroup v2 (a number or "max"), and v1.
 CGROUP_FILES = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
 
 

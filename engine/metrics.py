@@ -74,11 +74,12 @@ class PendingStep(NamedTuple):
 
 class Meter:
     """Turns the results of steps into records for the log. On CUDA it reads the results of a step
-    after the next one was launched, so that the GPU always has work. It takes the time of a step
-    from the GPU, as the CPU may run ahead of the GPU or behind it:
+    after the next one was launched, so that the GPU always has work:
 
         GPU   |--- step 1 ---|--- step 2 ---|--- step 3 ---|
         CPU   launch 1, launch 2 |read 1, launch 3 |read 2, launch 4
+
+    Times of steps come from the GPU, because the CPU may run ahead of it or behind it.
     """
 
     def __init__(self, model: GPT, data: TrainingData, dist: Distributed):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from engine.config import TrainConfig
 from engine.data import ceil_div
 from engine.distributed import full_tensor, has_bf16_units, shard_like
+from engine.tensors import batches_alike
 from model import GPT
 
 ADAMW_EPS = 1e-8  # GPT-3 paper, appendix B
@@ -20,7 +21,7 @@ FIRST_MOMENTUM, MOMENTUM, MOMENTUM_WARMUP_STEPS = 0.85, 0.95, 300
 MIN_SECOND_MOMENT = 1e-10  # NorMuon, as in modded-nanogpt
 NS_BATCH_ELEMENTS = 2**25  # per batched Newton-Schulz: enough to fill a GPU, 64 MB in bf16
 
-Tensors = Sequence[Tensor]
+TensorList = Sequence[Tensor]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -166,18 +167,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002  # torch passes None
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
-            for param in group["params"]:
-                if param.grad is not None:
-                    by_shape.setdefault(param.shape, []).append(param)
-            for shape, params in by_shape.items():
-                at_once = max(1, NS_BATCH_ELEMENTS // shape.numel())
-                for start in range(0, len(params), at_once):
-                    self._update(group, params[start : start + at_once])
+            params = [param for param in group["params"] if param.grad is not None]
+            for batch in batches_alike(params, lambda param: (param.shape,), NS_BATCH_ELEMENTS):
+                self._update(group, batch)
 
-    def _update(self, group: dict, params: Tensors) -> None:
-        """Update parameters of the same shape together. One by one, launching the kernels
-        would take longer than running them.
+    def _update(self, group: dict, params: TensorList) -> None:
+        """Update parameters of the same shape together. One by one, launching the kernels would
+        take longer than running them.
         """
         look_ahead, normuon_scales, change_weights = self.functions
         parts, (rows, cols) = group["parts"], params[0].shape
@@ -211,7 +207,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def look_ahead(
-    grads: Tensors, means: Tensors, momentum: Tensor, scale: Tensor, dtype: torch.dtype
+    grads: TensorList, means: TensorList, momentum: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Divide the gradients by `scale` and update their running means. Return their Nesterov
     look-aheads, stacked. A momentum of 1 leaves the means as they are, even if a gradient is NaN.
@@ -225,10 +221,10 @@ def look_ahead(
 
 
 def normuon_scales(updates: Tensor, moments: Tensor, new_share: Tensor) -> Tensor:
-    """Return NorMuon's scales (n, rows, 1) or (n, 1, cols). They divide each row of the updates
-    (n, rows, cols), or each column if they are wide, by the running root mean square of its
-    elements, and restore the norm of each matrix. Updates `moments`, the running mean squares.
-    `new_share` is the share of the new squares in them, 0 in a skipped step.
+    """Return the factors (n, rows, 1) by which NorMuon multiplies updates (n, rows, cols). If they
+    are wide, read column for row: (n, 1, cols). Each row is divided by the running root mean square
+    of its elements; then each matrix is scaled back to the norm it had. Updates `moments`, the
+    running mean squares. `new_share` is the share of the new squares in them, 0 in a skipped step.
     """
     dim = 1 if updates.size(1) < updates.size(2) else 2
     norms = torch.linalg.vector_norm(updates, dim=dim, keepdim=True, dtype=torch.float32)
@@ -240,7 +236,9 @@ def normuon_scales(updates: Tensor, moments: Tensor, new_share: Tensor) -> Tenso
     return scales * (before / after.clamp(min=MIN_SECOND_MOMENT)).sqrt()
 
 
-def change_weights(weights: Tensors, updates: Tensors, scales: Tensors, decay: Tensor) -> None:
+def change_weights(
+    weights: TensorList, updates: TensorList, scales: TensorList, decay: Tensor
+) -> None:
     """W = decay * W + scale * update, where W may be several matrices on top of each other."""
     for weight, update, scale in zip(weights, updates, scales, strict=True):
         change = (update * scale).view(weight.shape)
@@ -257,9 +255,10 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
     x = matrices / norm.clamp(min=NS_EPS).to(matrices.dtype)
     for _ in range(NS_STEPS):
-        # x becomes (a + b g + c g g) x, where g is the smaller of x x' and x' x. baddbmm would copy
-        # g and x to add b g and a x. So we complete the square: a + b g + c g g equals
-        # c (g + s)^2 + a - c s^2 with s = b / 2c, and these sums only change diagonals.
+        # x becomes (a + b g + c g g) x, where g is the smaller of x x' and x' x. To add b g and
+        # a x, baddbmm would copy g and x. So we complete the square. With s = b / 2c:
+        #     a + b g + c g g = c (g + s)^2 + (a - c s^2)
+        # Adding s, or a - c s^2, only changes the diagonal.
         gram = torch.bmm(x.mT, x) if is_tall else torch.bmm(x, x.mT)
         gram.diagonal(dim1=1, dim2=2).add_(b / (2 * c))
         polynomial = torch.baddbmm(gram, gram, gram, beta=0, alpha=c)

@@ -36,7 +36,11 @@ X_AXES = ("step", "tokens", "seconds")
 # Panels, and the keys of the log that they show.
 LOSS_PANEL, HELLASWAG_PANEL = "loss, nats per token", "HellaSwag accuracy"
 PANELS = {LOSS_PANEL: ["train_loss", "val_loss"], HELLASWAG_PANEL: ["hellaswag_acc_norm"]}
-MORE_PANELS = {"learning rate": ["lr"], "grad norm": ["grad_norm"], "tokens/s": ["tokens_per_s"]}
+MORE_PANELS = {
+    "learning rate": ["lr"],
+    "gradient norm": ["grad_norm"],
+    "tokens/s": ["tokens_per_s"],
+}
 WIDTH, HEIGHT, SMALL_HEIGHT = 9.0, 4.5, 2.2  # of a panel, in inches
 
 

@@ -121,7 +121,7 @@ class ShardWriter:
             entry = {**shard.finish(), "split": split, "cursor": dict(self.cursor)}
             self.manifest["shards"].append(entry)
         if self.unfinished:
-            save_manifest(self.out_dir, self.manifest)
+            write_manifest(self.out_dir, self.manifest)
         self.unfinished.clear()
 
 
@@ -132,7 +132,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> dict:
     return file.finish()
 
 
-def save_manifest(folder: Path, manifest: dict) -> None:
+def write_manifest(folder: Path, manifest: dict) -> None:
     write_json(folder / "manifest.json", manifest)
 
 
@@ -229,10 +229,11 @@ class TokenShards:
                 " offline, run `python fineweb.py --dataset stdlib` and set data_dir to data/stdlib"
             )
         disable = None if check_with else True  # None: tqdm shows the bar only in a terminal
+        bar = tqdm(files, f"checking {split}", leave=False, unit=" shards", disable=disable)
         sha256s = [hashes.get(file.name) for file in files]
         with ThreadPoolExecutor() as pool:
             found = pool.map(open_and_check, files, sha256s, [check_with] * len(files))
-            self.shards = [*tqdm(found, f"checking {split}", len(files), False, disable=disable)]
+            self.shards = [shard for shard, _ in zip(found, bar, strict=True)]
         self.starts = np.cumsum([0, *map(len, self.shards)])
         identity = list(zip(map(len, self.shards), sha256s, strict=True))
         self.fingerprint = sha256_text(repr(identity))

@@ -1,7 +1,9 @@
-"""Read files of tensors, and copy tensors into a model, reporting those that do not fit."""
+"""Read and write files of tensors, copy them into a model if they fit; dtypes and products."""
 
 import pickle
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 # What torch.load raises if a file is damaged, and what our code raises on unexpected contents.
 TORCH_LOAD_ERRORS = (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError)
 MAX_NAMES_SHOWN = 4  # in an error
+Item = TypeVar("Item")
 Tensors = dict[str, torch.Tensor]  # by name
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,6 +73,20 @@ def copy_tensors(tensors: Tensors, targets: Tensors, source: str) -> None:
     check_tensors(tensors, targets, source)
     for name, target in targets.items():
         target.copy_(tensors[name])
+
+
+def batches_alike(
+    items: Iterable[Item], key: Callable[[Item], tuple], max_elements: int
+) -> Iterator[list[Item]]:
+    """Yield lists of items that have the same key, which starts with a shape. The tensors of that
+    shape have at most `max_elements` elements in a list, unless there is only one.
+    """
+    groups: dict[tuple, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    for (shape, *_), group in groups.items():
+        at_once = max(1, max_elements // shape.numel())
+        yield from (group[start : start + at_once] for start in range(0, len(group), at_once))
 
 
 def product_in_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from engine.distributed import Distributed
 from engine.documents import Piece, TextFormat, find_files, read_pieces
 from engine.metrics import read_metrics
 from engine.pretrained import save_pretrained
-from engine.shards import TokenShards, save_manifest, write_shard
+from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
 from engine.tokenizer import Tokenizer
 from finetune_lora import FinetuneConfig
@@ -261,7 +261,7 @@ def make_shards(tmp_path: Path):
         stream = np.arange(sum(lengths)) % 50_000
         pieces = np.split(stream, np.cumsum(lengths)[:-1])
         entries = [write_shard(folder / f"x_train_{i:06d}.npy", p) for i, p in enumerate(pieces)]
-        save_manifest(folder, {"shards": [{**e, "split": "train"} for e in entries]})
+        write_manifest(folder, {"shards": [{**e, "split": "train"} for e in entries]})
         return folder
 
     return make

@@ -14,7 +14,7 @@ import fineweb
 from engine import tokenizer
 from engine.documents import COMPRESSION_RATIO
 from engine.files import lock_folder
-from engine.shards import TokenShards, open_shard, read_manifest, save_manifest
+from engine.shards import TokenShards, open_shard, read_manifest, write_manifest
 from fineweb import PrepareConfig, main
 
 TEXTS = (NASTY_TEXT, "One.\n", "  two  ", "Three and\n\n\nthree. " * 40, NASTY_TEXT[::-1])
@@ -196,7 +196,7 @@ def test_folders_of_earlier_versions(tmp_path, jsonl):
     manifest = prepare(tmp_path / "out", jsonl)
     del manifest["options"]["val_tokens"], manifest["options"]["section_chars"]
     manifest["options"]["val_fraction"] = 0.05
-    save_manifest(tmp_path / "out", manifest)
+    write_manifest(tmp_path / "out", manifest)
     before = snapshot(tmp_path / "out")
     prepare(tmp_path / "out", jsonl)
     assert snapshot(tmp_path / "out") == before
@@ -204,7 +204,7 @@ def test_folders_of_earlier_versions(tmp_path, jsonl):
         prepare(tmp_path / "out", jsonl, shard_size=400)
     (tmp_path / "out" / manifest["shards"][-1]["name"]).unlink()
     for complete in (True, False):  # with a shard missing, neither is complete
-        save_manifest(tmp_path / "out", {**manifest, "complete": complete})
+        write_manifest(tmp_path / "out", {**manifest, "complete": complete})
         with pytest.raises(ValueError, match=r"section_chars was None, now 4000.*delete"):
             prepare(tmp_path / "out", jsonl)
 
@@ -345,7 +345,7 @@ def test_hub_data_streams_and_resumes(tmp_path, monkeypatch, datasets, network, 
     assert "min left" not in "".join(capsys.readouterr())  # the size is unknown
     for shard in manifest["shards"]:
         shard["cursor"]["undecodable"] = 0  # a key of earlier versions
-    save_manifest(tmp_path / "out", manifest)
+    write_manifest(tmp_path / "out", manifest)
     (tmp_path / "out" / manifest["shards"][3]["name"]).unlink()
     prepare(tmp_path / "out", "fineweb-edu")
     assert all_tokens(tmp_path / "out") == expected_tokens(DOCUMENTS)

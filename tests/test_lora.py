@@ -231,6 +231,12 @@ def test_copies_follow_the_weights(tiny_model, idx):
     for is_summed in (False, True):
         with hold_all_copies(tiny_model, is_summed):
             torch.testing.assert_close(mean_loss(tiny_model, idx), expected, rtol=1e-5, atol=0)
+    other = copy.deepcopy(tiny_model)
+    for linear in lora_linears(other).values():
+        torch.nn.init.zeros_(linear.lora_B)
+    with hold_all_copies(other, is_summed=True), hold_all_copies(tiny_model, is_summed=True):
+        assert abs(mean_loss(other, idx) - expected) > 3e-4
+        torch.testing.assert_close(mean_loss(tiny_model, idx), expected, rtol=1e-5, atol=0)
     cast_frozen_weights(tiny_model, torch.bfloat16)
     with hold_all_copies(tiny_model, is_summed=False):  # in fp32, of which W would take more
         assert {m.weight_copy.dtype for m in lora_linears(tiny_model).values()} == {torch.bfloat16}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import GPT2_TOKENIZER
 
-from engine.shards import ShardFile, TokenShards, open_shard, save_manifest, write_shard
+from engine.shards import ShardFile, TokenShards, open_shard, write_manifest, write_shard
 
 
 def test_reads_llmc_shards(tmp_path):
@@ -77,7 +77,7 @@ def test_every_byte_is_checked_before_a_run(make_shards):
     with pytest.raises(ValueError, match="holds token 50257"):
         TokenShards(folder, "train", GPT2_TOKENIZER)
     assert TokenShards(folder, "train").fingerprint != fingerprint
-    save_manifest(folder, {"complete": False, "shards": []})
+    write_manifest(folder, {"complete": False, "shards": []})
     with pytest.raises(ValueError, match="is incomplete"):
         TokenShards(folder, "train")
 
@@ -90,7 +90,7 @@ def test_splits_are_recognized_by_the_end_of_the_name(make_shards):
     (folder / "x_train_000000.npy").rename(folder / name)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][0]["name"] = name
-    save_manifest(folder, manifest)
+    write_manifest(folder, manifest)
     no_shards = r"no val shards in .*, expected X_val_0" + ".*python fineweb.py --dataset" * 2
     for _ in range(2):
         assert len(TokenShards(folder, "train")) == 40

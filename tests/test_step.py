@@ -138,9 +138,9 @@ def lora_model() -> GPT:
     ids=["AdamW, fp16", "NorMuon", "LoRA"],
 )
 def test_gradients_kept_for_graphs_change_nothing(shards, monkeypatch, make_model, options):
-    """With CUDA graphs, weights, gradients and LoRA's copies stay at their addresses. Losses, norms
-    and weights equal, bit for bit, those of a run that makes new gradients in each step: with three
-    micro-steps, after a step that is skipped, and after restoring a snapshot.
+    """With CUDA graphs, weights, gradients and LoRA's copies stay at their addresses. A run that
+    makes new gradients in each step has the same losses, norms and weights, bit for bit: with three
+    micro-steps, after a skipped step, and after restoring a snapshot.
     """
     plain = make_step(make_model(), shards, **options)
     monkeypatch.setattr(PretrainingData, "graph_lengths", [16, 8])
