@@ -416,8 +416,9 @@ def test_a_killed_run_resumes_bit_for_bit(folder, use_lora):
     job = Job(*command("runs/killed", **settings), signal_at=(6, signal.SIGKILL))
     assert job.wait().returncode == -signal.SIGKILL
     best = choose_checkpoint("runs/killed")
-    losses = {r["step"]: r["val_loss"] for r in read_metrics("runs/killed") if r["step"]}
-    assert read_progress(best)["val_loss"] == min(list(losses.values())[:-1])
+    losses = [r["val_loss"] for r in read_metrics("runs/killed") if r["step"]]
+    # Step 6 was logged, but not saved, and the save of step 5 may have been interrupted.
+    assert read_progress(best)["val_loss"] in (min(losses[:4]), min(losses[:5]))
     assert load_model(best)
     killed = finetune("runs/killed", **settings)
     assert read_curve(killed) == read_curve(whole)
@@ -436,12 +437,14 @@ def test_a_killed_run_resumes_bit_for_bit(folder, use_lora):
         pytest.param("fsdp", {"base_precision": "bf16"}, marks=pytest.mark.slow),
     ],
 )
-def test_ranks_do_not_change_the_curve(folder, parallel, settings):
+def test_ranks_do_not_change_the_curve(folder, write_rows, parallel, settings):
     """Two ranks have the losses of one process, and the same best evaluation, which they save
     together. One process can resume their run.
     """
     settings = {"precision": "fp32", "eval_every": 1, "save_every": 9, **settings}
-    settings |= {"max_lr": 2.0, "min_lr": 2.0}  # the last step is not the best
+    # Trained to answer " yes", the model gets worse at " no" after the first steps.
+    write_rows([{"prompt": "", "completion": " no"}] * 4, "val.jsonl")
+    settings |= {"val_data": "val.jsonl", "val_fraction": 0.0}
     single = finetune("runs/single", **settings)
     result = run_script(*command("runs/two", parallel=parallel, **settings), ranks=2)
     assert result.returncode == 0, result.stderr
