@@ -29,6 +29,7 @@ from engine.documents import (
 )
 from engine.files import lock_folder, sha256_file
 from engine.hub import reporting_hub_errors
+from engine.rows import list_suffixes
 from engine.shards import (
     ShardWriter,
     load_data_tokenizer,
@@ -47,7 +48,7 @@ HUB_SHARDS = {
 }
 DATASET_HELP = (
     f"{', '.join(HUB_TEXT)}; stdlib (the Python documentation); files, folders and globs of "
-    f"{', '.join(SUFFIXES)}; or ready-made shards (only --max_tokens and --out_dir apply): "
+    f"{list_suffixes(SUFFIXES)}; or ready-made shards (only --max_tokens and --out_dir apply): "
     f"{', '.join(HUB_SHARDS)}"
 )
 BATCH_CHARS = 1 << 22  # characters encoded at once

@@ -18,7 +18,7 @@ from engine.checkpoint import find_checkpoint, load_model
 from engine.config import MAX_SEED, ModelSettings, flag, run_command
 from engine.decode import force_prompts, penalize_repetition, speed_up_decoding
 from engine.distributed import Distributed, has_finite_weights
-from engine.files import read_lines
+from engine.files import decode_lines
 from engine.lora import lora_linears, merge_lora
 from engine.pretrained import load_tokenizer
 from engine.tokenizer import Tokenizer
@@ -223,10 +223,11 @@ class Sampler:
 def read_prompts(config: SampleConfig) -> list[str]:
     """Return the texts to continue; [] with an instruction, or if the user should be asked."""
     if config.prompt_file is not None:
-        lines = [line for _, line in read_lines(Path(config.prompt_file))]
-        if not lines:
+        lines = decode_lines(Path(config.prompt_file))
+        prompts = [line.rstrip("\r\n") for line in lines if not line.isspace()]
+        if not prompts:
             raise ValueError(f"{config.prompt_file} has no prompts, expected one on each line")
-        return [line.decode("utf-8-sig").rstrip("\r\n") for line in lines]
+        return prompts
     if config.prompt or config.instruction is not None or sys.stdin.isatty():
         return config.prompt
     # Piped text; `echo` adds a newline.

@@ -2,14 +2,8 @@
 for validation.
 """
 
-import ast
-import codecs
-import glob
-import io
-import json
 import math
 import re
-import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,8 +12,26 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.files import DAMAGED_GZIP, clean_text, open_binary, sha256_file, sha256_text
+from engine.files import (
+    COMPRESSIONS,
+    DamagedFileError,
+    data_suffix,
+    decode_lines,
+    sha256_file,
+    sha256_text,
+)
 from engine.hub import load_hub_rows, reporting_hub_errors
+from engine.rows import (
+    SUFFIXES as ROW_SUFFIXES,
+)
+from engine.rows import (
+    find_files,
+    get_text,
+    read_rows,
+    read_table,
+    row_to_dict,
+    stdlib_definitions,
+)
 
 # Text datasets on the hub: repository and configuration.
 HUB_TEXT = {
@@ -28,15 +40,8 @@ HUB_TEXT = {
     "slimpajama": ("DKYoon/SlimPajama-6B", "default"),
 }
 HUB_REMEDY = "Rerun the command to resume; without a network, use dataset stdlib or your own files"
-SUFFIXES = (".txt", ".txt.gz", ".md", ".rst", ".py", ".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".txt", ".md", ".rst", ".py", *ROW_SUFFIXES)  # also compressed
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file
-# UTF-32 comes first, because its little-endian mark begins with UTF-16's.
-BYTE_ORDER_MARKS = {
-    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
-    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
-    "utf-8-sig": (codecs.BOM_UTF8,),
-}
-PARQUET_TEXT = re.compile("(dictionary<values=)?(large_)?string")  # column types that hold text
 COMPRESSION_RATIO = 3  # a guess for text in .gz and .parquet files, to estimate its size
 BYTES_PER_TOKEN = 4.4  # English text in GPT-2's BPE; for estimates
 HUB_VAL_TOKENS = 10_485_760  # the validation set of 124M speedruns on FineWeb (modded-nanogpt)
@@ -136,7 +141,7 @@ def open_source(
         options = {"val_tokens": val_tokens or HUB_VAL_TOKENS}
         pieces = partial(stream_hub_text, repo, name)
         return Source(dataset[0], f"{repo} {name}", None, options, pieces)
-    return open_files(find_files(dataset), text_format, val_tokens, max_tokens)
+    return open_files(find_files(dataset, SUFFIXES), text_format, val_tokens, max_tokens)
 
 
 def open_files(
@@ -149,7 +154,8 @@ def open_files(
     sizes = {file: file.stat().st_size for file in files}
     sha256 = sha256_text(" ".join(map(sha256_file, files)))
     identity = f"{len(files)} files, {sum(sizes.values())} bytes, {sha256}"
-    n_compressed = sum(sizes[file] for file in files if file.suffix in (".gz", ".parquet"))
+    compressed = (*COMPRESSIONS, ".parquet")
+    n_compressed = sum(sizes[file] for file in files if file.suffix.lower() in compressed)
     n_bytes = sum(sizes.values()) + (COMPRESSION_RATIO - 1) * n_compressed
     n_tokens = max(1, min(n_bytes / BYTES_PER_TOKEN, max_tokens or math.inf))
     n_val = val_tokens or min(HUB_VAL_TOKENS, n_tokens * VAL_FRACTION)
@@ -178,16 +184,19 @@ def select_decodable(files: list[Path], text_format: TextFormat) -> list[Path]:
     selected = []
     for file in files:
         try:
-            if file.suffix != ".parquet":  # text in Parquet is always UTF-8
-                for _ in decode_lines(file, text_format, None):
+            if data_suffix(file) != ".parquet":  # text in Parquet is always UTF-8
+                for _ in read_text_lines(file, text_format, None):
                     pass
             selected.append(file)
-        except UnicodeError as error:
+        except ValueError as error:
             if not text_format.skip_bad_files:
-                raise ValueError(
-                    f"{error}; pass the file's encoding (encoding NAME), replace undecodable bytes "
-                    "(decode_errors replace), or leave such files out (skip_bad_files)"
-                ) from error
+                remedies = "leave such files out (skip_bad_files)"
+                if isinstance(error, UnicodeError):
+                    remedies = (
+                        "pass the file's encoding (encoding NAME), replace undecodable bytes "
+                        f"(decode_errors replace), or {remedies}"
+                    )
+                raise ValueError(f"{error}; {remedies}") from error
             print(f"{error}; left out")
     return selected
 
@@ -211,48 +220,6 @@ def stdlib_documents() -> list[str]:
     return sorted(documents - {""}, key=sha256_text)
 
 
-def stdlib_definitions() -> Iterator[tuple[ast.AST, str]]:
-    """Yield each module, class and function of the standard library as an AST node, with its
-    docstring ("" if it has none).
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    for file in sorted(root.rglob("*.py")):
-        if {"site-packages", "test", "tests", "idle_test"} & set(file.relative_to(root).parts):
-            continue
-        for node in ast.walk(ast.parse(file.read_bytes())):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield node, ast.get_docstring(node) or ""
-
-
-def find_files(paths: list[str], suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """Return the files with these suffixes that `paths` stand for, sorted within each path. A path
-    is a file, a glob or a folder. Folders are searched recursively, except for hidden files and
-    folders. If a folder has other files, prints how many of each suffix it leaves out.
-    """
-    files = []
-    for path in paths:
-        if Path(path).is_file():  # its name may look like a glob
-            matches = [Path(path)]
-        elif path and Path(path).is_dir():  # Path("") is the current folder
-            names = ((f, f.relative_to(path).parts) for f in Path(path).rglob("*"))
-            matches = [f for f, parts in names if not any(part.startswith(".") for part in parts)]
-        else:
-            matches = [Path(p) for p in glob.glob(path, recursive=True)]  # noqa: PTH207 (Path.glob rejects absolute paths)
-        matches = [f for f in matches if f.is_file()]
-        found = sorted(f for f in matches if f.name.endswith(suffixes))
-        if found and len(found) < len(matches) and Path(path).is_dir():
-            ignored = Counter(f.suffix or "without suffix" for f in set(matches) - set(found))
-            kinds = ", ".join(f"{n} {suffix}" for suffix, n in ignored.most_common())
-            print(f"{path}: reading {len(found)} files and ignoring the others: {kinds}")
-        if not found:
-            raise FileNotFoundError(
-                f"{path} is neither a known dataset nor a file, folder or glob with "
-                f"any of the suffixes {', '.join(suffixes)}"
-            )
-        files += found
-    return files
-
-
 def read_pieces(
     file: Path, text_format: TextFormat, problems: Problems, n_chars: int = SECTION_CHARS
 ) -> Iterator[Piece]:
@@ -261,93 +228,53 @@ def read_pieces(
     if the file cannot be decoded, ValueError if it is a .parquet that is damaged or has no text
     column.
     """
-    field = text_format.text_field
+    field, suffix = text_format.text_field, data_suffix(file)
     chunks: Iterable[Chunk]
-    if file.suffix == ".parquet":
+    if suffix == ".parquet":
         chunks = ((row[field] or "", True) for row in read_table(file, field))
-    elif ".jsonl" in file.suffixes:
-        chunks = read_jsonl(file, text_format, problems)
+    elif suffix in ROW_SUFFIXES:
+        chunks = read_row_texts(file, text_format, problems)
     else:
         chunks = read_text(file, text_format, problems)
     return cut_documents(chunks, n_chars)
 
 
-def decode_lines(file: Path, text_format: TextFormat, problems: Problems) -> Iterator[str]:
-    """Yield the decoded lines of a file, with their line endings."""
-    encoding, errors = text_format.encoding, text_format.decode_errors
-    with open_binary(file) as stream:
-        try:
-            start = stream.read(4)
-            stream.seek(0)
-            marked = (name for name, marks in BYTE_ORDER_MARKS.items() if start.startswith(marks))
-            encoding = next(marked, encoding)
-            lines = io.TextIOWrapper(stream, encoding, errors, newline="\n")
-            for line in lines:
-                if errors == "replace" and (n := line.count("\ufffd")):
-                    message = f"{file} has U+FFFD characters"
-                    note_problem(problems, "replaced characters", message, n)
-                yield line
-        except DAMAGED_GZIP:
-            message = f"{file} is truncated or damaged; only the text before the damage is used"
-            note_problem(problems, "truncated files", message)
-        except UnicodeError as error:
-            place = ""
-            if isinstance(error, UnicodeDecodeError):
-                # error.object was read last, and error.start counts within it.
-                place = f" at byte {stream.tell() - len(error.object) + error.start}"
-            raise UnicodeError(f"{file} is not {encoding.upper()}{place}") from error
+def read_text_lines(file: Path, text_format: TextFormat, problems: Problems) -> Iterator[str]:
+    """Yield the decoded lines of a file, up to the damage if it is damaged."""
+    try:
+        for line in decode_lines(file, text_format.encoding, text_format.decode_errors):
+            if text_format.decode_errors == "replace" and (n := line.count("\ufffd")):
+                message = f"{file} has U+FFFD characters"
+                note_problem(problems, "replaced characters", message, n)
+            yield line
+    except DamagedFileError as error:
+        message = f"{error}; only the text before the damage is used"
+        note_problem(problems, "truncated files", message)
 
 
 def read_text(file: Path, text_format: TextFormat, problems: Problems) -> Iterator[Chunk]:
-    for line in decode_lines(file, text_format, problems):
+    for line in read_text_lines(file, text_format, problems):
         *ended, rest = line.split(SEPARATOR)
         yield from ((part, True) for part in ended)
         yield rest, False
     yield "", True
 
 
-def read_jsonl(file: Path, text_format: TextFormat, problems: Problems) -> Iterator[Chunk]:
-    for number, line in enumerate(decode_lines(file, text_format, problems), start=1):
-        if line.isspace():
-            continue
-        try:
-            text = json.loads(line.lstrip("\ufeff"))[text_format.text_field]
-            if not isinstance(text, str):
-                raise TypeError(f"{type(text).__name__} instead of a string")
-        except (ValueError, KeyError, TypeError) as error:
-            problem = f"no text under {text_format.text_field!r} ({error!r})"
-            note_problem(problems, "bad rows", f"{file} line {number}: {problem}; skipped")
-        else:
-            yield clean_text(text) if "\\u" in line else text, True
-
-
-def read_table(file: Path, text_column: str | None = None) -> Iterator[dict]:
-    """Yield the rows of a Parquet file, or of an Arrow file that `save_to_disk` wrote: all columns,
-    or only `text_column`. Raises ValueError if that is not a column of text, or if the file is
-    damaged.
-    """
-    import pyarrow.parquet
-
+def read_row_texts(file: Path, text_format: TextFormat, problems: Problems) -> Iterator[Chunk]:
+    """Yield the text of each row of a .json, .jsonl, .csv or .tsv file."""
     try:
-        with open_binary(file) as stream:
-            # Parquet is read from its end, to which a gzip stream cannot seek.
-            table = pyarrow.BufferReader(stream.read()) if file.suffix == ".gz" else stream
-            if file.suffix == ".arrow":
-                batches = pyarrow.ipc.open_stream(table)
+        for row in read_rows(file, read_text_lines(file, text_format, problems)):
+            try:
+                text = get_text(row_to_dict(row.content), text_format.text_field)
+            except (ValueError, KeyError) as error:
+                problem = f"no text under {text_format.text_field!r} ({error})"
+                note_problem(problems, "bad rows", f"{row.place}: {problem}; skipped")
             else:
-                parquet = pyarrow.parquet.ParquetFile(table)
-                texts = [f.name for f in parquet.schema_arrow if PARQUET_TEXT.match(str(f.type))]
-                if text_column not in (None, *texts):
-                    raise ValueError(
-                        f"{file} has no text column {text_column!r}; expected text_field to be one "
-                        f"of its text columns: {', '.join(texts) or 'none'}"
-                    )
-                batches = parquet.iter_batches(1000, columns=[text_column] if text_column else None)
-            for batch in batches:
-                yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError, *DAMAGED_GZIP) as error:
-        kind = "parquet" if ".parquet" in file.suffixes else "arrow"
-        raise ValueError(f"{file} is damaged or not {kind}: {error}; download it again") from error
+                yield text, True
+    except UnicodeError:
+        raise
+    except ValueError as error:
+        note_problem(problems, "bad rows", f"{error}; the rest is skipped")
 
 
 def cut_documents(chunks: Iterable[Chunk], n_chars: int) -> Iterator[Piece]:

@@ -12,6 +12,7 @@ from typing import NoReturn
 BAD_INPUT = 2  # argparse's exit code for bad usage
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: 128 + SIGINT
 BROKEN_PIPE = 141  # 128 + SIGPIPE
+TEMPORARY_FOLDER = "in TMPDIR, by default /tmp"
 RANK_0_HEAD_START = 5.0  # seconds for rank 0 to report an error before the other ranks do
 REMEDIES = {
     FileNotFoundError: "check that it exists",
@@ -69,12 +70,14 @@ def describe_error(error: Exception) -> str | None:
     """Return the message for the user, or None if the error is a bug and needs its traceback."""
     if isinstance(error, OSError) and error.strerror:
         remedy = REMEDIES.get(type(error), "check that it can be written and the disk has room")
-        return f"{error.filename or 'the output'}: {error.strerror}; {remedy}"
+        file = error.filename or f"the output or a temporary file ({TEMPORARY_FOLDER})"
+        return f"{file}: {error.strerror}; {remedy}"
     # Compared by name: importing the class would import torch's compiler.
     if any(cls.__name__ == "BackendCompilerFailed" for cls in type(error).__mro__):
         return (
             f"torch.compile failed: {str(error).splitlines()[0]}; install a C++ compiler and "
-            "Python's headers (apt install build-essential python3-dev), or turn compile off"
+            "Python's headers (apt install build-essential python3-dev), make room for temporary "
+            f"files ({TEMPORARY_FOLDER}), or turn compile off"
         )
     # PyTorch raises a RuntimeError if memory runs out. Any other RuntimeError is a bug.
     is_runtime_error = isinstance(error, RuntimeError)

@@ -1,18 +1,36 @@
-"""Files: atomic writes, hashes, JSON and JSON Lines, and locks."""
+"""Files: atomic writes, hashes, decompression, decoding, JSON and JSON Lines, and locks."""
 
+import codecs
 import gzip
 import hashlib
+import io
 import json
 import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
-DAMAGED_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
+DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)  # what a damaged .gz or .zst raises
+COMPRESSIONS = {".gz": "a gzip file", ".zst": "a Zstandard file"}
+# What files begin with that are often named wrongly.
+SIGNATURES = {
+    b"\x1f\x8b": COMPRESSIONS[".gz"],
+    b"\x28\xb5\x2f\xfd": COMPRESSIONS[".zst"],
+    b"PK\x03\x04": "a zip archive or an Office document",
+    b"%PDF-": "a PDF",
+    b"PAR1": "a Parquet file",
+    b"version https://git-lfs": "a Git LFS pointer (run git lfs pull)",
+}
+# UTF-32 comes first, because its little-endian mark begins with UTF-16's.
+BYTE_ORDER_MARKS = {
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+    "utf-8-sig": (codecs.BOM_UTF8,),
+}
 
 
 @contextmanager
@@ -81,22 +99,74 @@ def read_json(path: Path, remedy: str) -> dict:
         raise ValueError(f"{path} is damaged: {error}; {remedy}") from error
 
 
-def open_binary(path: Path) -> IO[bytes]:
-    """Open a file for reading. A .gz file is decompressed."""
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]  # a GzipFile works like IO[bytes]
+def data_suffix(path: Path) -> str:
+    """Return the suffix in lower case and without that of the compression: .txt for a.TXT.gz."""
+    name = path.name.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return Path(name).suffix
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number, line) for each nonblank line of a plain or .gz file, counting from 1.
-    Raises ValueError if the file is damaged.
+def open_binary(path: Path) -> io.BufferedReader:
+    """Open a file for reading. A .gz or .zst file is decompressed. Raises ValueError if its content
+    is not what its suffix says.
     """
-    try:
-        with open_binary(path) as file:
-            for number, line in enumerate(file, start=1):
-                if not line.isspace():
-                    yield number, line
-    except DAMAGED_GZIP as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+    compression = path.suffix.lower()
+    if path.is_file():  # not a pipe, of which no byte may be lost
+        with path.open("rb") as file:
+            start = file.read(32)
+        is_parquet = compression == ".parquet"
+        expected = "a Parquet file" if is_parquet else COMPRESSIONS.get(compression)
+        found = next((kind for s, kind in SIGNATURES.items() if start.startswith(s)), None)
+        if start and found != expected:
+            problem = f"is {found}" if found else f"is not {expected}"
+            raise ValueError(f"{path} {problem}; rename or convert it")
+    if compression == ".gz":
+        return cast(io.BufferedReader, gzip.open(path))
+    return io.BufferedReader(ZstdFile(path)) if compression == ".zst" else path.open("rb")
+
+
+class ZstdFile(io.RawIOBase):
+    """Decompresses a .zst file. If it is damaged, raises EOFError, as a truncated .gz does."""
+
+    def __init__(self, path: Path):
+        import pyarrow
+
+        self.stream = pyarrow.input_stream(str(path), compression="zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self.stream.readinto(buffer)
+        except OSError as error:
+            raise EOFError(str(error)) from error
+
+
+class DamagedFileError(ValueError):
+    """A compressed file is truncated or damaged."""
+
+
+def decode_lines(path: Path, encoding: str = "utf-8", errors: str = "strict") -> Iterator[str]:
+    """Yield the lines of a file, with their line endings. A byte order mark overrides `encoding`.
+    Raises UnicodeError if the file cannot be decoded, DamagedFileError if it is damaged.
+    """
+    with open_binary(path) as stream:
+        try:
+            start = stream.peek(4)
+            marked = (name for name, marks in BYTE_ORDER_MARKS.items() if start.startswith(marks))
+            encoding = next(marked, encoding)
+            lines = io.TextIOWrapper(stream, encoding, errors, newline="\n")
+            yield from lines
+        except DAMAGED as error:
+            raise DamagedFileError(f"{path} is truncated or damaged: {error}") from error
+        except UnicodeError as error:
+            place = ""
+            if isinstance(error, UnicodeDecodeError) and path.suffix.lower() != ".zst":
+                # error.object was read last, and error.start counts within it.
+                place = f" at byte {stream.tell() - len(error.object) + error.start}"
+            raise UnicodeError(f"{path} is not {encoding.upper()}{place}") from error
 
 
 class JSONLinesLog:

@@ -16,6 +16,10 @@ from engine.tokenizer import GPT2, Tokenizer
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_INTS = 20240520, 1, 256
 BUFFER_BYTES = 1 << 18  # collects the many short writes
 NANOGPT_FILES = ("train.bin", "val.bin")
+AS_UINT16 = "convert it with .ravel().astype(np.uint16) if all ids are below 65,536"
+# Read as uint16, every second number of a file of 32- or 64-bit ids is the upper half of an id, and
+# below 8 in any vocabulary of up to 524,288 tokens. Text also has larger tokens at these places.
+SAMPLE_SIZE, MIN_SAMPLE_SIZE, MAX_UPPER_HALF = 4096, 64, 7
 
 
 class ShardFile:
@@ -183,7 +187,7 @@ def open_shard(path: Path) -> np.ndarray:
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(
                 f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected a 1-D array of "
-                f"uint16; {remedy}"
+                f"uint16; {AS_UINT16}"
             )
         return np.asarray(tokens)
     header = np.fromfile(path, dtype="<i4", count=BIN_HEADER_INTS)[:3].tolist()
@@ -200,7 +204,11 @@ def open_shard(path: Path) -> np.ndarray:
             f"{path} was tokenized with the vocabulary in meta.pkl, expected GPT-2's; prepare the "
             "original text with fineweb.py"
         )
-    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=n_header_bytes))
+    tokens = np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=n_header_bytes))
+    sample = tokens[:SAMPLE_SIZE]
+    if is_nanogpt and len(sample) >= MIN_SAMPLE_SIZE and sample[1::2].max() <= MAX_UPPER_HALF:
+        raise ValueError(f"{path} holds integers of 32 or 64 bits, expected uint16; {AS_UINT16}")
+    return tokens
 
 
 class TokenShards:

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from engine.distributed import Distributed
-from engine.documents import MAX_PIECE_CHARS, TextFormat, find_files, join_pieces, read_pieces
-from engine.rows import convert_rows, find_row_files, get_text, open_rows
+from engine.documents import MAX_PIECE_CHARS, SUFFIXES, TextFormat, join_pieces, read_pieces
+from engine.rows import convert_rows, find_files, find_row_files, get_text, open_rows
 from engine.scoring import Request, Score, encode_request, score
 from engine.tokenizer import Tokenizer
 from model import GPT
@@ -236,7 +236,7 @@ class TextPerplexity(Task):
     name = "perplexity"
 
     def find_files(self) -> list[Path]:
-        return find_files([self.source])
+        return find_files([self.source], SUFFIXES)
 
     def read_examples(self, tokenizer: Tokenizer, block_size: int) -> Iterator[tuple[int, Example]]:
         """Yield an example for each window. The record of a document's first window also holds the

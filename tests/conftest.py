@@ -21,9 +21,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from engine import training
 from engine.data import PretrainingData
 from engine.distributed import Distributed
-from engine.documents import Piece, TextFormat, find_files, read_pieces
+from engine.documents import SUFFIXES, Piece, TextFormat, read_pieces
 from engine.metrics import read_metrics
 from engine.pretrained import save_pretrained
+from engine.rows import find_files
 from engine.shards import TokenShards, write_manifest, write_shard
 from engine.step import TrainingStep
 from engine.tokenizer import Tokenizer
@@ -168,7 +169,7 @@ def read_files(*paths: object, n_chars: int = 4000, **text_format) -> tuple[list
     """Read files. Return their pieces and how many problems of each kind there were."""
     problems: Counter = Counter()
     options = {"text_format": TextFormat(**text_format), "problems": problems, "n_chars": n_chars}
-    files = find_files([str(path) for path in paths])
+    files = find_files([str(path) for path in paths], SUFFIXES)
     return [piece for file in files for piece in read_pieces(file, **options)], problems
 
 

@@ -11,16 +11,17 @@ import pytest
 from conftest import NASTY_TEXT, TIKTOKEN, read_files
 
 from engine.documents import (
+    SUFFIXES,
     Piece,
     TextFormat,
     choose_threshold,
     cut_documents,
-    find_files,
     hash_text,
     mark_validation,
     open_source,
     stdlib_documents,
 )
+from engine.rows import find_files
 
 NASTY_DOCUMENTS = (NASTY_TEXT * 3, "a " * 30 + "\n\n\n  b\n\n", Path(__file__).read_text())
 
@@ -158,8 +159,9 @@ def test_encodings(tmp_path):
 
 
 def test_bad_rows(tmp_path, capsys):
-    """Bad rows are left out and counted, and the line number of the first is printed. Byte order
-    marks and blank lines are fine, and a lone surrogate becomes U+FFFD.
+    """Bad rows are left out and counted, and so is the rest of a file that cannot be parsed. The
+    place of the first is printed. Byte order marks and blank lines are fine, and a lone surrogate
+    becomes U+FFFD.
     """
     rows = ['\ufeff{"text": "first"}', "", '{"text": ""}', "{broken", '{"other": 1}', '{"text": 5}']
     rows += [r'{"text": "\ud800 \ud83d\ude00 \u2028"}', '{"text": "\u2028"}']
@@ -171,6 +173,17 @@ def test_bad_rows(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "a.jsonl line 4: no text under 'text'" in out
     assert out.count("\n") == 1
+    for name, content, problem in (
+        ("list.jsonl", '[{"text": "a"}]', "line 1.*not one per line, rename the file to .json"),
+        ("joined.jsonl", '{"text": "a"}{"text": "b"}', "line 1.*rename the file to .json"),
+        ("c.json", '[{"text": "a"},', "cannot be read as .json: .*; the rest is skipped"),
+        ("c.csv", 'text\nfine\n"open', "cannot be read as .csv: .* after line 2.*; the rest is"),
+    ):
+        (tmp_path / name).write_text(content)
+        pieces, problems = read_files(tmp_path / name)
+        assert pieces == [Piece("fine")] * (name == "c.csv")
+        assert problems == {"bad rows": 1}
+        assert re.search(f"{name} {problem}", capsys.readouterr().out)
 
 
 def test_damaged_gz_files(tmp_path, capsys):
@@ -178,7 +191,7 @@ def test_damaged_gz_files(tmp_path, capsys):
     text = os.urandom(200_000).hex("\n", 40).replace("a", "é")
     whole = gzip.compress(text.encode())
     (tmp_path / "b.txt").write_text("good")
-    for content in (b"no gzip at all", whole[:15], whole[: len(whole) // 2]):
+    for content in (whole[:15], whole[: len(whole) // 2]):
         (tmp_path / "a.txt.gz").write_bytes(content)
         pieces, problems = read_files(tmp_path)
         assert pieces.pop() == Piece("good")
@@ -193,17 +206,18 @@ def test_files_folders_and_globs(tmp_path, capsys):
     known suffixes, except hidden ones, and sorted. A message says how many others there are.
     """
     (tmp_path / "deep" / "er").mkdir(parents=True)
-    for name in ("b.txt", "a.parquet", "deep/c.jsonl", "deep/er/d.txt.gz", "deep/e.png", "[1].txt"):
+    for name in ("b.txt", "a.parquet", "deep/c.jsonl", "deep/er/d.TXT.gz", "deep/e.png", "[1].txt"):
         (tmp_path / name).touch()
 
     def found(*paths: str) -> list[str]:
-        files = find_files([str(tmp_path / path) for path in paths])
+        files = find_files([str(tmp_path / path) for path in paths], SUFFIXES)
         return [file.relative_to(tmp_path).as_posix() for file in files]
 
-    assert found("") == ["[1].txt", "a.parquet", "b.txt", "deep/c.jsonl", "deep/er/d.txt.gz"]
-    in_deep = ["deep/c.jsonl", "deep/er/d.txt.gz"]
+    in_deep = ["deep/c.jsonl", "deep/er/d.TXT.gz"]
+    everything = ["[1].txt", "a.parquet", "b.txt", *in_deep]
+    assert found("") == found("**") == found("*") == everything
     assert found("b.txt", "deep", "[1].txt") == ["b.txt", *in_deep, "[1].txt"]
-    assert found("**/*.gz", "?.txt") == ["deep/er/d.txt.gz", "b.txt"]
+    assert found("**/*.gz", "?.txt") == ["deep/er/d.TXT.gz", "b.txt"]
     (tmp_path / ".venv").mkdir()
     for name in (".venv/a.py", ".hidden.txt", "deep/f.md", "deep/g.py", "deep/h.rst", "deep/i"):
         (tmp_path / name).touch()
@@ -212,13 +226,36 @@ def test_files_folders_and_globs(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "deep: reading 5 files and ignoring the others: " in out
     assert "1 .png" in out
-    assert "1 without suffix" in out
+    assert "1 no suffix" in out
     for path in ("deep/e.png", "nothing", "*.doc"):
         wrong = re.escape(f"{path} is neither a known dataset") + ".* any of the suffixes .txt"
         with pytest.raises(FileNotFoundError, match=wrong):
             found(path)
     with pytest.raises(FileNotFoundError, match=r"^ is neither a known dataset"):
-        find_files([""])
+        find_files([""], SUFFIXES)
+
+
+def test_links_are_followed_once(tmp_path, capsys):
+    """Links to files and folders are followed. A file to which several links lead is read once, and
+    a link to a parent folder is no endless loop. Broken links are counted, or named.
+    """
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    for folder in (corpus, elsewhere):
+        folder.mkdir()
+        (folder / "a.txt").write_text(folder.name)
+    (corpus / "linked").symlink_to(elsewhere)
+    (corpus / "same").symlink_to(elsewhere)
+    (corpus / "loop").symlink_to(corpus)
+    (elsewhere / "back.txt").symlink_to(corpus / "a.txt")
+    (corpus / "gone.txt").symlink_to(tmp_path / "nothing")
+    for path in (corpus, corpus / "**", tmp_path / "c*"):
+        files = find_files([str(path)], SUFFIXES)
+        assert files == [corpus / "a.txt", corpus / "linked" / "a.txt"]
+        assert "reading 2 files and ignoring the others: 1 broken link" in capsys.readouterr().out
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path, problem in (("corpus/gone.txt", "broken link"), ("pipe.txt", "not a regular file")):
+        with pytest.raises(FileNotFoundError, match=f"{path} is (a )?{problem}"):
+            find_files([str(tmp_path / path)], SUFFIXES)
 
 
 def read_source(dataset: str, **options: int) -> list[Piece]:

@@ -48,7 +48,7 @@ WRONG = {
     "train_gpt2 --hellaswag_every 1 --hellaswag_data x.jsonl": "there is no x.jsonl",
     "finetune_lora --model_name_or_path nowhere": "hub did not provide nowhere",
     "finetune_lora --data nothing.jsonl": "there is no nothing.jsonl",
-    "finetune_lora --data noise.json": "noise.json is not JSON",
+    "finetune_lora --data noise.json": "noise.json is not UTF-8 at byte 128",
     "finetune_lora --data empty": "empty is neither a known dataset nor a file, folder",
     "finetune_lora --data *.tsv": "*.tsv is neither a known dataset nor a file, folder",
     "finetune_lora --data splits": "splits has files of test and train; name those of one split",
@@ -64,7 +64,7 @@ WRONG = {
     "finetune_lora --optimizer muon": "optimizer is muon, which trains the matrices",
     "hellaswag --limit 1000000000000000000000000000000": "at most 1,000,000,000,000",
     "hellaswag --model nowhere": "hub did not provide nowhere",
-    "hellaswag --data noise.jsonl.gz": "noise.jsonl.gz is truncated or damaged",
+    "hellaswag --data noise.jsonl.gz": "noise.jsonl.gz is not a gzip file; rename or convert it",
     "hellaswag --data true.jsonl": "true.jsonl line 1: label is True, expected 0 to 1",
     "hellaswag --out_dir torn": "torn/settings.json is damaged",
     "hellaswag --out_dir file": "file: File exists; expected a folder",
@@ -159,7 +159,10 @@ def test_user_errors_are_one_line_and_bugs_are_not(capsys):
         raise error
 
     for error, expected in (
-        (OSError(28, os.strerror(28)), "the output: No space left on device; check"),
+        (
+            OSError(28, os.strerror(28)),
+            "the output or a temporary file (in TMPDIR, by default /tmp): No space left",
+        ),
         (MemoryError("Unable to allocate 1 TiB"), "not enough memory: Unable to allocate 1 TiB"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
         (torch.OutOfMemoryError("CUDA out of memory."), "not enough memory: CUDA out of memory"),

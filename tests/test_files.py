@@ -1,21 +1,25 @@
-"""Files: atomic writes, JSON, JSON lines, locks."""
+"""Files: atomic writes, decompression, JSON, JSON lines, locks."""
 
 import gzip
 import hashlib
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import WORKERS, worker_env
 
 from engine.files import (
+    DamagedFileError,
     JSONLinesLog,
     adding_path_to_errors,
+    data_suffix,
+    decode_lines,
     lock_folder,
     open_binary,
     read_json,
-    read_lines,
     sha256_file,
     sha256_text,
     write_atomically,
@@ -70,27 +74,61 @@ def test_json_files(tmp_path):
         read_json(tmp_path / "missing.json", "delete it")
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
-def test_lines_have_their_numbers(tmp_path, name):
-    """Lines that are not blank come with their line number, from plain and compressed files."""
-    content = b'{"a": 1}\n\n  \t\n{"a": 2}\r\n\xff not text'
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    expected = [(1, b'{"a": 1}\n'), (4, b'{"a": 2}\r\n'), (5, b"\xff not text")]
-    assert list(read_lines(tmp_path / name)) == expected
-    with open_binary(tmp_path / name) as file:
-        assert file.read() == content
+def compress_zst(data: bytes) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow")
+    return pyarrow.Codec("zstd").compress(data, asbytes=True)
 
 
-def test_damaged_gz_is_named(tmp_path):
-    """The error for a damaged .gz file names it. An empty file has no lines."""
-    intact = gzip.compress(os.urandom(99).hex("\n").encode())
-    file = tmp_path / "x.gz"
-    for content in (intact[:-20], intact[:-8] + bytes(8), intact[:10] + b"\xff" * 30, b"no gzip"):
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": compress_zst}
+TEXT = "é\r\n\n" + os.urandom(30_000).hex("\n", 40) + "\u2028 end"
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_lines_keep_their_endings(tmp_path, suffix):
+    """The lines of a file, plain or compressed in one or two parts, add up to its text. Only a
+    newline ends a line. A compressed file that is damaged is an error that names it.
+    """
+    file, data = tmp_path / f"X.TXT{suffix.upper()}", TEXT.encode()
+    assert data_suffix(file) == ".txt"
+    for parts in ([data], [data[:5000], data[5000:]]):
+        file.write_bytes(b"".join(map(COMPRESS[suffix], parts)))
+        assert list(decode_lines(file)) == re.findall(r".*\n|.+$", TEXT)
+    whole = COMPRESS[suffix](data)
+    damaged = [whole[:-8] + bytes(8), whole[:200] + b"\xff" * 30 + whole[230:]]  # not seen in .zst
+    for content in [whole[:-20], *damaged * (suffix == ".gz")] if suffix else []:
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"x\.gz is truncated or damaged"):
-            list(read_lines(file))
+        with pytest.raises(DamagedFileError, match=r"X\.TXT.* is truncated or damaged"):
+            list(decode_lines(file))
     file.write_bytes(b"")
-    assert list(read_lines(file)) == []
+    assert list(decode_lines(file)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "problem"),
+    [
+        ("a.gz", b"PK\x03\x04", "is a zip archive or an Office document"),
+        ("a.jsonl.gz", b"plain", "is not a gzip file"),
+        ("a.zst", b"\x1f\x8b", "is a gzip file"),
+        ("a.parquet", b"version https://git-lfs.github.com", "is a Git LFS pointer"),
+        ("a.parquet", b"a,b", "is not a Parquet file"),
+        ("a.txt", b"%PDF-1.7", "is a PDF"),
+        ("a.jsonl", b"PAR1", "is a Parquet file"),
+        ("a.csv", b"\x28\xb5\x2f\xfd", "is a Zstandard file"),
+    ],
+)
+def test_a_file_must_be_what_its_name_says(tmp_path, name, start, problem):
+    """The error for a file with the suffix of another kind says what it is."""
+    (tmp_path / name).write_bytes(start + b" and more")
+    with pytest.raises(ValueError, match=rf"{name} {problem}.*; rename or convert it$"):
+        open_binary(tmp_path / name)
+
+
+def test_a_pipe_is_read_from_its_first_byte(tmp_path):
+    """Opening a pipe consumes none of its content."""
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit((tmp_path / "pipe").write_bytes, b"one\ntwo\n")
+        assert list(decode_lines(tmp_path / "pipe")) == ["one\n", "two\n"]
 
 
 def test_log_is_appended(tmp_path):

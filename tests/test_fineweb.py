@@ -1,3 +1,4 @@
+import csv
 import gzip
 import hashlib
 import json
@@ -85,13 +86,30 @@ def stdlib(monkeypatch) -> str:
 
 
 def test_every_format_gives_the_same_tokens(tmp_path, jsonl, write_parquet, monkeypatch):
-    """The same documents as .jsonl, .jsonl.gz, .parquet or .txt files give the same tokens. Each
+    """The same documents in files of every format, also compressed, give the same tokens. Each
     document follows <|endoftext|>, and its hash decides the split.
     """
     monkeypatch.setattr(fineweb, "BATCH_CHARS", 1000)  # several batches
-    gz, parquet, folder = (tmp_path / name for name in ("documents.jsonl.gz", "a.parquet", "deep"))
+    names = (
+        "documents.jsonl.gz",
+        "a.parquet",
+        "list.json",
+        "joined.json",
+        "t.csv",
+        "t.tsv",
+        "deep",
+    )
+    gz, parquet, listed, joined, semicolons, tabs, folder = (tmp_path / name for name in names)
     gz.write_bytes(gzip.compress(jsonl.read_bytes()))
     write_parquet({"text": DOCUMENTS}, parquet)
+    rows = [{"id": i, "text": text} for i, text in enumerate(DOCUMENTS)]
+    listed.write_text(json.dumps(rows, indent=1))
+    joined.write_text("".join(json.dumps(row, ensure_ascii=False, indent=1) for row in rows))
+    for table, delimiter in ((semicolons, ";"), (tabs, "\t")):
+        with table.open("w", newline="", encoding="utf-16") as file:
+            writer = csv.DictWriter(file, ["id", "text"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
     (folder / "er").mkdir(parents=True)
     # In a .txt, <|endoftext|> would separate documents.
     in_txt = [document.replace("<|endoftext|>", "<|end|>") for document in DOCUMENTS]
@@ -102,6 +120,7 @@ def test_every_format_gives_the_same_tokens(tmp_path, jsonl, write_parquet, monk
         (jsonl, DOCUMENTS, jsonl.stat().st_size),
         (gz, DOCUMENTS, gz.stat().st_size * COMPRESSION_RATIO),
         (parquet, DOCUMENTS, parquet.stat().st_size * COMPRESSION_RATIO),
+        *((file, DOCUMENTS, file.stat().st_size) for file in (listed, joined, semicolons, tabs)),
         (folder, in_txt, len("".join(in_txt).encode())),
     ):
         out = tmp_path / f"out_{source.name}"

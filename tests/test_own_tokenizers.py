@@ -164,7 +164,7 @@ def test_hellaswag_agrees_with_lm_eval(models, kind, tmp_path, capsys):
     theirs = lm_eval_samples(models[kind], "hellaswag", str(data))
     for record, found in zip(sorted(ours, key=lambda r: r["row"]), theirs, strict=True):
         expected = [response[0][0] for response in found["resps"]]
-        assert record["log_probs"] == pytest.approx(expected, abs=1e-4)
+        assert record["log_probs"] == pytest.approx(expected, rel=1e-6, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -148,7 +148,6 @@ def test_lines_are_read_as_they_are_needed(tmp_path):
         ("a.jsonl", LINES + "\n[1]", r"a.jsonl line 6: \[1\] is not a JSON object"),
         ("a.jsonl", LINES + "\n{}", "a.jsonl line 6: 'text' is missing"),
         ("a.json", json.dumps([*ROWS, {"text": 5}]), "a.json row 4: text is 5, expected a string"),
-        ("a.json", LINES + "\n{", "a.json line 6: not JSON: Expecting"),
         ("a.csv", CSV + "4", "a.csv row 4: text is None, expected a string"),
         ("a.csv", CSV + "4,d,", "a.csv row 4: it has more fields than the first line"),
     ],
@@ -181,11 +180,10 @@ def test_only_the_first_bad_row_is_printed(capsys):
     [
         ("a.json", b"[1,"),
         ("a.json", b'["caf\xe9"]'),
-        ("a.json", b""),
+        ("a.json", LINES.encode() + b"\n{"),
         ("a.json.gz", gzip.compress(b"[]", mtime=0)[:-4]),
         ("a.jsonl.gz", b'{"text": "plain"}'),
         ("a.csv", "text\ncafé".encode("latin1")),
-        ("a.csv", "text\na\n".encode("utf-16")),
         ("a.csv", b'text\n"never closed\n'),
         ("a.tsv.gz", gzip.compress(b"text\na\n", mtime=0)[:-4]),
         ("a.csv.gz", b"text\na\n"),
@@ -199,7 +197,7 @@ def test_damaged_files_are_named(tmp_path, name, data):
     cannot be skipped.
     """
     (tmp_path / name).write_bytes(data)
-    problem = "(is not JSON: |is truncated or damaged: |cannot be read as CSV|is damaged or not)"
+    problem = "(cannot be read as|is not UTF-8|is not a gzip|is damaged or|is truncated or damaged)"
     for skip_bad_rows in (False, True):
         with pytest.raises(ValueError, match=f"^{tmp_path}/{name} {problem}"):
             read_texts(str(tmp_path / name), skip_bad_rows)

@@ -53,7 +53,7 @@ def test_damaged_and_missing_shards_are_refused(make_shards):
     with pytest.raises(ValueError, match=r"x_train_000001.npy is truncated.*prepare the data agai"):
         TokenShards(folder, "train")
     np.save(file, np.zeros(50, dtype=np.int64))
-    with pytest.raises(ValueError, match="expected a 1-D array of uint16"):
+    with pytest.raises(ValueError, match=r"int64 .* 1-D array of uint16; .*astype\(np.uint16\)"):
         TokenShards(folder, "train")
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"No such file.*x_train_000001\.npy"):
@@ -113,3 +113,17 @@ def test_nanogpts_files_are_read(tmp_path):
     (tmp_path / "meta.pkl").write_bytes(b"?")
     with pytest.raises(ValueError, match=r"train.bin was tokenized with the vocabulary in meta"):
         TokenShards(tmp_path, "train")
+
+
+@pytest.mark.parametrize("dtype", ["<i4", "<u4", "<i8"])
+@pytest.mark.parametrize("largest", [50_256, 262_000])
+def test_wide_integers_are_refused(tmp_path, dtype, largest):
+    """A train.bin of 32- or 64-bit ids is an error, also if its vocabulary is too large for uint16.
+    Read as uint16, every second token would be 0 or tiny, with a loss that looks fine.
+    """
+    ids = np.random.default_rng(0).integers(0, largest, 5000)
+    ids.astype(dtype).tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match=r"train.bin holds integers of 32 or 64 bits.*astype"):
+        TokenShards(tmp_path, "train")
+    (ids % 50_257).astype("<u2").tofile(tmp_path / "train.bin")
+    assert len(TokenShards(tmp_path, "train", GPT2_TOKENIZER)) == 5000
