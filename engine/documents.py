@@ -170,7 +170,11 @@ def open_files(
         if problems is not None:
             problems["bad files left out"] = len(found) - len(files)
         # A first pass over the text chooses the threshold. A second one yields the pieces.
-        threshold = choose_threshold(read(None), fraction, max_tokens)
+        try:
+            threshold = choose_threshold(read(None), fraction, max_tokens)
+        except ValueError:
+            _ = [*read(Counter())]  # prints what is wrong with the text
+            raise
         return islice(mark_validation(read(problems), threshold), skip, None)
 
     options = {"val_tokens": val_tokens, "section_chars": SECTION_CHARS}
@@ -190,13 +194,14 @@ def select_decodable(files: list[Path], text_format: TextFormat) -> list[Path]:
             selected.append(file)
         except ValueError as error:
             if not text_format.skip_bad_files:
-                remedies = "leave such files out (skip_bad_files)"
-                if isinstance(error, UnicodeError):
-                    remedies = (
-                        "pass the file's encoding (encoding NAME), replace undecodable bytes "
-                        f"(decode_errors replace), or {remedies}"
-                    )
-                raise ValueError(f"{error}; {remedies}") from error
+                remedies = (
+                    "; pass the file's encoding (encoding NAME), replace undecodable bytes "
+                    "(decode_errors replace)"
+                )
+                raise ValueError(
+                    f"{error}{remedies if isinstance(error, UnicodeError) else ''}, or leave such "
+                    "files out (skip_bad_files)"
+                ) from error
             print(f"{error}; left out")
     return selected
 
@@ -267,8 +272,8 @@ def read_row_texts(file: Path, text_format: TextFormat, problems: Problems) -> I
             try:
                 text = get_text(row_to_dict(row.content), text_format.text_field)
             except (ValueError, KeyError) as error:
-                problem = f"no text under {text_format.text_field!r} ({error})"
-                note_problem(problems, "bad rows", f"{row.place}: {problem}; skipped")
+                reason = f"{error} is missing" if isinstance(error, KeyError) else error
+                note_problem(problems, "bad rows", f"{row.place}: {reason}; skipped")
             else:
                 yield text, True
     except UnicodeError:

@@ -256,7 +256,7 @@ def row_to_dict(content: Any) -> dict:
     try:
         row = json.loads(content) if is_line else content
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error} {ONE_PER_LINE}") from error
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno} {ONE_PER_LINE}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{row!r:.80} is not a JSON object {ONE_PER_LINE if is_line else ''}")
     if None in row:  # from DictReader

@@ -187,8 +187,10 @@ def test_any_text_of_two_sections_has_both_splits(tmp_path, text, max_val_chars)
     assert 0 < len(val) <= max_val_chars
 
 
-def test_text_of_one_section_is_refused(tmp_path):
-    """Text of one section cannot be split. The error asks for more text, and with more it works."""
+def test_text_of_one_section_is_refused(tmp_path, capsys):
+    """Text of one section cannot be split. The error asks for more text, and with more it works. If
+    there is little text because rows are bad, a line says why.
+    """
     file = tmp_path / "a.txt"
     file.write_text("a" * 4000 + "<|endoftext|>" + "a" * 4000)
     with pytest.raises(ValueError, match=r"fewer than two different sections .*add text"):
@@ -196,6 +198,10 @@ def test_text_of_one_section_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
     file.write_text("a" * 4000 + "<|endoftext|>b")
     assert prepare(tmp_path / "out", file)["complete"]
+    (tmp_path / "b.jsonl").write_text(json.dumps([{"text": "a"}, {"text": "b"}]))
+    with pytest.raises(ValueError, match="fewer than two different sections"):
+        prepare(tmp_path / "b", tmp_path / "b.jsonl")
+    assert "rename the file to .json); skipped" in capsys.readouterr().out
 
 
 def test_a_document_and_its_copies_are_in_one_split(tmp_path):
