@@ -22,9 +22,7 @@ from engine.files import (
 )
 from engine.hub import load_hub_rows, reporting_hub_errors
 from engine.rows import (
-    SUFFIXES as ROW_SUFFIXES,
-)
-from engine.rows import (
+    ROW_SUFFIXES,
     find_files,
     get_text,
     read_rows,

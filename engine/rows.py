@@ -28,7 +28,7 @@ from engine.hub import check_hub_name, load_hub_rows
 
 Converted = TypeVar("Converted")
 STDLIB = "stdlib"  # the source whose rows are functions of Python's standard library
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")  # also compressed
+ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")  # also compressed
 HUB_REMEDY = "Without a network, set data or hellaswag_data to a file, or fine-tune on stdlib"
 SPLIT_NAME = re.compile(r"(train|test|valid(ation)?|val|dev)(?![a-z])")  # as on the hub
 PARQUET_TEXT = re.compile("(dictionary<values=)?(large_)?string")  # column types that hold text
@@ -62,7 +62,7 @@ def find_row_files(source: str, split: str = "train") -> list[Path]:
         state = read_json(folder / "state.json", remedy="save the dataset again")
         return [folder / file["filename"] for file in state["_data_files"]]
     if is_saved_dict or path.is_dir() or (not path.exists() and set(source) & set("*?[")):
-        files = find_files([str(folder)], SUFFIXES)
+        files = find_files([str(folder)], ROW_SUFFIXES)
         splits = {match[0] for file in files if (match := SPLIT_NAME.match(file.name))}
         if len(splits) > 1 and path.is_dir():
             kinds = " and ".join(sorted(splits))
@@ -70,7 +70,7 @@ def find_row_files(source: str, split: str = "train") -> list[Path]:
         return files
     if path.exists():
         return [path]
-    check_hub_name(source, f"the name of a dataset, or a file with {list_suffixes(SUFFIXES)}")
+    check_hub_name(source, f"the name of a dataset, or a file with {list_suffixes(ROW_SUFFIXES)}")
     return []
 
 
