@@ -1,5 +1,6 @@
 """Open a run: a new one, one to resume with the same settings, or one to extend to more steps."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
@@ -9,7 +10,7 @@ from engine.checkpoint import BASE_MARK, RunState, list_checkpoints, load_latest
 from engine.config import TrainConfig, fixed_settings
 from engine.distributed import Config, Distributed
 from engine.files import JSONLinesLog, lock_folder, write_atomically
-from engine.optim import plateau_end
+from engine.optim import learning_rate, plateau_end
 from model import GPT
 
 
@@ -102,6 +103,22 @@ def check_extension(run: Path, config: TrainConfig, earlier_max_steps: int) -> N
             f"extending {run} would move {bases[0]}, the base of an adapter; copy the run, delete "
             f"{bases[0].name}/{BASE_MARK} in the copy, and extend the copy"
         )
+
+
+def check_rates(run: Path, config: TrainConfig, last_step: int) -> None:
+    """Raise ValueError if the run has logged other learning rates, up to `last_step`, than those of
+    `config`. An earlier version had another schedule.
+    """
+    log = run / "metrics.jsonl"
+    records = JSONLinesLog.read(log, "step") if log.exists() else []
+    logged = {r["step"]: r["lr"] for r in records if "lr" in r and r["step"] <= last_step}
+    for step, rate in logged.items():
+        expected = learning_rate(step, config)
+        if not math.isclose(rate, expected):  # the last bit may differ
+            raise ValueError(
+                f"{run} had a learning rate of {rate} at step {step}, but in this version it is "
+                f"{expected}; resume it with the earlier version, or choose another out_dir"
+            )
 
 
 def extend_run(run: Path, config: TrainConfig) -> None:

@@ -1,6 +1,7 @@
 """A run can be continued with the same settings, or with more steps."""
 
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from conftest import read_curve
 from safetensors.torch import load_file
 
+from engine import optim
 from engine.checkpoint import choose_checkpoint, list_checkpoints
 from engine.config import flag
 from engine.evaluation import Evaluation
@@ -85,11 +87,11 @@ def data_dir(tmp_path, no_plots):
 
 def test_plateau_end_is_the_last_step_shared_with_longer_runs():
     """Rates equal those of longer runs up to plateau_end and no further. It is 0 for cosine."""
-    cases = (2, 0.4, 10), (2, 0.4, 11), (0, 0, 10), (5, 1, 10), (2, 0.01, 9)
-    for warmup, fraction, steps in cases:
+    for warmup, fraction, steps in product((0, 2, 9, 44, 99), (0, 0.01, 0.14, 0.4, 1), (9, 10, 50)):
         sizes = {"warmup_steps": warmup, "decay_fraction": fraction, "max_steps": steps}
         config = PretrainConfig(schedule="wsd", **sizes)
         end = plateau_end(config)
+        assert 1 <= end <= steps
         for longer in (replace(config, max_steps=steps + 1), replace(config, max_steps=3 * steps)):
             rates = ((learning_rate(s, c) for c in (config, longer)) for s in range(1, steps + 1))
             assert [a == b for a, b in rates] == [True] * end + [False] * (steps - end)
@@ -171,6 +173,36 @@ def test_runs_that_cannot_be_extended(tmp_path, data_dir):
         main(replace(wsd, max_steps=20))
     assert [p.name for p in list_checkpoints(wsd.out_dir)] == ["step_000010"]
     assert not (tmp_path / "wsd" / "until_step_10").exists()
+
+
+def test_a_run_with_the_rates_of_an_earlier_version(tmp_path, data_dir, monkeypatch, capsys):
+    """Earlier versions finished the warmup even if it reached into the decay, and then fell to the
+    rate of the decay. Such a run does not resume after its rates differ: the error has both rates.
+    If it has finished, or is still before that step, it works.
+    """
+
+    def earlier_rate(step: int, config: PretrainConfig) -> float:
+        return config.max_lr * (step / 9 if step <= 9 else (11 - step) / 4)
+
+    sizes = {"max_steps": 10, "warmup_steps": 9, "save_every": 9, "keep": 3}
+    config = wsd_config(tmp_path / "run", data_dir, **sizes)
+    with monkeypatch.context() as patch:
+        patch.setattr(optim, "learning_rate", earlier_rate)
+        main(config)
+    main(config)
+    assert "already finished after step 10 of 10" in capsys.readouterr().out
+    before, middle, last = list_checkpoints(config.out_dir)
+    last.rename(tmp_path / "last")
+    files = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    message = r"rate of 0.00888\d* at step 8, but in this version it is 0.0075; resume it with the"
+    with pytest.raises(ValueError, match=message):
+        main(config)
+    assert files == {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    middle.rename(tmp_path / "middle")
+    assert before.name == "step_000007"
+    main(config)
+    rates = [r["lr"] for r in read_metrics(config.out_dir)[1:]]
+    assert rates == pytest.approx([*(s / 900 for s in range(1, 8)), 0.0075, 0.005, 0.0025])
 
 
 def test_a_run_that_was_killed_before_it_logged_may_change_max_steps(tmp_path, data_dir):
