@@ -1,6 +1,7 @@
 """Open a run: a new one, one to resume with the same settings, or one to extend to more steps."""
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
@@ -143,14 +144,18 @@ def extend_run(run: Path, config: TrainConfig) -> None:
         return
     archive = run / f"until_step_{max_steps}"
     archive.mkdir(exist_ok=True)
-    # Keep what is in the archive: an earlier call that was killed may have copied metrics.jsonl
-    # there and then shortened it here.
-    for file in run.iterdir():
-        if file.is_file() and file.name != "lock" and not (archive / file.name).exists():
-            write_atomically(archive / file.name, file.read_bytes())
+    # An earlier call that was killed may have filled the archive and shortened the log here. The
+    # run may have repeated steps since then. Keep the files of the attempt that got further.
+    archived = JSONLinesLog(archive / "metrics.jsonl", "step")
+    if len(log.records) >= len(archived.records):
+        for file in run.iterdir():
+            if file.is_file() and file.name != "lock":
+                write_atomically(archive / file.name, file.read_bytes())
     for path in later:
-        (archive / path.parent.name).mkdir(exist_ok=True)
-        path.rename(archive / path.parent.name / path.name)
-    log.drop_after(end)
+        target = archive / path.parent.name / path.name
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)  # from an earlier attempt
+        path.rename(target)
     (run / "wandb_id").unlink(missing_ok=True)  # the steps of a W&B run cannot go down
+    log.drop_after(end)  # last: a later call does nothing more
     print(f"extending {run} to {config.max_steps} steps; what followed step {end} is in {archive}")

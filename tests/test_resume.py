@@ -1,7 +1,11 @@
 """A run can be continued with the same settings, or with more steps."""
 
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import count, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +17,10 @@ from engine import optim
 from engine.checkpoint import choose_checkpoint, list_checkpoints
 from engine.config import flag
 from engine.evaluation import Evaluation
+from engine.files import JSONLinesLog
 from engine.metrics import read_metrics
 from engine.optim import learning_rate, plateau_end
-from engine.resume import inherit_settings
+from engine.resume import extend_run, inherit_settings
 from engine.shards import write_shard
 from train_gpt2 import PretrainConfig, main
 
@@ -173,6 +178,81 @@ def test_runs_that_cannot_be_extended(tmp_path, data_dir):
         main(replace(wsd, max_steps=20))
     assert [p.name for p in list_checkpoints(wsd.out_dir)] == ["step_000010"]
     assert not (tmp_path / "wsd" / "until_step_10").exists()
+
+
+class Killed(BaseException):
+    """Ends a function where a kill would end the process."""
+
+
+def run_until_rename(call: int, monkeypatch, function: Callable) -> bool:
+    """Call a function, but kill it when it renames a file or a folder for the `call`-th time.
+    Return whether it was killed.
+    """
+    calls, rename = count(1), Path.rename
+
+    def rename_or_die(path: Path, target: Path) -> None:
+        if next(calls) == call:
+            raise Killed
+        rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_or_die)
+        patch.setattr(Path, "replace", rename_or_die)
+        with suppress(Killed):
+            function()
+            return False
+    return True
+
+
+def run_until_logged(last_step: int, monkeypatch, config: PretrainConfig) -> bool:
+    """Run the command, but kill it after it has logged a step. Return whether it was killed."""
+    append = JSONLinesLog.append
+
+    def append_or_die(log: JSONLinesLog, record: dict) -> None:
+        if record["step"] > last_step:
+            raise Killed
+        append(log, record)
+
+    with monkeypatch.context() as patch, suppress(Killed):
+        patch.setattr(JSONLinesLog, "append", append_or_die)
+        main(config)
+        return False
+    return True
+
+
+def read_attempt(run: Path) -> tuple[list, str, dict]:
+    """Return the log with its times, a file beside it, and the files of the last checkpoint."""
+    files = {file.name: file.read_bytes() for file in list_checkpoints(run)[-1].iterdir()}
+    return read_metrics(run), (run / "note").read_text(), files
+
+
+@pytest.mark.parametrize("until", [7, 8, 10])
+def test_an_extension_that_was_killed_is_repeated(tmp_path, data_dir, monkeypatch, capsys, until):
+    """Kill an extension before each file that it writes or moves. Run the shorter run again, until
+    the step `until`, and extend it. Then until_step_10 holds the attempt that got further, or the
+    later one if both ended: it resumes as finished.
+    """
+    first, run = tmp_path / "first", tmp_path / "run"
+    config = wsd_config(run, data_dir, max_steps=10)
+    longer = replace(config, max_steps=20)
+    main(replace(config, out_dir=str(first)))
+    (first / "note").write_text("first")
+    for call in range(1, 8):  # four files, a checkpoint, the shorter log; the seventh never comes
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(first, run)
+        is_killed = run_until_rename(call, monkeypatch, lambda: extend_run(run, longer))
+        assert is_killed == (call < 7)
+        expected = read_attempt(first)
+        if until > 7 and call > 5:  # the checkpoint of step 10 has moved
+            (run / "note").write_text("second")
+            assert run_until_logged(until, monkeypatch, config) == (until < 10)
+            expected = read_attempt(run) if until == 10 else expected
+        extend_run(run, longer)
+        assert read_attempt(run / "until_step_10") == expected
+        assert [r["step"] for r in read_metrics(run)] == list(range(8))
+        assert [path.name for path in list_checkpoints(run)] == ["step_000007"]
+    main(replace(config, out_dir=str(run / "until_step_10")))
+    assert "already finished after step 10 of 10" in capsys.readouterr().out
 
 
 def test_a_run_with_the_rates_of_an_earlier_version(tmp_path, data_dir, monkeypatch, capsys):
