@@ -34,14 +34,16 @@ def learning_rate(step: int, config: TrainConfig) -> float:
                    wsd, decays to 0               cosine
 
     Both decays reach their final value at step max_steps + 1, so no step of wsd has a rate of 0.
+    If the warmup of wsd reaches into the decay, each step has the lower of their two rates.
     The cosine is the same as in build-nanogpt, which counts steps from 0.
     """
     done = step - 1
+    if config.schedule == "wsd" and step > plateau_end(config):
+        return config.max_lr * ((config.max_steps - done) / decay_steps(config))
     if done < config.warmup_steps:
         return config.max_lr * step / config.warmup_steps
     if config.schedule == "wsd":
-        decay_steps = max(1.0, config.decay_fraction * config.max_steps)
-        return config.max_lr * min(1.0, (config.max_steps - done) / decay_steps)
+        return config.max_lr
     progress = (done - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr + cosine * (config.max_lr - config.min_lr)
@@ -54,11 +56,18 @@ def plateau_end(config: TrainConfig) -> int:
     """
     if config.schedule != "wsd":
         return 0
-    decay_steps = max(1.0, config.decay_fraction * config.max_steps)
-    # The last step for which max_steps - (step - 1) >= decay_steps, see `learning_rate`. If the
-    # warmup ends later, the decay starts there.
-    last_at_max = math.floor(config.max_steps - decay_steps) + 1
-    return min(config.max_steps, max(config.warmup_steps, last_at_max))
+    warmup, decay = config.warmup_steps, decay_steps(config)
+    # The rate, divided by max_lr, is (max_steps + 1 - step) / decay in the decay. Find where this
+    # line falls below 1, and where it falls below the warmup, step / warmup. If the warmup reaches
+    # into the decay, the second step is the later one, otherwise the first.
+    last_at_max = math.floor(config.max_steps - decay) + 1
+    last_of_warmup = math.floor(warmup * (config.max_steps + 1) / (warmup + decay))
+    return max(last_at_max, last_of_warmup)
+
+
+def decay_steps(config: TrainConfig) -> float:
+    """Return the length of the decay of wsd."""
+    return max(1.0, config.decay_fraction * config.max_steps)
 
 
 def muon_momentum(step: int) -> float:

@@ -1,5 +1,7 @@
 """Open a run: a new one, one to resume with the same settings, or one to extend to more steps."""
 
+import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
@@ -9,7 +11,7 @@ from engine.checkpoint import BASE_MARK, RunState, list_checkpoints, load_latest
 from engine.config import TrainConfig, fixed_settings
 from engine.distributed import Config, Distributed
 from engine.files import JSONLinesLog, lock_folder, write_atomically
-from engine.optim import plateau_end
+from engine.optim import learning_rate, plateau_end
 from model import GPT
 
 
@@ -104,6 +106,22 @@ def check_extension(run: Path, config: TrainConfig, earlier_max_steps: int) -> N
         )
 
 
+def check_rates(run: Path, config: TrainConfig, last_step: int) -> None:
+    """Raise ValueError if the run has logged other learning rates, up to `last_step`, than those of
+    `config`. An earlier version had another schedule.
+    """
+    log = run / "metrics.jsonl"
+    records = JSONLinesLog.read(log, "step") if log.exists() else []
+    logged = {r["step"]: r["lr"] for r in records if "lr" in r and r["step"] <= last_step}
+    for step, rate in logged.items():
+        expected = learning_rate(step, config)
+        if not math.isclose(rate, expected):  # the last bit may differ
+            raise ValueError(
+                f"{run} had a learning rate of {rate} at step {step}, but in this version it is "
+                f"{expected}; resume it with the earlier version, or choose another out_dir"
+            )
+
+
 def extend_run(run: Path, config: TrainConfig) -> None:
     """If `config` has more steps than the existing run, take the run back to the last step before
     its decay. Later log records and checkpoints move to RUN/until_step_N, itself a run folder.
@@ -126,14 +144,18 @@ def extend_run(run: Path, config: TrainConfig) -> None:
         return
     archive = run / f"until_step_{max_steps}"
     archive.mkdir(exist_ok=True)
-    # Keep what is in the archive: an earlier call that was killed may have copied metrics.jsonl
-    # there and then shortened it here.
-    for file in run.iterdir():
-        if file.is_file() and file.name != "lock" and not (archive / file.name).exists():
-            write_atomically(archive / file.name, file.read_bytes())
+    # An earlier call that was killed may have filled the archive and shortened the log here. The
+    # run may have repeated steps since then. Keep the files of the attempt that got further.
+    archived = JSONLinesLog(archive / "metrics.jsonl", "step")
+    if len(log.records) >= len(archived.records):
+        for file in run.iterdir():
+            if file.is_file() and file.name != "lock":
+                write_atomically(archive / file.name, file.read_bytes())
     for path in later:
-        (archive / path.parent.name).mkdir(exist_ok=True)
-        path.rename(archive / path.parent.name / path.name)
-    log.drop_after(end)
+        target = archive / path.parent.name / path.name
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)  # from an earlier attempt
+        path.rename(target)
     (run / "wandb_id").unlink(missing_ok=True)  # the steps of a W&B run cannot go down
+    log.drop_after(end)  # last: a later call does nothing more
     print(f"extending {run} to {config.max_steps} steps; what followed step {end} is in {archive}")

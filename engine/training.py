@@ -19,10 +19,10 @@ from engine.evaluation import Evaluation, Prompt, ValidationBatches, is_last_ste
 from engine.files import drop_lost_terminal, write_atomically
 from engine.memory import check_memory
 from engine.metrics import Meter, RunLogger
-from engine.optim import plateau_end
+from engine.optim import learning_rate, plateau_end
 from engine.plots import plot_runs
 from engine.report import start_record, write_report
-from engine.resume import extend_run
+from engine.resume import check_rates, extend_run
 from engine.step import TrainingStep
 from engine.tasks import Example, make_task
 from engine.throughput import describe_device, flops_per_token
@@ -45,7 +45,7 @@ def train(
     resumed: RunState | None = None,
 ) -> None:
     """Train `model` to max_steps, from the start or from the state `resumed`, whose weights it must
-    already have. Raises ValueError if `resumed` was trained on other data.
+    already have. Raises ValueError if `resumed` was trained on other data or with other rates.
     """
     if resumed and resumed.progress["data"] != data.fingerprint:
         raise ValueError(
@@ -54,6 +54,8 @@ def train(
     start, run = resumed.progress["step"] if resumed else 0, Path(config.out_dir)
     earlier = read_val_losses(run, start)
     is_finished = start > 0 and is_last_step(start, config, earlier)
+    if not is_finished:
+        check_rates(run, config, start)
     logging.root.info("data checked, model built")
     hellaswag: list[Example] = []
     if config.hellaswag_every:
@@ -164,10 +166,12 @@ def print_warnings(model: GPT, data: TrainingData, config: TrainConfig, dist: Di
             f"a step needs {step_flops / 1e12:,.0f} TFLOPs, which takes minutes on a CPU; "
             "configs/demo.yaml and configs/small.yaml are made for CPUs"
         )
-    if config.warmup_steps >= config.max_steps:
+    if config.warmup_steps > (plateau_end(config) or config.max_steps):
+        rate, step = max((learning_rate(s, config), s) for s in range(1, config.max_steps + 1))
         print(
-            f"warmup_steps is {config.warmup_steps} and max_steps {config.max_steps}, so the "
-            f"learning rate never reaches max_lr {config.max_lr}; lower warmup_steps"
+            f"warmup_steps is {config.warmup_steps}, too many for {config.max_steps} steps of "
+            f"{config.schedule}: the learning rate peaks at {rate / config.max_lr:.1%} of max_lr "
+            f"at step {step}; lower warmup_steps"
         )
     if data.steps_per_epoch < MIN_STEPS_PER_EPOCH:
         print(

@@ -1,6 +1,8 @@
 import math
 import shutil
+from fractions import Fraction
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -43,6 +45,20 @@ def test_wsd_schedule():
     assert rates[80:] == pytest.approx([s / 20 for s in range(20, -1, -1)])
     with pytest.raises(ValueError, match=r"decay_fraction is 1.5, expected at least 0 and"):
         PretrainConfig(decay_fraction=1.5)
+
+
+def test_wsd_has_the_lower_of_warmup_and_decay():
+    """The rate is the minimum of the warmup, max_lr and the decay, computed with fractions, also if
+    the warmup reaches into the decay or is longer than the run.
+    """
+    grid = product((1, 2, 9, 50), (0, 1, 5, 44, 99), ("0", "0.14", "0.4", "0.56", "1"))
+    for steps, warmup, fraction in grid:
+        sizes = {"max_steps": steps, "warmup_steps": warmup, "decay_fraction": float(fraction)}
+        config = PretrainConfig(schedule="wsd", max_lr=1.0, **sizes)
+        decay = max(1, steps * Fraction(fraction))
+        for s in range(1, steps + 1):
+            expected = min(1, Fraction(s, warmup or s), (steps + 1 - s) / decay)
+            assert learning_rate(s, config) == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_parameter_groups_at_124m():

@@ -1,6 +1,11 @@
 """A run can be continued with the same settings, or with more steps."""
 
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import count, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,12 +13,14 @@ import yaml
 from conftest import read_curve
 from safetensors.torch import load_file
 
+from engine import optim
 from engine.checkpoint import choose_checkpoint, list_checkpoints
 from engine.config import flag
 from engine.evaluation import Evaluation
+from engine.files import JSONLinesLog
 from engine.metrics import read_metrics
 from engine.optim import learning_rate, plateau_end
-from engine.resume import inherit_settings
+from engine.resume import extend_run, inherit_settings
 from engine.shards import write_shard
 from train_gpt2 import PretrainConfig, main
 
@@ -85,11 +92,11 @@ def data_dir(tmp_path, no_plots):
 
 def test_plateau_end_is_the_last_step_shared_with_longer_runs():
     """Rates equal those of longer runs up to plateau_end and no further. It is 0 for cosine."""
-    cases = (2, 0.4, 10), (2, 0.4, 11), (0, 0, 10), (5, 1, 10), (2, 0.01, 9)
-    for warmup, fraction, steps in cases:
+    for warmup, fraction, steps in product((0, 2, 9, 44, 99), (0, 0.01, 0.14, 0.4, 1), (9, 10, 50)):
         sizes = {"warmup_steps": warmup, "decay_fraction": fraction, "max_steps": steps}
         config = PretrainConfig(schedule="wsd", **sizes)
         end = plateau_end(config)
+        assert 1 <= end <= steps
         for longer in (replace(config, max_steps=steps + 1), replace(config, max_steps=3 * steps)):
             rates = ((learning_rate(s, c) for c in (config, longer)) for s in range(1, steps + 1))
             assert [a == b for a, b in rates] == [True] * end + [False] * (steps - end)
@@ -171,6 +178,111 @@ def test_runs_that_cannot_be_extended(tmp_path, data_dir):
         main(replace(wsd, max_steps=20))
     assert [p.name for p in list_checkpoints(wsd.out_dir)] == ["step_000010"]
     assert not (tmp_path / "wsd" / "until_step_10").exists()
+
+
+class Killed(BaseException):
+    """Ends a function where a kill would end the process."""
+
+
+def run_until_rename(call: int, monkeypatch, function: Callable) -> bool:
+    """Call a function, but kill it when it renames a file or a folder for the `call`-th time.
+    Return whether it was killed.
+    """
+    calls, rename = count(1), Path.rename
+
+    def rename_or_die(path: Path, target: Path) -> None:
+        if next(calls) == call:
+            raise Killed
+        rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_or_die)
+        patch.setattr(Path, "replace", rename_or_die)
+        with suppress(Killed):
+            function()
+            return False
+    return True
+
+
+def run_until_logged(last_step: int, monkeypatch, config: PretrainConfig) -> bool:
+    """Run the command, but kill it after it has logged a step. Return whether it was killed."""
+    append = JSONLinesLog.append
+
+    def append_or_die(log: JSONLinesLog, record: dict) -> None:
+        if record["step"] > last_step:
+            raise Killed
+        append(log, record)
+
+    with monkeypatch.context() as patch, suppress(Killed):
+        patch.setattr(JSONLinesLog, "append", append_or_die)
+        main(config)
+        return False
+    return True
+
+
+def read_attempt(run: Path) -> tuple[list, str, dict]:
+    """Return the log with its times, a file beside it, and the files of the last checkpoint."""
+    files = {file.name: file.read_bytes() for file in list_checkpoints(run)[-1].iterdir()}
+    return read_metrics(run), (run / "note").read_text(), files
+
+
+@pytest.mark.parametrize("until", [7, 8, 10])
+def test_an_extension_that_was_killed_is_repeated(tmp_path, data_dir, monkeypatch, capsys, until):
+    """Kill an extension before each file that it writes or moves. Run the shorter run again, until
+    the step `until`, and extend it. Then until_step_10 holds the attempt that got further, or the
+    later one if both ended: it resumes as finished.
+    """
+    first, run = tmp_path / "first", tmp_path / "run"
+    config = wsd_config(run, data_dir, max_steps=10)
+    longer = replace(config, max_steps=20)
+    main(replace(config, out_dir=str(first)))
+    (first / "note").write_text("first")
+    for call in range(1, 8):  # four files, a checkpoint, the shorter log; the seventh never comes
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(first, run)
+        is_killed = run_until_rename(call, monkeypatch, lambda: extend_run(run, longer))
+        assert is_killed == (call < 7)
+        expected = read_attempt(first)
+        if until > 7 and call > 5:  # the checkpoint of step 10 has moved
+            (run / "note").write_text("second")
+            assert run_until_logged(until, monkeypatch, config) == (until < 10)
+            expected = read_attempt(run) if until == 10 else expected
+        extend_run(run, longer)
+        assert read_attempt(run / "until_step_10") == expected
+        assert [r["step"] for r in read_metrics(run)] == list(range(8))
+        assert [path.name for path in list_checkpoints(run)] == ["step_000007"]
+    main(replace(config, out_dir=str(run / "until_step_10")))
+    assert "already finished after step 10 of 10" in capsys.readouterr().out
+
+
+def test_a_run_with_the_rates_of_an_earlier_version(tmp_path, data_dir, monkeypatch, capsys):
+    """Earlier versions finished the warmup even if it reached into the decay, and then fell to the
+    rate of the decay. Such a run does not resume after its rates differ: the error has both rates.
+    If it has finished, or is still before that step, it works.
+    """
+
+    def earlier_rate(step: int, config: PretrainConfig) -> float:
+        return config.max_lr * (step / 9 if step <= 9 else (11 - step) / 4)
+
+    sizes = {"max_steps": 10, "warmup_steps": 9, "save_every": 9, "keep": 3}
+    config = wsd_config(tmp_path / "run", data_dir, **sizes)
+    with monkeypatch.context() as patch:
+        patch.setattr(optim, "learning_rate", earlier_rate)
+        main(config)
+    main(config)
+    assert "already finished after step 10 of 10" in capsys.readouterr().out
+    before, middle, last = list_checkpoints(config.out_dir)
+    last.rename(tmp_path / "last")
+    files = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    message = r"rate of 0.00888\d* at step 8, but in this version it is 0.0075; resume it with the"
+    with pytest.raises(ValueError, match=message):
+        main(config)
+    assert files == {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    middle.rename(tmp_path / "middle")
+    assert before.name == "step_000007"
+    main(config)
+    rates = [r["lr"] for r in read_metrics(config.out_dir)[1:]]
+    assert rates == pytest.approx([*(s / 900 for s in range(1, 8)), 0.0075, 0.005, 0.0025])
 
 
 def test_a_run_that_was_killed_before_it_logged_may_change_max_steps(tmp_path, data_dir):

@@ -3,6 +3,7 @@ import json
 import math
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -330,18 +331,25 @@ def test_settings_and_sizes_are_printed(shards, capsys):
 
 
 def test_settings_that_prevent_learning_get_a_warning(capsys):
-    """A model too large for a CPU, a warmup as long as the run, and an epoch of a few steps get a
-    line each. Other settings get none.
+    """A model too large for a CPU, a warmup too long to reach max_lr, and an epoch of a few steps
+    get a line each. Other settings get none.
     """
     with torch.device("meta"):
         large = GPT(GPTConfig())
     data = SimpleNamespace(block_size=1024, steps_per_epoch=100.0)
     data.tokens_through = lambda step: step * 2**10
-    print_warnings(large, data, PretrainConfig(), CPU_DIST)
-    assert not capsys.readouterr().out
+    wsd = PretrainConfig(schedule="wsd", max_steps=10, warmup_steps=7)  # 7 = 10 + 1 - 0.4 * 10
+    for config in (PretrainConfig(), PretrainConfig(warmup_steps=5, max_steps=5), wsd):
+        print_warnings(large, data, config, CPU_DIST)
+        assert not capsys.readouterr().out
+    print_warnings(large, data, replace(wsd, warmup_steps=8), CPU_DIST)
+    assert "peaks at 87.5% of max_lr at step 7; lower warmup_steps" in capsys.readouterr().out
+    print_warnings(large, data, replace(wsd, warmup_steps=10), CPU_DIST)  # 7/10, 3/4, 2/4
+    assert "peaks at 75.0% of max_lr at step 8" in capsys.readouterr().out
     data.tokens_through, data.steps_per_epoch = lambda step: step * 2**19, 3.25
-    print_warnings(large, data, PretrainConfig(warmup_steps=5, max_steps=5), CPU_DIST)
+    print_warnings(large, data, PretrainConfig(warmup_steps=6, max_steps=5), CPU_DIST)
     size, warmup, epoch = capsys.readouterr().out.splitlines()
     assert "configs/demo.yaml and configs/small.yaml" in size
-    assert "warmup_steps is 5 and max_steps 5, so the learning rate never reaches max_lr" in warmup
+    assert "warmup_steps is 6, too many for 5 steps of cosine: the learning rate peaks" in warmup
+    assert "at 83.3% of max_lr at step 5" in warmup
     assert "an epoch has only 3.2 steps" in epoch
