@@ -165,8 +165,13 @@ class TrainConfig(Settings):
             spec = importlib.util.find_spec(name)
             if spec is None or spec.origin is None:  # a plain folder of that name has no origin
                 raise ValueError(f"log is {self.log}, but {name} is missing: pip install {name}")
-        if self.max_lr is not None and self.min_lr > self.max_lr:
-            raise ValueError(f"min_lr is {self.min_lr}, expected at most max_lr {self.max_lr}")
+        is_min_lr_used = self.schedule == "cosine" and self.max_lr is not None
+        if is_min_lr_used and self.min_lr > self.max_lr:
+            origin = " by default" if self.min_lr == type(self).min_lr else ""
+            raise ValueError(
+                f"min_lr is {self.min_lr}{origin}, expected at most max_lr {self.max_lr}; set a "
+                "lower min_lr or a higher max_lr"
+            )
 
     def is_due(self, every: int, step: int) -> bool:
         """Return whether `step` is a multiple of `every`, or the last step. 0 is never due."""

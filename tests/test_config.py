@@ -432,6 +432,8 @@ WRONG_SETTINGS = [
     ({"muon_weight_decay": -0.5}, "muon_weight_decay is -0.5, expected at least 0"),
     ({"seed": 2**63}, "expected at least 0 and at most 9,223,372,036,854,775,807"),
     ({"min_lr": 0.1, "max_lr": 0.01}, "min_lr is 0.1, expected at most max_lr 0.01"),
+    ({"max_lr": 1e-5}, "min_lr is 6e-05 by default, expected at most max_lr 1e-05; set a lower"),
+    ({"max_lr": -1.0}, "max_lr is -1.0, expected above 0"),
     ({"min_lr": 0.0, "max_lr": 0.0}, "max_lr is 0.0, expected above 0"),
     ({"decay_fraction": 1.5}, "decay_fraction is 1.5, expected at least 0 and at most 1"),
     ({"out_dir": ""}, "out_dir is empty, expected text"),
@@ -449,6 +451,11 @@ def test_impossible_settings(settings, expected):
     """A setting out of its range is an error, and so are settings that contradict each other."""
     with pytest.raises(ValueError, match=re.escape(expected)):
         PretrainConfig(**settings)
+
+
+def test_wsd_does_not_use_min_lr():
+    """With schedule wsd, max_lr may be below the default of min_lr, which only cosine uses."""
+    assert PretrainConfig(schedule="wsd", max_lr=1e-5).max_lr < PretrainConfig.min_lr
 
 
 def test_a_missing_logger_names_the_command_that_installs_it(tmp_path, monkeypatch):
