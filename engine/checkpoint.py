@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from safetensors import SafetensorError
 
 from engine.adapter import is_adapter, load_adapter, read_adapter_config, save_adapter
+from engine.config import read_yaml
 from engine.errors import print_notice
 from engine.files import fsync_folder, read_json
 from engine.lora import lora_linears
@@ -269,9 +269,7 @@ def read_state(checkpoint: Path) -> dict:
 
 def read_run_config(run: Path | str) -> dict:
     """Read the settings of a run from its config.yaml."""
-    file = Path(run) / "config.yaml"
     try:
-        with file.open() as stream:
-            return dict(yaml.safe_load(stream))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {error}; repair it, or choose another run") from error
+        return read_yaml(Path(run) / "config.yaml")
+    except ValueError as error:
+        raise ValueError(f"{error}; repair the file, or choose another run") from error

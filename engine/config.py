@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NewType, NoReturn, Typ
 
 import yaml
 
-from engine.errors import exit_with_error, run_and_report_errors
+from engine.errors import describe_error, exit_with_error, run_and_report_errors
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -165,8 +165,13 @@ class TrainConfig(Settings):
             spec = importlib.util.find_spec(name)
             if spec is None or spec.origin is None:  # a plain folder of that name has no origin
                 raise ValueError(f"log is {self.log}, but {name} is missing: pip install {name}")
-        if self.max_lr is not None and self.min_lr > self.max_lr:
-            raise ValueError(f"min_lr is {self.min_lr}, expected at most max_lr {self.max_lr}")
+        is_min_lr_used = self.schedule == "cosine" and self.max_lr is not None
+        if is_min_lr_used and self.min_lr > self.max_lr:
+            origin = " by default" if self.min_lr == type(self).min_lr else ""
+            raise ValueError(
+                f"min_lr is {self.min_lr}{origin}, expected at most max_lr {self.max_lr}; set a "
+                "lower min_lr or a higher max_lr"
+            )
 
     def is_due(self, every: int, step: int) -> bool:
         """Return whether `step` is a multiple of `every`, or the last step. 0 is never due."""
@@ -222,7 +227,10 @@ def parse_flags(
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
         parser.error(f"unknown flag {unknown[0]}{suggest(name, names, '--')}")
-    sources = [(f"{file}: ", read_config_file(file, parser)) for file in files]
+    try:
+        sources = [(f"{file}: ", read_yaml(Path(file))) for file in files]
+    except (OSError, ValueError) as error:
+        parser.error(str(describe_error(error)))
     values: dict[str, Any] = {}
     for source, content in [*sources, ("", given)]:
         for name, value in content.items():
@@ -358,13 +366,39 @@ def describe_type(kind: Any) -> str:
     return "a list of strings" if typing.get_origin(kind) is list else TYPE_NAMES[kind]
 
 
-def read_config_file(file: str, parser: Parser) -> dict[str, Any]:
+class SettingsLoader(yaml.SafeLoader):
+    """YAML, but a key may occur only once, and only JSON's numbers are numbers: others stay text
+    until `convert_setting`. So 010 is 10, as on the command line, and not an octal 8.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ValueError(f"line {line} repeats {name} of line {lines[name]}; delete one")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        try:
+            return json.loads(node.value)
+        except ValueError:
+            return node.value
+
+
+for kind in ("int", "float", "timestamp"):
+    SettingsLoader.add_constructor(f"tag:yaml.org,2002:{kind}", SettingsLoader.construct_number)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Read a file of settings. Raises ValueError if it holds anything else."""
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        parser.error(f"{file} cannot be read as YAML: {error}")
+        content = SettingsLoader(file.read_text(encoding="utf-8")).get_single_data()
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
-        parser.error(f"{file} holds {content!r:.60}, expected lines NAME: VALUE")
+        raise ValueError(f"{file} holds {content!r:.60}, expected lines NAME: VALUE")
     return content
 
 

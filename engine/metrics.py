@@ -181,7 +181,7 @@ class WandbLogger:
     W&B work as usual (WANDB_MODE=offline, WANDB_PROJECT).
     """
 
-    def __init__(self, run: Path, earlier: list[dict]):  # noqa: ARG002  # W&B keeps earlier steps
+    def __init__(self, run: Path, earlier: list[dict]):
         import wandb
 
         id_file = run / "wandb_id"
@@ -195,10 +195,15 @@ class WandbLogger:
             config=read_run_config(run),
             settings=wandb.Settings(console="off"),  # do not capture stdout and the progress bar
         )
+        for record in earlier:
+            self.write(record)
 
     def write(self, record: dict) -> None:
-        if record["step"] < self.wandb_run.step:
-            return  # W&B keeps the record of a step that a resumed run repeats
+        # W&B has all steps before its starting_step. A process that was killed may not have
+        # uploaded the latest ones, and offline W&B does not know any. If a resumed run repeats a
+        # step that W&B has, W&B keeps the earlier record.
+        if record["step"] < self.wandb_run.starting_step:
+            return
         samples = {f"sample_{i + 1}": text for i, text in enumerate(record.get("samples", []))}
         self.wandb_run.log(select_numbers(record) | samples, step=record["step"])
 

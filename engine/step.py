@@ -158,15 +158,16 @@ class TrainingStep:
         """Tell the optimizers to clip the gradients to a norm of grad_clip. Return their norm."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.dist.device.type == "cpu":
-            # Take the norm of the norms of rows. A single fp32 sum over the embedding would lose
-            # four digits, and would differ with the number of ranks.
-            grads = [torch.linalg.vector_norm(g, dim=-1) if g.dim() > 1 else g for g in grads]
+            # Take the norm of the norms of rows, in float64. A single fp32 sum over the embedding
+            # would lose four digits, and would differ with the number of ranks.
+            rows = [torch.linalg.vector_norm(g, dim=-1) if g.dim() > 1 else g for g in grads]
+            grads = [row_norms.double() for row_norms in rows]
         norm = nn.utils.get_total_norm(grads)
         max_norm = self.config.grad_clip or math.inf
         if self.dist.device.type == "mps":  # its AdamW ignores `grad_scale`
             nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
             return norm
-        norm = full_tensor(norm)
+        norm = full_tensor(norm).float()
         # Fused AdamW and our Muon divide the gradients by this number when they read them.
         grad_scale = ((norm + CLIP_EPS) / max_norm).clamp(min=1)
         for optimizer in self.optimizers:

@@ -172,8 +172,8 @@ WRONG_VALUES = {
     "number: ['1']": "number is ['1'], expected an integer",
     "number: ''": "number is '', expected an integer",
     "rate: fast": "rate is fast, expected a number",
-    "rate: .nan": "rate is nan, expected a number",
-    "rate: -.inf": "rate is -inf, expected a number",
+    "rate: .nan": "rate is .nan, expected a number",
+    "rate: -.inf": "rate is -.inf, expected a number",
     "rate: 1" + "0" * 400: "expected a number",
     "name: 5": "name is 5, expected text",
     "names: a": "names is a, expected a list of strings",
@@ -187,6 +187,9 @@ WRONG_VALUES = {
     "- number": "holds ['number'], expected lines NAME: VALUE",
     "": "holds None, expected lines NAME: VALUE",
     "number: [1": "cannot be read as YAML",
+    "number: 1\nrate: 2\nnumber: 1": "line 3 repeats number of line 1; delete one",
+    "{name: a, name: b}": "line 1 repeats name of line 1; delete one",
+    "[name]: a": "cannot be read as YAML",
     "name: !!python/object:os.system x": "cannot be read as YAML",
 }
 
@@ -208,6 +211,9 @@ def test_yaml_values(tmp_path):
         "rate: 1e-3": 1e-3,  # text in YAML 1.1, which wants 1.0e-3
         "rate: 2": 2.0,
         "number: 7": 7,
+        "rate: 6.0e-04": 6e-4,
+        "name: 010": "010",
+        "name: 2026-12-01": "2026-12-01",
         "switch: yes": True,
         "switch: 'false'": False,
         "optional: null": None,
@@ -251,8 +257,8 @@ def test_yaml_is_utf8_on_any_machine(tmp_path):
     """A config file is read as UTF-8, whatever the machine's locale."""
     (tmp_path / "utf8.yaml").write_bytes("name: café 日本\n".encode())
     program = (
-        "import sys; from engine.config import read_config_file\n"
-        "print(ascii(read_config_file(sys.argv[1], None)['name']))"
+        "import pathlib, sys; from engine.config import read_yaml\n"
+        "print(ascii(read_yaml(pathlib.Path(sys.argv[1]))['name']))"
     )
     # With these options, falling back on the encoding of the locale is an error.
     options = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning"]
@@ -299,16 +305,19 @@ def test_flags_with_dashes():
 
 
 def test_whole_numbers_in_any_notation(tmp_path, capsys):
-    """1e3, 1_000 and 1000.0 are accepted as integers, but 1.5 is not. Large ones stay exact."""
-    for text in ("1e3", "1_000", "1000.0", "1E+3"):
+    """1e3, 1_000, 1000.0 and 01000 are accepted as integers, but 1.5 is not. They mean the same in
+    a YAML file, where 01000 and 1:30 could be in base 8 and 60. Large ones stay exact.
+    """
+    for text in ("1e3", "1_000", "1000.0", "1E+3", "01000"):
         assert parse(PretrainConfig, "--max_steps", text) == {"max_steps": 1000}
         (tmp_path / "a.yaml").write_text(f"max_steps: {text}\n")
         assert parse(PretrainConfig, "--config", tmp_path / "a.yaml") == {"max_steps": 1000}
     assert parse(PretrainConfig, "--seed", str(2**62 + 1)) == {"seed": 2**62 + 1}
-    for text in ("1.5", "1e-3", "1e400", "nan", "1e"):
-        assert f"max_steps is {text}, expected an integer" in parsing_error(
-            capsys, PretrainConfig, "--max_steps", text
-        )
+    for text in ("1.5", "1e400", "nan", "1e", "0x10", "0o10", "1:30", "1:30.5"):
+        (tmp_path / "a.yaml").write_text(f"max_steps: {text}\n")
+        for argv in (("--max_steps", text), ("--config", tmp_path / "a.yaml")):
+            error = parsing_error(capsys, PretrainConfig, *argv)
+            assert f"max_steps is {text}, expected an integer" in error
 
 
 @pytest.mark.parametrize("config_class", CONFIGS.values())
@@ -432,6 +441,8 @@ WRONG_SETTINGS = [
     ({"muon_weight_decay": -0.5}, "muon_weight_decay is -0.5, expected at least 0"),
     ({"seed": 2**63}, "expected at least 0 and at most 9,223,372,036,854,775,807"),
     ({"min_lr": 0.1, "max_lr": 0.01}, "min_lr is 0.1, expected at most max_lr 0.01"),
+    ({"max_lr": 1e-5}, "min_lr is 6e-05 by default, expected at most max_lr 1e-05; set a lower"),
+    ({"max_lr": -1.0}, "max_lr is -1.0, expected above 0"),
     ({"min_lr": 0.0, "max_lr": 0.0}, "max_lr is 0.0, expected above 0"),
     ({"decay_fraction": 1.5}, "decay_fraction is 1.5, expected at least 0 and at most 1"),
     ({"out_dir": ""}, "out_dir is empty, expected text"),
@@ -449,6 +460,11 @@ def test_impossible_settings(settings, expected):
     """A setting out of its range is an error, and so are settings that contradict each other."""
     with pytest.raises(ValueError, match=re.escape(expected)):
         PretrainConfig(**settings)
+
+
+def test_wsd_does_not_use_min_lr():
+    """With schedule wsd, max_lr may be below the default of min_lr, which only cosine uses."""
+    assert PretrainConfig(schedule="wsd", max_lr=1e-5).max_lr < PretrainConfig.min_lr
 
 
 def test_a_missing_logger_names_the_command_that_installs_it(tmp_path, monkeypatch):

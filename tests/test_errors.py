@@ -78,7 +78,7 @@ WRONG = {
     "fineweb --dataset text.txt --max_tokens 1": "max_tokens is 1, expected at least 4",
     "plot nothing": "nothing/metrics.jsonl: No such file or directory; check that it exists",
     "plot noise_run": "noise_run/metrics.jsonl is damaged",
-    "plot syntax_run": "syntax_run/config.yaml is damaged",
+    "plot syntax_run": "syntax_run/config.yaml cannot be read as YAML: ",
     "share --run torn": "torn/checkpoints/step_000001/progress.json is damaged",
 }
 FILES = {

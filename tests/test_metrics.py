@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,6 +82,56 @@ def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
     log_steps(tmp_path, "wandb", range(2, 5), start=1)
     assert (tmp_path / "wandb_id").read_text() == run_id
     assert {f.name for f in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {f"run-{run_id}.wandb"}
+
+
+class FakeWandb:
+    """Stands in for the module wandb and for its run. As in wandb's handler.go, the current step is
+    0 until the first record comes, then at least `starting_step`, and lower steps are ignored with
+    a warning. `starting_step` follows the last step that the server has.
+    """
+
+    __spec__ = SimpleNamespace(origin="wandb")
+    Settings = dict
+
+    def __init__(self) -> None:
+        self.server: dict[int, dict] = {}  # what was uploaded
+        self.n_ignored = 0
+
+    def init(self, **options) -> "FakeWandb":
+        assert options["resume"] == "allow"
+        self.starting_step, self.step = max(self.server, default=-1) + 1, 0
+        return self
+
+    def log(self, values: dict, step: int) -> None:
+        self.step = max(self.step, self.starting_step)
+        if step < self.step:
+            self.n_ignored += 1
+            return
+        self.step = step
+        self.server.setdefault(step, {}).update(values)
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("uploaded", [0, 8, 11, 14])
+def test_wandb_gets_the_steps_that_a_killed_run_did_not_upload(tmp_path, monkeypatch, uploaded):
+    """A run is killed after step 15, when W&B had the first `uploaded` steps, and resumes from step
+    10. Then W&B has each step of metrics.jsonl once, and nothing was logged in vain.
+    """
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "config.yaml").write_text("max_steps: 20\n")
+    log_steps(tmp_path, "wandb", range(16))
+    wandb.server = {step: wandb.server[step] for step in range(uploaded)}
+    log_steps(tmp_path, "wandb", range(11, 21), start=10)
+    assert wandb.n_ignored == 0
+    assert [*wandb.server] == [record["step"] for record in read_metrics(tmp_path)]
+    for record in read_metrics(tmp_path):
+        logged = wandb.server[record["step"]]
+        assert logged["val_loss"] == record["val_loss"]
+        assert logged.get("train_loss") == record.get("train_loss")
+        assert logged.get("sample_1") == record.get("samples", [None])[0]
 
 
 def test_failing_logger_is_turned_off(tmp_path, monkeypatch, capsys):

@@ -52,9 +52,11 @@ def test_a_run_resumes_only_as_it_was(tmp_path):
         inherit_settings(tmp_path, replace(config, max_lr=2e-3))
     with pytest.raises(ValueError, match="resume is never"):
         inherit_settings(tmp_path, replace(allowed, resume="never"))
-    (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(ValueError, match=r"config.yaml is damaged"):
-        inherit_settings(tmp_path, allowed)
+    for content, problem in {"": "None", "- seed": r"\['seed'\]", "a": "'a'"}.items():
+        (tmp_path / "config.yaml").write_text(content)
+        expected = rf"config.yaml holds {problem}, expected lines NAME: VALUE; repair the file, or"
+        with pytest.raises(ValueError, match=expected):
+            inherit_settings(tmp_path, allowed)
 
 
 def test_an_old_run_has_the_default_of_a_new_setting(tmp_path):

@@ -4,10 +4,11 @@ import shutil
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_data, make_step, new_step_model, on_cpu_and_gpu
+from conftest import CPU_DIST, make_data, make_step, new_step_model, on_cpu_and_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel
@@ -198,6 +199,24 @@ def test_clipping_takes_few_operations_on_a_gpu(monkeypatch):
             norm = TrainingStep._clip_gradients(step)
     assert counter.n <= 8
     assert norm.device == optimizer.grad_scale.device == torch.device("cuda", 0)
+
+
+def test_the_norm_on_a_cpu_is_exact():
+    """The norm of the gradients of a large embedding and a vector equals numpy's in float64,
+    although one row and one element are so large that fp32 sums lose the squares of the others.
+    """
+    params = [torch.nn.Parameter(torch.empty(shape)) for shape in ((50_304, 16), (9999,))]
+    for param in params:
+        param.grad = 1e-4 * torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
+        param.grad[198] = 1.0
+    step = SimpleNamespace(
+        model=SimpleNamespace(parameters=lambda: params),
+        dist=CPU_DIST,
+        config=SimpleNamespace(grad_clip=1.0),
+        optimizers=[],
+    )
+    expected = np.linalg.norm([np.linalg.norm(p.grad.numpy().astype(np.float64)) for p in params])
+    assert TrainingStep._clip_gradients(step).item() == pytest.approx(expected, rel=1e-7)
 
 
 class CountCasts(TorchDispatchMode):
