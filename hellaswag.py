@@ -27,11 +27,9 @@ BAR_SECONDS = 1.0  # between updates of the metric shown beside a progress bar
 class EvalConfig(ModelSettings):
     task: str = flag("hellaswag", ", ".join(TASKS))
     text: HellaSwagText = flag("lm-eval", "hellaswag: cleaned (lm-eval) or raw (build-nanogpt)")
-    data: str | None = flag(
-        None,
-        ".json(l) file or hub dataset (default: the task's); perplexity: text files, folder, glob",
-    )
-    limit: int | None = flag(None, "evaluate only the first N rows or documents")
+    data: str | None = flag(None, "file, folder, glob or hub dataset (default: the task's)")
+    limit: int | None = flag(None, "the first N rows or documents; HellaSwag's are ActivityNet")
+    sample: int | None = flag(None, "N random rows or documents, the same for every model")
     stride: int | None = flag(None, "perplexity: window step in tokens (default: block_size)")
     skip_bad_rows: bool = flag(False, "skip bad rows instead of stopping")
     out_dir: str = flag("", "folder for the results; rerun the command to resume (default: none)")
@@ -41,19 +39,21 @@ class EvalConfig(ModelSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.make_task()
+        if self.limit and self.sample:
+            raise ValueError(f"limit is {self.limit} and sample is {self.sample}; set only one")
 
     def make_task(self) -> Task:
         """Return the task. Raises ValueError if it is unknown or a flag belongs to another task."""
         # `text` and `stride` belong to one task each, and other tasks refuse them. So pass them
         # only if they are not the default.
         changed = [k for k in ("text", "stride") if getattr(self, k) != getattr(EvalConfig, k)]
-        names = ("data", "limit", "skip_bad_rows", *changed)
+        names = ("data", "limit", "sample", "skip_bad_rows", *changed)
         return make_task(self.task, **{name: getattr(self, name) for name in names})
 
 
 def collect_settings(config: EvalConfig, task: Task, model: GPT, tokenizer: Tokenizer) -> dict:
     """Collect everything that the results depend on, to be compared when resuming."""
-    names = ("task", "text", "limit", "stride", "skip_bad_rows", "precision")
+    names = ("task", "text", "limit", "sample", "stride", "skip_bad_rows", "precision")
     settings = {name: getattr(config, name) for name in names}
     hashes = " ".join(map(sha256_file, task.find_files()))
     settings["data"] = hashes or f"{task.source} {task.hub.config} {task.hub.split}"
@@ -87,7 +87,7 @@ def score_examples(
     records = dist.all_gather(logged)[0]  # those of rank 0
     done = frozenset(i for i, e in enumerate(examples) if e.record["row"] in records)
     disable = None if dist.is_main else True  # None: shown if stderr is a terminal
-    with tqdm(total=len(examples), initial=len(done), unit=" rows", disable=disable) as bar:
+    with tqdm(total=len(examples), initial=len(done), unit=f" {task.unit}", disable=disable) as bar:
         interval = PROGRESS_SECONDS if bar.disable else BAR_SECONDS
         shown_at = time.perf_counter()
         for batch in task.score_examples(model, examples, dist, done):
@@ -103,7 +103,7 @@ def score_examples(
                 name, metric = next(iter(metrics.items()))  # the first one is enough here
                 bar.set_postfix_str(f"{name} {metric['value']:.4f}")
                 if bar.disable:  # there is no terminal
-                    print(f"{len(records)}/{len(examples)} rows, {bar.postfix}", flush=True)
+                    print(f"{len(records)}/{len(examples)} {task.unit}, {bar.postfix}", flush=True)
     return [records[e.record["row"]] for e in examples]
 
 
@@ -141,11 +141,11 @@ def evaluate(config: EvalConfig, dist: Distributed) -> None:
         metrics = task.compute_metrics(records)
         if out:
             results = {"config": asdict(config), "rows": len(records), **metrics}
-            write_json(out / "results.json", results)
+            write_json(out / "results.json", results | {task.unit: len(records)})
     for name, metric in metrics.items():
         interval = f"{metric['low']:.4f} to {metric['high']:.4f}" if "low" in metric else ""
         print(f"{name:<16} {metric['value']:<10.4f} {interval:<18} {metric['meaning']}")
-    print(f"{len(records):,} rows in {seconds:.1f} s")
+    print(f"{len(records):,} {task.unit} in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

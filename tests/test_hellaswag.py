@@ -92,17 +92,24 @@ def test_perplexity_equals_transformers(gpt2_folder, tmp_path, monkeypatch, stri
     assert found["bits_per_byte"]["value"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
 
 
-def test_perplexity_of_documents(gpt2_folder, write_rows, capsys):
-    """All tokens of each document count. A bad row is an error, unless skip_bad_rows is set."""
+def test_perplexity_of_documents(gpt2_folder, tmp_path, write_rows, capsys):
+    """All tokens of each document count. A bad row is an error, unless skip_bad_rows is set. The
+    output counts windows and documents.
+    """
+    out = tmp_path / "out"
     documents = [{"text": "One document."}, {"text": "Another one, a little longer."}]
     options = {"task": "perplexity", "data": write_rows([*documents, {}])}
     with pytest.raises(ValueError, match="bad rows"):
         evaluate(gpt2_folder, **options)
     evaluate(gpt2_folder, **options, skip_bad_rows=True)
     lengths = [len(TIKTOKEN.encode(document["text"])) for document in documents]
-    assert f"{sum(lengths)} tokens" in capsys.readouterr().out
-    evaluate(gpt2_folder, **options, skip_bad_rows=True, limit=1)
-    assert f"{lengths[0]} tokens" in capsys.readouterr().out
+    assert f"{sum(lengths)} tokens, 2 documents" in capsys.readouterr().out
+    evaluate(gpt2_folder, out, **options, skip_bad_rows=True, limit=1)
+    printed = capsys.readouterr().out
+    assert f"{lengths[0]} tokens, 1 document\n" in printed
+    assert "1 windows in" in printed
+    results = read_results(out)
+    assert (results["rows"], results["windows"]) == (1, 1)
 
 
 def test_perplexity_of_one_endless_word(gpt2_folder, tmp_path, capsys):
@@ -204,8 +211,14 @@ def test_ranks_split_the_rows(gpt2_folder, tmp_path, ranks, n_begun):
 
 
 def test_other_settings_do_not_resume(gpt2_folder, tmp_path):
-    """If out_dir has results of another model, data or options, that is an error; they are kept."""
+    """If out_dir has results of another model, data or options, that is an error; they are kept.
+    Settings of an earlier version, which lack the sample, are those without a sample.
+    """
     config = evaluate(gpt2_folder, tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings.pop("sample") is None
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(settings))
+    main(config)
     before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
     other = GPT.from_pretrained(gpt2_folder)
     other.transformer.wpe.weight.data[0, 0] += 1
@@ -216,6 +229,7 @@ def test_other_settings_do_not_resume(gpt2_folder, tmp_path):
         ({"data": str(tmp_path / "other.jsonl")}, "data"),
         ({"text": "raw"}, "text"),
         ({"limit": 3}, "limit"),
+        ({"sample": 3}, "sample"),
         ({"precision": "bf16"}, "precision"),
     ):
         with pytest.raises(ValueError, match=f"results with different {name}; choose"):
@@ -225,7 +239,12 @@ def test_other_settings_do_not_resume(gpt2_folder, tmp_path):
 
 def test_bad_flags_and_damaged_models_are_named(gpt2_folder, tmp_path):
     """Flags that do not fit the task are an error, and so are weights that are not finite."""
-    for wrong in ({"stride": 5}, {"task": "lambada", "text": "raw"}, {"limit": 0}):
+    for wrong in (
+        {"stride": 5},
+        {"task": "lambada", "text": "raw"},
+        {"limit": 0},
+        {"limit": 3, "sample": 4},
+    ):
         with pytest.raises(ValueError, match=list(wrong)[-1]):
             EvalConfig(**wrong)
     with pytest.raises(ValueError, match="task is text, expected hellaswag or lambada or perplex"):
