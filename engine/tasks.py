@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -225,14 +225,11 @@ class Lambada(Task):
     def compute_metrics(self, records: list[dict]) -> dict[str, dict]:
         nats = [-record["log_probs"][0] for record in records]
         greedy = [record["greedy"] for record in records]
-        n, mean = len(nats), math.fsum(nats) / len(nats)
-        variance = math.fsum((x - mean) ** 2 for x in nats) / max(1, n - 1)
-        half = Z_95 * math.sqrt(variance / n)
-        interval = perplexity(mean - half), perplexity(mean + half)
+        value, low, high = map(perplexity, mean_interval(nats))
         meaning = "lm-eval's perplexity of the last word"
         return {
             "acc": accuracy("lm-eval's acc: greedy decoding gives the last word", greedy),
-            "perplexity": make_metric(meaning, perplexity(mean), interval),
+            "perplexity": make_metric(meaning, value, (low, high)),
         }
 
 
@@ -339,6 +336,14 @@ def accuracy(meaning: str, correct: list[bool]) -> dict[str, Any]:
     """Return the fraction of correct answers, with its 95% interval, as a metric."""
     n, n_correct = len(correct), sum(correct)
     return make_metric(meaning, n_correct / n, wilson_interval(n_correct, n))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean, and its 95% interval by the normal approximation."""
+    n, mean = len(values), math.fsum(values) / len(values)
+    variance = math.fsum((x - mean) ** 2 for x in values) / max(1, n - 1)
+    half = Z_95 * math.sqrt(variance / n)
+    return mean, mean - half, mean + half
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
