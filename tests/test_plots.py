@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import pytest
 from conftest import make_record, write_log
@@ -47,11 +48,28 @@ def test_the_training_loss_is_smoothed(run):
 
 
 def test_plot_command(run, monkeypatch, capsys):
-    """--out sets the image file. An unsupported suffix, or no run, is an error."""
+    """--out sets the image file. A glob stands for the runs that it matches, each drawn once. An
+    unsupported suffix, or no run, is an error.
+    """
     monkeypatch.chdir(run)
     run_here("plot.py", ".", "--x", "tokens", "--out", "a.svg")
     assert "<svg" in (run / "a.svg").read_text()
-    for args, error in ((".", "--out", "a.doc"), "doc' is not supported"), ((), "required: RUN"):
+    drawn = Mock()
+    monkeypatch.setattr("engine.plots.plot_runs", drawn)
+    names = [run.with_name(name) for name in ("s 1", "s 2", "[3]")]
+    for folder in names:
+        shutil.copytree(run, folder)
+    run.with_name("s 0").mkdir()  # not a run
+    run_here("plot.py", "../s*", "../s 1", "../[3]", str(run.with_name("s*")))
+    found = drawn.call_args.args[0]
+    assert [path.resolve() for path in found] == [*names, *names[:2]]  # relative, then absolute
+    monkeypatch.undo()
+    monkeypatch.chdir(run)
+    for args, error in (
+        ((".", "--out", "a.doc"), "doc' is not supported"),
+        (("../x*",), "../x*/metrics.jsonl: No such file"),
+        ((), "required: RUN"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             run_here("plot.py", *args)
         assert error in capsys.readouterr().err
