@@ -14,7 +14,7 @@ def main(args: argparse.Namespace) -> None:
     # Not every shell expands globs. What matches nothing is kept, so that the error names it.
     patterns = [f"{run}/metrics.jsonl" for run in args.runs]
     logs = [log for p in patterns for log in sorted(glob.glob(p)) or [p]]  # noqa: PTH207 (Path.glob rejects absolute paths)
-    plot_runs(list(dict.fromkeys(Path(log).parent for log in logs)), path, args.x)
+    plot_runs(list(dict.fromkeys(Path(log).parent for log in logs)), path, args.x, args.mean)
     print(f"wrote {path}")
 
 
@@ -24,5 +24,6 @@ if __name__ == "__main__":
     out_help = "image: .png, .svg or .pdf (default: loss.png)"
     parser.add_argument("--out", metavar="FILE", default="loss.png", help=out_help)
     parser.add_argument("--x", choices=X_AXES, default="step", help="the x axis (default: step)")
+    parser.add_argument("--mean", action="store_true", help="average runs that differ in seed only")
     args = parser.parse_args()
     run_and_report_errors(lambda: main(args), args.debug)  # every Parser has --debug
