@@ -286,7 +286,8 @@ def write_train_data(run: Path) -> None:
     """Write train_data.json: the losses and their steps, as lists to plot."""
     data, records = {}, read_metrics(run)
     for name, key in (("train", "train_loss"), ("eval", "val_loss")):
-        data[f"{name}_steps"], data[f"{name}_loss"] = curve_points(records, key, "step")
+        points = curve_points(records, key, "step").values()
+        data[f"{name}_steps"], data[f"{name}_loss"] = [x for x, _ in points], [y for _, y in points]
     write_atomically(run / "train_data.json", (json.dumps(data) + "\n").encode())
 
 

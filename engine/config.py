@@ -325,12 +325,21 @@ def convert_setting(value: Any, config_class: type, name: str) -> Any:
     is_optional = f.default is None or kind is not f.type
     if is_optional and value in (None, "null"):
         return None
+    if name not in ("prompt", "instruction", "input"):  # text that may begin with anything
+        value = expand_home(value)
     try:
         return convert_value(value, kind)
     except (ValueError, OverflowError) as error:
         shown = {"None": "null", "True": "true", "False": "false"}.get(repr(value), value)
         expected = describe_type(kind) + (" or null" if is_optional else "")
         raise ValueError(f"{name} is {shown or repr(shown)}, expected {expected}") from error
+
+
+def expand_home(value: Any) -> Any:
+    """Expand ~/ in a path or a list of paths, as a shell does if the path is not quoted."""
+    if isinstance(value, list):
+        return [expand_home(item) for item in value]
+    return str(Path(value).expanduser()) if str(value).startswith("~/") else value
 
 
 def convert_value(value: Any, kind: Any) -> Any:
@@ -386,9 +395,9 @@ class SettingsLoader(yaml.SafeLoader):
         except ValueError:
             return node.value
 
-
-for kind in ("int", "float", "timestamp"):
-    SettingsLoader.add_constructor(f"tag:yaml.org,2002:{kind}", SettingsLoader.construct_number)
+    yaml_constructors: ClassVar[dict] = yaml.SafeLoader.yaml_constructors | dict.fromkeys(
+        [f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")], construct_number
+    )
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Plot the curves of runs, for loss.png and report.html."""
 
 import itertools
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.checkpoint import read_run_config
+from engine.config import TrainConfig, fixed_settings
 from engine.files import adding_path_to_errors
 from engine.metrics import name_dataset, read_metrics
 
@@ -44,34 +47,48 @@ MORE_PANELS = {
 WIDTH, HEIGHT, SMALL_HEIGHT = 9.0, 4.5, 2.2  # of a panel, in inches
 
 
-def curve_points(records: list[dict], key: str, x: str) -> tuple[list[float], list[float]]:
-    """Return the x values (step, tokens or seconds of training) at which `key` was logged, and its
-    values.
+def curve_points(records: list[dict], key: str, x: str) -> dict[int, tuple[float, float]]:
+    """Return, for each step at which `key` was logged, the x value (step, tokens or seconds of
+    training) and the logged value.
     """
     seconds = itertools.accumulate(r.get("step_ms", 0) / 1e3 for r in records)
     positions = seconds if x == "seconds" else (r[x] for r in records)
-    values = [r.get(key) for r in records]
-    points = [(p, v) for p, v in zip(positions, values, strict=True) if v is not None]
-    return [position for position, _ in points], [value for _, value in points]
+    pairs = zip(positions, records, strict=True)
+    return {r["step"]: (p, r[key]) for p, r in pairs if r.get(key) is not None}
 
 
-def plot_runs(runs: list[Path], path: Path, x: str = "step") -> None:
+def group_seeds(runs: list[Path]) -> list[list[Path]]:
+    """Group the runs that differ only in the seed and in settings that may change on resume."""
+    ignored = {f.name for f in fields(TrainConfig)} - fixed_settings(TrainConfig)
+    ignored |= {"seed", "merge_out"}
+    groups: dict[str, list[Path]] = {}
+    for run in runs:
+        kept = [item for item in sorted(read_run_config(run).items()) if item[0] not in ignored]
+        groups.setdefault(repr(kept), []).append(run)
+    return list(groups.values())
+
+
+def plot_runs(runs: list[Path], path: Path, x: str = "step", mean: bool = False) -> None:
     """Draw the runs and save the image. The suffix of `path` sets the format."""
-    figure = draw_runs(runs, x)
+    figure = draw_runs(runs, x, mean=mean)
     with adding_path_to_errors(path):
         figure.savefig(path, dpi=150)
 
 
-def draw_runs(runs: list[Path], x: str = "step", *, all_panels: bool = False) -> "Figure":
+def draw_runs(
+    runs: list[Path], x: str = "step", *, all_panels: bool = False, mean: bool = False
+) -> "Figure":
     """Draw the losses of the runs over `x`, one of X_AXES, and HellaSwag accuracy if it was logged.
-    With `all_panels`, draw MORE_PANELS as well.
+    With `all_panels`, draw MORE_PANELS as well. With `mean`, draw runs that differ only in the seed
+    as one curve.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    logs = [(escape_label(Path(run).name), read_metrics(run)) for run in runs]
+    groups = group_seeds(runs) if mean else [[run] for run in runs]
+    logs = {run: read_metrics(run) for run in runs}
     # There is always a panel for the loss.
-    logged = {"val_loss", *(key for _, log in logs for record in log for key in record)}
+    logged = {"val_loss", *(key for log in logs.values() for record in log for key in record)}
     panels = PANELS | MORE_PANELS if all_panels else PANELS
     panels = {label: keys for label, keys in panels.items() if logged.intersection(keys)}
     heights = [HEIGHT if label in PANELS else SMALL_HEIGHT for label in panels]
@@ -81,9 +98,10 @@ def draw_runs(runs: list[Path], x: str = "step", *, all_panels: bool = False) ->
     published = {HELLASWAG_PANEL: PUBLISHED_HELLASWAG}
     published[LOSS_PANEL] = [(f"GPT-2 124M val {loss:.3f}", loss, "--") for loss in sorted(gpt2)]
     for axes, (panel, keys) in zip(grid, panels.items(), strict=True):
-        for i, (name, log) in enumerate(logs):
+        for i, group in enumerate(groups):
             for key in keys:
-                plot_curve(axes, name, log, key, x=x, color=f"C{i}")
+                curves = [curve_points(logs[run], key, x) for run in group]
+                plot_curves(axes, make_label(group), curves, key, color=f"C{i}")
         axes.set_ylabel(panel)
         axes.grid(alpha=0.3)
         if panel in MORE_PANELS:
@@ -98,30 +116,39 @@ def draw_runs(runs: list[Path], x: str = "step", *, all_panels: bool = False) ->
     return figure
 
 
-def escape_label(name: str) -> str:
-    """Escape a name so that matplotlib shows it unchanged in a legend."""
+def make_label(runs: list[Path]) -> str:
+    """Return the name of a run or a group, escaped so that matplotlib shows it unchanged."""
+    name = Path(runs[0]).name
+    if len(runs) > 1:
+        name += f" … {runs[-1].name}, mean of {len(runs)} seeds (band: min to max),"
     label = name.replace("$", r"\$")  # text between dollars would be a formula
     return f" {label}" if label.startswith("_") else label  # a leading _ would hide it
 
 
-def plot_curve(axes: "Axes", name: str, log: list[dict], key: str, *, x: str, color: str) -> None:
-    """Draw what a run logged under `key`, with the last value in the label. The training loss is
-    drawn twice: as logged, in a light color, and as a running mean.
+def plot_curves(axes: "Axes", name: str, curves: list[dict], key: str, *, color: str) -> None:
+    """Draw what runs logged under `key`, with the last value in the label. The training loss is
+    drawn twice: as logged, in a light color, and as a running mean. For several runs, draw their
+    mean at the steps that they share, and a band from the minimum to the maximum.
     """
-    positions, values = curve_points(log, key, x)
-    if not values:
+    steps = sorted(set.intersection(*map(set, curves)))
+    if not steps:
         return
+    points = np.array([[curve[step] for step in steps] for curve in curves])  # (runs, steps, 2)
+    positions, values = points[..., 0].mean(0), points[..., 1]
     label, style = CURVES.get(key, ("", {"linewidth": 0.8}))
     if key == "train_loss":
-        axes.plot(positions, values, color=color, alpha=0.3, linewidth=0.8)
-        n = min(len(values), max(MIN_SMOOTHED_STEPS, round(SMOOTHED_FRACTION * len(values))))
-        values = running_mean(values, n).tolist()
+        axes.plot(positions, values.mean(0), color=color, alpha=0.3, linewidth=0.8)
+        n = min(len(steps), max(MIN_SMOOTHED_STEPS, round(SMOOTHED_FRACTION * len(steps))))
+        values = np.array([running_mean(run, n) for run in values])
         label += f", mean of {n} step{'s' * (n > 1)}"
-    label = label.format(name, values[-1])
-    axes.plot(positions, values, color=color, gid=key, label=label, **style)  # gid: for report.py
+    mean = values.mean(0)
+    label = label.format(name, mean[-1])
+    axes.plot(positions, mean, color=color, gid=key, label=label, **style)  # gid: for report.py
+    if len(curves) > 1:
+        axes.fill_between(positions, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
 
 
-def running_mean(values: list[float], n: int) -> np.ndarray:
+def running_mean(values: np.ndarray, n: int) -> np.ndarray:
     """Return the running mean over the last n values, or fewer at the start."""
     sums = np.cumsum(values)
     sums[n:] = sums[n:] - sums[:-n]

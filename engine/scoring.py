@@ -101,7 +101,8 @@ class PackedBatch(NamedTuple):
 @torch.no_grad()
 def compute_log_probs(model: GPT, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probability in nats of each target of the batch (N), and whether it is the
-    most likely token (N). The logits are computed without autocast, which would round them.
+    most likely token (N). Ties go to the lowest id, as in lm-eval. The logits are computed without
+    autocast, which would round them.
     """
     index = torch.arange(batch.idx.size(1), device=batch.idx.device)
     # j <= i < ends[j], for each query i and key j of a row: (B, 1, T, T)
@@ -110,18 +111,20 @@ def compute_log_probs(model: GPT, batch: PackedBatch) -> tuple[torch.Tensor, tor
     weight = model.lm_head.weight[: model.config.vocab_size]
     x = x.flatten(0, 1)[batch.sources].to(weight.dtype)  # (P, C)
     target_logits = torch.zeros(len(batch.targets), device=x.device)
-    sums, maxima = [], []
+    chunks = []
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, len(weight), VOCAB_CHUNK):
             logits = F.linear(x, weight[start : start + VOCAB_CHUNK]).float()  # (P, chunk)
-            sums.append(logits.logsumexp(-1))
-            maxima.append(logits.amax(-1))
+            chunks.append((logits.logsumexp(-1), *logits.max(-1)))
             # The targets in this chunk get their logits. The clamp keeps the others in range.
             column, last = batch.targets - start, logits.size(1) - 1
             found = logits[batch.inverse, column.clamp(0, last)]
             target_logits = torch.where((column >= 0) & (column <= last), found, target_logits)
-    log_sum, maximum = torch.stack(sums).logsumexp(0), torch.stack(maxima).amax(0)
-    return target_logits - log_sum[batch.inverse], target_logits == maximum[batch.inverse]
+    sums, maxima, columns = map(torch.stack, zip(*chunks, strict=True))  # (n_chunks, P) each
+    best = maxima.argmax(0, keepdim=True)  # chunks; max and argmax return the first of several
+    best_ids = (best * VOCAB_CHUNK + columns.gather(0, best))[0]
+    log_probs = target_logits - sums.logsumexp(0)[batch.inverse]
+    return log_probs, batch.targets == best_ids[batch.inverse]
 
 
 def pack_continuations(context: Sequence[int], continuations: ContinuationsByIndex) -> PackedRow:

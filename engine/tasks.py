@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 
 from engine.distributed import Distributed
 from engine.documents import MAX_PIECE_CHARS, SUFFIXES, TextFormat, join_pieces, read_pieces
+from engine.files import sha256_text
 from engine.rows import convert_rows, find_files, find_row_files, get_text, open_rows
 from engine.scoring import Request, Score, encode_request, score
 from engine.tokenizer import Tokenizer
@@ -56,9 +57,11 @@ class Task:
 
     data: str | None = None  # a file or a hub dataset; None stands for `hub`
     limit: int | None = None  # evaluate only the first rows or documents
+    sample: int | None = None  # or only so many random ones
     skip_bad_rows: bool | None = None  # None if the command has no such flag
 
     name: ClassVar[str]
+    unit: ClassVar[str] = "rows"  # what a record stands for
     hub: ClassVar[HubSplit] = HubSplit("", None, "")  # the task's own dataset, if it has one
 
     def make_example(self, row: dict, tokenizer: Tokenizer) -> Example:
@@ -93,7 +96,7 @@ class Task:
         if not examples:
             raise ValueError(f"{self.source} contains nothing to evaluate on")
         for remark, n in Counter(remark for e in examples for remark in e.remarks).items():
-            print(f"{n} of {len(examples)} rows {remark}")
+            print(f"{n} of {len(examples)} {self.unit} {remark}")
         return examples
 
     def read_examples(self, tokenizer: Tokenizer, block_size: int) -> Iterator[tuple[int, Example]]:
@@ -111,7 +114,15 @@ class Task:
             return example
 
         rows = open_rows(self.source, self.hub.config, self.hub.split)
-        return convert_rows(islice(rows, self.limit), convert, self.skip_bad_rows)
+        return convert_rows(self.choose(rows), convert, self.skip_bad_rows)
+
+    def choose(self, items: Iterable) -> list:
+        """Return the first `limit` rows or documents, or a random `sample`, in order. It depends
+        only on their number, so all models get the same ones.
+        """
+        items = list(islice(items, self.limit))
+        shuffled = sorted(range(len(items)), key=lambda i: sha256_text(str(i)))
+        return [items[i] for i in sorted(shuffled[: self.sample])]
 
     def score_examples(
         self, model: GPT, examples: list[Example], dist: Distributed, done: Container[int] = ()
@@ -214,14 +225,11 @@ class Lambada(Task):
     def compute_metrics(self, records: list[dict]) -> dict[str, dict]:
         nats = [-record["log_probs"][0] for record in records]
         greedy = [record["greedy"] for record in records]
-        n, mean = len(nats), math.fsum(nats) / len(nats)
-        variance = math.fsum((x - mean) ** 2 for x in nats) / max(1, n - 1)
-        half = Z_95 * math.sqrt(variance / n)
-        interval = perplexity(mean - half), perplexity(mean + half)
+        value, low, high = map(perplexity, mean_interval(nats))
         meaning = "lm-eval's perplexity of the last word"
         return {
             "acc": accuracy("lm-eval's acc: greedy decoding gives the last word", greedy),
-            "perplexity": make_metric(meaning, perplexity(mean), interval),
+            "perplexity": make_metric(meaning, value, (low, high)),
         }
 
 
@@ -233,28 +241,31 @@ class TextPerplexity(Task):
 
     stride: int | None = None
 
-    name = "perplexity"
+    name, unit = "perplexity", "windows"
 
     def find_files(self) -> list[Path]:
         return find_files([self.source], SUFFIXES)
 
     def read_examples(self, tokenizer: Tokenizer, block_size: int) -> Iterator[tuple[int, Example]]:
         """Yield an example for each window. The record of a document's first window also holds the
-        number of words and bytes of the document, counted as in lm-eval.
+        number of words and bytes of the document, counted as in lm-eval. There, an empty document
+        has one word. It has no windows, so its word is counted in the first record of all.
         """
         stride = self.stride or block_size
         if stride > block_size:
             raise ValueError(f"stride is {stride}, expected at most block_size {block_size}")
         n_examples = 0
-        for document, text in enumerate(self.read_documents()[: self.limit], start=1):
-            sizes = {"words": len(re.split(r"\s+", text)), "bytes": len(text.encode())}
+        documents = self.choose(enumerate(self.read_documents(), start=1))
+        n_empty = sum(not text for _, text in documents)
+        for document, text in documents:
+            sizes = {"words": len(re.split(r"\s+", text)) + n_empty, "bytes": len(text.encode())}
             remarks = (SPECIAL_TOKENS_REMARK,) if tokenizer.special_pattern.search(text) else ()
             ids = [tokenizer.start_of_text, *tokenizer.encode(text)]
             for request in split_into_windows(ids, block_size, stride):
                 n_examples += 1
                 record = {"document": document, "tokens": len(request.continuations[0])}
                 yield n_examples, Example(request, record | sizes, remarks)
-                sizes, remarks = {}, ()  # for the document's other windows
+                sizes, remarks, n_empty = {}, (), 0  # for the document's other windows
 
     def read_documents(self) -> list[str]:
         """Return all documents. Raises ValueError if rows are bad or a .gz is damaged. With
@@ -274,8 +285,10 @@ class TextPerplexity(Task):
         units = ("tokens", "words", "bytes")
         tokens, words, n_bytes = (sum(r.get(unit, 0) for r in records) for unit in units)
         bits_per_byte = nats / max(1, n_bytes) / math.log(2)
+        n = len({record["document"] for record in records})
+        size = f"{tokens:,} tokens, {n:,} document{'s' * (n > 1)}"
         return {
-            "token_perplexity": make_metric(f"{tokens:,} tokens", perplexity(nats, tokens)),
+            "token_perplexity": make_metric(size, perplexity(nats, tokens)),
             "word_perplexity": make_metric(f"{words:,} words", perplexity(nats, words)),
             "bits_per_byte": make_metric(f"{n_bytes:,} bytes", bits_per_byte),
         }
@@ -323,6 +336,14 @@ def accuracy(meaning: str, correct: list[bool]) -> dict[str, Any]:
     """Return the fraction of correct answers, with its 95% interval, as a metric."""
     n, n_correct = len(correct), sum(correct)
     return make_metric(meaning, n_correct / n, wilson_interval(n_correct, n))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean, and its 95% interval by the normal approximation."""
+    n, mean = len(values), math.fsum(values) / len(values)
+    variance = math.fsum((x - mean) ** 2 for x in values) / max(1, n - 1)
+    half = Z_95 * math.sqrt(variance / n)
+    return mean, mean - half, mean + half
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:

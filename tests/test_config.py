@@ -475,3 +475,15 @@ def test_a_missing_logger_names_the_command_that_installs_it(tmp_path, monkeypat
     with pytest.raises(ValueError, match="log is wandb, but wandb is missing: pip install wandb"):
         PretrainConfig(log="wandb")
     assert PretrainConfig(log="").loggers == []
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    """A path that begins with ~/ is in the home folder, from the command line and in YAML, where no
+    shell expands it. Text to continue stays as it is.
+    """
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("prompt_file: ~/a/b.txt\n")
+    argv = ["--config", str(tmp_path / "c.yaml"), "--model=~/m", "--prompt", "~/x is", "--stop", "~"]
+    values, _ = parse_flags(SampleConfig, "", argv)
+    expected = {"model": f"{tmp_path}/m", "prompt_file": f"{tmp_path}/a/b.txt"}
+    assert values == {**expected, "prompt": ["~/x is"], "stop": ["~"]}

@@ -46,6 +46,7 @@ OTHER_FLAGS |= {
     "out",
     "outfile",
     "x",
+    "mean",
 }
 ACTIONS = ("run", "parse", "skip")
 BLOCK = re.compile(r"^(<!-- test: ([^>]*) -->\n)?```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)

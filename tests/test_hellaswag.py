@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from engine.adapter import save_adapter
 from engine.checkpoint import load_model
 from engine.lora import LoRAConfig, convert_linear_layer_to_lora, merge_lora
 from engine.metrics import read_metrics
+from engine.pretrained import hash_weights
 from engine.scoring import encode_request, score
 from engine.tasks import TASKS, Example, Task, make_task
 from engine.tokenizer import Tokenizer
@@ -92,17 +94,24 @@ def test_perplexity_equals_transformers(gpt2_folder, tmp_path, monkeypatch, stri
     assert found["bits_per_byte"]["value"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
 
 
-def test_perplexity_of_documents(gpt2_folder, write_rows, capsys):
-    """All tokens of each document count. A bad row is an error, unless skip_bad_rows is set."""
+def test_perplexity_of_documents(gpt2_folder, tmp_path, write_rows, capsys):
+    """All tokens of each document count. A bad row is an error, unless skip_bad_rows is set. The
+    output counts windows and documents.
+    """
+    out = tmp_path / "out"
     documents = [{"text": "One document."}, {"text": "Another one, a little longer."}]
     options = {"task": "perplexity", "data": write_rows([*documents, {}])}
     with pytest.raises(ValueError, match="bad rows"):
         evaluate(gpt2_folder, **options)
     evaluate(gpt2_folder, **options, skip_bad_rows=True)
     lengths = [len(TIKTOKEN.encode(document["text"])) for document in documents]
-    assert f"{sum(lengths)} tokens" in capsys.readouterr().out
-    evaluate(gpt2_folder, **options, skip_bad_rows=True, limit=1)
-    assert f"{lengths[0]} tokens" in capsys.readouterr().out
+    assert f"{sum(lengths)} tokens, 2 documents" in capsys.readouterr().out
+    evaluate(gpt2_folder, out, **options, skip_bad_rows=True, limit=1)
+    printed = capsys.readouterr().out
+    assert f"{lengths[0]} tokens, 1 document\n" in printed
+    assert "1 windows in" in printed
+    results = read_results(out)
+    assert (results["rows"], results["windows"]) == (1, 1)
 
 
 def test_perplexity_of_one_endless_word(gpt2_folder, tmp_path, capsys):
@@ -204,8 +213,14 @@ def test_ranks_split_the_rows(gpt2_folder, tmp_path, ranks, n_begun):
 
 
 def test_other_settings_do_not_resume(gpt2_folder, tmp_path):
-    """If out_dir has results of another model, data or options, that is an error; they are kept."""
+    """If out_dir has results of another model, data or options, that is an error; they are kept.
+    Settings of an earlier version, which lack the sample, are those without a sample.
+    """
     config = evaluate(gpt2_folder, tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings.pop("sample") is None
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(settings))
+    main(config)
     before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
     other = GPT.from_pretrained(gpt2_folder)
     other.transformer.wpe.weight.data[0, 0] += 1
@@ -216,6 +231,7 @@ def test_other_settings_do_not_resume(gpt2_folder, tmp_path):
         ({"data": str(tmp_path / "other.jsonl")}, "data"),
         ({"text": "raw"}, "text"),
         ({"limit": 3}, "limit"),
+        ({"sample": 3}, "sample"),
         ({"precision": "bf16"}, "precision"),
     ):
         with pytest.raises(ValueError, match=f"results with different {name}; choose"):
@@ -225,7 +241,13 @@ def test_other_settings_do_not_resume(gpt2_folder, tmp_path):
 
 def test_bad_flags_and_damaged_models_are_named(gpt2_folder, tmp_path):
     """Flags that do not fit the task are an error, and so are weights that are not finite."""
-    for wrong in ({"stride": 5}, {"task": "lambada", "text": "raw"}, {"limit": 0}):
+    for wrong in (
+        {"stride": 5},
+        {"task": "lambada", "text": "raw"},
+        {"limit": 0},
+        {"limit": 3, "sample": 4},
+        {"compare": ["a"]},
+    ):
         with pytest.raises(ValueError, match=list(wrong)[-1]):
             EvalConfig(**wrong)
     with pytest.raises(ValueError, match="task is text, expected hellaswag or lambada or perplex"):
@@ -235,6 +257,112 @@ def test_bad_flags_and_damaged_models_are_named(gpt2_folder, tmp_path):
     broken.save_pretrained(tmp_path / "broken")
     with pytest.raises(ValueError, match="the model is damaged"):
         evaluate(tmp_path / "broken")
+
+
+def test_results_name_the_checkpoint(gpt2_folder, tmp_path):
+    """results.json has the checkpoint of a run that was evaluated, its step, and the hash of its
+    weights, so that results can be traced. A model that is no checkpoint of a run has no step.
+    """
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000007"
+    shutil.copytree(gpt2_folder, checkpoint)
+    (checkpoint / "progress.json").write_text('{"step": 7}')
+    (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
+    weights = hash_weights(GPT.from_pretrained(gpt2_folder))
+    for model, path, step in (
+        (tmp_path / "run", checkpoint, 7),
+        (checkpoint, checkpoint, 7),
+        (gpt2_folder, gpt2_folder, None),
+    ):
+        evaluate(model, tmp_path / f"{model.name} out", limit=1)
+        found = read_results(tmp_path / f"{model.name} out")
+        assert [found[k] for k in ("checkpoint", "step", "weights")] == [str(path), step, weights]
+
+
+def write_evaluation(folder: Path, records: list[dict], **settings) -> str:
+    """Write the files of an evaluation that `compare` reads."""
+    folder.mkdir(exist_ok=True)
+    settings = {"task": "hellaswag", "text": "lm-eval", "weights": folder.name} | settings
+    (folder / "settings.json").write_text(json.dumps(settings))
+    lines = (json.dumps({"row": row, **r}) + "\n" for row, r in enumerate(records, start=1))
+    (folder / "rows.jsonl").write_text("".join(lines))
+    return str(folder)
+
+
+def compare_and_read(capsys, *folders: str) -> str:
+    main(EvalConfig(compare=list(folders)))
+    return capsys.readouterr().out
+
+
+def test_compare_pairs_the_rows(tmp_path, capsys):
+    """The interval of a difference of accuracies equals that of McNemar's counts, on the rows that
+    both evaluations have. The rows that only one model gets right are listed, up to 12.
+    """
+    rng = np.random.default_rng(0)
+    right = rng.random((2, 300)) < [[0.4], [0.5]]
+    folders = []
+    for name, hits in zip("ab", right, strict=True):
+        # "pred" is right for every row of both, so that only acc_norm differs.
+        records = [{"label": 1, "pred": 1, "pred_norm": int(hit)} for hit in hits]
+        records += [{"label": 1, "pred": 1, "pred_norm": 1}] * (name == "a")  # not in b
+        folders.append(write_evaluation(tmp_path / name, records))
+    with Path(folders[1], "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"row": 302, **records[0]}) + "\n")  # not in a
+    printed = compare_and_read(capsys, *folders)
+    only_a, only_b = (np.flatnonzero(one & ~other) + 1 for one, other in (right, right[::-1]))
+    n_a, n_b = len(only_a), len(only_b)
+    difference = (n_b - n_a) / 300
+    error = 1.959964 * math.sqrt((n_a + n_b - (n_b - n_a) ** 2 / 300) / 299 / 300)
+    low, high = difference - error, difference + error
+    assert f"b - a {difference:.4f}, paired 95% interval {low:.4f} to {high:.4f}\n" in printed
+    assert f"acc_norm         a {right[0].mean():.4f}, b {right[1].mean():.4f}, " in printed
+    assert "acc              a 1.0000, b 1.0000, b - a 0.0000" in printed
+    assert "300 rows in both" in printed
+    for name, rows in (("a", only_a), ("b", only_b)):
+        assert len(rows) > 12
+        assert f"right only in {name}: {len(rows)} rows {rows[:12].tolist()}\n" in printed
+
+
+def test_compare_perplexities_by_their_ratio(tmp_path, capsys):
+    """Perplexities are compared by their ratio: the interval is that of the mean difference in
+    nats. Windows of a text have none. They must be the same windows.
+    """
+    nats = np.random.default_rng(0).normal([[3.0], [3.2]], 1.0, (2, 50))
+    differences = nats[1] - nats[0]
+    mean, error = differences.mean(), 1.959964 * differences.std(ddof=1) / math.sqrt(50)
+    folders = [
+        write_evaluation(
+            tmp_path / name, [{"log_probs": [-x], "greedy": False} for x in xs], task="lambada"
+        )
+        for name, xs in zip("ab", nats, strict=True)
+    ]
+    interval = f"{math.exp(mean - error):.4f} to {math.exp(mean + error):.4f}"
+    expected = f"b / a {math.exp(mean):.4f}, paired 95% interval {interval}\n"
+    assert expected in compare_and_read(capsys, *folders)
+    size = {"document": 1, "words": 2, "bytes": 8}
+    for tokens, log_prob, name in ((2, -3.0, "a"), (2, -4.0, "b"), (3, -4.0, "c")):
+        records = [{**size, "log_probs": [log_prob], "tokens": tokens}]
+        write_evaluation(tmp_path / name, records, task="perplexity")
+    printed = compare_and_read(capsys, *folders)
+    assert (
+        f"word_perplexity  a {math.exp(1.5):.4f}, b {math.exp(2):.4f}, b / a {math.exp(0.5):.4f}\n"
+        in printed
+    )
+    assert f"b - a {1 / 8 / math.log(2):.4f}\n" in printed
+    with pytest.raises(ValueError, match="different windows"):
+        compare_and_read(capsys, folders[0], str(tmp_path / "c"))
+
+
+def test_only_models_are_compared(tmp_path, capsys):
+    """Evaluations with other data, tasks or settings are refused by name; another tokenizer is part
+    of the model. An earlier version had no sample.
+    """
+    record = {"label": 1, "pred": 1, "pred_norm": 1}
+    a = write_evaluation(tmp_path / "a", [record], data="x", limit=None)
+    b = write_evaluation(tmp_path / "b", [record], data="x", tokenizer="y", sample=None)
+    assert "1 rows in both" in compare_and_read(capsys, a, b)
+    write_evaluation(tmp_path / "b", [record], data="z", text="raw", task="lambada", limit=1)
+    with pytest.raises(ValueError, match="have different data, limit, task, text; compare"):
+        compare_and_read(capsys, a, b)
 
 
 class Continue(Task):

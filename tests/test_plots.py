@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import pytest
+import yaml
 from conftest import make_record, write_log
 from processes import run_here
 
@@ -47,11 +49,28 @@ def test_the_training_loss_is_smoothed(run):
 
 
 def test_plot_command(run, monkeypatch, capsys):
-    """--out sets the image file. An unsupported suffix, or no run, is an error."""
+    """--out sets the image file. A glob stands for the runs that it matches, each drawn once. An
+    unsupported suffix, or no run, is an error.
+    """
     monkeypatch.chdir(run)
     run_here("plot.py", ".", "--x", "tokens", "--out", "a.svg")
     assert "<svg" in (run / "a.svg").read_text()
-    for args, error in ((".", "--out", "a.doc"), "doc' is not supported"), ((), "required: RUN"):
+    drawn = Mock()
+    monkeypatch.setattr("engine.plots.plot_runs", drawn)
+    names = [run.with_name(name) for name in ("s 1", "s 2", "[3]")]
+    for folder in names:
+        shutil.copytree(run, folder)
+    run.with_name("s 0").mkdir()  # not a run
+    run_here("plot.py", "../s*", "../s 1", "../[3]", str(run.with_name("s*")))
+    found = drawn.call_args.args[0]
+    assert [path.resolve() for path in found] == [*names, *names[:2]]  # relative, then absolute
+    monkeypatch.undo()
+    monkeypatch.chdir(run)
+    for args, error in (
+        ((".", "--out", "a.doc"), "doc' is not supported"),
+        (("../x*",), "../x*/metrics.jsonl: No such file"),
+        ((), "required: RUN"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             run_here("plot.py", *args)
         assert error in capsys.readouterr().err
@@ -94,6 +113,44 @@ def test_each_run_has_its_color_in_all_panels(run, tmp_path):
     assert [line.get_color() for line in panels[0].lines] == ["C0"] * 3 + ["C1"] * 3
     for panel in panels[1:]:
         assert [line.get_color() for line in panel.lines] == ["C0", "C1"]
+
+
+def test_runs_that_differ_in_the_seed_are_averaged(run, tmp_path):
+    """With mean, runs whose settings differ only in the seed and in what may change on resume are
+    one curve: the mean, with a band from the minimum to the maximum, at the steps that all of them
+    logged. Times are means too. Another run is drawn as without mean.
+    """
+    settings = {"seed": 1, "out_dir": "a", "eval_every": 1, "max_lr": 1e-3, "data_dir": "none"}
+    changes = ({}, {"seed": 2, "out_dir": "b", "eval_every": 5}, {"seed": 1, "max_lr": 1e-4})
+    runs = [tmp_path / f"r{i}" for i in range(3)]
+    for i, (folder, change) in enumerate(zip(runs, changes, strict=True)):
+        folder.mkdir()
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings | change))
+        logged = {"val_loss": 4.0 + i, "train_loss": 7.0 + i, "step_ms": 1e3 * (i + 1)}
+        records = [{"step": s, "tokens": 64 * s, **logged} for s in range(1, 11)]
+        for record in records:
+            if i == 1 and record["step"] % 5:
+                del record["val_loss"]
+        write_log(folder, records[: 10 - i])  # the second run has 9 steps
+    (axes,) = draw_runs(runs, "seconds", mean=True).axes
+    val, other_val = (line for line in axes.lines if line.get_gid() == "val_loss")
+    assert val.get_xydata().tolist() == [[7.5, 4.5]]  # step 5, after 5 s and after 10 s
+    assert other_val.get_ydata().tolist() == [6.0] * 8
+    raw, smoothed = axes.lines[:2]
+    assert raw.get_xdata().tolist() == [1.5 * s for s in range(1, 10)]
+    assert raw.get_ydata().tolist() == smoothed.get_ydata().tolist() == [7.5] * 9
+    bands = [band.get_paths()[0].vertices[:, 1] for band in axes.collections]
+    assert [[band.min(), band.max()] for band in bands] == [[7, 8], [4, 5]]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    group = "r0 … r1, mean of 2 seeds (band: min to max),"
+    assert labels == [
+        f"{group} train 7.500, mean of 5 steps",
+        f"{group} val 4.500",
+        "r2 train 9.000, mean of 5 steps",
+        "r2 val 6.000",
+    ]
+    assert len(draw_runs(runs).axes[0].lines) == 9
+    assert len(draw_runs([run], mean=True).axes[0].collections) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Packed continuations score as they do alone in transformers, on any number of ranks."""
 
+import copy
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,26 @@ def test_scores_equal_transformers_one_by_one(theirs, model):
             greedy.append(found.greedy)
     assert len(greedy) == 48
     assert sum(greedy) == 1
+
+
+def test_greedy_ties_go_to_the_lowest_id(model):
+    """Of several ids with the same, largest logit, only the lowest is greedy, like the result of
+    argmax, whether or not they are in the same chunk of the head.
+    """
+    model = copy.deepcopy(model)
+    context = [1, 2, 3]
+    with torch.no_grad():
+        hidden = model.hidden(torch.tensor([context]))[0, -1]
+        row = torch.zeros_like(hidden)  # with a single weight, the logits are equal to the bit
+        row[hidden.abs().argmax()] = 1e3 * hidden[hidden.abs().argmax()].sign()
+        for ties in ([4999], [2500, 4999], [2047, 2048, 2500, 4999], [700, 900, 2047, 4999]):
+            weight = model.lm_head.weight
+            weight[ties] = row
+            logits = hidden @ weight[:5000].t()
+            assert logits.topk(len(ties)).values.unique().numel() == 1
+            ((_, scores),) = score_all(model, [Request(context, [[i] for i in ties])])
+            assert [s.greedy for s in scores] == [i == logits.argmax() for i in ties]
+            assert len({s.log_prob for s in scores}) == 1
 
 
 def test_equal_continuations_score_equally(model):

@@ -193,6 +193,33 @@ def test_lambada_equals_lm_eval(gpt2_folder, model, write_rows):
         assert metrics["perplexity"][key] == pytest.approx(np.exp(np.mean(nats) + offset), 1e-4)
 
 
+def test_perplexity_of_documents_equals_lm_eval(gpt2_folder, model, write_rows):
+    """Perplexity per word and bits per byte match lm-eval's wikitext task, on documents that are
+    empty (first, in between and last), blank, or longer than the window.
+    """
+    pytest.importorskip("lm_eval", reason="needs lm-eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.wikitext.preprocess_wikitext import process_results
+
+    texts = ["", "One document about cats. ", "", " \n\t ", "word " * 300, "“Café”\n\nends", ""]
+    requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    lm = HFLM(pretrained=str(gpt2_folder), device="cpu", batch_size=1)
+    pairs = zip(texts, lm.loglikelihood_rolling(requests), strict=True)
+    theirs = [process_results({"page": text}, (log_prob,)) for text, log_prob in pairs]
+    task = make_task("perplexity", data=write_rows([{"text": text} for text in texts]))
+    records = score_all(task, model, task.load(GPT2_TOKENIZER, BLOCK_SIZE))
+    metrics = task.compute_metrics(records)
+    for name, aggregate in (
+        ("word_perplexity", weighted_perplexity),
+        ("bits_per_byte", bits_per_byte),
+    ):
+        expected = aggregate([result[name] for result in theirs])
+        assert metrics[name]["value"] == pytest.approx(expected, rel=1e-5)
+    assert [record["document"] for record in records][:2] == [2, 4]
+
+
 def test_windows_of_a_text_equal_lm_eval():
     """Windows without overlap match the rolling windows of lm-eval for texts of any length."""
     utils = pytest.importorskip("lm_eval.utils", reason="needs lm-eval")
@@ -285,6 +312,28 @@ def test_default_rows_come_from_the_hub(task, expected, monkeypatch, datasets, n
     problem = f"{expected[0]}: no network.* data or hellaswag_data"
     with pytest.raises(ConnectionError, match=problem):
         make_task(task).load(GPT2_TOKENIZER, BLOCK_SIZE)
+
+
+def test_a_sample_is_the_same_for_every_model(write_rows):
+    """A sample has so many rows or documents, spread over all of them, with the numbers they have
+    in the data. The context length of the model does not matter. A larger sample contains it.
+    """
+    rows = [ROWS[0] | {"text": f"document {i}", "ctx": f"row {i}"} for i in range(100)]
+    for name, number in (("hellaswag", "row"), ("perplexity", "document")):
+        every, some, same, more, most = (
+            make_task(name, data=write_rows(rows), sample=n).load(GPT2_TOKENIZER, block_size)
+            for n, block_size in ((None, 64), (30, 64), (30, 128), (31, 64), (1000, 64))
+        )
+        assert [e.request for e in some] == [e.request for e in same]
+        assert most == every
+        by_number = {e.record[number]: e.request for e in every}
+        numbers = [e.record[number] for e in some]
+        assert len(numbers) == 30
+        assert numbers == sorted(numbers)
+        assert [by_number[n] for n in numbers] == [e.request for e in some]
+        assert {*numbers} < {e.record[number] for e in more}
+        # Drawn without a preference, 30 of 100 have a mean of 50.5, give or take 4.4.
+        assert abs(np.mean(numbers) - 50.5) < 3 * 4.4
 
 
 def test_ranks_score_every_example_once(model, monkeypatch):
