@@ -483,7 +483,8 @@ def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
     """
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.yaml").write_text("prompt_file: ~/a/b.txt\n")
-    argv = ["--config", str(tmp_path / "c.yaml"), "--model=~/m", "--prompt", "~/x is", "--stop", "~"]
-    values, _ = parse_flags(SampleConfig, "", argv)
+    given = ["--model=~/m", "--prompt", "~/x is", "--stop", "~"]
+    config = ["--config", str(tmp_path / "c.yaml")]
+    values, _ = parse_flags(SampleConfig, "", [*config, *given])
     expected = {"model": f"{tmp_path}/m", "prompt_file": f"{tmp_path}/a/b.txt"}
     assert values == {**expected, "prompt": ["~/x is"], "stop": ["~"]}
