@@ -274,9 +274,7 @@ def read_row_texts(file: Path, text_format: TextFormat, problems: Problems) -> I
                 note_problem(problems, "bad rows", f"{row.place}: {reason}; skipped")
             else:
                 yield text, True
-    except UnicodeError:
-        raise
-    except ValueError as error:
+    except DamagedFileError as error:
         note_problem(problems, "bad rows", f"{error}; the rest is skipped")
 
 

@@ -145,7 +145,7 @@ class ZstdFile(io.RawIOBase):
 
 
 class DamagedFileError(ValueError):
-    """A compressed file is truncated or damaged."""
+    """A file is truncated or damaged, or not in the format of its suffix."""
 
 
 def decode_lines(path: Path, encoding: str = "utf-8", errors: str = "strict") -> Iterator[str]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from engine.files import (
     COMPRESSIONS,
     DAMAGED,
+    DamagedFileError,
     clean_text,
     data_suffix,
     decode_lines,
@@ -146,7 +147,7 @@ def open_rows(source: str, config: str | None = None, split: str = "train") -> I
 
 def read_rows(file: Path, lines: Iterable[str] | None = None) -> Iterator[Row]:
     """Yield the rows of a file. A file without a known suffix has a row of JSON per line. `lines`
-    are those of the file, if it was decoded already. Raises ValueError if the file is damaged.
+    are those of the file, if it was decoded already. Raises DamagedFileError.
     """
     suffix, unit = data_suffix(file), "row"
     is_json_lines = suffix not in (".json", ".csv", ".tsv")
@@ -166,7 +167,8 @@ def read_rows(file: Path, lines: Iterable[str] | None = None) -> Iterator[Row]:
         for n, content in contents:
             yield Row(n, f"{file} {unit} {n}", content)
     except (json.JSONDecodeError, csv.Error) as error:
-        raise ValueError(f"{file} cannot be read as {suffix}: {error}; save it again") from error
+        problem = f"{file} cannot be read as {suffix}: {error}"
+        raise DamagedFileError(f"{problem}; save it again") from error
 
 
 def parse_json(text: str) -> Iterator[Any]:
