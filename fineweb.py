@@ -78,7 +78,7 @@ class PrepareConfig(Settings):
         "10,485,760). For your own files this is approximate, and at most half the text",
         at_least=2,
     )
-    text_field: str = flag("text", "key of the text in .jsonl, column in .parquet")
+    text_field: str = flag("text", "key or column of the text in rows")
     encoding: str = flag("utf-8", "encoding of files without a byte order mark, such as latin-1")
     decode_errors: Literal["strict", "replace"] = flag(
         "strict", "undecodable bytes are an error (strict) or become U+FFFD (replace)"

@@ -325,7 +325,7 @@ def convert_setting(value: Any, config_class: type, name: str) -> Any:
     is_optional = f.default is None or kind is not f.type
     if is_optional and value in (None, "null"):
         return None
-    if name not in ("prompt", "instruction", "input"):  # text that may begin with anything
+    if name not in ("prompt", "instruction", "input"):  # free text, not paths
         value = expand_home(value)
     try:
         return convert_value(value, kind)
@@ -376,8 +376,8 @@ def describe_type(kind: Any) -> str:
 
 
 class SettingsLoader(yaml.SafeLoader):
-    """YAML, but a key may occur only once, and only JSON's numbers are numbers: others stay text
-    until `convert_setting`. So 010 is 10, as on the command line, and not an octal 8.
+    """Loads YAML, but rejects repeated keys, and parses only JSON numbers. Other numbers stay text
+    for `convert_setting`, so 010 is 10, as on the command line, and not an octal 8.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -385,7 +385,7 @@ class SettingsLoader(yaml.SafeLoader):
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1
             if name in lines:
-                raise ValueError(f"line {line} repeats {name} of line {lines[name]}; delete one")
+                raise ValueError(f"{name} is on lines {lines[name]} and {line}; delete one")
             lines[name] = line
         return super().construct_mapping(node, deep)
 

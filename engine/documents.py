@@ -40,7 +40,7 @@ HUB_TEXT = {
 HUB_REMEDY = "Rerun the command to resume; without a network, use dataset stdlib or your own files"
 SUFFIXES = (".txt", ".md", ".rst", ".py", *ROW_SUFFIXES)  # also compressed
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file
-COMPRESSION_RATIO = 3  # a guess for text in .gz and .parquet files, to estimate its size
+COMPRESSION_RATIO = 3  # a guess for text in compressed and Parquet files, to estimate its size
 BYTES_PER_TOKEN = 4.4  # English text in GPT-2's BPE; for estimates
 HUB_VAL_TOKENS = 10_485_760  # the validation set of 124M speedruns on FineWeb (modded-nanogpt)
 VAL_FRACTION, MAX_VAL_FRACTION = 0.05, 0.5  # default and limit, for text that is not from the hub
@@ -73,7 +73,7 @@ def note_problem(problems: Problems, kind: str, message: str, count: int = 1) ->
 class TextFormat(NamedTuple):
     """How to get text out of files."""
 
-    text_field: str = "text"  # key in .jsonl, column in .parquet
+    text_field: str = "text"  # key or column of the text in rows
     encoding: str = "utf-8"  # for files without a byte order mark
     decode_errors: str = "strict"  # or "replace": undecodable bytes become U+FFFD
     skip_bad_files: bool = False  # leave out files that cannot be decoded
@@ -171,7 +171,7 @@ def open_files(
         try:
             threshold = choose_threshold(read(None), fraction, max_tokens)
         except ValueError:
-            _ = [*read(Counter())]  # prints what is wrong with the text
+            _ = [*read(Counter())]  # read again, to print the problems
             raise
         return islice(mark_validation(read(problems), threshold), skip, None)
 
@@ -275,7 +275,7 @@ def read_row_texts(file: Path, text_format: TextFormat, problems: Problems) -> I
             else:
                 yield text, True
     except DamagedFileError as error:
-        note_problem(problems, "bad rows", f"{error}; the rest is skipped")
+        note_problem(problems, "bad rows", f"{error}; the rest of the file is skipped")
 
 
 def cut_documents(chunks: Iterable[Chunk], n_chars: int) -> Iterator[Piece]:

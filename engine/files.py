@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)  # what a damaged .gz or .zst raises
 COMPRESSIONS = {".gz": "a gzip file", ".zst": "a Zstandard file"}
-# What files begin with that are often named wrongly.
+# First bytes of files that often have the wrong suffix.
 SIGNATURES = {
     b"\x1f\x8b": COMPRESSIONS[".gz"],
     b"\x28\xb5\x2f\xfd": COMPRESSIONS[".zst"],
@@ -100,7 +100,7 @@ def read_json(path: Path, remedy: str) -> dict:
 
 
 def data_suffix(path: Path) -> str:
-    """Return the suffix in lower case and without that of the compression: .txt for a.TXT.gz."""
+    """Return the lower-case suffix, ignoring .gz and .zst: .txt for a.TXT.gz."""
     name = path.name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
@@ -112,7 +112,7 @@ def open_binary(path: Path) -> io.BufferedReader:
     is not what its suffix says.
     """
     compression = path.suffix.lower()
-    if path.is_file():  # not a pipe, of which no byte may be lost
+    if path.is_file():  # reading the start of a pipe would lose it
         with path.open("rb") as file:
             start = file.read(32)
         is_parquet = compression == ".parquet"
@@ -145,7 +145,7 @@ class ZstdFile(io.RawIOBase):
 
 
 class DamagedFileError(ValueError):
-    """A file is truncated or damaged, or not in the format of its suffix."""
+    """A file is truncated or damaged, or cannot be parsed."""
 
 
 def decode_lines(path: Path, encoding: str = "utf-8", errors: str = "strict") -> Iterator[str]:

@@ -15,7 +15,16 @@ MODEL_REMEDY = (
     "config.json (or adapter_config.json)"
 )
 # A name with one of these suffixes is a file, never a name on the hub.
-FILE_SUFFIXES: tuple[str, ...] = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt")
+FILE_SUFFIXES: tuple[str, ...] = (
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".gz",
+    ".zst",
+    ".txt",
+)
 FILE_SUFFIXES += (".pt", ".bin", ".safetensors")
 
 

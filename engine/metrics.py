@@ -199,9 +199,8 @@ class WandbLogger:
             self.write(record)
 
     def write(self, record: dict) -> None:
-        # W&B has all steps before its starting_step. A process that was killed may not have
-        # uploaded the latest ones, and offline W&B does not know any. If a resumed run repeats a
-        # step that W&B has, W&B keeps the earlier record.
+        # starting_step is the first step that W&B lacks. After a kill, it may be before the step
+        # from which the run resumes; offline, it is 0. W&B keeps the record of a step it has.
         if record["step"] < self.wandb_run.starting_step:
             return
         samples = {f"sample_{i + 1}": text for i, text in enumerate(record.get("samples", []))}

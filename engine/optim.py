@@ -34,7 +34,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
                    wsd, decays to 0               cosine
 
     Both decays reach their final value at step max_steps + 1, so no step of wsd has a rate of 0.
-    If the warmup of wsd reaches into the decay, each step has the lower of their two rates.
+    If the warmup of wsd reaches into the decay, each step uses the lower rate.
     The cosine is the same as in build-nanogpt, which counts steps from 0.
     """
     done = step - 1
@@ -58,8 +58,8 @@ def plateau_end(config: TrainConfig) -> int:
         return 0
     warmup, decay = config.warmup_steps, decay_steps(config)
     # The rate, divided by max_lr, is (max_steps + 1 - step) / decay in the decay. Find where this
-    # line falls below 1, and where it falls below the warmup, step / warmup. If the warmup reaches
-    # into the decay, the second step is the later one, otherwise the first.
+    # line falls below 1, and where it falls below the warmup, step / warmup. The second is later
+    # if the warmup reaches into the decay.
     last_at_max = math.floor(config.max_steps - decay) + 1
     last_of_warmup = math.floor(warmup * (config.max_steps + 1) / (warmup + decay))
     return max(last_at_max, last_of_warmup)

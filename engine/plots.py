@@ -57,7 +57,7 @@ def curve_points(records: list[dict], key: str, x: str) -> dict[int, tuple[float
     return {r["step"]: (p, r[key]) for p, r in pairs if r.get(key) is not None}
 
 
-def group_seeds(runs: list[Path]) -> list[list[Path]]:
+def group_runs(runs: list[Path]) -> list[list[Path]]:
     """Group the runs that differ only in the seed and in settings that may change on resume."""
     ignored = {f.name for f in fields(TrainConfig)} - fixed_settings(TrainConfig)
     ignored |= {"seed", "merge_out"}
@@ -85,7 +85,7 @@ def draw_runs(
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    groups = group_seeds(runs) if mean else [[run] for run in runs]
+    groups = group_runs(runs) if mean else [[run] for run in runs]
     logs = {run: read_metrics(run) for run in runs}
     # There is always a panel for the loss.
     logged = {"val_loss", *(key for log in logs.values() for record in log for key in record)}

@@ -107,8 +107,8 @@ def check_extension(run: Path, config: TrainConfig, earlier_max_steps: int) -> N
 
 
 def check_rates(run: Path, config: TrainConfig, last_step: int) -> None:
-    """Raise ValueError if the run has logged other learning rates, up to `last_step`, than those of
-    `config`. An earlier version had another schedule.
+    """Raise ValueError if a learning rate logged up to `last_step` is not the one that `config`
+    gives. Earlier versions had a different wsd schedule.
     """
     log = run / "metrics.jsonl"
     records = JSONLinesLog.read(log, "step") if log.exists() else []
@@ -157,5 +157,5 @@ def extend_run(run: Path, config: TrainConfig) -> None:
         shutil.rmtree(target, ignore_errors=True)  # from an earlier attempt
         path.rename(target)
     (run / "wandb_id").unlink(missing_ok=True)  # the steps of a W&B run cannot go down
-    log.drop_after(end)  # last: a later call does nothing more
+    log.drop_after(end)  # must be last: then another call does nothing
     print(f"extending {run} to {config.max_steps} steps; what followed step {end} is in {archive}")

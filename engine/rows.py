@@ -91,7 +91,7 @@ def find_files(paths: list[str], suffixes: tuple[str, ...]) -> list[Path]:
         if found and len(found) < len(candidates) and any(map(os.path.isdir, matches)):
             others = set(candidates) - set(found)
             kinds = Counter(f.suffix if f.exists() else "broken link" for f in others)
-            counts = ", ".join(f"{n} {kind or 'no suffix'}" for kind, n in kinds.most_common())
+            counts = ", ".join(f"{n} {kind or 'without suffix'}" for kind, n in kinds.most_common())
             print(f"{path}: reading {len(found)} files and ignoring the others: {counts}")
         if not found:
             problem = (
@@ -101,7 +101,7 @@ def find_files(paths: list[str], suffixes: tuple[str, ...]) -> list[Path]:
             if candidates and not candidates[0].exists():
                 problem = "a broken link"
             elif candidates and not candidates[0].is_file():
-                problem = "not a regular file; save its content to one, because it is read twice"
+                problem = "not a regular file; copy its content to one, because it is read twice"
             raise FileNotFoundError(f"{path} is {problem}")
         files += found
     return files
@@ -124,7 +124,7 @@ def walk(path: Path, seen: set[str]) -> Iterator[Path]:
 
 
 def list_suffixes(suffixes: tuple[str, ...]) -> str:
-    return f"{', '.join(suffixes)} (also compressed: {', '.join(COMPRESSIONS)})"
+    return f"{', '.join(suffixes)} (optionally {' or '.join(COMPRESSIONS)})"
 
 
 def open_rows(source: str, config: str | None = None, split: str = "train") -> Iterator[Row]:
@@ -147,7 +147,7 @@ def open_rows(source: str, config: str | None = None, split: str = "train") -> I
 
 def read_rows(file: Path, lines: Iterable[str] | None = None) -> Iterator[Row]:
     """Yield the rows of a file. A file without a known suffix has a row of JSON per line. `lines`
-    are those of the file, if it was decoded already. Raises DamagedFileError.
+    are those of the file, if it is decoded already. Raises ValueError if the file is damaged.
     """
     suffix, unit = data_suffix(file), "row"
     is_json_lines = suffix not in (".json", ".csv", ".tsv")
@@ -167,8 +167,7 @@ def read_rows(file: Path, lines: Iterable[str] | None = None) -> Iterator[Row]:
         for n, content in contents:
             yield Row(n, f"{file} {unit} {n}", content)
     except (json.JSONDecodeError, csv.Error) as error:
-        problem = f"{file} cannot be read as {suffix}: {error}"
-        raise DamagedFileError(f"{problem}; save it again") from error
+        raise DamagedFileError(f"{file} cannot be read as {suffix}: {error}") from error
 
 
 def parse_json(text: str) -> Iterator[Any]:
@@ -260,7 +259,7 @@ def row_to_dict(content: Any) -> dict:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno} {ONE_PER_LINE}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{row!r:.80} is not a JSON object {ONE_PER_LINE if is_line else ''}")
+        raise ValueError(f"{row!r:.80} is not a JSON object{' ' + ONE_PER_LINE if is_line else ''}")
     if None in row:  # from DictReader
         raise ValueError("it has more fields than the first line")
     return row

@@ -121,7 +121,7 @@ def compute_log_probs(model: GPT, batch: PackedBatch) -> tuple[torch.Tensor, tor
             found = logits[batch.inverse, column.clamp(0, last)]
             target_logits = torch.where((column >= 0) & (column <= last), found, target_logits)
     sums, maxima, columns = map(torch.stack, zip(*chunks, strict=True))  # (n_chunks, P) each
-    best = maxima.argmax(0, keepdim=True)  # chunks; max and argmax return the first of several
+    best = maxima.argmax(0, keepdim=True)  # on ties, max and argmax return the first
     best_ids = (best * VOCAB_CHUNK + columns.gather(0, best))[0]
     log_probs = target_logits - sums.logsumexp(0)[batch.inverse]
     return log_probs, batch.targets == best_ids[batch.inverse]

@@ -17,8 +17,8 @@ BIN_MAGIC, BIN_VERSION, BIN_HEADER_INTS = 20240520, 1, 256
 BUFFER_BYTES = 1 << 18  # collects the many short writes
 NANOGPT_FILES = ("train.bin", "val.bin")
 AS_UINT16 = "convert it with .ravel().astype(np.uint16) if all ids are below 65,536"
-# Read as uint16, every second number of a file of 32- or 64-bit ids is the upper half of an id, and
-# below 8 in any vocabulary of up to 524,288 tokens. Text also has larger tokens at these places.
+# If 32- or 64-bit ids are read as uint16, every second number holds high bits: below 8 in
+# vocabularies of up to 524,288 tokens. In real uint16 data, some are larger.
 SAMPLE_SIZE, MIN_SAMPLE_SIZE, MAX_UPPER_HALF = 4096, 64, 7
 
 

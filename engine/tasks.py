@@ -57,7 +57,7 @@ class Task:
 
     data: str | None = None  # a file or a hub dataset; None stands for `hub`
     limit: int | None = None  # evaluate only the first rows or documents
-    sample: int | None = None  # or only so many random ones
+    sample: int | None = None  # evaluate only so many random ones
     skip_bad_rows: bool | None = None  # None if the command has no such flag
 
     name: ClassVar[str]
@@ -248,8 +248,8 @@ class TextPerplexity(Task):
 
     def read_examples(self, tokenizer: Tokenizer, block_size: int) -> Iterator[tuple[int, Example]]:
         """Yield an example for each window. The record of a document's first window also holds the
-        number of words and bytes of the document, counted as in lm-eval. There, an empty document
-        has one word. It has no windows, so its word is counted in the first record of all.
+        number of words and bytes of the document, counted as in lm-eval. lm-eval counts one
+        word for an empty document, which has no windows, so the first record includes its word.
         """
         stride = self.stride or block_size
         if stride > block_size:
@@ -268,7 +268,7 @@ class TextPerplexity(Task):
                 sizes, remarks, n_empty = {}, (), 0  # for the document's other windows
 
     def read_documents(self) -> list[str]:
-        """Return all documents. Raises ValueError if rows are bad or a .gz is damaged. With
+        """Return all documents. Raises ValueError if rows are bad or a file is damaged. With
         `skip_bad_rows`, leave these parts out instead.
         """
         problems: Counter = Counter()

@@ -45,7 +45,8 @@ def train(
     resumed: RunState | None = None,
 ) -> None:
     """Train `model` to max_steps, from the start or from the state `resumed`, whose weights it must
-    already have. Raises ValueError if `resumed` was trained on other data or with other rates.
+    already have. Raises ValueError if `resumed` was trained on other data, or with another schedule
+    and is unfinished.
     """
     if resumed and resumed.progress["data"] != data.fingerprint:
         raise ValueError(
@@ -169,8 +170,8 @@ def print_warnings(model: GPT, data: TrainingData, config: TrainConfig, dist: Di
     if config.warmup_steps > (plateau_end(config) or config.max_steps):
         rate, step = max((learning_rate(s, config), s) for s in range(1, config.max_steps + 1))
         print(
-            f"warmup_steps is {config.warmup_steps}, too many for {config.max_steps} steps of "
-            f"{config.schedule}: the learning rate peaks at {rate / config.max_lr:.1%} of max_lr "
+            f"warmup_steps {config.warmup_steps} is too many for max_steps {config.max_steps} with "
+            f"schedule {config.schedule}: the learning rate peaks at {rate / config.max_lr:.1%} of max_lr "
             f"at step {step}; lower warmup_steps"
         )
     if data.steps_per_epoch < MIN_STEPS_PER_EPOCH:

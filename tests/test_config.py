@@ -187,8 +187,8 @@ WRONG_VALUES = {
     "- number": "holds ['number'], expected lines NAME: VALUE",
     "": "holds None, expected lines NAME: VALUE",
     "number: [1": "cannot be read as YAML",
-    "number: 1\nrate: 2\nnumber: 1": "line 3 repeats number of line 1; delete one",
-    "{name: a, name: b}": "line 1 repeats name of line 1; delete one",
+    "number: 1\nrate: 2\nnumber: 1": "number is on lines 1 and 3; delete one",
+    "{name: a, name: b}": "name is on lines 1 and 1; delete one",
     "[name]: a": "cannot be read as YAML",
     "name: !!python/object:os.system x": "cannot be read as YAML",
 }

@@ -176,8 +176,8 @@ def test_bad_rows(tmp_path, capsys):
     for name, content, problem in (
         ("list.jsonl", '[{"text": "a"}]', "line 1.*not one per line, rename the file to .json"),
         ("joined.jsonl", '{"text": "a"}{"text": "b"}', "line 1.*rename the file to .json"),
-        ("c.json", '[{"text": "a"},', "cannot be read as .json: .*; the rest is skipped"),
-        ("c.csv", 'text\nfine\n"open', "cannot be read as .csv: .* after line 2.*; the rest is"),
+        ("c.json", '[{"text": "a"},', "cannot be read as .json: .*; the rest of the file is"),
+        ("c.csv", 'text\nfine\n"open', "cannot be read as .csv: .* after line 2; the rest of"),
     ):
         (tmp_path / name).write_text(content)
         pieces, problems = read_files(tmp_path / name)
@@ -226,7 +226,7 @@ def test_files_folders_and_globs(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "deep: reading 5 files and ignoring the others: " in out
     assert "1 .png" in out
-    assert "1 no suffix" in out
+    assert "1 without suffix" in out
     for path in ("deep/e.png", "nothing", "*.doc"):
         wrong = re.escape(f"{path} is neither a known dataset") + ".* any of the suffixes .txt"
         with pytest.raises(FileNotFoundError, match=wrong):
