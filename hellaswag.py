@@ -29,9 +29,7 @@ BAR_SECONDS = 1.0  # between updates of the metric shown beside a progress bar
 class EvalConfig(ModelSettings):
     task: str = flag("hellaswag", ", ".join(TASKS))
     text: HellaSwagText = flag("lm-eval", "hellaswag: cleaned (lm-eval) or raw (build-nanogpt)")
-    data: str | None = flag(
-        None, "file, folder, glob, or a hub dataset of rows (default: the task's)"
-    )
+    data: str | None = flag(None, "files, or a hub dataset of rows (default: the task's)")
     limit: int | None = flag(None, "only the first N rows or documents (prefer sample)")
     sample: int | None = flag(None, "N random rows or documents, the same for every model")
     stride: int | None = flag(None, "perplexity: window step in tokens (default: block_size)")
@@ -39,9 +37,7 @@ class EvalConfig(ModelSettings):
     out_dir: str = flag("", "folder for the results; rerun the command to resume (default: none)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: Precision = flag(None, "fp32, or autocast (default: fp32; on CUDA, bf16 or fp16)")
-    compare: list[str] = flag(
-        [], "compare the results in two --out_dir folders instead of evaluating"
-    )
+    compare: list[str] = flag([], "only compare the results in two out_dir folders")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,9 +144,7 @@ def compare(folders: list[str]) -> None:
     metrics = [task.compute_metrics(records) for records in common]
     print(f"a is {folders[0]}, b is {folders[1]}; {len(rows):,} {task.unit} in both")
     for name in metrics[0]:
-        if (
-            len({found[name]["meaning"] for found in metrics}) > 1
-        ):  # it includes the number of tokens
+        if len({found[name]["meaning"] for found in metrics}) > 1:  # meaning has the token count
             raise ValueError(f"{names} have different windows; {remedy}")
         a, b = (found[name]["value"] for found in metrics)
         is_ratio = name.endswith("perplexity")

@@ -24,8 +24,6 @@ if __name__ == "__main__":
     out_help = "image: .png, .svg or .pdf (default: loss.png)"
     parser.add_argument("--out", metavar="FILE", default="loss.png", help=out_help)
     parser.add_argument("--x", choices=X_AXES, default="step", help="the x axis (default: step)")
-    parser.add_argument(
-        "--mean", action="store_true", help="draw runs that differ only in the seed as their mean"
-    )
+    parser.add_argument("--mean", action="store_true", help="draw the mean over seeds")
     args = parser.parse_args()
     run_and_report_errors(lambda: main(args), args.debug)  # every Parser has --debug

@@ -15,17 +15,8 @@ MODEL_REMEDY = (
     "config.json (or adapter_config.json)"
 )
 # A name with one of these suffixes is a file, never a name on the hub.
-FILE_SUFFIXES: tuple[str, ...] = (
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".parquet",
-    ".gz",
-    ".zst",
-    ".txt",
-)
-FILE_SUFFIXES += (".pt", ".bin", ".safetensors")
+FILE_SUFFIXES: tuple[str, ...] = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+FILE_SUFFIXES += (".gz", ".zst", ".pt", ".bin", ".safetensors")
 
 
 def check_hub_name(name: str, expected: str) -> None:

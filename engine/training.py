@@ -171,8 +171,8 @@ def print_warnings(model: GPT, data: TrainingData, config: TrainConfig, dist: Di
         rate, step = max((learning_rate(s, config), s) for s in range(1, config.max_steps + 1))
         print(
             f"warmup_steps {config.warmup_steps} is too many for max_steps {config.max_steps} with "
-            f"schedule {config.schedule}: the learning rate peaks at {rate / config.max_lr:.1%} of max_lr "
-            f"at step {step}; lower warmup_steps"
+            f"schedule {config.schedule}: the learning rate peaks at {rate / config.max_lr:.1%} of "
+            f"max_lr at step {step}; lower warmup_steps"
         )
     if data.steps_per_epoch < MIN_STEPS_PER_EPOCH:
         print(

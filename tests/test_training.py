@@ -350,9 +350,6 @@ def test_settings_that_prevent_learning_get_a_warning(capsys):
     print_warnings(large, data, PretrainConfig(warmup_steps=6, max_steps=5), CPU_DIST)
     size, warmup, epoch = capsys.readouterr().out.splitlines()
     assert "configs/demo.yaml and configs/small.yaml" in size
-    assert (
-        "warmup_steps 6 is too many for max_steps 5 with schedule cosine: the learning rate peaks"
-        in warmup
-    )
+    assert "warmup_steps 6 is too many for max_steps 5 with schedule cosine: " in warmup
     assert "at 83.3% of max_lr at step 5" in warmup
     assert "an epoch has only 3.2 steps" in epoch
