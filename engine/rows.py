@@ -146,8 +146,8 @@ def open_rows(source: str, config: str | None = None, split: str = "train") -> I
 
 
 def read_rows(file: Path, lines: Iterable[str] | None = None) -> Iterator[Row]:
-    """Yield the rows of a file. A file without a known suffix has a row of JSON per line. `lines`
-    are those of the file, if it is decoded already. Raises ValueError if the file is damaged.
+    """Yield the rows of a file. A file without a known suffix has a row of JSON per line. Pass
+    `lines` if you have decoded the file already. Raises ValueError if the file is damaged.
     """
     suffix, unit = data_suffix(file), "row"
     is_json_lines = suffix not in (".json", ".csv", ".tsv")

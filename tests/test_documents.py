@@ -159,8 +159,8 @@ def test_encodings(tmp_path):
 
 
 def test_bad_rows(tmp_path, capsys):
-    """Bad rows are left out and counted, and so is the rest of a file that cannot be parsed. The
-    place of the first is printed. Byte order marks and blank lines are fine, and a lone surrogate
+    """Bad rows are left out and counted, and so is the rest of a file that cannot be parsed. A
+    message names the first one. Byte order marks and blank lines are fine, and a lone surrogate
     becomes U+FFFD.
     """
     rows = ['\ufeff{"text": "first"}', "", '{"text": ""}', "{broken", '{"other": 1}', '{"text": 5}']
